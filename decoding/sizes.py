@@ -1,0 +1,64 @@
+"""Sizes of buffers: rounded to a few values so that compiled code is reused, and checked against the memory there is."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+
+from decodax.models.model import Model
+
+SMALLEST_BUCKET = 16
+
+
+def bucket(size: int) -> int:
+    """The smallest of 16, 20, 24, 28, 32, 40, 48, 56, 64, ... (four per doubling) that is at least `size`.
+
+    >>> [bucket(n) for n in (1, 16, 17, 33, 100, 1000)]
+    [16, 16, 20, 40, 112, 1024]
+    """
+    if size <= SMALLEST_BUCKET:
+        return SMALLEST_BUCKET
+    step = 1 << ((size - 1).bit_length() - 3)
+    return -(-size // step) * step
+
+
+def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: jnp.dtype) -> int:
+    """Bytes of an empty cache, without making it."""
+    shapes = jax.eval_shape(lambda: model.empty_cache(batch_size, capacity, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def free_bytes() -> int | None:
+    """Memory that the default device can still give, None where the platform does not tell."""
+    device = jax.devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if device.platform == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return _available_host_bytes()
+    return None
+
+
+def _available_host_bytes() -> int | None:
+    """What Linux says may be taken without swapping, else the free pages."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_cache_fits(model: Model, batch_size: int, capacity: int, dtype: jnp.dtype) -> None:
+    """Raises MemoryError, with what would fit, when a cache of this size is larger than the free memory."""
+    needed, free = cache_bytes(model, batch_size, capacity, dtype), free_bytes()
+    if free is None or needed <= free:
+        return
+    per_token = cache_bytes(model, 1, 1, dtype)
+    raise MemoryError(
+        f"the cache for {batch_size} rows of {capacity} tokens needs {needed:,} bytes, and {free:,} are free. "
+        f"That holds {free // (per_token * batch_size):,} tokens (prompt and output) in each of {batch_size} rows, or "
+        f"{free // (per_token * capacity):,} rows of {capacity}: lower max_new_tokens, shorten or split the batch."
+    )

@@ -1,0 +1,174 @@
+"""The state of a decoding run: frozen, of fixed shapes, and all that a loop carries from step to step.
+
+The last token of each row is pending: known, but not yet in any cache. So the cache holds `length - 1` tokens, prefill needs
+no logits, and every step of every strategy begins alike, with the model run on the pending token (and on drafts after it).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from decodax.decoding.logits_processors import History
+from decodax.decoding.sampling import Sampling
+from decodax.decoding.sizes import bucket, check_cache_fits
+from decodax.models.model import Model, Params, commit
+
+MAX_CHUNK_TOKENS = 512  # prompt tokens per prefill forward, so that rows waiting for their commit stay small
+
+
+@struct.dataclass
+class DecodeState:
+    """Everything about B rows that are being continued; `tokens` holds prompt and output, filled up to `length`.
+
+    `limit` is the length at which a row is finished. `failed` marks rows whose logits became NaN or infinite: they are
+    `done`, and nothing was written for the step that failed. `logprobs` stands beside `tokens`, zero in the prompt.
+    """
+
+    tokens: Int[Array, "B S"]
+    logprobs: Float[Array, "B S"]
+    length: Int[Array, " B"]
+    limit: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    failed: Bool[Array, " B"]
+    seed: UInt32[Array, " B"]
+    stop_token_ids: Int[Array, "B I"]
+    caches: tuple[Any, ...]
+    history: History
+    sampling: Sampling
+    num_target_forwards: Int[Array, ""]
+
+    def pending(self) -> Int[Array, " B"]:
+        """The last token of each row."""
+        return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)[:, 0]
+
+    def append(self, token: Int[Array, " B"], logprob: Float[Array, " B"], emit: Bool[Array, " B"]) -> "DecodeState":
+        """Adds one token to the rows that `emit`; a row is done after a stop token or at its limit."""
+        row = jnp.arange(token.shape[0])
+        slot = jnp.where(emit, self.length, self.tokens.shape[1])
+        length = self.length + emit
+        stopped = jnp.any(token[:, None] == self.stop_token_ids, axis=1)
+        return self.replace(
+            tokens=self.tokens.at[row, slot].set(token, mode="drop"),
+            logprobs=self.logprobs.at[row, slot].set(logprob, mode="drop"),
+            length=length,
+            done=self.done | (emit & stopped) | (length >= self.limit),
+            history=self.history.record(token, emit),
+        )
+
+
+def init(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    length: Int[Array, " B"],
+    max_new_tokens: int,
+    seed: UInt32[Array, " B"],
+    *,
+    sampling: Sampling | None = None,
+    stop_token_ids: Sequence[int] = (),
+    cache_dtype: jnp.dtype | None = None,
+) -> DecodeState:
+    """The state after reading the prompts: row b's prompt is `tokens[b, :length[b]]`, the rest of the row is padding.
+
+    The prompt is run in chunks of bucketed size, each committed to the cache, and buffers are bucketed too, so prompts
+    of similar length share compiled code. `sampling` is greedy by default; `stop_token_ids` end a row after they are
+    emitted; the cache has the parameters' dtype unless told otherwise.
+
+    Raises ValueError for an empty row, token ids outside the vocabulary or shapes that do not match, MemoryError when
+    the cache would not fit on the device.
+    """
+    tokens, length = np.asarray(tokens, np.int32), np.asarray(length, np.int32)
+    _check_prompt(model, tokens, length, max_new_tokens)
+    batch, longest = tokens.shape[0], int(length.max())
+    capacity = bucket(longest + max_new_tokens)
+    dtype = cache_dtype or jax.tree.leaves(params)[0].dtype
+    check_cache_fits(model, batch, capacity, dtype)
+    sampling = Sampling.create(batch, model.config.vocab_size) if sampling is None else sampling
+    width = min(tokens.shape[1], capacity)
+    padded = np.zeros((batch, capacity), np.int32)
+    padded[:, :width] = np.where(np.arange(width) < length[:, None], tokens[:, :width], 0)
+    stops = np.broadcast_to(np.asarray(stop_token_ids, np.int32), (batch, len(stop_token_ids)))
+    state = _empty_state(
+        model,
+        dtype,
+        jnp.asarray(padded),
+        jnp.asarray(length),
+        jnp.asarray(length + max_new_tokens),
+        jnp.asarray(seed, jnp.uint32),
+        jnp.asarray(stops),
+        sampling,
+    )
+    start = 0
+    while start < longest - 1:  # the last token stays pending
+        chunk = min(bucket(longest - 1 - start), MAX_CHUNK_TOKENS)
+        state = _prefill_chunk(model, chunk, params, state, start)
+        start += chunk
+    return state
+
+
+def _check_prompt(model: Model, tokens: np.ndarray, length: np.ndarray, max_new_tokens: int) -> None:
+    """Raises ValueError with the row and what to do when a prompt cannot be run."""
+    if tokens.ndim != 2 or length.shape != tokens.shape[:1]:
+        raise ValueError(f"tokens must be [B, T] and length [B], got shapes {tokens.shape} and {length.shape}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for row, (ids, count) in enumerate(zip(tokens, length, strict=True)):
+        if not 1 <= count <= tokens.shape[1]:
+            raise ValueError(f"length must be in 1..{tokens.shape[1]} (tokens of the row), got {count} in row {row}")
+        outside = ids[:count][(ids[:count] < 0) | (ids[:count] >= model.config.vocab_size)]
+        if outside.size:
+            raise ValueError(
+                f"token ids must be in 0..{model.config.vocab_size - 1} (the vocabulary), got {outside[0]} in row {row}"
+            )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _empty_state(model, dtype, tokens, length, limit, seed, stop_token_ids, sampling) -> DecodeState:
+    batch, capacity = tokens.shape
+    history = History.start(tokens, length, vocab_size=model.config.vocab_size, with_counts=sampling.needs_counts)
+    no = jnp.zeros(batch, bool)
+    return DecodeState(
+        tokens=tokens,
+        logprobs=jnp.zeros((batch, capacity), jnp.float32),
+        length=length,
+        limit=limit,
+        done=no,
+        failed=jnp.zeros(batch, bool),
+        seed=seed,
+        stop_token_ids=stop_token_ids,
+        caches=model.empty_cache(batch, capacity, dtype),
+        history=history,
+        sampling=sampling,
+        num_target_forwards=jnp.int32(0),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _prefill_chunk(model: Model, chunk: int, params: Params, state: DecodeState, start: Int[Array, ""]) -> DecodeState:
+    """Runs prompt tokens start .. start + chunk - 1 of every row and commits those before the row's last token."""
+    offset = start + jnp.arange(chunk, dtype=jnp.int32)
+    # A chunk may reach past the buffer; those columns repeat the last one and are not committed.
+    tokens = jnp.take(state.tokens, jnp.minimum(offset, state.tokens.shape[1] - 1), axis=1)
+    position = jnp.broadcast_to(offset, tokens.shape)
+    last = model.config.num_layers - 1
+    out = model.apply(
+        params, tokens, position, state.caches, row_length=jnp.maximum(state.length[:, None], 1), capture=(last,)
+    )
+    wanted = jnp.clip(state.length - 1 - start, 0, chunk)
+    # The last layer's output is not needed, so its input tells whether the row is sound; and as the count depends on it,
+    # the caches are written in place (see KVCache.commit).
+    real = jnp.arange(chunk) < wanted[:, None]
+    sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
+    count = jnp.where(sound & ~state.failed, wanted, 0)
+    return state.replace(
+        caches=commit(state.caches, out.rows, count),
+        failed=state.failed | ~sound,
+        done=state.done | ~sound,
+        num_target_forwards=state.num_target_forwards + 1,
+    )

@@ -1,0 +1,96 @@
+"""Who may read whom: an algebra of masks that is never a dense [T, S] array unless asked for on a tile.
+
+A mask is a small frozen object. It answers for any tile of queries and keys (`allows`), so an implementation that walks
+over blocks of the cache asks block by block, and a kernel may read its fields instead. Masks combine with `&`.
+
+Whether a cached slot is filled is the cache's business, not the mask's.
+"""
+
+from typing import Self
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+
+@struct.dataclass
+class Tokens:
+    """Positions of a run of tokens; `is_new` tells the tokens of this forward (in order) from those in the cache."""
+
+    position: Int[Array, "B T"]
+    is_new: bool = struct.field(pytree_node=False)
+
+
+class Mask:
+    """The contract: which keys a query may read, and the first position that any query can see."""
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
+        raise NotImplementedError
+
+    def first_visible(self, position: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """No key before this position is allowed, so that an implementation need not read it."""
+        return jnp.zeros_like(position)
+
+    def __and__(self, other: "Mask") -> "Both":
+        return Both(self, other)
+
+
+@struct.dataclass
+class Causal(Mask):
+    """A query reads keys at its own position and before: the mask of a chain."""
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "B T S"]:
+        return key.position[:, None, :] <= query.position[:, :, None]
+
+
+@struct.dataclass
+class Window(Mask):
+    """A query reads only the last `size` positions, its own included (Mistral, arXiv 2310.06825)."""
+
+    size: int = struct.field(pytree_node=False)
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "B T S"]:
+        return key.position[:, None, :] > query.position[:, :, None] - self.size
+
+    def first_visible(self, position: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        return position - self.size + 1
+
+
+@struct.dataclass
+class Ancestors(Mask):
+    """A token tree: among the new tokens a query reads itself and its ancestors; every cached token is an ancestor.
+
+    `allowed[b, i, j]` says that new token i may read new token j (true for i = j). SpecInfer, arXiv 2305.09781.
+    """
+
+    allowed: Bool[Array, "B T T"]
+
+    @classmethod
+    def from_parents(cls, parent: Int[Array, "B T"]) -> Self:
+        """The mask of trees given as parent indices, a root's parent being -1; parents precede their children."""
+        num_tokens = parent.shape[1]
+        allowed = jnp.broadcast_to(jnp.eye(num_tokens, dtype=bool), (*parent.shape, num_tokens))
+        for node in range(1, num_tokens):
+            above = jnp.take_along_axis(allowed, jnp.maximum(parent[:, node], 0)[:, None, None], axis=1)[:, 0]
+            above = above & (parent[:, node] >= 0)[:, None]
+            allowed = allowed.at[:, node].set(allowed[:, node] | above)
+        return cls(allowed)
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
+        if key.is_new:
+            return self.allowed
+        return jnp.ones((1, query.position.shape[1], key.position.shape[1]), bool)
+
+
+@struct.dataclass
+class Both(Mask):
+    """Allowed by both masks."""
+
+    left: Mask
+    right: Mask
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
+        return self.left.allows(query, key) & self.right.allows(query, key)
+
+    def first_visible(self, position: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        return jnp.maximum(self.left.first_visible(position), self.right.first_visible(position))

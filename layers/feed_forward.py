@@ -1,0 +1,77 @@
+"""The gated feed-forward layer: down(activation(gate(x)) * up(x)).
+
+GLU Variants Improve Transformer, arXiv 2002.05202.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from decodax.layers.linear import linear
+from decodax.layers.weight import Weight, fetch
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class FeedForward(Protocol):
+    """What a block asks of its feed-forward layer's config."""
+
+    def weights(self, hidden_size: int) -> dict[str, Weight]: ...
+
+    def module(self, hidden_size: int, name: str) -> nn.Module:
+        """A linen module that maps Float[B, T, D] to Float[B, T, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class GatedMLPConfig:
+    """`intermediate_size` is F, `activation` a name of ACTIVATIONS, `bias` adds one to each of the three products."""
+
+    intermediate_size: int
+    activation: str = "silu"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
+
+    def weights(self, hidden_size: int) -> dict[str, Weight]:
+        wide, narrow = self.intermediate_size, hidden_size
+        weights = {
+            "gate": Weight(("F", "D"), (wide, narrow)),
+            "up": Weight(("F", "D"), (wide, narrow)),
+            "down": Weight(("D", "F"), (narrow, wide)),
+        }
+        if self.bias:
+            weights |= {
+                "gate_bias": Weight(("F",), (wide,), "zeros"),
+                "up_bias": Weight(("F",), (wide,), "zeros"),
+                "down_bias": Weight(("D",), (narrow,), "zeros"),
+            }
+        return weights
+
+    def module(self, hidden_size: int, name: str) -> nn.Module:
+        return GatedMLP(self, hidden_size, name=name)
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    config: GatedMLPConfig
+    hidden_size: int
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        weight = {name: fetch(self, name, w) for name, w in self.config.weights(self.hidden_size).items()}
+        gate = linear(inputs, weight["gate"], weight.get("gate_bias"))
+        up = linear(inputs, weight["up"], weight.get("up_bias"))
+        return linear(ACTIVATIONS[self.config.activation](gate) * up, weight["down"], weight.get("down_bias"))

@@ -1,0 +1,24 @@
+"""What a block asks of a mixer: the layer that lets tokens exchange information, with its own weights and cache.
+
+A mixer is a frozen config; `module` gives the linen module that runs it. The module maps (hidden, position, row_length,
+cache, mask) to (hidden, new rows) and never writes the cache; the cache's `commit` does, once the tokens are accepted.
+"""
+
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+
+class Mixer(Protocol):
+    """Grouped-query attention is one; latent attention and recurrent layers are others."""
+
+    def weights(self, hidden_size: int) -> dict[str, Any]:
+        """`Weight` descriptions of the weights, as a (nested) dictionary of the parameters' shape."""
+        ...
+
+    def module(self, hidden_size: int, name: str) -> nn.Module: ...
+
+    def empty_cache(self, batch_size: int, capacity: int, dtype: jnp.dtype) -> Any:
+        """What this layer keeps of past tokens; has `length` Int[B], `capacity` and `commit(rows, count, path)`."""
+        ...

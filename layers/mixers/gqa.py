@@ -1,0 +1,106 @@
+"""Softmax attention with grouped key-value heads, as in Llama, Mistral, Qwen and Gemma.
+
+GQA, arXiv 2305.13245. The options cover what those families differ in: biases, a norm on each head's query and key (Qwen 3), a
+window (Mistral), the scale of the scores and a soft-cap on them (Gemma 2).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from decodax.layers.attention.attend import attend
+from decodax.layers.attention.mask import Mask, Window
+from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.linear import linear
+from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.rope import Rope, rotate
+from decodax.layers.weight import Weight, fetch
+
+
+@dataclass(frozen=True)
+class GQAConfig:
+    """`scale` multiplies query x key; `window` counts the tokens a query sees, itself included (None: all)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rope: Rope
+    scale: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    head_norm: RMSNormConfig | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 token (the query itself), got {self.window}")
+        if self.rope.rotary_size > self.head_size:
+            raise ValueError(f"rotary_size must be at most the head size {self.head_size}, got {self.rope.rotary_size}")
+
+    def weights(self, hidden_size: int) -> dict[str, Any]:
+        wide, narrow = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        weights: dict[str, Any] = {
+            "query": Weight(("NH", "D"), (wide, hidden_size)),
+            "key": Weight(("KH", "D"), (narrow, hidden_size)),
+            "value": Weight(("KH", "D"), (narrow, hidden_size)),
+            "out": Weight(("D", "NH"), (hidden_size, wide)),
+        }
+        if self.qkv_bias:
+            weights["query_bias"] = Weight(("NH",), (wide,), "zeros")
+            weights["key_bias"] = Weight(("KH",), (narrow,), "zeros")
+            weights["value_bias"] = Weight(("KH",), (narrow,), "zeros")
+        if self.out_bias:
+            weights["out_bias"] = Weight(("D",), (hidden_size,), "zeros")
+        if self.head_norm is not None:
+            weights["query_norm"] = self.head_norm.weights(self.head_size, "H")
+            weights["key_norm"] = self.head_norm.weights(self.head_size, "H")
+        return weights
+
+    def module(self, hidden_size: int, name: str) -> nn.Module:
+        return GQA(self, hidden_size, name=name)
+
+    def empty_cache(self, batch_size: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+        return KVCache.empty(batch_size, self.num_kv_heads, capacity, self.head_size, dtype)
+
+
+class GQA(nn.Module):
+    """out(attend(rope(query(x)), rope(key(x)), value(x))): reads the cache, returns the new rows beside the output."""
+
+    config: GQAConfig
+    hidden_size: int
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        row_length: Int[Array, "B T"],
+        cache: KVCache | None,
+        mask: Mask,
+    ) -> tuple[Float[Array, "B T D"], KVRows]:
+        config = self.config
+        described = config.weights(self.hidden_size)
+        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+
+        def project(name: str) -> Float[Array, "B T I H"]:
+            flat = linear(inputs, weight[name], weight.get(f"{name}_bias"))
+            heads = flat.reshape(*inputs.shape[:2], -1, config.head_size)
+            if config.head_norm is not None and name != "value":
+                heads = RMSNorm(config.head_norm, config.head_size, "H", name=f"{name}_norm")(heads)
+            return heads
+
+        cos, sin = config.rope.angles(position, row_length)
+        query = rotate(project("query"), cos, sin)
+        key = jnp.moveaxis(rotate(project("key"), cos, sin), 1, 2)
+        value = jnp.moveaxis(project("value"), 1, 2)
+        if config.window is not None:
+            mask = mask & Window(config.window)
+        mixed = attend(query, key, value, position, mask, cache, scale=config.scale, softcap=config.softcap)
+        flat = mixed.reshape(*inputs.shape[:2], -1)
+        return linear(flat, weight["out"], weight.get("out_bias")), KVRows(key, value)

@@ -1,0 +1,41 @@
+"""RMSNorm: divides each vector by its root mean square and scales it by a learned vector.
+
+Root Mean Square Layer Normalization, arXiv 1910.07467. `unit_offset` is Gemma's convention: the stored weight is the
+deviation from one.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from decodax.layers.weight import Weight, fetch
+
+
+@dataclass(frozen=True)
+class RMSNormConfig:
+    """`eps` is added to the mean square; with `unit_offset` the scale is 1 + weight."""
+
+    eps: float
+    unit_offset: bool = False
+
+    def weights(self, size: int, axis: str = "D") -> dict[str, Weight]:
+        return {"weight": Weight((axis,), (size,), "zeros" if self.unit_offset else "ones")}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32, returned in the input's dtype."""
+
+    config: RMSNormConfig
+    size: int
+    axis: str = "D"
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        weight = fetch(self, "weight", self.config.weights(self.size, self.axis)["weight"]).astype(jnp.float32)
+        wide = inputs.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.eps)
+        scale = scale * (1.0 + weight if self.config.unit_offset else weight)
+        return (wide * scale).astype(inputs.dtype)

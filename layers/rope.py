@@ -1,0 +1,164 @@
+"""Rotary position embedding and the published ways to stretch it to longer contexts.
+
+RoFormer, arXiv 2104.09864: pair j of a head's coordinates (j and j + rotary_size / 2, Hugging Face's half-split order) is
+rotated by position x frequency_j, with frequency_j = base^(-2 j / rotary_size). A scaling changes the frequencies:
+
+| scaling  | source                                  | idea                                                        |
+|----------|-----------------------------------------|-------------------------------------------------------------|
+| linear   | Position Interpolation, arXiv 2306.15595 | all frequencies divided by a factor                        |
+| dynamic  | NTK-aware, as in transformers            | a larger base once the row is longer than trained          |
+| llama3   | Llama 3.1 release                        | only slow frequencies divided, with a smooth band          |
+| yarn     | YaRN, arXiv 2309.00071                   | a ramp between kept and divided, and hotter attention      |
+| longrope | LongRoPE, arXiv 2402.13753               | one searched factor per frequency, short and long lists    |
+
+Dynamic and longrope depend on how long the row is. That length is an argument (`row_length`), because the positions of one
+forward do not tell it: a prompt prefilled in chunks must rotate every chunk as the whole prompt does. During decoding each
+token's row ends with itself, which is also what transformers does with its cache.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Scaling(Protocol):
+    """A rule that maps plain frequencies to stretched ones; `attention_factor` multiplies cos and sin."""
+
+    @property
+    def attention_factor(self) -> float: ...
+
+    def frequencies(self, rope: "Rope", row_length: Int[Array, "B T"]) -> Float[Array, "... J"]:
+        """Radians per position for each pair of coordinates: [J], or [B, T, J] when they depend on the row's length."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotates the first `rotary_size` coordinates of each head (the head size, unless the model rotates a part)."""
+
+    rotary_size: int
+    base: float
+    scaling: Scaling | None = None
+
+    def __post_init__(self) -> None:
+        if self.rotary_size % 2 or self.rotary_size <= 0:
+            raise ValueError(f"rotary_size must be even and positive (coordinates), got {self.rotary_size}")
+
+    def plain_frequencies(self, base: Float[Array, "..."] | float | None = None) -> Float[Array, "... J"]:
+        """base^(-2 j / rotary_size) for j = 0 .. rotary_size / 2 - 1."""
+        exponent = jnp.arange(0, self.rotary_size, 2, dtype=jnp.float32) / self.rotary_size
+        base = jnp.asarray(self.base if base is None else base, jnp.float32)
+        return 1.0 / (base[..., None] ** exponent.reshape((1,) * base.ndim + (-1,)))
+
+    def angles(
+        self, position: Int[Array, "B T"], row_length: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T J"], Float[Array, "B T J"]]:
+        """cos and sin of every pair's angle, in float32."""
+        if self.scaling is None:
+            frequencies, magnitude = self.plain_frequencies(), 1.0
+        else:
+            frequencies, magnitude = self.scaling.frequencies(self, row_length), self.scaling.attention_factor
+        frequencies = frequencies if frequencies.ndim == 3 else frequencies[None, None, :]
+        angle = position[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+
+
+def rotate(
+    heads: Float[Array, "B T N H"], cos: Float[Array, "B T J"], sin: Float[Array, "B T J"]
+) -> Float[Array, "B T N H"]:
+    """Rotates coordinate pairs (j, j + J); coordinates from 2 J on pass unchanged. Computed in float32."""
+    half = cos.shape[-1]
+    wide = heads.astype(jnp.float32)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    factor: float
+    attention_factor: ClassVar[float] = 1.0
+
+    def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, " J"]:
+        return rope.plain_frequencies() / self.factor
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """Beyond `original_length` tokens the base grows: base x (factor r - factor + 1)^(d / (d - 2)), r = length / original."""
+
+    factor: float
+    original_length: int
+    attention_factor: ClassVar[float] = 1.0
+
+    def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, "B T J"]:
+        length = jnp.maximum(row_length, self.original_length).astype(jnp.float32)
+        growth = self.factor * length / self.original_length - (self.factor - 1)
+        return rope.plain_frequencies(rope.base * growth ** (rope.rotary_size / (rope.rotary_size - 2)))
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Wavelengths above original / low are divided by factor, below original / high kept, between: interpolated."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_length: int
+    attention_factor: ClassVar[float] = 1.0
+
+    def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, " J"]:
+        plain = rope.plain_frequencies()
+        turns = self.original_length * plain / (2 * math.pi)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return (1 - smooth) * plain / self.factor + smooth * plain
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Pairs that turn more than `beta_fast` times within the original length are kept, fewer than `beta_slow` divided.
+
+    `attention_factor` multiplies cos and sin. With `truncate` the ramp's ends are rounded outward to whole pairs.
+    """
+
+    factor: float
+    original_length: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, " J"]:
+        size, half = rope.rotary_size, rope.rotary_size // 2
+
+        def pair_turning(times: float) -> float:
+            return size * math.log(self.original_length / (times * 2 * math.pi)) / (2 * math.log(rope.base))
+
+        low, high = pair_turning(self.beta_fast), pair_turning(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        width = (high - low) or 0.001
+        divided = jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / width, 0.0, 1.0)
+        plain = rope.plain_frequencies()
+        return plain / self.factor * divided + plain * (1 - divided)
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """Each frequency is divided by its own factor: `long_factor` for rows beyond `original_length`, else `short_factor`."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_length: int
+    attention_factor: float
+
+    def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, "B T J"]:
+        short, long = (jnp.asarray(f, jnp.float32)[None, None, :] for f in (self.short_factor, self.long_factor))
+        factor = jnp.where(row_length[..., None] > self.original_length, long, short)
+        return rope.plain_frequencies()[None, None, :] / factor

@@ -1,0 +1,58 @@
+"""One description per weight: its shape, its logical axes and how it starts.
+
+Shapes for loading, shardings for a mesh and initial values all derive from it. Weights are fetched by `fetch` and not by
+linen's own shape check, so that a leaf may later be something else than a plain array (a packed quantised tensor) as long
+as it says the same logical shape.
+
+Matrices are stored as Hugging Face stores them, [outputs, inputs], and always two-dimensional: a projection kept as
+[heads, head size, inputs] was measured at half the decode speed on CPU, because XLA transposes it at every step.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from decodax.layers.axes import AXES
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a weight is: `axes` names each dimension by its letters (("NH", "D") for heads x head size by width).
+
+    The first letter of a dimension is the one a mesh may split. `init` is "normal" (scaled by the square root of the last
+    dimension, its inputs), "ones" or "zeros".
+    """
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    init: Literal["normal", "ones", "zeros"] = "normal"
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.shape) or not AXES.issuperset("".join(self.axes)):
+            raise ValueError(f"a weight needs known axis letters for each dimension, got {self.axes} for {self.shape}")
+
+    def initial(self, key: Array, dtype: jnp.dtype = jnp.float32) -> Array:
+        """A fresh value of this weight."""
+        if self.init == "normal":
+            return (jax.random.normal(key, self.shape) * self.shape[-1] ** -0.5).astype(dtype)
+        return (jnp.ones if self.init == "ones" else jnp.zeros)(self.shape, dtype)
+
+
+def fetch(module: nn.Module, name: str, weight: Weight) -> Array:
+    """The value of a module's weight, checked against its description; creates it during `init`.
+
+    Raises ValueError when the leaf is missing or has another shape than the description.
+    """
+    if module.is_initializing():
+        return module.param(name, weight.initial)
+    leaf = module.get_variable("params", name)
+    where = "/".join((*module.path, name))
+    if leaf is None:
+        raise ValueError(f"the parameters have no weight {where}: expected shape {weight.shape} (axes {weight.axes})")
+    if tuple(leaf.shape) != weight.shape:
+        raise ValueError(f"weight {where} must have shape {weight.shape} (axes {weight.axes}), got {tuple(leaf.shape)}")
+    return leaf

@@ -1,0 +1,94 @@
+"""A model as pure functions of its parameters: what researchers call, jit, shard and change.
+
+    hidden, rows, captured = model.apply(params, tokens, position, caches)
+    logits = model.logits(params, hidden)
+    caches = commit(caches, rows, count)
+
+`Model` holds nothing but its config, so it is hashable and can be a static argument of `jax.jit`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from decodax.layers.attention.mask import Causal, Mask
+from decodax.models.config import ModelConfig
+from decodax.models.transformer import Forward, Transformer
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The functions of one model; parameters are a nested dictionary of arrays, one subtree per layer."""
+
+    config: ModelConfig
+
+    @property
+    def module(self) -> Transformer:
+        """The linen module, for those who want to `init`, `apply` or `tabulate` it themselves."""
+        return Transformer(self.config)
+
+    def init(self, key: Array, dtype: jnp.dtype = jnp.float32) -> Params:
+        """Random parameters: matrices scaled by the square root of their inputs, norms neutral."""
+        token = jnp.zeros((1, 1), jnp.int32)
+        params = jax.jit(self.module.init)(key, token, token, token + 1, Causal())["params"]
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    def empty_cache(self, batch_size: int, capacity: int, dtype: jnp.dtype) -> tuple[Any, ...]:
+        """One empty cache per layer, for `capacity` tokens in each of `batch_size` rows."""
+        return tuple(block.mixer.empty_cache(batch_size, capacity, dtype) for block in self.config.blocks)
+
+    def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The input of the first layer for these tokens; mix in vectors of your own and pass it to `apply`."""
+        return self.module.apply({"params": params}, tokens, method="embed")
+
+    def apply(
+        self,
+        params: Params,
+        inputs: Int[Array, "B T"] | Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        caches: tuple[Any, ...] | None = None,
+        *,
+        mask: Mask | None = None,
+        row_length: Int[Array, "B T"] | None = None,
+        layers: tuple[int, int] | None = None,
+        capture: tuple[int, ...] = (),
+    ) -> Forward:
+        """Runs layers a to b - 1 over T new tokens per row; reads the caches, writes nothing.
+
+        inputs: token ids, or hidden states (embeddings, or what an earlier range of layers returned).
+        position: absolute position of each token; for a tree, the row's length plus the node's depth.
+        caches: one per layer of the whole model (`empty_cache`); None means that nothing precedes these tokens.
+        mask: who among the new tokens reads whom; `Causal()` (a chain) by default, `Ancestors` for a tree.
+        row_length: tokens in the row as far as position scaling is concerned; position + 1 by default, and the
+            length of the whole prompt while it is prefilled (only dynamic and longrope scaling read it).
+        layers: (a, b), all by default. capture: after how many layers to keep the hidden states.
+        """
+        first, last = layers or (0, self.config.num_layers)
+        if not 0 <= first <= last <= self.config.num_layers:
+            raise ValueError(f"layers must be a range within 0..{self.config.num_layers}, got {(first, last)}")
+        if any(not first <= index <= last for index in capture):
+            raise ValueError(f"capture must lie in {first}..{last} (layers run before it), got {capture}")
+        if caches is not None and len(caches) != self.config.num_layers:
+            raise ValueError(f"caches must have one entry per layer ({self.config.num_layers}), got {len(caches)}")
+        hidden = self.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+        row_length = position + 1 if row_length is None else jnp.broadcast_to(row_length, position.shape)
+        mask = Causal() if mask is None else mask
+        return self.module.apply(
+            {"params": params}, hidden, position, row_length, caches, mask, (first, last), capture, method="run"
+        )
+
+    def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Next-token logits in float32: final norm, head, soft-cap. Works on the hidden states of any layer."""
+        return self.module.apply({"params": params}, hidden, method="logits")
+
+
+def commit(
+    caches: tuple[Any, ...], rows: tuple[Any, ...], count: Int[Array, " B"], path: Int[Array, "B A"] | None = None
+) -> tuple[Any, ...]:
+    """Writes the accepted rows of every layer: the first `count[b]` tokens of row b, or those of `path[b]`."""
+    return tuple(cache.commit(new, count, path) for cache, new in zip(caches, rows, strict=True))

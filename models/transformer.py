@@ -1,0 +1,103 @@
+"""The network itself, as linen modules: embedding, a stack of blocks, and the head.
+
+Everything that changes is passed in and handed back. One method serves prefill, decoding, chains and token trees: it runs a
+range of layers over T tokens per row, reads the cache, and returns what each layer would add to it.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from decodax.layers.attention.mask import Mask
+from decodax.layers.linear import linear
+from decodax.layers.norm import RMSNorm
+from decodax.layers.weight import fetch
+from decodax.models.config import BlockConfig, ModelConfig
+
+
+class Forward(NamedTuple):
+    """What a run over a range of layers gives.
+
+    hidden: Float[B, T, D], the residual stream after the last layer of the range, before any final norm.
+    rows: one entry per layer of the range, what its cache's `commit` takes.
+    captured: {i: Float[B, T, D]}, the residual stream after i layers (0: the embeddings) for each i asked for.
+    """
+
+    hidden: Float[Array, "B T D"]
+    rows: tuple[Any, ...]
+    captured: dict[int, Float[Array, "B T D"]]
+
+
+class Block(nn.Module):
+    """hidden + mixer(norm(hidden)), then + feed_forward(norm(.)); each part under its name in a profile."""
+
+    config: BlockConfig
+    hidden_size: int
+
+    @nn.compact
+    def __call__(self, hidden, position, row_length, cache, mask):
+        config, size = self.config, self.hidden_size
+
+        def norm(name: str, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            return RMSNorm(config.norm, size, name=name)(inputs)
+
+        mixer = config.mixer.module(size, "mixer")
+        added, rows = mixer(norm("mixer_norm", hidden), position, row_length, cache, mask)
+        if config.post_norms:
+            added = norm("mixer_post_norm", added)
+        hidden = hidden + added
+        added = config.feed_forward.module(size, "feed_forward")(norm("feed_forward_norm", hidden))
+        if config.post_norms:
+            added = norm("feed_forward_post_norm", added)
+        return hidden + added, rows
+
+
+class Transformer(nn.Module):
+    """`embed`, `run` over a range of layers, `logits`; calling the module does all three (that is how it is initialised)."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        described = config.weights()
+        self.embedding = fetch(self, "embedding", described["embedding"])
+        self.blocks = [Block(block, config.hidden_size) for block in config.blocks]
+        self.final_norm = RMSNorm(config.final_norm, config.hidden_size)
+        self.head = self.embedding if config.tie_embeddings else fetch(self, "head", described["head"])
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        hidden = self.embedding[tokens]
+        return hidden * jnp.asarray(self.config.embedding_scale, hidden.dtype)
+
+    def run(
+        self,
+        hidden: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        row_length: Int[Array, "B T"],
+        caches: tuple[Any, ...] | None,
+        mask: Mask,
+        layers: tuple[int, int],
+        capture: tuple[int, ...],
+    ) -> Forward:
+        captured = {layers[0]: hidden} if layers[0] in capture else {}
+        rows = []
+        for index in range(*layers):
+            cache = None if caches is None else caches[index]
+            hidden, new_rows = self.blocks[index](hidden, position, row_length, cache, mask)
+            rows.append(new_rows)
+            if index + 1 in capture:
+                captured[index + 1] = hidden
+        return Forward(hidden, tuple(rows), captured)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        with jax.named_scope("logits"):
+            logits = linear(self.final_norm(hidden), self.head, output_dtype=jnp.float32)
+            cap = self.config.logit_softcap
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def __call__(self, tokens, position, row_length, mask):
+        layers = (0, self.config.num_layers)
+        return self.logits(self.run(self.embed(tokens), position, row_length, None, mask, layers, ()).hidden)
