@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
-
 from decodax.decoding.sampling import choose, token_logprob
 from decodax.decoding.state import DecodeState
 from decodax.models.model import Model, Params, commit
+from jaxtyping import Array, Int
 
 Decode = Callable[..., DecodeState]
 
@@ -27,8 +26,8 @@ def autoregressive(model: Model) -> Decode:
         logits = model.logits(params, out.hidden)[:, 0]
         token = choose(state.sampling, logits, state.history, state.seed, state.length)
         logprob = token_logprob(logits, token)
-        # A sound step has a finite logprob. That the commit asks for it keeps broken rows out of the cache, and lets XLA
-        # write in place (see KVCache.commit).
+        # A sound step has a finite logprob. That the commit asks for it keeps broken rows out of the cache, and lets
+        # XLA write in place (see KVCache.commit).
         sound = jnp.isfinite(logprob)
         emit = ~state.done & sound
         failed = ~state.done & ~sound

@@ -1,10 +1,9 @@
-"""Sizes of buffers: rounded to a few values so that compiled code is reused, and checked against the memory there is."""
+"""Sizes of buffers: rounded to a few values so that compiled code is reused, and checked against free memory."""
 
 import os
 
 import jax
 import jax.numpy as jnp
-
 from decodax.models.model import Model
 
 SMALLEST_BUCKET = 16

@@ -1,7 +1,8 @@
 """The state of a decoding run: frozen, of fixed shapes, and all that a loop carries from step to step.
 
-The last token of each row is pending: known, but not yet in any cache. So the cache holds `length - 1` tokens, prefill needs
-no logits, and every step of every strategy begins alike, with the model run on the pending token (and on drafts after it).
+The last token of each row is pending: known, but not yet in any cache. So the cache holds `length - 1` tokens, prefill
+needs no logits, and every step of every strategy begins alike, with the model run on the pending token (and on drafts
+after it).
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt32
-
 from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.sizes import bucket, check_cache_fits
 from decodax.models.model import Model, Params, commit
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 MAX_CHUNK_TOKENS = 512  # prompt tokens per prefill forward, so that rows waiting for their commit stay small
 
@@ -67,7 +67,7 @@ def init(
     params: Params,
     tokens: Int[Array, "B T"],
     length: Int[Array, " B"],
-    max_new_tokens: int,
+    max_new_tokens: int | Int[Array, " B"],
     seed: UInt32[Array, " B"],
     *,
     sampling: Sampling | None = None,
@@ -83,10 +83,11 @@ def init(
     Raises ValueError for an empty row, token ids outside the vocabulary or shapes that do not match, MemoryError when
     the cache would not fit on the device.
     """
-    tokens, length = np.asarray(tokens, np.int32), np.asarray(length, np.int32)
-    _check_prompt(model, tokens, length, max_new_tokens)
+    tokens, length = np.asarray(tokens), np.asarray(length, np.int32)
+    limit = length + np.asarray(max_new_tokens, np.int32)
+    _check_prompt(model, tokens, length, limit)
     batch, longest = tokens.shape[0], int(length.max())
-    capacity = bucket(longest + max_new_tokens)
+    capacity = bucket(int(limit.max()))
     dtype = cache_dtype or jax.tree.leaves(params)[0].dtype
     check_cache_fits(model, batch, capacity, dtype)
     sampling = Sampling.create(batch, model.config.vocab_size) if sampling is None else sampling
@@ -99,7 +100,7 @@ def init(
         dtype,
         jnp.asarray(padded),
         jnp.asarray(length),
-        jnp.asarray(length + max_new_tokens),
+        jnp.asarray(limit),
         jnp.asarray(seed, jnp.uint32),
         jnp.asarray(stops),
         sampling,
@@ -112,12 +113,12 @@ def init(
     return state
 
 
-def _check_prompt(model: Model, tokens: np.ndarray, length: np.ndarray, max_new_tokens: int) -> None:
+def _check_prompt(model: Model, tokens: np.ndarray, length: np.ndarray, limit: np.ndarray) -> None:
     """Raises ValueError with the row and what to do when a prompt cannot be run."""
     if tokens.ndim != 2 or length.shape != tokens.shape[:1]:
         raise ValueError(f"tokens must be [B, T] and length [B], got shapes {tokens.shape} and {length.shape}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if limit.shape != length.shape or np.any(limit <= length):
+        raise ValueError(f"max_new_tokens must be at least 1, for all rows or for each, got {limit - length}")
     for row, (ids, count) in enumerate(zip(tokens, length, strict=True)):
         if not 1 <= count <= tokens.shape[1]:
             raise ValueError(f"length must be in 1..{tokens.shape[1]} (tokens of the row), got {count} in row {row}")
@@ -161,8 +162,8 @@ def _prefill_chunk(model: Model, chunk: int, params: Params, state: DecodeState,
         params, tokens, position, state.caches, row_length=jnp.maximum(state.length[:, None], 1), capture=(last,)
     )
     wanted = jnp.clip(state.length - 1 - start, 0, chunk)
-    # The last layer's output is not needed, so its input tells whether the row is sound; and as the count depends on it,
-    # the caches are written in place (see KVCache.commit).
+    # The last layer's output is not needed, so its input tells whether the row is sound; and as the count depends on
+    # it, the caches are written in place (see KVCache.commit).
     real = jnp.arange(chunk) < wanted[:, None]
     sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
     count = jnp.where(sound & ~state.failed, wanted, 0)

@@ -10,10 +10,9 @@ from typing import Protocol
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
-
 from decodax.layers.linear import linear
 from decodax.layers.weight import Weight, fetch
+from jaxtyping import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,

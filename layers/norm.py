@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from decodax.layers.weight import Weight, fetch
+from jaxtyping import Array, Float
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Rotary position embedding and the published ways to stretch it to longer contexts.
 
-RoFormer, arXiv 2104.09864: pair j of a head's coordinates (j and j + rotary_size / 2, Hugging Face's half-split order) is
-rotated by position x frequency_j, with frequency_j = base^(-2 j / rotary_size). A scaling changes the frequencies:
+RoFormer, arXiv 2104.09864: pair j of a head's coordinates (j and j + rotary_size / 2, Hugging Face's half-split order)
+is rotated by position x frequency_j, with frequency_j = base^(-2 j / rotary_size). A scaling changes the frequencies:
 
 | scaling  | source                                  | idea                                                        |
 |----------|-----------------------------------------|-------------------------------------------------------------|
@@ -11,9 +11,9 @@ rotated by position x frequency_j, with frequency_j = base^(-2 j / rotary_size).
 | yarn     | YaRN, arXiv 2309.00071                   | a ramp between kept and divided, and hotter attention      |
 | longrope | LongRoPE, arXiv 2402.13753               | one searched factor per frequency, short and long lists    |
 
-Dynamic and longrope depend on how long the row is. That length is an argument (`row_length`), because the positions of one
-forward do not tell it: a prompt prefilled in chunks must rotate every chunk as the whole prompt does. During decoding each
-token's row ends with itself, which is also what transformers does with its cache.
+Dynamic and longrope depend on how long the row is. That length is an argument (`row_length`), because the positions of
+one forward do not tell it: a prompt prefilled in chunks must rotate every chunk as the whole prompt does. During
+decoding each token's row ends with itself, which is also what transformers does with its cache.
 """
 
 import math
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -47,18 +48,30 @@ class Rope:
         if self.rotary_size % 2 or self.rotary_size <= 0:
             raise ValueError(f"rotary_size must be even and positive (coordinates), got {self.rotary_size}")
 
-    def plain_frequencies(self, base: Float[Array, "..."] | float | None = None) -> Float[Array, "... J"]:
-        """base^(-2 j / rotary_size) for j = 0 .. rotary_size / 2 - 1."""
-        exponent = jnp.arange(0, self.rotary_size, 2, dtype=jnp.float32) / self.rotary_size
-        base = jnp.asarray(self.base if base is None else base, jnp.float32)
-        return 1.0 / (base[..., None] ** exponent.reshape((1,) * base.ndim + (-1,)))
+    @property
+    def exponents(self) -> Float[np.ndarray, " J"]:
+        """2 j / rotary_size for j = 0 .. rotary_size / 2 - 1."""
+        return np.arange(0, self.rotary_size, 2, dtype=np.float32) / np.float32(self.rotary_size)
+
+    @property
+    def powers(self) -> Float[np.ndarray, " J"]:
+        """base^(2 j / rotary_size), whose inverses are the plain frequencies, rounded where PyTorch rounds.
+
+        One unit in the last place of a frequency is 0.006 radians at position 100,000, so the rounding that the models
+        were trained with matters there: exponents and powers in float32, each correctly rounded, on every device.
+        """
+        return (np.float64(self.base) ** self.exponents.astype(np.float64)).astype(np.float32)
+
+    def plain_frequencies(self) -> Float[np.ndarray, " J"]:
+        """base^(-2 j / rotary_size)."""
+        return np.float32(1) / self.powers
 
     def angles(
         self, position: Int[Array, "B T"], row_length: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T J"], Float[Array, "B T J"]]:
         """cos and sin of every pair's angle, in float32."""
         if self.scaling is None:
-            frequencies, magnitude = self.plain_frequencies(), 1.0
+            frequencies, magnitude = jnp.asarray(self.plain_frequencies()), 1.0
         else:
             frequencies, magnitude = self.scaling.frequencies(self, row_length), self.scaling.attention_factor
         frequencies = frequencies if frequencies.ndim == 3 else frequencies[None, None, :]
@@ -84,12 +97,12 @@ class LinearScaling:
     attention_factor: ClassVar[float] = 1.0
 
     def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, " J"]:
-        return rope.plain_frequencies() / self.factor
+        return jnp.asarray(rope.plain_frequencies() / np.float32(self.factor))
 
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """Beyond `original_length` tokens the base grows: base x (factor r - factor + 1)^(d / (d - 2)), r = length / original."""
+    """Beyond the original length the base grows: base (factor r - factor + 1)^(d / (d - 2)), r = length / original."""
 
     factor: float
     original_length: int
@@ -98,7 +111,10 @@ class DynamicScaling:
     def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, "B T J"]:
         length = jnp.maximum(row_length, self.original_length).astype(jnp.float32)
         growth = self.factor * length / self.original_length - (self.factor - 1)
-        return rope.plain_frequencies(rope.base * growth ** (rope.rotary_size / (rope.rotary_size - 2)))
+        base = rope.base * growth ** (rope.rotary_size / (rope.rotary_size - 2))
+        stretched = 1.0 / base[..., None] ** rope.exponents[None, None, :]
+        plain = rope.plain_frequencies()[None, None, :]
+        return jnp.where(row_length[..., None] > self.original_length, stretched, plain)
 
 
 @dataclass(frozen=True)
@@ -115,8 +131,8 @@ class Llama3Scaling:
         plain = rope.plain_frequencies()
         turns = self.original_length * plain / (2 * math.pi)
         low, high = self.low_frequency_factor, self.high_frequency_factor
-        smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        return (1 - smooth) * plain / self.factor + smooth * plain
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return jnp.asarray((1 - smooth) * plain / self.factor + smooth * plain)
 
 
 @dataclass(frozen=True)
@@ -144,14 +160,14 @@ class YarnScaling:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, size - 1)
         width = (high - low) or 0.001
-        divided = jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / width, 0.0, 1.0)
-        plain = rope.plain_frequencies()
-        return plain / self.factor * divided + plain * (1 - divided)
+        divided = np.clip((np.arange(half, dtype=np.float32) - low) / width, 0.0, 1.0)
+        kept = 1 - divided
+        return jnp.asarray((1 - kept) / (np.float32(self.factor) * rope.powers) + kept / rope.powers)
 
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """Each frequency is divided by its own factor: `long_factor` for rows beyond `original_length`, else `short_factor`."""
+    """Each frequency has its own divisor: `long_factor` for rows beyond `original_length`, else `short_factor`."""
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -159,6 +175,6 @@ class LongRopeScaling:
     attention_factor: float
 
     def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, "B T J"]:
-        short, long = (jnp.asarray(f, jnp.float32)[None, None, :] for f in (self.short_factor, self.long_factor))
-        factor = jnp.where(row_length[..., None] > self.original_length, long, short)
-        return rope.plain_frequencies()[None, None, :] / factor
+        powers = rope.powers[None, None, :]
+        short, long = (1 / (np.float32(f)[None, None, :] * powers) for f in (self.short_factor, self.long_factor))
+        return jnp.where(row_length[..., None] > self.original_length, long, short)

@@ -1,8 +1,8 @@
 """One description per weight: its shape, its logical axes and how it starts.
 
-Shapes for loading, shardings for a mesh and initial values all derive from it. Weights are fetched by `fetch` and not by
-linen's own shape check, so that a leaf may later be something else than a plain array (a packed quantised tensor) as long
-as it says the same logical shape.
+Shapes for loading, shardings for a mesh and initial values all derive from it. Weights are fetched by `fetch` and not
+by linen's own shape check, so that a leaf may later be something else than a plain array (a packed quantised tensor) as
+long as it says the same logical shape.
 
 Matrices are stored as Hugging Face stores them, [outputs, inputs], and always two-dimensional: a projection kept as
 [heads, head size, inputs] was measured at half the decode speed on CPU, because XLA transposes it at every step.
@@ -14,17 +14,16 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
-
 from decodax.layers.axes import AXES
+from jaxtyping import Array
 
 
 @dataclass(frozen=True)
 class Weight:
     """What a weight is: `axes` names each dimension by its letters (("NH", "D") for heads x head size by width).
 
-    The first letter of a dimension is the one a mesh may split. `init` is "normal" (scaled by the square root of the last
-    dimension, its inputs), "ones" or "zeros".
+    The first letter of a dimension is the one a mesh may split. `init` is "normal" (scaled by the square root of the
+    last dimension, its inputs), "ones" or "zeros".
     """
 
     axes: tuple[str, ...]

@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from decodax.layers.attention.mask import Causal, Mask
 from decodax.models.config import ModelConfig
 from decodax.models.transformer import Forward, Transformer
+from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
 

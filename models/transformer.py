@@ -1,7 +1,7 @@
 """The network itself, as linen modules: embedding, a stack of blocks, and the head.
 
-Everything that changes is passed in and handed back. One method serves prefill, decoding, chains and token trees: it runs a
-range of layers over T tokens per row, reads the cache, and returns what each layer would add to it.
+Everything that changes is passed in and handed back. One method serves prefill, decoding, chains and token trees: it
+runs a range of layers over T tokens per row, reads the cache, and returns what each layer would add to it.
 """
 
 from typing import Any, NamedTuple
@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from decodax.layers.attention.mask import Mask
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm
 from decodax.layers.weight import fetch
 from decodax.models.config import BlockConfig, ModelConfig
+from jaxtyping import Array, Float, Int
 
 
 class Forward(NamedTuple):
@@ -56,7 +55,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`embed`, `run` over a range of layers, `logits`; calling the module does all three (that is how it is initialised)."""
+    """`embed`, `run` over a range of layers, `logits`; calling the module does all three, to initialise it."""
 
     config: ModelConfig
 

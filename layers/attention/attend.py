@@ -1,18 +1,18 @@
 """Attention: the only entry through which a layer reads its cache and its new tokens.
 
-softmax(scale q k^T + mask) v over the union of the cached keys and the keys of this forward, with grouped heads (GQA, arXiv
-2305.13245) and an optional soft-cap on the scores (Gemma 2, arXiv 2408.00118). The two parts are merged by the online softmax of
-FlashAttention-2 (arXiv 2307.08691), so no score array over the whole cache exists, and the cache is never concatenated.
+softmax(scale q k^T + mask) v over the union of the cached keys and the keys of this forward, with grouped heads (GQA,
+arXiv 2305.13245) and an optional soft-cap on the scores (Gemma 2, arXiv 2408.00118). The two parts are merged by the
+online softmax of FlashAttention-2 (arXiv 2307.08691), so no score array over the whole cache exists, and the cache is
+never concatenated.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.kv_cache.full import KVCache
+from jaxtyping import Array, Bool, Float, Int
 
 BLOCK_TOKENS = 256  # cached tokens per step on CPU: 128 to 512 were measured, 256 reads fastest
 _MASKED = -1e30  # finite, so that a fully masked tile gives weights that later tiles wipe out, and never NaN
@@ -40,8 +40,9 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Each query's mixture of the values it may read, cached and new; every query must be allowed to read itself.
 
-    `block_tokens` sets how many cached tokens one step reads. By default on CPU it is BLOCK_TOKENS, in a loop that stops
-    after the longest row; on accelerators, where such a loop costs a host round trip per step, the whole cache at once.
+    `block_tokens` sets how many cached tokens one step reads. By default on CPU it is BLOCK_TOKENS, in a loop that
+    stops after the longest row; on accelerators, where such a loop costs a host round trip per step, the whole cache at
+    once.
     """
     batch, num_queries, num_heads, head_size = query.shape
     num_kv_heads = key.shape[1]
@@ -60,9 +61,7 @@ def attend(
         maximum = jnp.maximum(seen.maximum, jnp.max(score, axis=-1))
         weight = jnp.exp(score - maximum[..., None])
         decay = jnp.exp(seen.maximum - maximum)
-        mixed = jnp.einsum(
-            "bkqs,bksh->bkqh", weight.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
+        mixed = jnp.einsum("bkqs,bksh->bkqh", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
         total = seen.total * decay + jnp.sum(weight, axis=-1)
         return _Partial(maximum, total, seen.output * decay[..., None] + mixed)
 
@@ -85,11 +84,10 @@ def _absorb_cache(seen, scores, absorb, queries: Tokens, mask: Mask, cache: KVCa
     def step(block: Int[Array, ""], seen: _Partial) -> _Partial:
         # The last block may not fit: it starts earlier, and skips what the block before it has read.
         start = jnp.minimum(block * block_tokens, cache.capacity - block_tokens)
-        slot = start + jnp.arange(block_tokens, dtype=jnp.int32)
-        unread = slot >= block * block_tokens
-        allowed = mask.allows(queries, Tokens(slot[None, :], is_new=False))[:, None]
-        allowed = allowed & (cache.filled(slot) & unread)[:, :, None, :]
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, block_tokens, axis=2) for x in (cache.key, cache.value))
+        keys, values, cached_position, filled = cache.read(start, block_tokens)
+        unread = start + jnp.arange(block_tokens) >= block * block_tokens
+        allowed = mask.allows(queries, Tokens(cached_position, is_new=False))[:, None]
+        allowed = allowed & (filled & unread)[:, :, None, :]
         return absorb(seen, scores(keys, allowed), values)
 
     if block_tokens == cache.capacity:

@@ -1,9 +1,11 @@
 """The plain key-value cache: every token's keys and values, one fixed-size buffer per layer.
 
-A layer only reads it and hands back its new rows (`KVRows`); `commit` writes the accepted ones afterwards. Rejected tokens
-therefore never enter a cache, and rolling back means writing nothing (or lowering `length`). Slot s holds position s.
+A layer only reads it and hands back its new rows (`KVRows`); `commit` writes the accepted ones afterwards. Rejected
+tokens therefore never enter a cache, and rolling back means writing nothing (or lowering `length`). Slot s holds
+position s.
 
-Layout [B, K, S, H]: on CPU all layouts of keys and values read within 10 % of each other, and this one writes rows whole.
+Layout [B, K, S, H]: on CPU all layouts of keys and values read within 10 % of each other, and this one writes rows
+whole.
 """
 
 from typing import Self
@@ -55,18 +57,22 @@ class KVCache:
     def capacity(self) -> int:
         return self.key.shape[2]
 
-    def filled(self, slot: Int[Array, " S"]) -> Bool[Array, "B #K S"]:
-        """Whether these slots hold a token that may be read; `slot` must be consecutive and inside the cache."""
+    def read(
+        self, start: Int[Array, ""], num_tokens: int
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "#B S"], Bool[Array, "B #K S"]]:
+        """Keys, values, positions and validity of `num_tokens` consecutive slots; `start` must leave room for them."""
+        key, value = (jax.lax.dynamic_slice_in_dim(x, start, num_tokens, axis=2) for x in (self.key, self.value))
+        slot = start + jnp.arange(num_tokens, dtype=jnp.int32)
         filled = (slot[None, :] < self.length[:, None])[:, None, :]
         if self.kept is not None:
-            filled = filled & jax.lax.dynamic_slice_in_dim(self.kept, slot[0], slot.shape[0], axis=2)
-        return filled
+            filled = filled & jax.lax.dynamic_slice_in_dim(self.kept, start, num_tokens, axis=2)
+        return key, value, slot[None, :], filled
 
     def commit(self, rows: KVRows, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> Self:
         """Appends `count[b]` of a row's tokens: the first ones, or those listed in `path[b]` (node indices of a tree).
 
-        The caller makes sure that they fit; what does not is dropped. To let XLA write in place inside a loop, `count` has
-        to depend on what the reads of this cache led to, as the outcome of a verification does.
+        The caller makes sure that they fit; what does not is dropped. To let XLA write in place inside a loop, `count`
+        has to depend on what the reads of this cache led to, as the outcome of a verification does.
         """
         key, value, kept = rows.key, rows.value, rows.kept
         if path is not None:

@@ -1,7 +1,7 @@
 """Softmax attention with grouped key-value heads, as in Llama, Mistral, Qwen and Gemma.
 
-GQA, arXiv 2305.13245. The options cover what those families differ in: biases, a norm on each head's query and key (Qwen 3), a
-window (Mistral), the scale of the scores and a soft-cap on them (Gemma 2).
+GQA, arXiv 2305.13245. The options cover what those families differ in: biases, a norm on each head's query and key
+(Qwen 3), a window (Mistral), the scale of the scores and a soft-cap on them (Gemma 2).
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.mask import Mask, Window
 from decodax.layers.kv_cache.full import KVCache, KVRows
@@ -18,6 +16,7 @@ from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.weight import Weight, fetch
+from jaxtyping import Array, Float, Int
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,9 @@ class GQAConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 token (the query itself), got {self.window}")
         if self.rope.rotary_size > self.head_size:

@@ -1,0 +1,61 @@
+"""The functions most users need: load a model, generate with it, read its logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decodax.decoding.generation import Generation
+from decodax.decoding.generation import generate as _generate
+from decodax.decoding.options import GenerateOptions
+from decodax.models.load import LanguageModel, load
+from decodax.models.model import Model, Params
+from jaxtyping import Array, Float, Int
+
+__all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
+
+
+def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
+    """Continues one prompt or many, text or token ids, as one batch.
+
+    Options are those of `GenerateOptions`: max_new_tokens, temperature, top_k, top_p, min_p, typical_p,
+    repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_new_tokens, stop, stop_token_ids, seed,
+    strategy, on_text, block_tokens. Greedy unless a temperature is given.
+
+    Returns a `Generation` with lists `.tokens`, `.text`, `.logprobs`, `.finish_reasons` (one entry per prompt) and
+    `.stats`. Raises TypeError for an option that does not exist, ValueError for values and prompts that cannot be run,
+    MemoryError when the cache would not fit.
+
+    >>> import decodax
+    >>> lm = decodax.load()
+    >>> out = decodax.generate(lm, "def fibonacci(n):", max_new_tokens=8)
+    >>> len(out.tokens[0])
+    8
+    """
+    return _generate(lm, prompts, GenerateOptions.read(options))
+
+
+def logits(lm: LanguageModel, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Next-token logits in float32 after every token of full rows (no padding).
+
+    Raises ValueError for another shape, ids outside the vocabulary or rows beyond the context.
+    """
+    rows = np.asarray(tokens)
+    if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be whole numbers of shape [B, T], got {rows.dtype} of shape {rows.shape}")
+    if rows.min() < 0 or rows.max() >= lm.config.vocab_size:
+        raise ValueError(f"token ids must be in 0..{lm.config.vocab_size - 1}, got {rows.min()}..{rows.max()}")
+    if rows.shape[1] > lm.config.max_position_embeddings:
+        raise ValueError(
+            f"rows hold {rows.shape[1]} tokens, the model's context is {lm.config.max_position_embeddings}"
+        )
+    return _logits(lm.model, lm.params, jnp.asarray(rows, jnp.int32))
+
+
+def _full_forward(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    row_length = jnp.full(tokens.shape, tokens.shape[1], jnp.int32)
+    return model.logits(params, model.apply(params, tokens, position, row_length=row_length).hidden)
+
+
+_logits = jax.jit(_full_forward, static_argnums=0)

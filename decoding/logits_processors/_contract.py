@@ -1,0 +1,70 @@
+"""The contract of this folder: logits of the next token in, changed logits out.
+
+A processor is one frozen dataclass with one verb. Its settings are arrays with one value per row, so that two rows of a
+batch may differ and a new value never recompiles. What it may look at besides the logits stands in `History`.
+"""
+
+import dataclasses
+from typing import ClassVar, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from decodax.layers import pytree
+from jaxtyping import Array, Bool, Float32, Int, Int32
+
+
+@pytree.dataclass
+class History:
+    """What a row has read and written so far.
+
+    The counts, how often each token stands in the prompt and in the output, cost 8 bytes per row and vocabulary entry;
+    they are None where no active processor has `needs_counts`.
+    """
+
+    prompt_counts: Int32[Array, "B V"] | None
+    output_counts: Int32[Array, "B V"] | None
+    num_new_tokens: Int32[Array, "B"]
+
+    @classmethod
+    def start(
+        cls, tokens: Int[Array, "B T"], length: Int[Array, "B"], *, vocab_size: int, with_counts: bool
+    ) -> "History":
+        """The history of rows whose prompt is the first `length` of `tokens`, and which have written nothing."""
+        num_rows, num_tokens = tokens.shape
+        num_new_tokens = jnp.zeros(num_rows, jnp.int32)
+        if not with_counts:
+            return cls(None, None, num_new_tokens)
+        is_prompt = jnp.arange(num_tokens)[None, :] < length[:, None]
+        zeros = jnp.zeros((num_rows, vocab_size), jnp.int32)
+        counts = zeros.at[jnp.arange(num_rows)[:, None], tokens].add(is_prompt.astype(jnp.int32), mode="drop")
+        return cls(counts, zeros, num_new_tokens)
+
+    def counts(self) -> tuple[Int32[Array, "B V"], Int32[Array, "B V"]]:
+        """Counts in the prompt and in the output; raises ValueError where they are not kept."""
+        if self.prompt_counts is None or self.output_counts is None:
+            raise ValueError(
+                "a processor needs token counts, but the history holds none: "
+                "start it with with_counts=sampling.needs_counts"
+            )
+        return self.prompt_counts, self.output_counts
+
+    def record(self, token: Int[Array, "B"], active: Bool[Array, "B"]) -> "History":
+        """The history after each row that is `active` wrote `token`; the others stay as they are."""
+        increment = active.astype(jnp.int32)
+        counts = self.output_counts
+        if counts is not None:
+            counts = counts.at[jnp.arange(token.shape[0]), token].add(increment, mode="drop")
+        return dataclasses.replace(self, output_counts=counts, num_new_tokens=self.num_new_tokens + increment)
+
+
+@runtime_checkable
+class LogitsProcessor(Protocol):
+    """One way to change the logits of the next token, row by row.
+
+    The input holds no NaN and at least one finite value per row, and so does the output. A forbidden token is -inf.
+    `needs_counts` says whether the counts of `History` are read. Each class also has `create(option, ...)`, which
+    checks one option of `Sampling.create` on the host and returns None where the option leaves every row as it is.
+    """
+
+    needs_counts: ClassVar[bool]
+
+    def __call__(self, logits: Float32[Array, "B V"], history: History) -> Float32[Array, "B V"]: ...

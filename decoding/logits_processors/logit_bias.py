@@ -1,0 +1,63 @@
+"""Adds a chosen number to the logits of chosen tokens; -inf forbids a token.
+
+As in OpenAI's API and vLLM: a mapping from token id to bias, here one for all rows or one per row.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from decodax.decoding.logits_processors._contract import History
+from decodax.layers import pytree
+from jaxtyping import Array, Float32, Int32
+
+Bias = Mapping[int, float]
+
+
+def _check(bias: Bias, vocab_size: int) -> None:
+    """Raises ValueError for a token outside the vocabulary, or a bias that would turn a logit into NaN or +inf."""
+    for token, value in bias.items():
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+            raise ValueError(f"logit_bias: token ids must be in 0..{vocab_size - 1} (vocabulary), got {token!r}")
+        with np.errstate(over="ignore"):
+            rounded = np.float32(value)
+        if np.isnan(rounded) or rounded == np.inf:
+            raise ValueError(f"logit_bias: a bias must be a finite number or -inf, got {value!r} for token {token}")
+
+
+@pytree.dataclass
+class LogitBias:
+    """logit[tokens] -> logit[tokens] + bias; entries whose token is the vocabulary size are padding.
+
+    Logits (4, 3, 1) with the bias {0: -1.5, 2: -inf} become (2.5, 3, -inf).
+    """
+
+    tokens: Int32[Array, "B M"]  # M: entries per row, the longest row's rounded up to a power of two
+    bias: Float32[Array, "B M"]
+    needs_counts: ClassVar[bool] = False
+
+    @classmethod
+    def create(
+        cls, option: Bias | Sequence[Bias | None] | None, *, batch_size: int, vocab_size: int
+    ) -> "LogitBias | None":
+        rows = [option] * batch_size if option is None or isinstance(option, Mapping) else list(option)
+        if len(rows) != batch_size:
+            raise ValueError(f"logit_bias must be one mapping, or one per row ({batch_size} rows), got {len(rows)}")
+        rows = [row or {} for row in rows]
+        for row in rows:
+            _check(row, vocab_size)
+        longest = max((len(row) for row in rows), default=0)
+        if longest == 0:
+            return None
+        num_entries = 1 << (longest - 1).bit_length()  # so that a few more entries do not recompile
+        tokens = np.full((batch_size, num_entries), vocab_size, np.int32)
+        bias = np.zeros((batch_size, num_entries), np.float32)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = list(row.keys())
+            bias[index, : len(row)] = list(row.values())
+        return cls(jnp.asarray(tokens), jnp.asarray(bias))
+
+    def __call__(self, logits: Float32[Array, "B V"], history: History) -> Float32[Array, "B V"]:
+        row = jnp.arange(logits.shape[0])[:, None]
+        return logits.at[row, self.tokens].add(self.bias, mode="drop")

@@ -1,0 +1,41 @@
+"""Lowers, by a fixed amount, the logit of every token that was already written.
+
+As in OpenAI's API and vLLM: only the output counts, not the prompt, and once is enough. A negative penalty encourages
+repetition.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from decodax.decoding.logits_processors._contract import History
+from decodax.decoding.logits_processors._options import Option, per_row
+from decodax.layers import pytree
+from jaxtyping import Array, Float32
+
+
+@pytree.dataclass
+class PresencePenalty:
+    """logit -> logit - penalty * (1 if the token was written, else 0). 0 is off.
+
+    With penalty 0.5, logits (4, 3, 1) of tokens written 0, 1 and 3 times become (4, 2.5, 0.5).
+    """
+
+    penalty: Float32[Array, "B"]
+    needs_counts: ClassVar[bool] = True
+
+    @classmethod
+    def create(cls, option: Option, *, batch_size: int) -> "PresencePenalty | None":
+        rows = per_row(
+            "presence_penalty",
+            option,
+            batch_size=batch_size,
+            neutral=0.0,
+            is_valid=np.isfinite,
+            expected="a finite number (0: off)",
+        )
+        return None if (rows == 0).all() else cls(jnp.asarray(rows))
+
+    def __call__(self, logits: Float32[Array, "B V"], history: History) -> Float32[Array, "B V"]:
+        _, in_output = history.counts()
+        return jnp.where(in_output > 0, logits - self.penalty[:, None], logits)

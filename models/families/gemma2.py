@@ -1,0 +1,41 @@
+"""Gemma 2: every second layer slides, scores and logits are soft-capped, and norms stand on both sides of each part.
+
+Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118.
+"""
+
+from decodax.models.families._contract import BLOCK_TENSORS, Family
+
+FAMILY = Family(
+    model_type="gemma2",
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    # Of two spellings of one thing, transformers reads hidden_activation and sliding_window; the cache is decodax's own.
+    ignored=frozenset({"hidden_act", "sliding_window_size", "cache_implementation"}),
+    slides=lambda fields, layer: layer % 2 == 0,
+    activation_field="hidden_activation",
+    score_scale_field="query_pre_attn_scalar",
+    qkv_bias="attention_bias",
+    out_bias="attention_bias",
+    unit_offset_norms=True,
+    post_norms=True,
+    scaled_embedding=True,
+    block_tensors={
+        **BLOCK_TENSORS,
+        "mixer_post_norm/weight": "post_attention_layernorm.weight",
+        "feed_forward_norm/weight": "pre_feedforward_layernorm.weight",
+        "feed_forward_post_norm/weight": "post_feedforward_layernorm.weight",
+    },
+)

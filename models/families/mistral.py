@@ -1,0 +1,21 @@
+"""Mistral 7B and its successors of that shape: Llama with a sliding window in every layer (or none at all).
+
+Mistral 7B, arXiv 2310.06825.
+"""
+
+from decodax.models.families._contract import Family
+
+FAMILY = Family(
+    model_type="mistral",
+    defaults={
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "sliding_window": 4096,
+    },
+    slides=lambda fields, layer: fields["sliding_window"] is not None,
+)

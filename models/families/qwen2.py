@@ -1,0 +1,25 @@
+"""Qwen2 and Qwen2.5: biases on query, key and value; from `max_window_layers` on, layers may slide.
+
+Qwen2 Technical Report, arXiv 2407.10671; Qwen2.5 Technical Report, arXiv 2412.15115.
+"""
+
+from decodax.models.families._contract import Family
+
+FAMILY = Family(
+    model_type="qwen2",
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+    },
+    slides=lambda fields, layer: fields["sliding_window"] is not None and layer >= fields["max_window_layers"],
+    qkv_bias=True,
+)
