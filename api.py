@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
+
 from decodax.decoding.generation import Generation
 from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
 from decodax.models.load import LanguageModel, load
 from decodax.models.model import Model, Params
-from jaxtyping import Array, Float, Int
 
 __all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
 
@@ -35,7 +36,7 @@ def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
     return _generate(lm, prompts, GenerateOptions.read(options))
 
 
-def logits(lm: LanguageModel, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+def logits(lm: LanguageModel, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
     """Next-token logits in float32 after every token of full rows (no padding).
 
     Raises ValueError for another shape, ids outside the vocabulary or rows beyond the context.

@@ -6,14 +6,16 @@ The reference that every faster strategy is compared with, and the smallest exam
     state = jax.jit(decode, donate_argnums=1)(params, state)
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
+
 from decodax.decoding.sampling import choose, token_logprob
 from decodax.decoding.state import DecodeState
 from decodax.models.model import Model, Params, commit
-from jaxtyping import Array, Int
 
 Decode = Callable[..., DecodeState]
 
@@ -31,7 +33,8 @@ def autoregressive(model: Model) -> Decode:
         sound = jnp.isfinite(logprob)
         emit = ~state.done & sound
         failed = ~state.done & ~sound
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             caches=commit(state.caches, out.rows, emit.astype(jnp.int32)),
             failed=state.failed | failed,
             done=state.done | failed,

@@ -4,6 +4,7 @@ The loop runs uninterrupted to the end unless stop strings or streaming ask for 
 tokens.
 """
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from decodax.decoding import state as decode_state
 from decodax.decoding.autoregressive import Decode, autoregressive
 from decodax.decoding.compile_clock import compile_seconds
@@ -143,7 +145,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     jax.block_until_ready(state.length)
     prefill_seconds = clock.lap()
     prefill_forwards = int(state.num_target_forwards)
-    watcher = TextWatcher(lm, options, lengths)
+    watcher = TextWatcher(lm, options, lengths.tolist())
     state = _decode(_compiled(make_decode, lm.model), lm.params, state, watcher)
     jax.block_until_ready(state.length)
     decode_seconds = clock.lap()
@@ -171,7 +173,7 @@ def _decode(decode: Decode, params: Any, state: DecodeState, watcher: TextWatche
         return decode(params, state)
     while not bool(jnp.all(state.done)):
         state = decode(params, state, watcher.options.block_tokens)
-        state = state.replace(done=state.done | jnp.asarray(watcher.look(state)))
+        state = dataclasses.replace(state, done=state.done | jnp.asarray(watcher.look(state)))
     watcher.finish()
     return state
 

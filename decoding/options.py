@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
+
 from decodax.decoding.logits_processors._options import Option
 from decodax.decoding.logits_processors.logit_bias import Bias
 from decodax.decoding.sampling import Sampling

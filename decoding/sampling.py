@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
+
 from decodax.decoding.logits_processors import METHODS, History, LogitsProcessor
 from decodax.decoding.logits_processors._largest import largest_token
 from decodax.decoding.logits_processors._options import Option
@@ -25,8 +28,6 @@ from decodax.decoding.logits_processors.top_p import TopP
 from decodax.decoding.logits_processors.typical_p import TypicalP
 from decodax.decoding.random import Draw, draw_keys, gumbel
 from decodax.layers import pytree
-from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 # At temperature 0 one token holds all the probability, so none of these changes anything.
 _SHAPE_THE_DRAW = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})

@@ -3,7 +3,8 @@
 import os
 
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from decodax.models.model import Model
 
 SMALLEST_BUCKET = 16
@@ -21,7 +22,7 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
-def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: jnp.dtype) -> int:
+def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: DTypeLike) -> int:
     """Bytes of an empty cache, without making it."""
     shapes = jax.eval_shape(lambda: model.empty_cache(batch_size, capacity, dtype))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
@@ -50,7 +51,7 @@ def _available_host_bytes() -> int | None:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_cache_fits(model: Model, batch_size: int, capacity: int, dtype: jnp.dtype) -> None:
+def check_cache_fits(model: Model, batch_size: int, capacity: int, dtype: DTypeLike) -> None:
     """Raises MemoryError, with what would fit, when a cache of this size is larger than the free memory."""
     needed, free = cache_bytes(model, batch_size, capacity, dtype), free_bytes()
     if free is None or needed <= free:

@@ -5,6 +5,7 @@ needs no logits, and every step of every strategy begins alike, with the model r
 after it).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,17 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
+
 from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.sizes import bucket, check_cache_fits
+from decodax.layers import pytree
 from decodax.models.model import Model, Params, commit
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt32
 
+HostOrDevice = np.ndarray | Array
 MAX_CHUNK_TOKENS = 512  # prompt tokens per prefill forward, so that rows waiting for their commit stay small
 
 
-@struct.dataclass
+@pytree.dataclass
 class DecodeState:
     """Everything about B rows that are being continued; `tokens` holds prompt and output, filled up to `length`.
 
@@ -51,9 +55,10 @@ class DecodeState:
         """Adds one token to the rows that `emit`; a row is done after a stop token or at its limit."""
         row = jnp.arange(token.shape[0])
         slot = jnp.where(emit, self.length, self.tokens.shape[1])
-        length = self.length + emit
+        length = self.length + emit.astype(jnp.int32)
         stopped = jnp.any(token[:, None] == self.stop_token_ids, axis=1)
-        return self.replace(
+        return dataclasses.replace(
+            self,
             tokens=self.tokens.at[row, slot].set(token, mode="drop"),
             logprobs=self.logprobs.at[row, slot].set(logprob, mode="drop"),
             length=length,
@@ -65,14 +70,14 @@ class DecodeState:
 def init(
     model: Model,
     params: Params,
-    tokens: Int[Array, "B T"],
-    length: Int[Array, " B"],
-    max_new_tokens: int | Int[Array, " B"],
-    seed: UInt32[Array, " B"],
+    tokens: Int[HostOrDevice, "B T"],
+    length: Int[HostOrDevice, " B"],
+    max_new_tokens: int | Int[HostOrDevice, " B"],
+    seed: Integer[HostOrDevice, " B"],
     *,
     sampling: Sampling | None = None,
     stop_token_ids: Sequence[int] = (),
-    cache_dtype: jnp.dtype | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> DecodeState:
     """The state after reading the prompts: row b's prompt is `tokens[b, :length[b]]`, the rest of the row is padding.
 
@@ -164,10 +169,11 @@ def _prefill_chunk(model: Model, chunk: int, params: Params, state: DecodeState,
     wanted = jnp.clip(state.length - 1 - start, 0, chunk)
     # The last layer's output is not needed, so its input tells whether the row is sound; and as the count depends on
     # it, the caches are written in place (see KVCache.commit).
-    real = jnp.arange(chunk) < wanted[:, None]
+    real = jnp.arange(chunk)[None, :] < wanted[:, None]
     sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
     count = jnp.where(sound & ~state.failed, wanted, 0)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         caches=commit(state.caches, out.rows, count),
         failed=state.failed | ~sound,
         done=state.done | ~sound,

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.state import DecodeState
+from decodax.models.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -21,7 +23,7 @@ class TextWatcher:
         self.text = [""] * count  # text so far, up to a stop string
         self.streamed = [0] * count  # characters given to on_text
         self.num_kept: list[int | None] = [None] * count  # tokens up to the one that completed a stop string
-        self.decoders = [lm.tokenizer.stream() for _ in range(count)] if self.needed and lm.tokenizer else []
+        self.decoders = [StreamDecoder(lm.tokenizer) for _ in range(count)] if self.needed and lm.tokenizer else []
         self.read = [0] * count
 
     def look(self, state: DecodeState) -> np.ndarray:

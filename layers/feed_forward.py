@@ -6,13 +6,14 @@ GLU Variants Improve Transformer, arXiv 2002.05202.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+from jaxtyping import Array, Float
+
 from decodax.layers.linear import linear
 from decodax.layers.weight import Weight, fetch
-from jaxtyping import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -21,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+@runtime_checkable
 class FeedForward(Protocol):
     """What a block asks of its feed-forward layer's config."""
 

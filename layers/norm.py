@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from decodax.layers.weight import Weight, fetch
 from jaxtyping import Array, Float
+
+from decodax.layers.weight import Weight, fetch
 
 
 @dataclass(frozen=True)
@@ -36,5 +37,6 @@ class RMSNorm(nn.Module):
         weight = fetch(self, "weight", self.config.weights(self.size, self.axis)["weight"]).astype(jnp.float32)
         wide = inputs.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.eps)
-        scale = scale * (1.0 + weight if self.config.unit_offset else weight)
-        return (wide * scale).astype(inputs.dtype)
+        weight = 1.0 + weight if self.config.unit_offset else weight
+        weight = jnp.expand_dims(weight, range(inputs.ndim - 1))
+        return (wide * (scale * weight)).astype(inputs.dtype)

@@ -4,7 +4,7 @@ Used in place of `flax.struct.dataclass` and `jax.tree_util.register_dataclass` 
 
 With those, on JAX 0.10 to 0.12, two classes whose fields have the same shapes have equal tree structures, whatever the
 classes are. A jitted function that gets now one class and now the other (two masks, two logits processors) then finds
-the wrong compiled code whenever their hashes, which change from process to process, happen to collide: seen in three of
+the wrong compiled code whenever their hashes, which change from process to process, happen to collide: seen in two of
 nine runs of a test, as wrong numbers and no error. A node registered by hand is compared with its class.
 
 And JAX rebuilds trees around things that are not arrays (shapes, None, markers of its own), which a `__post_init__` or

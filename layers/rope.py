@@ -18,13 +18,14 @@ decoding each token's row ends with itself, which is also what transformers does
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class Scaling(Protocol):
     """A rule that maps plain frequencies to stretched ones; `attention_factor` multiplies cos and sin."""
 
@@ -91,22 +92,33 @@ def rotate(
     return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
 
 
+class _SameMagnitude:
+    """For scalings that change frequencies only."""
+
+    @property
+    def attention_factor(self) -> float:
+        return 1.0
+
+
 @dataclass(frozen=True)
-class LinearScaling:
+class LinearScaling(_SameMagnitude):
+    """All frequencies divided by the factor. Position Interpolation, arXiv 2306.15595."""
+
     factor: float
-    attention_factor: ClassVar[float] = 1.0
 
     def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, " J"]:
         return jnp.asarray(rope.plain_frequencies() / np.float32(self.factor))
 
 
 @dataclass(frozen=True)
-class DynamicScaling:
-    """Beyond the original length the base grows: base (factor r - factor + 1)^(d / (d - 2)), r = length / original."""
+class DynamicScaling(_SameMagnitude):
+    """Beyond the original length the base grows: base (factor r - factor + 1)^(d / (d - 2)), r = length / original.
+
+    "NTK-aware" scaling, which came without a paper, as transformers computes it.
+    """
 
     factor: float
     original_length: int
-    attention_factor: ClassVar[float] = 1.0
 
     def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, "B T J"]:
         length = jnp.maximum(row_length, self.original_length).astype(jnp.float32)
@@ -118,14 +130,16 @@ class DynamicScaling:
 
 
 @dataclass(frozen=True)
-class Llama3Scaling:
-    """Wavelengths above original / low are divided by factor, below original / high kept, between: interpolated."""
+class Llama3Scaling(_SameMagnitude):
+    """Wavelengths above original / low are divided by factor, below original / high kept, between: interpolated.
+
+    From the release of Llama 3.1; not in its paper.
+    """
 
     factor: float
     low_frequency_factor: float
     high_frequency_factor: float
     original_length: int
-    attention_factor: ClassVar[float] = 1.0
 
     def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, " J"]:
         plain = rope.plain_frequencies()
@@ -139,7 +153,8 @@ class Llama3Scaling:
 class YarnScaling:
     """Pairs that turn more than `beta_fast` times within the original length are kept, fewer than `beta_slow` divided.
 
-    `attention_factor` multiplies cos and sin. With `truncate` the ramp's ends are rounded outward to whole pairs.
+    YaRN, arXiv 2309.00071. `attention_factor` multiplies cos and sin. With `truncate` the ramp's ends are rounded
+    outward to whole pairs.
     """
 
     factor: float
@@ -167,7 +182,10 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """Each frequency has its own divisor: `long_factor` for rows beyond `original_length`, else `short_factor`."""
+    """Each frequency has its own divisor: `long_factor` for rows beyond `original_length`, else `short_factor`.
+
+    LongRoPE, arXiv 2402.13753.
+    """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -176,5 +194,17 @@ class LongRopeScaling:
 
     def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, "B T J"]:
         powers = rope.powers[None, None, :]
-        short, long = (1 / (np.float32(f)[None, None, :] * powers) for f in (self.short_factor, self.long_factor))
+        short, long = (
+            1 / (np.asarray(factor, np.float32)[None, None, :] * powers)
+            for factor in (self.short_factor, self.long_factor)
+        )
         return jnp.where(row_length[..., None] > self.original_length, long, short)
+
+
+SCALINGS: dict[str, type[Scaling]] = {
+    "linear": LinearScaling,
+    "dynamic": DynamicScaling,
+    "llama3": Llama3Scaling,
+    "yarn": YarnScaling,
+    "longrope": LongRopeScaling,
+}

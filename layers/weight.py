@@ -14,8 +14,10 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from decodax.layers.axes import AXES
+from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from decodax.layers.axes import AXES
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Weight:
         if len(self.axes) != len(self.shape) or not AXES.issuperset("".join(self.axes)):
             raise ValueError(f"a weight needs known axis letters for each dimension, got {self.axes} for {self.shape}")
 
-    def initial(self, key: Array, dtype: jnp.dtype = jnp.float32) -> Array:
+    def initial(self, key: Array, dtype: DTypeLike = jnp.float32) -> Array:
         """A fresh value of this weight."""
         if self.init == "normal":
             return (jax.random.normal(key, self.shape) * self.shape[-1] ** -0.5).astype(dtype)

@@ -1,8 +1,9 @@
 """Reads the weights of a Hugging Face folder (safetensors, one file or several with an index) into parameters.
 
-One tensor at a time, in pieces: from the mapped file, cast on the way, into one aligned host buffer, and from there onto
-the device. On CPU that buffer becomes the parameter itself, so reading costs no more host memory than the parameters and
-one piece; on an accelerator it costs one tensor. Nothing refers to the file afterwards. Pickled files are never opened.
+One tensor at a time, in pieces: from the mapped file, cast on the way, into one aligned host buffer, and from there to
+the device. On CPU that buffer becomes the parameter itself, so reading costs no more host memory than the parameters
+and one piece; on an accelerator it costs one tensor. Nothing refers to the file afterwards. Pickled files are never
+opened.
 
 Format: https://github.com/huggingface/safetensors (8 bytes header size, JSON header, then the data).
 """
@@ -51,11 +52,11 @@ def load_params(
 ) -> dict[str, Any]:
     """The parameters of a folder, as nested as `config.weights()`, every leaf cast to `dtype`.
 
-    put: (host array, description, path) -> device array, for shardings; by default the first device. It may keep the host
-        array (nobody writes it again), and must not read the file.
+    put: (host array, description, path) -> device array, for shardings; by default the first device. It may keep the
+        host array: nobody writes it again.
     progress: called with (bytes done, bytes in all) after each tensor.
-    Raises FileNotFoundError for missing files; ValueError for damaged ones, and one that lists every missing, surplus and
-    misshapen weight. Warns with NonFiniteWeightWarning.
+    Raises FileNotFoundError for missing files; ValueError for damaged ones, and one that lists every missing, surplus
+    and misshapen weight. Warns with NonFiniteWeightWarning.
     """
     put = put or (lambda array, weight, path: jax.device_put(array))
     dtype = np.dtype(dtype)
@@ -65,12 +66,16 @@ def load_params(
         source = _match(stored, family.tensor_names(config), described, config, folder)
         total = sum(math.prod(described[path].shape) * dtype.itemsize for path in source)
         done, leaves, not_finite = 0, {}, []
-        for path, name in source.items():
+
+        def transfer(path: Path, name: str) -> jax.Array:  # a function, so that one host buffer is gone before the next
             host, is_finite = _read(stored[name], dtype)
             if not is_finite:
                 not_finite.append(name)
-            leaves[path] = jax.block_until_ready(put(host, described[path], path))
-            done += host.nbytes
+            return jax.block_until_ready(put(host, described[path], path))
+
+        for path, name in source.items():
+            leaves[path] = transfer(path, name)
+            done += math.prod(described[path].shape) * dtype.itemsize
             if progress is not None:
                 progress(done, total)
     if not_finite:
@@ -105,8 +110,8 @@ def weight_files(folder: FilePath) -> list[FilePath]:
 def _advice(folder: FilePath) -> str:
     if found := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)):
         return (
-            f", only {', '.join(found)}: pickled files can run code and are not opened. Convert them once with "
-            "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
+            f", only {', '.join(found)}: pickled files can run code and are not opened. Convert them once "
+            "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     if found := sorted(file.name for file in folder.glob("*.gguf")):
         return f", only {', '.join(found)}: GGUF is not read; use the model's safetensors files"
@@ -165,7 +170,9 @@ def _match(
                 "lm_head.weight differs from the embedding although the config ties them: "
                 "set tie_word_embeddings to false in config.json to use it, or remove it from the file"
             )
-    problems += [f"missing: {name} {list(described[path].shape)}" for name, path in path_of.items() if name not in stored]
+    problems += [
+        f"missing: {name} {list(described[path].shape)}" for name, path in path_of.items() if name not in stored
+    ]
     for name, tensor in stored.items():
         shape, kind = tensor.get_shape(), tensor.get_dtype()
         if name not in path_of:

@@ -1,8 +1,8 @@
 """Reads a Hugging Face `config.json` into a `ModelConfig`, and refuses what it does not understand.
 
-Every field of the file is one of three: read (by the family or the rope reader), on the list of fields without influence
-on the result, or on the list of fields with one harmless value. All others are reported together in one ValueError,
-because a model computed with a field ignored looks right and is not.
+Every field of the file is one of three: read (by the family or the rope reader), on the list of fields without
+influence on the result, or on the list of fields with one harmless value. All others are reported together in one
+ValueError, because a model computed with a field ignored looks right and is not.
 """
 
 import json
@@ -47,22 +47,89 @@ _ACTIVATIONS = {
 
 # Without influence on the logits: bookkeeping, training, generation settings of transformers 4, labels of other tasks.
 _WITHOUT_INFLUENCE = frozenset(
-    """
-    model_type architectures auto_map transformers_version torch_dtype dtype use_cache initializer_range
-    _name_or_path name_or_path _commit_hash _from_model_config _attn_implementation attn_implementation
-    _attn_implementation_autoset _attn_implementation_internal _experts_implementation
-    attention_dropout hidden_dropout embd_pdrop resid_pdrop pretraining_tp
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id forced_bos_token_id forced_eos_token_id tokenizer_class prefix
-    return_dict return_dict_in_generate output_hidden_states output_attentions output_scores
-    output_router_logits torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward
-    tie_encoder_decoder tie_last_hidden_states cross_attention_hidden_size
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    finetuning_task id2label label2id num_labels task_specific_params problem_type
-    max_sequence_length model_max_length is_llama_config transformers.js_config unsloth_fixed unsloth_version license
-    """.split()
+    [
+        "model_type",
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "initializer_range",
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "_from_model_config",
+        "_attn_implementation",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "attention_dropout",
+        "hidden_dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "pretraining_tp",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "mask_token_id",
+        "decoder_start_token_id",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "tokenizer_class",
+        "prefix",
+        "return_dict",
+        "return_dict_in_generate",
+        "output_hidden_states",
+        "output_attentions",
+        "output_scores",
+        "output_router_logits",
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "chunk_size_feed_forward",
+        "tie_encoder_decoder",
+        "tie_last_hidden_states",
+        "cross_attention_hidden_size",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "task_specific_params",
+        "problem_type",
+        "max_sequence_length",
+        "model_max_length",
+        "is_llama_config",
+        "transformers.js_config",
+        "unsloth_fixed",
+        "unsloth_version",
+        "license",
+    ]
 )
 
 # Harmless with this value only (or null): any other changes the result in a way that is not implemented.
@@ -113,20 +180,21 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     Raises ValueError for an unknown `model_type`, and one that lists every missing, malformed or unknown field.
     """
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type must be one of {sorted(FAMILIES)} (the families decodax reads), got {model_type!r}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type must be one of {sorted(FAMILIES)} (the families decodax reads), got {model_type!r}"
+        )
     family = FAMILIES[model_type]
     problems: list[str] = []
     fields = _fields(raw, family, problems)
+    rope, context, windows = None, 0, []
+    if not problems:
+        context, base = fields["max_position_embeddings"], float(fields["rope_theta"])
+        rope, context = read_rope(raw, fields["head_dim"], context, base, problems)
+        windows = _windows(raw, fields, family, problems)
     _refuse_unknown(raw, family, problems)
-    if problems:
-        raise ValueError(_listed(problems))
-    rope, context = read_rope(
-        raw, fields["head_dim"], fields["max_position_embeddings"], float(fields["rope_theta"]), problems
-    )
-    windows = _windows(raw, fields, family, problems)
     if problems or rope is None:
-        raise ValueError(_listed(problems))
+        raise ValueError("this config cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
     def flag(source: bool | str) -> bool:
         return fields[source] if isinstance(source, str) else source
@@ -164,10 +232,6 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         embedding_scale=math.sqrt(fields["hidden_size"]) if family.scaled_embedding else 1.0,
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
     )
-
-
-def _listed(problems: list[str]) -> str:
-    return "this config cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
 def _fields(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
@@ -221,10 +285,10 @@ def _refuse_unknown(raw: Mapping[str, Any], family: Family, problems: list[str])
             continue
         if name in _NEUTRAL:
             advice = _ADVICE.get(name, f"no {family.model_type} model has another")
-            problems.append(f"{name} must be {_NEUTRAL[name]!r} or absent, got {value!r}: {advice}")
+            problems.append(f"{name} must be {json.dumps(_NEUTRAL[name])} or absent, got {json.dumps(value)}: {advice}")
         else:
             problems.append(
-                f"{name} = {value!r} is not understood and may change the result: "
+                f"{name} = {json.dumps(value)} is not understood and may change the result: "
                 "remove it from config.json if you know that it does not"
             )
 
@@ -242,11 +306,16 @@ def _windows(
     kinds = by_rule if given is None else given
     if len(kinds) != count or not {"sliding_attention", "full_attention"}.issuperset(kinds):
         problems.append(
-            f"layer_types must hold {count} times 'full_attention' or 'sliding_attention' (one per layer), got {kinds!r}"
+            f"layer_types must hold {count} times 'full_attention' or 'sliding_attention' (one per layer), "
+            f"got {kinds!r}"
         )
     elif "layer_types" not in family.defaults and kinds != by_rule:
-        problems.append(f"layer_types must be absent or {by_rule[:1]} throughout for {family.model_type}, got {kinds!r}")
+        problems.append(
+            f"layer_types must be absent or {by_rule[:1]} throughout for {family.model_type}, got {kinds!r}"
+        )
     elif "sliding_attention" in kinds and size is None:
-        problems.append("layers of type 'sliding_attention' need sliding_window (tokens), and where it is read "
-                        "use_sliding_window = true; got none")
+        problems.append(
+            "layers of type 'sliding_attention' need sliding_window (tokens), and where it is read "
+            "use_sliding_window = true; got none"
+        )
     return [size if kind == "sliding_attention" else None for kind in kinds]

@@ -56,17 +56,18 @@ _ALIASES = {"su": "longrope"}  # the first name of longrope, in early Phi-3 file
 
 
 def read_rope(
-    raw: Mapping[str, Any], head_size: int, max_position_embeddings: int, default_base: float, problems: list[str]
+    raw: Mapping[str, Any], head_size: int, max_position_embeddings: int, base: float, problems: list[str]
 ) -> tuple[Rope | None, int]:
     """The rotation of each head, and how many tokens of context it stretches `max_position_embeddings` to.
 
+    `base` is the `rope_theta` beside the dictionary, or the family's; one inside the dictionary wins.
     Appends what it cannot understand to `problems`; the rotation is None when there was something.
     """
     known_problems = len(problems)
     settings = _settings(raw, problems)
     kind = settings.get("rope_type", settings.get("type", "default"))
-    kind = _ALIASES.get(kind, kind)
-    if kind not in _KEYS:
+    kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in _KEYS:
         problems.append(f"rope_type must be one of {sorted(_KEYS)}, got {kind!r}")
         return None, max_position_embeddings
     required, optional = _KEYS[kind]
@@ -84,17 +85,16 @@ def read_rope(
             f"partial_rotary_factor must be 1.0 (these families rotate whole heads), "
             f"got {settings['partial_rotary_factor']!r}"
         )
-    base = settings.get("rope_theta", raw.get("rope_theta"))
-    base = default_base if base is None else base
-    if not _is_positive(base):
-        problems.append(f"rope_theta must be a positive number, got {base!r}")
+    beside = raw.get("original_max_position_embeddings")
+    if beside is not None and not _is_positive(beside):
+        problems.append(f"original_max_position_embeddings must be a positive number of tokens, got {beside!r}")
     if head_size % 2:
         problems.append(f"head_dim must be even (rotary embedding turns pairs), got {head_size}")
     if len(problems) > known_problems:
         return None, max_position_embeddings
     original_length = _original_length(raw, settings, max_position_embeddings)
     scaling = _scaling(kind, settings, max_position_embeddings, original_length)
-    return Rope(head_size, float(base), scaling), _context(scaling, max_position_embeddings)
+    return Rope(head_size, float(settings.get("rope_theta", base)), scaling), _context(scaling, max_position_embeddings)
 
 
 def _settings(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _yarn_attention_factor(factor: float, settings: Mapping[str, Any]) -> float:
 
 
 def _context(scaling: Scaling | None, max_position_embeddings: int) -> int:
-    """Tokens of context: these three scalings serve beyond `max_position_embeddings`, the others state the result in it."""
+    """Tokens of context. These three scalings serve beyond `max_position_embeddings`; others state the result in it."""
     if isinstance(scaling, LinearScaling | DynamicScaling):
         return int(max_position_embeddings * max(scaling.factor, 1.0))
     if isinstance(scaling, YarnScaling):

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
 from decodax.layers.attention.mask import Causal, Mask
 from decodax.models.config import ModelConfig
 from decodax.models.transformer import Forward, Transformer
-from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
 
@@ -31,13 +33,13 @@ class Model:
         """The linen module, for those who want to `init`, `apply` or `tabulate` it themselves."""
         return Transformer(self.config)
 
-    def init(self, key: Array, dtype: jnp.dtype = jnp.float32) -> Params:
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters: matrices scaled by the square root of their inputs, norms neutral."""
         token = jnp.zeros((1, 1), jnp.int32)
         params = jax.jit(self.module.init)(key, token, token, token + 1, Causal())["params"]
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
-    def empty_cache(self, batch_size: int, capacity: int, dtype: jnp.dtype) -> tuple[Any, ...]:
+    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike) -> tuple[Any, ...]:
         """One empty cache per layer, for `capacity` tokens in each of `batch_size` rows."""
         return tuple(block.mixer.empty_cache(batch_size, capacity, dtype) for block in self.config.blocks)
 
@@ -53,7 +55,7 @@ class Model:
         caches: tuple[Any, ...] | None = None,
         *,
         mask: Mask | None = None,
-        row_length: Int[Array, "B T"] | None = None,
+        row_length: Int[Array, "B #T"] | None = None,
         layers: tuple[int, int] | None = None,
         capture: tuple[int, ...] = (),
     ) -> Forward:

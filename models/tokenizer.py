@@ -11,14 +11,17 @@ from typing import Any
 import tokenizers
 
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) a character
+_MAX_CHARACTER_BYTES = 4  # in UTF-8, so at most as many tokens
 _CONTEXT_TOKENS = 8  # decoded again with each push, so that the decoder sees what stood before the new tokens
 
 
 class Tokenizer:
     """What a model folder's `tokenizer.json` describes, with the start and end tokens that its models expect."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, prefix: Sequence[int], suffix: Sequence[int]) -> None:
-        """`prefix` and `suffix` are the ids that `encode` puts around every text."""
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, prefix: Sequence[int] = (), suffix: Sequence[int] = ()
+    ) -> None:
+        """`prefix` and `suffix` are ids that `encode` puts around every text, beside those of the post-processor."""
         self.backend = backend
         self._prefix = list(prefix)
         self._suffix = list(suffix)
@@ -27,8 +30,8 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
         """The tokenizer of a model folder, None when it has no `tokenizer.json`; ValueError when that is unreadable.
 
-        The ids around a text are those of the file's post-processor, unless `tokenizer_config.json` says otherwise with
-        `add_bos_token` or `add_eos_token`.
+        The ids around a text are those of the file's post-processor. Where it adds none, `add_bos_token` and
+        `add_eos_token` of `tokenizer_config.json` are followed, which transformers 4 did and 5 does not.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -39,13 +42,11 @@ class Tokenizer:
             raise ValueError(f"{path} is no tokenizer that the tokenizers library reads: {error}") from error
         backend.no_truncation()
         backend.no_padding()
-        settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        prefix, suffix = _around(backend)
-        first, last = (_token_id(backend, settings.get(name)) for name in ("bos_token", "eos_token"))
-        if first is not None and settings.get("add_bos_token") is not None:
-            prefix = ([first] if settings["add_bos_token"] else []) + [token for token in prefix if token != first]
-        if last is not None and settings.get("add_eos_token") is not None:
-            suffix = [token for token in suffix if token != last] + ([last] if settings["add_eos_token"] else [])
+        prefix, suffix = [], []
+        if backend.num_special_tokens_to_add(is_pair=False) == 0:
+            settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+            prefix = _special_token(backend, settings, "bos_token") if settings.get("add_bos_token") else []
+            suffix = _special_token(backend, settings, "eos_token") if settings.get("add_eos_token") else []
         return cls(backend, prefix=prefix, suffix=suffix)
 
     @property
@@ -55,7 +56,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by default with the start and end tokens that the model was trained with."""
-        tokens = self.backend.encode(text, add_special_tokens=False).ids
+        tokens = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return [*self._prefix, *tokens, *self._suffix] if add_special_tokens else tokens
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -78,15 +79,25 @@ class StreamDecoder:
         """The text that these further ids complete."""
         self._window += [int(token) for token in tokens]
         text = self._tokenizer.decode(self._window)
+        # One unfinished character can turn all bytes before it into U+FFFD (byte fallback), so all of them wait.
         whole = text.rstrip(_REPLACEMENT)
         piece = whole[self._emitted :]
         self._emitted = max(self._emitted, len(whole))
         if whole == text and len(self._window) > 2 * _CONTEXT_TOKENS:
-            # A context that decodes to nothing (special tokens) would be none: a decoder may drop its first space.
-            context = self._window[-_CONTEXT_TOKENS:]
-            if kept := self._tokenizer.decode(context):
-                self._window, self._emitted = context, len(kept)
+            self._forget()
         return piece
+
+    def _forget(self) -> None:
+        """Keeps only the last few ids, from the start of a character on.
+
+        They must decode to something: a decoder may drop the first space, and behind special tokens it would be a
+        real one.
+        """
+        for num_kept in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _MAX_CHARACTER_BYTES):
+            context = self._tokenizer.decode(self._window[-num_kept:])
+            if context and _REPLACEMENT not in context:
+                self._window, self._emitted = self._window[-num_kept:], len(context)
+                return
 
     def flush(self) -> str:
         """What was held back: an unfinished character, as U+FFFD. Nothing may be pushed afterwards."""
@@ -117,15 +128,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the file's post-processor puts before and after a text."""
-    probe = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
-    num_before = next((i for i in range(len(whole)) if whole[i : i + len(probe)] == probe), 0)
-    return whole[:num_before], whole[num_before + len(probe) :]
-
-
-def _token_id(backend: tokenizers.Tokenizer, token: Any) -> int | None:
-    """The id of a special token, given as its text or as an object with its text under "content"."""
+def _special_token(backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str) -> list[int]:
+    """The id of a special token, given as its text or as an object with its text under "content"; none if unknown."""
+    token = settings.get(name)
     text = token.get("content") if isinstance(token, dict) else token
-    return backend.token_to_id(text) if isinstance(text, str) else None
+    token_id = backend.token_to_id(text) if isinstance(text, str) else None
+    return [] if token_id is None else [token_id]

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
 from decodax.layers.attention.mask import Mask
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm
 from decodax.layers.weight import fetch
 from decodax.models.config import BlockConfig, ModelConfig
-from jaxtyping import Array, Float, Int
 
 
 class Forward(NamedTuple):

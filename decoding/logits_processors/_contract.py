@@ -8,8 +8,9 @@ import dataclasses
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from decodax.layers import pytree
 from jaxtyping import Array, Bool, Float32, Int, Int32
+
+from decodax.layers import pytree
 
 
 @pytree.dataclass

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int32
+
 from decodax.decoding.logits_processors._contract import History
 from decodax.layers import pytree
-from jaxtyping import Array, Float32, Int32
 
 Bias = Mapping[int, float]
 

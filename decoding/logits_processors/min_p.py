@@ -6,10 +6,11 @@ Paper: Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
 from decodax.decoding.logits_processors._contract import History
 from decodax.decoding.logits_processors._options import Option, per_row
 from decodax.layers import pytree
-from jaxtyping import Array, Float32
 
 
 @pytree.dataclass

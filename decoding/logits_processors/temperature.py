@@ -7,12 +7,13 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32
+
 from decodax.decoding.logits_processors._contract import History
 from decodax.decoding.logits_processors._largest import largest_token
 from decodax.decoding.logits_processors._options import Option, per_row
 from decodax.layers import pytree
-from jax import lax
-from jaxtyping import Array, Float32
 
 
 @pytree.dataclass

@@ -1,0 +1,1 @@
+"""Attention: masks as an algebra, and the one function that applies them."""

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from decodax.layers.attention.mask import Mask, Tokens
-from decodax.layers.kv_cache.full import KVCache
 from jaxtyping import Array, Bool, Float, Int
 
+from decodax.layers.attention.mask import Mask, Tokens
+from decodax.layers.kv_cache.full import KVCache
+
 BLOCK_TOKENS = 256  # cached tokens per step on CPU: 128 to 512 were measured, 256 reads fastest
+WHOLE_FROM = 0.75  # share of the cache in use from which reading all of it beats copying blocks out of it (CPU, measured)
 _MASKED = -1e30  # finite, so that a fully masked tile gives weights that later tiles wipe out, and never NaN
 
 
@@ -40,9 +42,10 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Each query's mixture of the values it may read, cached and new; every query must be allowed to read itself.
 
-    `block_tokens` sets how many cached tokens one step reads. By default on CPU it is BLOCK_TOKENS, in a loop that
-    stops after the longest row; on accelerators, where such a loop costs a host round trip per step, the whole cache at
-    once.
+    `block_tokens` sets how many cached tokens one step of a loop reads; the loop stops after the longest row. By default
+    it is BLOCK_TOKENS, but for few queries the whole cache is read at once where that is faster: on CPU once the longest
+    row fills WHOLE_FROM of it, as XLA copies every block before it multiplies; on accelerators always, as such a loop
+    costs a host round trip per step there.
     """
     batch, num_queries, num_heads, head_size = query.shape
     num_kv_heads = key.shape[1]
@@ -76,22 +79,36 @@ def attend(
 
 
 def _absorb_cache(seen, scores, absorb, queries: Tokens, mask: Mask, cache: KVCache, block_tokens: int | None):
-    """Adds the cached tokens to the softmax, block by block, from the first visible one to the longest row's last."""
+    """Adds the cached tokens to the softmax, at least from the first visible one to the longest row's last."""
+    # With no more queries than a head has coordinates, the scores of the whole cache take no more room than its keys.
+    may_read_whole = block_tokens is None and seen.output.shape[2] <= seen.output.shape[3]
+    on_cpu = jax.default_backend() == "cpu"
     if block_tokens is None:
-        block_tokens = BLOCK_TOKENS if jax.default_backend() == "cpu" else cache.capacity
+        block_tokens = BLOCK_TOKENS if on_cpu or not may_read_whole else cache.capacity
     block_tokens = min(block_tokens, cache.capacity)
 
-    def step(block: Int[Array, ""], seen: _Partial) -> _Partial:
-        # The last block may not fit: it starts earlier, and skips what the block before it has read.
-        start = jnp.minimum(block * block_tokens, cache.capacity - block_tokens)
-        keys, values, cached_position, filled = cache.read(start, block_tokens)
-        unread = start + jnp.arange(block_tokens) >= block * block_tokens
+    def read(start: Int[Array, ""], num_tokens: int, unread_from: Int[Array, ""], seen: _Partial) -> _Partial:
+        keys, values, cached_position, filled = cache.read(start, num_tokens)
+        unread = start + jnp.arange(num_tokens) >= unread_from
         allowed = mask.allows(queries, Tokens(cached_position, is_new=False))[:, None]
-        allowed = allowed & (filled & unread)[:, :, None, :]
+        allowed = allowed & (filled & unread[None, None, :])[:, :, None, :]
         return absorb(seen, scores(keys, allowed), values)
 
+    def read_whole(seen: _Partial) -> _Partial:
+        return read(jnp.int32(0), cache.capacity, jnp.int32(0), seen)
+
+    def read_blocks(seen: _Partial) -> _Partial:
+        def step(block: Int[Array, ""], seen: _Partial) -> _Partial:
+            # The last block may not fit: it starts earlier, and skips what the block before it has read.
+            start = jnp.minimum(block * block_tokens, cache.capacity - block_tokens)
+            return read(start, block_tokens, block * block_tokens, seen)
+
+        return jax.lax.fori_loop(first // block_tokens, (longest + block_tokens - 1) // block_tokens, step, seen)
+
     if block_tokens == cache.capacity:
-        return step(jnp.int32(0), seen)
-    first = jnp.maximum(jnp.min(mask.first_visible(queries.position)), 0) // block_tokens
-    last = (jnp.max(cache.length) + block_tokens - 1) // block_tokens
-    return jax.lax.fori_loop(first, last, step, seen)
+        return read_whole(seen)
+    first = jnp.maximum(jnp.min(mask.first_visible(queries.position)), 0)
+    longest = jnp.max(cache.length)
+    if may_read_whole:
+        return jax.lax.cond(longest - first > WHOLE_FROM * cache.capacity, read_whole, read_blocks, seen)
+    return read_blocks(seen)

@@ -6,19 +6,18 @@ over blocks of the cache asks block by block, and a kernel may read its fields i
 Whether a cached slot is filled is the cache's business, not the mask's.
 """
 
-from typing import Self
-
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from decodax.layers import pytree
 
-@struct.dataclass
+
+@pytree.dataclass
 class Tokens:
     """Positions of a run of tokens; `is_new` tells the tokens of this forward (in order) from those in the cache."""
 
     position: Int[Array, "B T"]
-    is_new: bool = struct.field(pytree_node=False)
+    is_new: bool = pytree.static()
 
 
 class Mask:
@@ -35,7 +34,7 @@ class Mask:
         return Both(self, other)
 
 
-@struct.dataclass
+@pytree.dataclass
 class Causal(Mask):
     """A query reads keys at its own position and before: the mask of a chain."""
 
@@ -43,11 +42,11 @@ class Causal(Mask):
         return key.position[:, None, :] <= query.position[:, :, None]
 
 
-@struct.dataclass
+@pytree.dataclass
 class Window(Mask):
     """A query reads only the last `size` positions, its own included (Mistral, arXiv 2310.06825)."""
 
-    size: int = struct.field(pytree_node=False)
+    size: int = pytree.static()
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "B T S"]:
         return key.position[:, None, :] > query.position[:, :, None] - self.size
@@ -56,7 +55,7 @@ class Window(Mask):
         return position - self.size + 1
 
 
-@struct.dataclass
+@pytree.dataclass
 class Ancestors(Mask):
     """A token tree: among the new tokens a query reads itself and its ancestors; every cached token is an ancestor.
 
@@ -66,7 +65,7 @@ class Ancestors(Mask):
     allowed: Bool[Array, "B T T"]
 
     @classmethod
-    def from_parents(cls, parent: Int[Array, "B T"]) -> Self:
+    def from_parents(cls, parent: Int[Array, "B T"]) -> "Ancestors":
         """The mask of trees given as parent indices, a root's parent being -1; parents precede their children."""
         num_tokens = parent.shape[1]
         allowed = jnp.broadcast_to(jnp.eye(num_tokens, dtype=bool), (*parent.shape, num_tokens))
@@ -82,7 +81,7 @@ class Ancestors(Mask):
         return jnp.ones((1, query.position.shape[1], key.position.shape[1]), bool)
 
 
-@struct.dataclass
+@pytree.dataclass
 class Both(Mask):
     """Allowed by both masks."""
 

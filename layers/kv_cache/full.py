@@ -8,15 +8,17 @@ Layout [B, K, S, H]: on CPU all layouts of keys and values read within 10 % of e
 whole.
 """
 
-from typing import Self
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from decodax.layers import pytree
 
-@struct.dataclass
+
+@pytree.dataclass
 class KVRows:
     """Keys and values of the tokens of one forward, not yet in any cache.
 
@@ -28,7 +30,7 @@ class KVRows:
     kept: Bool[Array, "B T"] | None = None
 
 
-@struct.dataclass
+@pytree.dataclass
 class KVCache:
     """Filled slots are 0 .. length - 1; with `kept`, those of them that are marked, per key-value head."""
 
@@ -44,10 +46,10 @@ class KVCache:
         num_kv_heads: int,
         capacity: int,
         head_size: int,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         track_kept: bool = False,
-    ) -> Self:
+    ) -> "KVCache":
         """A cache for `capacity` tokens per row; `track_kept` if some tokens will skip this layer or be evicted."""
         shape = (batch_size, num_kv_heads, capacity, head_size)
         kept = jnp.zeros(shape[:3], bool) if track_kept else None
@@ -68,7 +70,7 @@ class KVCache:
             filled = filled & jax.lax.dynamic_slice_in_dim(self.kept, start, num_tokens, axis=2)
         return key, value, slot[None, :], filled
 
-    def commit(self, rows: KVRows, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> Self:
+    def commit(self, rows: KVRows, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "KVCache":
         """Appends `count[b]` of a row's tokens: the first ones, or those listed in `path[b]` (node indices of a tree).
 
         The caller makes sure that they fit; what does not is dropped. To let XLA write in place inside a loop, `count`
@@ -91,6 +93,6 @@ class KVCache:
             new_kept = write(self.kept, jnp.broadcast_to(fresh[:, None, :], (*self.kept.shape[:2], slot.shape[1])))
         elif kept is not None:
             raise ValueError("rows with `kept` need a cache made with track_kept=True, got one without")
-        return self.replace(
-            key=write(self.key, key), value=write(self.value, value), length=self.length + count, kept=new_kept
+        return dataclasses.replace(
+            self, key=write(self.key, key), value=write(self.value, value), length=self.length + count, kept=new_kept
         )

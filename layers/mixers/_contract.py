@@ -4,12 +4,13 @@ A mixer is a frozen config; `module` gives the linen module that runs it. The mo
 cache, mask) to (hidden, new rows) and never writes the cache; the cache's `commit` does, once the tokens are accepted.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """Grouped-query attention is one; latent attention and recurrent layers are others."""
 
@@ -19,6 +20,6 @@ class Mixer(Protocol):
 
     def module(self, hidden_size: int, name: str) -> nn.Module: ...
 
-    def empty_cache(self, batch_size: int, capacity: int, dtype: jnp.dtype) -> Any:
+    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike) -> Any:
         """What this layer keeps of past tokens; has `length` Int[B], `capacity` and `commit(rows, count, path)`."""
         ...

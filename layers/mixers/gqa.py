@@ -9,6 +9,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.mask import Mask, Window
 from decodax.layers.kv_cache.full import KVCache, KVRows
@@ -16,7 +19,6 @@ from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.weight import Weight, fetch
-from jaxtyping import Array, Float, Int
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class GQAConfig:
     def module(self, hidden_size: int, name: str) -> nn.Module:
         return GQA(self, hidden_size, name=name)
 
-    def empty_cache(self, batch_size: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike) -> KVCache:
         return KVCache.empty(batch_size, self.num_kv_heads, capacity, self.head_size, dtype)
 
 

@@ -13,7 +13,7 @@ from decodax.models.config import ModelConfig
 
 Path = tuple[str, ...]
 
-# A block's weights in the files of nearly every family: decodax's path inside a block -> Hugging Face's name in a layer.
+# A block's weights in the files of nearly every family: decodax's path in a block -> Hugging Face's name in a layer.
 BLOCK_TENSORS: Mapping[str, str] = MappingProxyType(
     {
         "mixer_norm/weight": "input_layernorm.weight",
@@ -43,7 +43,7 @@ class Family:
     """`model_type` is the family's name in `config.json`; the rest is what that file does not say.
 
     defaults: the fields this family reads beside the sizes that every config must give, with transformers' values for
-        absent ones. A field that stands neither here nor on the lists of harmless ones in `models/hf_config.py` is refused.
+        absent ones. A field that stands neither here nor among the harmless ones of `models/hf_config.py` is refused.
     ignored: fields without influence that only this family's files carry.
     slides: (fields, layer) -> whether that layer's attention is limited to the sliding window, where `layer_types` does
         not say. None: no layer is, whatever the file says.

@@ -22,7 +22,7 @@ FAMILY = Family(
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    # Of two spellings of one thing, transformers reads hidden_activation and sliding_window; the cache is decodax's own.
+    # Of two spellings, transformers reads hidden_activation and sliding_window; the cache is decodax's own.
     ignored=frozenset({"hidden_act", "sliding_window_size", "cache_implementation"}),
     slides=lambda fields, layer: layer % 2 == 0,
     activation_field="hidden_activation",

@@ -1,0 +1,5 @@
+"""The `decodax` command: generate, bench, methods."""
+
+from decodax.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,46 @@
+"""Puts the commands together; what they have in common stands in `session.py`."""
+
+from typing import Annotated
+
+import typer
+
+import decodax
+from decodax.cli.bench import bench
+from decodax.cli.generate import generate
+from decodax.cli.methods import methods
+
+_EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed, with one line on stderr that says why (--debug: the whole traceback); 2 the command "
+    "line is wrong; 130 interrupted; 141 the reader of the output went away."
+)
+
+app = typer.Typer(
+    help="Run language models fast, and research how to run them faster.",
+    epilog=_EXIT_CODES,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (generate, bench, methods):
+    app.command(epilog=_EXIT_CODES)(command)
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"decodax {decodax.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Runs the command line and ends the process with its exit code."""
+    app(prog_name="decodax")

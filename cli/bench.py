@@ -1,0 +1,122 @@
+"""`decodax bench`: how fast a model runs on this machine, measured now."""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+
+import decodax
+from decodax.cli import session
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One batch size; medians over the repetitions, compiling apart.
+
+    Every decode step reads all weights once, so `weights_gigabytes_per_second` (10^9 bytes) over the bandwidth of the
+    machine's memory says how near it is to the limit at small batches.
+    """
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    milliseconds_per_step: float
+    weights_gigabytes_per_second: float
+    compile_seconds: float
+
+
+def bench(
+    model: session.ModelName = None,
+    dtype: session.Dtype = None,
+    batch: Annotated[str, typer.Option(metavar="B,B...", help="Batch sizes to measure.")] = "1,8",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs after the one that compiles; medians are shown.")] = 3,
+    as_json: session.Json = False,
+    debug: session.Debug = False,
+) -> None:
+    """Measure prefill and decode speed on this machine.
+
+    Prompts are random token ids, decoding is greedy. Compiled programs are not taken from the cache, so that the
+    seconds of compiling are what a first run takes.
+    """
+    with session.reported_errors(debug):
+        sizes = _read_sizes(batch)
+        jax.config.update("jax_enable_compilation_cache", False)
+        lm = decodax.load(model, dtype=dtype)
+        results = []
+        for size in sizes:
+            with session.progress(f"batch {size}"):
+                results.append(_measure(lm, size, prompt_tokens, new_tokens, repetitions))
+        if as_json:
+            document = {
+                "results": [asdict(result) for result in results],
+                "model": session.describe(lm),
+                "versions": session.versions(),
+            }
+            print(json.dumps(document))
+        else:
+            _print_table(lm, results)
+
+
+def _read_sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(item) for item in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise typer.BadParameter(f"batch must be sizes like 1,8 (at least 1), got {text!r}")
+    return sizes
+
+
+def weight_bytes_per_step(lm: decodax.LanguageModel) -> int:
+    """Bytes of weights that a forward reads: all of them, but of an embedding that is not also the head a few rows."""
+    return lm.nbytes - (0 if lm.config.tie_embeddings else lm.params["embedding"].nbytes)
+
+
+def _measure(
+    lm: decodax.LanguageModel, batch_size: int, prompt_tokens: int, new_tokens: int, repetitions: int
+) -> Measurement:
+    prompts = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch_size, prompt_tokens))
+
+    def run() -> Any:
+        return decodax.generate(lm, list(prompts), max_new_tokens=new_tokens, stop_token_ids=[]).stats
+
+    compiling = run().compile_seconds
+    stats = [run() for _ in range(repetitions)]
+    prefill = statistics.median(run.prefill_tokens_per_second for run in stats)
+    step = statistics.median(run.decode_seconds / run.target_forwards for run in stats)
+    decode = statistics.median(run.tokens_per_second for run in stats)
+    bandwidth = weight_bytes_per_step(lm) / step / 1e9
+    return Measurement(batch_size, prompt_tokens, new_tokens, prefill, decode, step * 1e3, bandwidth, compiling)
+
+
+def _print_table(lm: decodax.LanguageModel, results: list[Measurement]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    model, machine = session.describe(lm), session.versions()
+    size = f"{model['num_parameters'] / 1e6:,.1f} million parameters, {model['dtype']}"
+    table = Table(
+        title=f"{lm.path.name}: {size}",
+        caption=f"{machine['device']}, jax {machine['jax']}; "
+        f"{results[0].prompt_tokens} prompt tokens, {results[0].new_tokens} new tokens",
+    )
+    for heading in ("batch", "prefill tokens/s", "decode tokens/s", "ms per step", "weights GB/s", "compile s"):
+        table.add_column(heading, justify="right")
+    for row in results:
+        table.add_row(
+            str(row.batch_size),
+            f"{row.prefill_tokens_per_second:,.0f}",
+            f"{row.decode_tokens_per_second:,.0f}",
+            f"{row.milliseconds_per_step:.2f}",
+            f"{row.weights_gigabytes_per_second:.1f}",
+            f"{row.compile_seconds:.1f}",
+        )
+    Console().print(table)

@@ -1,0 +1,221 @@
+"""`decodax generate`: continues prompts, and streams the text as it comes."""
+
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import decodax
+from decodax.cli import session
+from decodax.decoding.generation import STRATEGIES, Generation, Stats
+from decodax.decoding.options import GenerateOptions
+
+_DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(GenerateOptions)}
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="Texts to continue, as one batch; - is stdin.")
+    ] = None,
+    file: Annotated[
+        list[str] | None, typer.Option(help="A file with one prompt, whole (may be repeated); - is stdin.")
+    ] = None,
+    model: session.ModelName = None,
+    dtype: session.Dtype = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to each prompt.")] = _DEFAULT[
+        "max_new_tokens"
+    ],
+    min_new_tokens: Annotated[int, typer.Option(help="No stop token before so many.")] = _DEFAULT["min_new_tokens"],
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = _DEFAULT["temperature"],
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the fewest with this probability in all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw among those with this share of the best one's.")] = None,
+    typical_p: Annotated[float | None, typer.Option(help="Draw among the most typical with this mass.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Over prompt and output; 1 is off.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Once per token of the output; 0 is off.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="Per occurrence in the output; 0 is off.")] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=VALUE", help="Add VALUE to a token's logit (may be repeated).")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text (may be repeated).")] = None,
+    stop_token_ids: Annotated[
+        str | None, typer.Option(metavar="ID,ID...", help="End after these tokens; '' for none. Default: the model's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed draws another text.")] = _DEFAULT["seed"],
+    strategy: Annotated[str | None, typer.Option(help=f"How to find tokens: {', '.join(STRATEGIES)}.")] = None,
+    block_tokens: Annotated[int, typer.Option(help="Tokens between two pieces of streamed text.")] = (
+        _DEFAULT["block_tokens"]
+    ),
+    compilation_cache: Annotated[
+        bool, typer.Option(help="Keep compiled programs for the next run, in the user's cache folder.")
+    ] = True,
+    as_json: session.Json = False,
+    debug: session.Debug = False,
+) -> None:
+    """Continue prompts with a language model.
+
+    One prompt is streamed to stdout as it is written, several follow one another when all are done. A line of
+    statistics goes to stderr.
+
+    Example: decodax generate "def fibonacci(n):" --max-new-tokens 64
+    """
+    with session.reported_errors(debug):
+        options = _options(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_read_biases(logit_bias),
+            stop=tuple(stop or ()),
+            stop_token_ids=_read_ids(stop_token_ids),
+            seed=seed,
+            strategy=_check_strategy(strategy),
+            block_tokens=block_tokens,
+        )
+        texts = _read_prompts(prompts or [], file or [])
+        if compilation_cache:
+            session.use_compilation_cache()
+        lm = decodax.load(model, dtype=dtype)
+        _check_values(lm, options, len(texts))
+        if as_json:
+            out = _generate_quietly(lm, texts, options)
+            _print_json(lm, texts, out)
+        else:
+            out = _stream(lm, texts[0], options) if len(texts) == 1 else _generate_quietly(lm, texts, options)
+            if len(texts) > 1:
+                print("\n\n".join(_bold(text) + new for text, new in zip(texts, out.text or (), strict=True)))
+            print(_summary(out.stats, out.finish_reasons), file=sys.stderr)
+        failed = [str(row) for row, reason in enumerate(out.finish_reasons) if reason == "failed"]
+        if failed:
+            raise ArithmeticError(f"the logits became NaN or infinite in prompt {', '.join(failed)} (counted from 0)")
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    """The options, once the library has accepted them."""
+    try:
+        GenerateOptions(**options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return options
+
+
+def _check_values(lm: decodax.LanguageModel, options: dict[str, Any], num_rows: int) -> None:
+    """Values without a meaning are the command line's fault: they end with another exit code than a failed run."""
+    try:
+        ends = lm.end_token_ids if options["stop_token_ids"] is None else options["stop_token_ids"]
+        with warnings.catch_warnings(action="ignore"):
+            GenerateOptions(**options).sampling(num_rows, lm.config.vocab_size, ends)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _check_strategy(name: str | None) -> str | None:
+    if name is not None and name not in STRATEGIES:
+        raise typer.BadParameter(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
+    return name
+
+
+def _read_ids(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(item) for item in text.split(",") if item.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"stop token ids must be whole numbers like 0,7, got {text!r}") from None
+
+
+def _read_biases(items: list[str] | None) -> dict[int, float] | None:
+    biases = {}
+    for item in items or ():
+        token, _, value = item.partition("=")
+        try:
+            biases[int(token)] = float(value)
+        except ValueError:
+            raise typer.BadParameter(
+                f"logit bias must be a token id, = and a number, like 7=-2.5, got {item!r}"
+            ) from None
+    return biases or None
+
+
+def _read_prompts(prompts: list[str], files: list[str]) -> list[str]:
+    sources = [*(prompt for prompt in prompts if prompt == "-"), *(file for file in files if file == "-")]
+    if len(sources) > 1:
+        raise typer.BadParameter("stdin (-) can be read once, and was named several times")
+    texts = [_read("-") if prompt == "-" else prompt for prompt in prompts] + [_read(file) for file in files]
+    if not texts:
+        raise typer.BadParameter("a prompt is needed: some text, --file FILE, or - for stdin")
+    return texts
+
+
+def _read(file: str) -> str:
+    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{'stdin' if file == '-' else file} must be text in UTF-8: {error}") from error
+
+
+def _generate_quietly(lm: decodax.LanguageModel, texts: list[str], options: dict[str, Any]) -> Generation:
+    with session.progress("generating"):
+        return decodax.generate(lm, texts, **options)
+
+
+def _stream(lm: decodax.LanguageModel, text: str, options: dict[str, Any]) -> Generation:
+    with session.progress("compiling and reading the prompt") as end_progress:
+        write = _Writer(text, end_progress)
+        out = decodax.generate(lm, [text], on_text=write, **options)
+    write(0, "\n")
+    return out
+
+
+class _Writer:
+    """Writes a prompt and, piece by piece, what follows it."""
+
+    def __init__(self, prompt: str, before: Callable[[], None]) -> None:
+        self.prompt, self.before = prompt, before
+
+    def __call__(self, row: int, piece: str) -> None:
+        self.before()
+        sys.stdout.write(_bold(self.prompt) + piece)
+        sys.stdout.flush()
+        self.prompt = ""
+
+
+def _bold(text: str) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if text and sys.stdout.isatty() else text
+
+
+def _summary(stats: Stats, finish_reasons: list[str]) -> str:
+    reasons = ", ".join(f"{finish_reasons.count(reason)} x {reason}" for reason in dict.fromkeys(finish_reasons))
+    return (
+        f"{stats.num_new_tokens} new tokens in {stats.decode_seconds:.2f} s ({stats.tokens_per_second:.0f} tokens/s); "
+        f"{stats.num_prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s; "
+        f"compiling {stats.compile_seconds:.2f} s; ended by {reasons}"
+    )
+
+
+def _print_json(lm: decodax.LanguageModel, texts: list[str], out: Generation) -> None:
+    stats = dataclasses.asdict(out.stats) | {
+        "tokens_per_second": out.stats.tokens_per_second,
+        "prefill_tokens_per_second": out.stats.prefill_tokens_per_second,
+    }
+    document = {
+        "prompts": texts,
+        "text": out.text,
+        "tokens": [row.tolist() for row in out.tokens],
+        "logprobs": [row.tolist() for row in out.logprobs],
+        "finish_reasons": out.finish_reasons,
+        "stats": stats,
+        "model": session.describe(lm),
+        "versions": session.versions(),
+    }
+    print(json.dumps(document, allow_nan=False))

@@ -1,0 +1,158 @@
+"""From a name to a model that is ready to run: a folder, a Hugging Face id, or the small model that decodax carries."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from decodax.models.checkpoint import load_params
+from decodax.models.config import ModelConfig
+from decodax.models.hf_config import load_config
+from decodax.models.model import Model, Params
+from decodax.models.tokenizer import Tokenizer, read_end_token_ids
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_SILENT_SECONDS = 1.0  # a progress bar for less only flickers
+_HUB_FILES = ["*.json", "*.safetensors"]
+# Folders inside a repository hold other formats, and Mistral's consolidated files the same weights once more.
+_HUB_IGNORED = ["*/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with its weights and tokenizer.
+
+    model: its pure functions. params: nested dictionary of arrays. tokenizer: None when the folder has none, which
+    leaves token ids as input. path: the folder it came from. end_token_ids: the ids that end a text.
+    """
+
+    model: Model
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None
+    path: Path
+    end_token_ids: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all weights in bytes."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+
+def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike | None = None) -> LanguageModel:
+    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
+
+    path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
+        small model that decodax carries.
+    dtype: "float32", "bfloat16" or "float16", in which the weights are kept; by default float32 on CPU (where bfloat16
+        is many times slower) and bfloat16 on accelerators.
+    Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
+    and not possible, ValueError for files that do not fit or are not understood.
+    """
+    kind = _dtype(dtype)
+    folder = find_folder(path_or_id)
+    family, config = load_config(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    end_token_ids = read_end_token_ids(folder)
+    with _progress(f"loading {folder.name}") as progress:
+        params = load_params(folder, family, config, dtype=kind, progress=progress)
+    return LanguageModel(Model(config), config, params, tokenizer, folder, end_token_ids)
+
+
+def find_folder(path_or_id: str | Path | None) -> Path:
+    """The local folder that a path or a hub id stands for; downloads the latter if it has to."""
+    if path_or_id is None:
+        return Path(str(resources.files("decodax.models.demo")))
+    if not str(path_or_id):
+        raise FileNotFoundError("the name of the model is empty: pass a folder, an id like org/name, or None")
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is a file: pass the model's folder (with config.json and safetensors)")
+    name = str(path_or_id)
+    organisation, _, rest = name.partition("/")
+    is_id = isinstance(path_or_id, str) and organisation and rest and "/" not in rest and "\\" not in name
+    if not is_id or name.startswith((".", "~")):
+        raise FileNotFoundError(
+            f"no such model folder: {path.absolute()} (a model on the Hugging Face hub is named like org/name)"
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub  # late: most runs never need it, and it is slow to import
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(f"{name} is neither an existing folder nor a valid Hugging Face id: {error}") from error
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{name} asks for its licence to be accepted on huggingface.co; do so and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} is neither an existing folder nor a model on the Hugging Face hub that you may read"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        raise ConnectionError(
+            f"{name} is not an existing folder and cannot be downloaded: the Hugging Face hub is out of reach "
+            "(offline?) and the model is not in the local cache. Pass the path of a local folder with its config.json "
+            "and safetensors, or try again online"
+        ) from error
+
+
+def _dtype(dtype: DTypeLike | None) -> jnp.dtype:
+    if dtype is None:
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} or None, got {dtype!r}")
+    return jnp.dtype(name)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback that shows a bar on stderr, if that is a terminal, once the work has lasted longer than a second."""
+    start, bar = monotonic(), None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and monotonic() - start > _SILENT_SECONDS and done < total:
+            bar = _bar(label, total)
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done)
+
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar(label: str, total: int) -> "Progress":
+    from rich.console import Console  # late: most models load within a second
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(file=sys.stderr)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar.start()
+    bar.add_task(label, total=total)
+    return bar

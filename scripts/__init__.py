@@ -1,0 +1,1 @@
+"""What people run: training the embedded model, golden files, benchmarks."""

@@ -1,0 +1,255 @@
+"""Trains the embedded model on the standard library's source, and writes it as a Hugging Face folder.
+
+    python -m decodax.scripts.train_demo train                     # the same command resumes an interrupted run
+    python -m decodax.scripts.train_demo train --finish-by 1500    # resume, and let the learning rate fall earlier
+    python -m decodax.scripts.train_demo export                    # newest checkpoint -> models/demo
+    python -m decodax.scripts.train_demo evaluate                  # beside xz and an n-gram model; samples
+
+About two hours on two cores. Everything random follows from the plan's seed and the step, so an interrupted run ends
+with the same weights as an uninterrupted one.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Int
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+from decodax.models.hf_config import read_config
+from decodax.models.model import Model
+from decodax.scripts import demo_corpus, demo_evaluation, demo_tokenizer
+from decodax.scripts.demo_corpus import Document
+from decodax.scripts.demo_trainer import Batches, Params, Plan, load_params, train
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_FOLDER = ROOT / "models" / "demo"
+RUN_FOLDER = ROOT / "runs" / "demo"
+LOSS_IMAGE = ROOT / "docs" / "images" / "demo_loss.png"
+RESULT_FILE = ROOT / "scripts" / "results" / "demo_model.json"
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": demo_tokenizer.VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "torch_dtype": "bfloat16",
+}
+GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 0, "do_sample": False}
+SAMPLE_PROMPTS = ("def fibonacci(n):", "class Stack:\n    def __init__(self", "import os\nimport sys\n\ndef main(")
+
+
+def functions(config: dict[str, Any] = CONFIG) -> tuple[Model, Callable, Callable]:
+    """The model of a Hugging Face config, and its forward and head as the trainer calls them."""
+    model = Model(read_config(config)[1])
+
+    def forward(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return model.apply(params, tokens, position).hidden
+
+    return model, forward, model.logits
+
+
+def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[np.ndarray]:
+    """Token ids of each document, without separators."""
+    texts = [document.text for document in documents]
+    return [np.asarray(row.ids, np.int32) for row in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Code, and tests."""
+    return [d for d in documents if not d.is_test], [d for d in documents if d.is_test]
+
+
+def run_tokenizer(folder: Path, code: list[Document], tests: list[Document]) -> Tokenizer:
+    """The run's tokenizer; the first call trains it, on the training split's code and a quarter of its tests."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        texts = [document.text for document in code + tests[::4]]
+        demo_tokenizer.save(demo_tokenizer.train(texts), folder, CONFIG["max_position_embeddings"])
+    return Tokenizer.from_file(str(file))
+
+
+def run_training(folder: Path, plan: Plan, finish_by: int | None) -> None:
+    """Collects the text, trains (or resumes) and draws the loss curve."""
+    corpus = demo_corpus.collect()
+    code, tests = split(corpus.train)
+    tokenizer = run_tokenizer(folder, code, tests)
+    code_ids, test_ids = encode(tokenizer, code), encode(tokenizer, tests)
+    stream = np.concatenate([np.append(0, ids) for ids in encode(tokenizer, split(corpus.heldout)[0])]).astype(np.int32)
+    size = plan.short_tokens
+    heldout = np.stack([stream[i : i + size + 1] for i in range(0, len(stream) - size, size)])
+    heldout = heldout[np.random.default_rng(0).permutation(len(heldout))[:64]]
+    model, forward, head = functions()
+    params = model.init(jax.random.key(plan.seed))
+    train(
+        folder,
+        plan,
+        lambda plan: Batches(code_ids, test_ids, plan),
+        (forward, head, params),
+        finish_by=finish_by,
+        heldout=heldout,
+    )
+    draw_loss(folder / "log.jsonl", LOSS_IMAGE)
+
+
+def draw_loss(log: Path, image: Path) -> None:
+    """The training and held-out loss over the tokens read, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([e["step"] for e in entries], [e["loss"] for e in entries], color="0.6", lw=1, label="training")
+    judged = [e for e in entries if "heldout_loss" in e]
+    axes.plot([e["step"] for e in judged], [e["heldout_loss"] for e in judged], "o-", ms=3, label="held-out packages")
+    axes.set(xlabel="step", ylabel="nats per token", title="Training the embedded model", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    image.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(image, dpi=120)
+    pyplot.close(figure)
+
+
+def export(run: Path, folder: Path) -> None:
+    """Writes the run's newest checkpoint in bfloat16, with Hugging Face's names and files.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint yet.
+    """
+    family, config = read_config(CONFIG)
+    tensors = {}
+    params = load_params(run)
+    for name, path in family.tensor_names(config).items():
+        leaf = params
+        for part in path:
+            leaf = leaf[part]
+        tensors[name] = np.asarray(leaf).astype(ml_dtypes.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")
+    temporary = folder / "model.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, folder / "model.safetensors")
+
+
+def load_exported(folder: Path) -> tuple[Params, Tokenizer]:
+    """Float32 parameters and tokenizer of an exported folder."""
+    family, config = read_config(json.loads((folder / "config.json").read_text()))
+    tensors = load_file(folder / "model.safetensors")
+    params: Params = {}
+    for name, path in family.tensor_names(config).items():
+        subtree = params
+        for part in path[:-1]:
+            subtree = subtree.setdefault(part, {})
+        subtree[path[-1]] = jnp.asarray(tensors[name].astype(np.float32))
+    return params, Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def evaluate(folder: Path, result: Path) -> dict[str, Any]:
+    """Bits per byte of the exported model and of the baselines on the held-out code; writes and returns the table."""
+    params, tokenizer = load_exported(folder)
+    corpus = demo_corpus.collect()
+    heldout = split(corpus.heldout)[0]
+    _, forward, head = functions()
+    context = CONFIG["max_position_embeddings"]
+    ids = encode(tokenizer, heldout)
+    bits = {
+        "embedded model": demo_evaluation.model_bits(
+            lambda params, tokens: head(params, forward(params, tokens)), params, ids, context=context
+        )
+    }
+    # Nearest to the held-out text, the code comes last: xz finds it cheapest to refer to.
+    code, tests = split(corpus.train)
+    bits |= demo_evaluation.baseline_bits(
+        tests + code, heldout, lambda documents: encode(tokenizer, documents), vocabulary=CONFIG["vocab_size"]
+    )
+    size = sum(len(document.text.encode()) for document in heldout)
+    tokens = sum(map(len, ids))
+    table = {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "heldout_bytes": size,
+        "heldout_tokens": tokens,
+        "bytes_per_token": size / tokens,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "bits_per_byte": {name: value / size for name, value in bits.items()},
+        "corpus": demo_corpus.summary(corpus),
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(table, indent=2) + "\n")
+    return table
+
+
+def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int = 80) -> list[str]:
+    """Continuations of prompts: the likeliest one, and one drawn at temperature 0.7."""
+    import decodax
+
+    lm = decodax.load(folder)
+    settings: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.95, "seed": 0})
+    texts = []
+    for setting in settings:
+        result = decodax.generate(lm, list(prompts), max_new_tokens=new_tokens, **setting)
+        texts += [f"{prompt}{text}" for prompt, text in zip(prompts, result.text, strict=True)]
+    return texts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; every number of the plan is an option."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "export", "evaluate"):
+        command = commands.add_parser(name)
+        command.add_argument("--run", type=Path, default=RUN_FOLDER, help="working folder (default: %(default)s)")
+        command.add_argument("--model", type=Path, default=DEMO_FOLDER, help="exported folder (default: %(default)s)")
+    command = commands.choices["train"]
+    command.add_argument("--finish-by", type=int, help="a new last step for a run under way")
+    for field in fields(Plan):
+        if field.name not in ("decay_from", "long_from"):
+            command.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    options = parser.parse_args(arguments)
+    if options.command == "train":
+        chosen = {f.name: getattr(options, f.name) for f in fields(Plan) if hasattr(options, f.name)}
+        run_training(options.run, Plan(**chosen), options.finish_by)
+    elif options.command == "export":
+        export(options.run, options.model)
+        print(f"wrote {options.model}")
+    else:
+        print(json.dumps(evaluate(options.model, RESULT_FILE), indent=2))
+        for text in sample(options.model, SAMPLE_PROMPTS):
+            print("-" * 80, text, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

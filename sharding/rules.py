@@ -1,0 +1,53 @@
+"""Maps the logical axes of weights (the letters of `layers/axes.py`) to the axes of a device mesh.
+
+With weights placed so, the compiler partitions the same decoding function over the mesh. `TENSOR` is Megatron's layout
+(arXiv 1909.08053): heads, feed-forward and vocabulary are split, so that each block needs one sum over devices per half.
+"""
+
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from decodax.layers.weight import Weight
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Pairs (letter, mesh axis). A dimension is split by the rule of its first letter; the others are replicated."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        letters = [letter for letter, _ in self.pairs]
+        if len(set(letters)) != len(letters):
+            raise ValueError(f"each letter needs one mesh axis, got {self.pairs}")
+
+    def sharding(self, mesh: Mesh, weight: Weight, name: str) -> NamedSharding:
+        """Where this weight lies on this mesh; rules for axes that the mesh does not have are not used.
+
+        Raises ValueError, naming the weight, when a size does not divide or two dimensions want the same mesh axis.
+        """
+        rules = {letter: axis for letter, axis in self.pairs if axis in mesh.axis_names}
+        # A tied embedding has V and D, a projection one of N, K, F beside D: the first letter decides a dimension.
+        spec = [rules.get(letters[0]) for letters in weight.axes]
+        used = [axis for axis in spec if axis is not None]
+        if len(set(used)) != len(used):
+            raise ValueError(f"{name} (axes {weight.axes}) would use a mesh axis twice: {spec}")
+        for size, axis, letters in zip(weight.shape, spec, weight.axes, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name}: its axis {letters} of {size} does not divide over the {mesh.shape[axis]} devices of mesh "
+                    f"axis {axis!r}: use a mesh with another size of {axis!r}"
+                )
+        # Automatic partitioning, whatever axis types the caller's mesh has: the model code names no shardings itself.
+        automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        return NamedSharding(automatic, PartitionSpec(*spec))
+
+
+TENSOR = Rules((("N", "tensor"), ("K", "tensor"), ("F", "tensor"), ("V", "tensor")))
+
+
+def place(mesh: Mesh, rules: Rules, array: jax.typing.ArrayLike, weight: Weight, name: str) -> jax.Array:
+    """The array on the mesh, each device holding its part."""
+    return jax.device_put(array, rules.sharding(mesh, weight, name))

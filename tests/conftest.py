@@ -1,0 +1,26 @@
+"""A strict session for every test, set up before JAX starts.
+
+- Annotations are checked: jaxtyping and beartype compare every call into decodax with the shapes and types it declares,
+  so an axis that comes out in the wrong place fails where it happens.
+- Nothing is converted silently: no mixing of dtypes, no broadcasting between arrays of different rank.
+- Eight CPU devices, so that code for meshes runs on a laptop, and exact float32 products, so that tolerances mean
+  something on every platform.
+
+Warnings are errors by `filterwarnings` in pyproject.toml.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jaxtyping import install_import_hook
+
+from tests import annotation_checker
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+install_import_hook("decodax", f"{annotation_checker.__name__}.{annotation_checker.check.__name__}")

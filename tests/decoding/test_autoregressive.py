@@ -1,0 +1,172 @@
+"""The compiled loop gives what running the model on the whole text at every token gives, row by row."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax import decoding
+from decodax.decoding import state as decode_state
+from decodax.decoding.sizes import bucket
+from tests.tiny import tiny_model
+
+MODEL, PARAMS = tiny_model()
+LENGTHS = np.array([5, 13, 1])
+PROMPTS = np.random.default_rng(0).integers(0, 37, (3, 13))
+NEW = 11
+
+decode = jax.jit(decoding.autoregressive(MODEL), donate_argnums=1)
+
+
+@partial(jax.jit, static_argnums=())
+def full_logits(tokens):
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return MODEL.logits(PARAMS, MODEL.apply(PARAMS, tokens, position).hidden)
+
+
+@cache
+def greedy(row):
+    """Tokens and logprobs of a row by a full forward per token, without cache."""
+    text = np.zeros((1, 32), np.int64)
+    text[0, : LENGTHS[row]] = PROMPTS[row, : LENGTHS[row]]
+    logprobs = []
+    for end in range(LENGTHS[row], LENGTHS[row] + NEW):
+        logits = np.asarray(full_logits(jnp.asarray(text)), np.float64)[0, end - 1]
+        text[0, end] = logits.argmax()
+        logprobs.append(logits.max() - np.log(np.exp(logits).sum()))
+    return text[0, LENGTHS[row] : LENGTHS[row] + NEW], np.array(logprobs)
+
+
+def start(rows=slice(None), new=NEW, params=PARAMS, **options):
+    seed = np.arange(3)[rows]
+    return decoding.init(MODEL, params, PROMPTS[rows], LENGTHS[rows], new, seed, **options)
+
+
+def new_tokens(state, rows=(0, 1, 2)):
+    tokens, length = np.asarray(state.tokens), np.asarray(state.length)
+    return [tokens[i, LENGTHS[row] : length[i]] for i, row in enumerate(rows)]
+
+
+def test_greedy_equals_full_forwards():
+    state = decode(PARAMS, start())
+    for row, tokens in enumerate(new_tokens(state)):
+        want, logprobs = greedy(row)
+        np.testing.assert_array_equal(tokens, want)
+        got = np.asarray(state.logprobs)[row, LENGTHS[row] : LENGTHS[row] + NEW]
+        # Logits of at most 5 in float32, summed over 37 tokens.
+        np.testing.assert_allclose(got, logprobs, atol=2e-5)
+    assert int(state.num_target_forwards) == NEW + 1  # one chunk of prefill
+    assert np.asarray(state.done).all() and not np.asarray(state.failed).any()
+
+
+def test_row_alone_gives_the_same():
+    for row in range(3):
+        state = decode(PARAMS, start(slice(row, row + 1)))
+        np.testing.assert_array_equal(new_tokens(state, (row,))[0], greedy(row)[0])
+
+
+def test_blocks_of_steps_give_the_same():
+    state = start()
+    for steps in (1, 3, 100):
+        state = decode(PARAMS, state, steps)
+    for row, tokens in enumerate(new_tokens(state)):
+        np.testing.assert_array_equal(tokens, greedy(row)[0])
+
+
+def test_prompt_of_several_chunks(monkeypatch):
+    monkeypatch.setattr(decode_state, "MAX_CHUNK_TOKENS", 5)
+    state = decode(PARAMS, start())
+    assert int(state.num_target_forwards) == NEW + 3  # 12 tokens before the pending one, 5 at a time
+    for row, tokens in enumerate(new_tokens(state)):
+        np.testing.assert_array_equal(tokens, greedy(row)[0])
+
+
+def test_stop_tokens_and_limits_end_rows_by_themselves():
+    stops = [int(greedy(0)[0][4]), int(greedy(2)[0][2])]
+    limits = np.array([NEW, 3, NEW])
+    state = decode(PARAMS, start(new=limits, stop_token_ids=stops))
+    for row, tokens in enumerate(new_tokens(state)):
+        want = greedy(row)[0][: limits[row]]
+        hits = np.nonzero(np.isin(want, stops))[0]
+        np.testing.assert_array_equal(tokens, want[: hits[0] + 1] if hits.size else want)
+
+
+def test_cache_holds_all_tokens_but_the_pending_one():
+    state = decode(PARAMS, start())
+    text = np.asarray(state.tokens)
+    position = jnp.broadcast_to(jnp.arange(text.shape[1], dtype=jnp.int32), text.shape)
+    rows = MODEL.apply(PARAMS, jnp.asarray(text), position).rows
+    for cache_, want in zip(state.caches, rows, strict=True):
+        np.testing.assert_array_equal(cache_.length, LENGTHS + NEW - 1)
+        for row, length in enumerate(LENGTHS + NEW - 1):
+            np.testing.assert_allclose(cache_.key[row, :, :length], want.key[row, :, :length], atol=1e-5)
+            np.testing.assert_allclose(cache_.value[row, :, :length], want.value[row, :, :length], atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["prefill", "loop"])
+def test_a_row_with_broken_logits_fails_alone(where):
+    """NaN in the embedding of one token: the row that meets it is marked, keeps what it had, and harms no other."""
+    met_by_others = {*PROMPTS[1, :13], *greedy(1)[0], *PROMPTS[2, :1], *greedy(2)[0]}
+    bad = min(set(range(37)) - met_by_others)
+    prompts = PROMPTS.copy()
+    prompts[0, 2 if where == "prefill" else 4] = bad  # of five tokens the last one is read in the loop
+    params = {**PARAMS, "embedding": PARAMS["embedding"].at[bad].set(jnp.nan)}
+    state = decode(params, decoding.init(MODEL, params, prompts, LENGTHS, NEW, np.arange(3)))
+    np.testing.assert_array_equal(state.failed, [True, False, False])
+    assert not new_tokens(state)[0].size
+    for row in (1, 2):
+        np.testing.assert_array_equal(new_tokens(state)[row], greedy(row)[0])
+
+
+def test_one_compile_per_bucket():
+    traces = []
+
+    def counted(params, state):
+        traces.append(state.tokens.shape)
+        return decoding.autoregressive(MODEL)(params, state)
+
+    run = jax.jit(counted, donate_argnums=1)
+    prefills = decode_state._prefill_chunk._cache_size()
+    for length, new in ((9, 12), (12, 12), (10, 11), (11, 13)):  # all within a buffer of 24 and a chunk of 16
+        tokens = np.random.default_rng(length).integers(0, 37, (2, length))
+        run(PARAMS, decoding.init(MODEL, PARAMS, tokens, np.full(2, length), new, np.zeros(2, int)))
+    assert traces == [(2, 24)]
+    assert decode_state._prefill_chunk._cache_size() == prefills + 1
+
+
+def test_other_sampling_values_do_not_recompile():
+    run = jax.jit(decoding.autoregressive(MODEL), donate_argnums=1)
+    for temperature, top_p in ((0.7, 0.9), (1.3, 0.5)):
+        sampling = decoding.Sampling.create(3, 37, temperature=temperature, top_p=top_p)
+        run(PARAMS, start(sampling=sampling))
+    assert run._cache_size() == 1
+
+
+def test_buckets_waste_at_most_a_quarter():
+    sizes = [bucket(size) for size in range(1, 5000)]
+    assert all(0 <= got - want <= max(want / 4, 15) for want, got in enumerate(sizes, start=1))
+    assert len(set(sizes)) < 40 and all(bucket(size) == size for size in set(sizes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": np.array([5, 0, 1])}, r"length must be in 1\.\.13 \(tokens of the row\), got 0 in row 1"),
+        ({"length": np.array([5, 14, 1])}, "got 14 in row 1"),
+        ({"tokens": np.where(PROMPTS == PROMPTS[1, 3], 37, PROMPTS)}, r"token ids must be in 0\.\.36 .* got 37"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ],
+)
+def test_bad_prompts(change, message):
+    good = {"tokens": PROMPTS, "length": LENGTHS, "max_new_tokens": NEW, "seed": np.arange(3)}
+    with pytest.raises(ValueError, match=message):
+        decoding.init(MODEL, PARAMS, **{**good, **change})
+
+
+def test_a_cache_that_does_not_fit_says_what_would(monkeypatch):
+    per_token = 2 * 4 * 8 * (2 + 3) + 2 * 4  # keys and values of both layers in float32, and their lengths
+    monkeypatch.setattr(decoding.sizes, "free_bytes", lambda: 3 * 20 * per_token)
+    with pytest.raises(MemoryError, match=rf"needs {3 * (24 * 320 + 8):,} bytes.* holds 20 tokens .* or 2 rows of 24"):
+        start()

@@ -1,0 +1,35 @@
+"""The golden files for any test: model folders with what `transformers` computed for them (scripts/make_golden.py)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_FOLDER = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One model folder and its expected results.
+
+    tokens[B, T] are prompts of length[B], padded with 0; logits[B, T, V] float32 those of each prompt run alone, 0
+    where padded; generated[B, 24] each prompt's greedy continuation, no two largest logits closer than 2e-3 on the way.
+    """
+
+    folder: Path
+    tokens: np.ndarray
+    length: np.ndarray
+    logits: np.ndarray
+    generated: np.ndarray
+
+
+def golden_cases() -> list[str]:
+    """Names of all cases."""
+    return sorted(file.parent.name for file in _FOLDER.glob("*/golden.npz"))
+
+
+def load_golden(name: str) -> Golden:
+    """One case, for example "llama_yarn"."""
+    folder = _FOLDER / name
+    with np.load(folder / "golden.npz") as file:
+        return Golden(folder, **{key: file[key] for key in ("tokens", "length", "logits", "generated")})

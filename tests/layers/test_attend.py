@@ -1,0 +1,132 @@
+"""Attention over cached and new tokens equals the definition, whatever the mask, the lengths and the block size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax.layers.attention.attend import attend
+from decodax.layers.attention.mask import Ancestors, Causal, Window
+from decodax.layers.kv_cache.full import KVCache
+from tests.oracles.attention import attention
+
+BATCH, QUERIES, HEADS, KV_HEADS, SIZE, CAPACITY = 3, 5, 6, 2, 7, 19
+LENGTHS = np.array([0, 11, 19])
+PARENTS = np.array([[-1, 0, 0, 2, 1], [-1, 0, 1, 2, 3], [-1, 0, 0, 0, 3]])
+GARBAGE = 1e4  # in slots that hold no token
+# float32 sums of at most 24 weighted values of size about 1, after an exponential: a few units of 2^-24 each.
+TOLERANCE = 2e-6
+
+MASKS = {
+    "causal": (Causal(), None),
+    "window": (Causal() & Window(4), 4),
+    "tree": (None, None),
+    "tree in a window": (None, 4),
+}
+
+
+def ancestors_of(parents):
+    allowed = np.zeros((len(parents), len(parents[0]), len(parents[0])), bool)
+    for row, tree in enumerate(parents):
+        for node in range(len(tree)):
+            above = node
+            while above >= 0:
+                allowed[row, node, above] = True
+                above = tree[above]
+    return allowed
+
+
+def example(name):
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)
+    mask, window = MASKS[name]
+    tree = name.startswith("tree")
+    if tree:
+        depth = ancestors_of(PARENTS).sum(-1) - 1
+        mask = Ancestors.from_parents(jnp.asarray(PARENTS))
+        mask = mask if window is None else mask & Window(window)
+    else:
+        depth = np.broadcast_to(np.arange(QUERIES), (BATCH, QUERIES))
+    query, key, value = draw(BATCH, QUERIES, HEADS, SIZE), *(draw(BATCH, KV_HEADS, QUERIES, SIZE) for _ in "kv")
+    cached = [draw(BATCH, KV_HEADS, CAPACITY, SIZE) for _ in "kv"]
+    for row, length in enumerate(LENGTHS):
+        for buffer in cached:
+            buffer[row, :, length:] = GARBAGE
+    kept = random.random((BATCH, KV_HEADS, CAPACITY)) < 0.7
+    position = (LENGTHS[:, None] + depth).astype(np.int32)
+    new_readable = ancestors_of(PARENTS) if tree else np.tril(np.ones((QUERIES, QUERIES), bool))[None].repeat(BATCH, 0)
+    return query, key, value, cached, kept, position, mask, window, new_readable
+
+
+def expected(query, key, value, cached, kept, position, window, new_readable, softcap):
+    output = np.zeros(query.shape)
+    for row, length in enumerate(LENGTHS):
+        keys = np.concatenate([cached[0][row, :, :length], key[row]], 1).swapaxes(0, 1)
+        values = np.concatenate([cached[1][row, :, :length], value[row]], 1).swapaxes(0, 1)
+        key_position = np.concatenate([np.arange(length), position[row]])
+        for token in range(QUERIES):
+            readable = np.concatenate([np.ones(length, bool), new_readable[row, token]])
+            if window is not None:
+                readable = readable & (key_position > position[row, token] - window)
+            readable = np.repeat(readable[:, None], KV_HEADS, 1)
+            if kept is not None:
+                readable[:length] &= kept[row, :, :length].T
+            output[row, token] = attention(query[row, token], keys, values, readable, 0.3, softcap)
+    return output
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("with_kept", [False, True])
+@pytest.mark.parametrize("block_tokens", [4, CAPACITY])
+def test_equals_the_definition(name, with_kept, block_tokens):
+    query, key, value, cached, kept, position, mask, window, new_readable = example(name)
+    kept = kept if with_kept else None
+    softcap = 1.5 if with_kept else None
+    cache = KVCache(*map(jnp.asarray, cached), jnp.asarray(LENGTHS), None if kept is None else jnp.asarray(kept))
+
+    def run(query, key, value, cache):
+        return attend(
+            query, key, value, jnp.asarray(position), mask, cache, scale=0.3, softcap=softcap, block_tokens=block_tokens
+        )
+
+    want = expected(query, key, value, cached, kept, position, window, new_readable, softcap)
+    arrays = (jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), cache)
+    np.testing.assert_allclose(jax.jit(run)(*arrays), want, atol=TOLERANCE, rtol=TOLERANCE)
+    if name == "window":
+        np.testing.assert_allclose(run(*arrays), want, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_reads_only_blocks_with_visible_tokens():
+    """NaN in a block that no query may see, before the window or after the longest row, does no harm: it is not read."""
+    query, key, value, cached, _, _, mask, window, new_readable = example("window")
+    length = np.array([17, 18, 16])
+    position = (length[:, None] + np.arange(QUERIES)).astype(np.int32)
+    clean = [buffer.copy() for buffer in cached]
+    for buffer, sound in zip(cached, clean, strict=True):
+        sound[np.isin(sound, GARBAGE)] = 0.0
+        buffer[:] = sound
+        buffer[:, :, :12] = np.nan
+    outputs = [
+        attend(
+            jnp.asarray(query),
+            jnp.asarray(key),
+            jnp.asarray(value),
+            jnp.asarray(position),
+            mask,
+            KVCache(*map(jnp.asarray, buffers), jnp.asarray(length)),
+            scale=0.3,
+            softcap=None,
+            block_tokens=4,
+        )
+        for buffers in (clean, cached)
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_without_cache_equals_an_empty_one():
+    query, key, value, _, _, position, *_ = example("causal")
+    position = jnp.asarray(np.broadcast_to(np.arange(QUERIES), position.shape))
+    arrays = (jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), position, Causal())
+    empty = KVCache.empty(BATCH, KV_HEADS, CAPACITY, SIZE, jnp.float32)
+    without = attend(*arrays, None, scale=0.3, softcap=None)
+    np.testing.assert_allclose(attend(*arrays, empty, scale=0.3, softcap=None), without, atol=TOLERANCE)

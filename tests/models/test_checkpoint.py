@@ -1,0 +1,289 @@
+"""Weights out of files: every tensor in its place, little memory, and damage reported before anything is computed."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from decodax.models import checkpoint
+from decodax.models.checkpoint import NonFiniteWeightWarning, load_params, weight_files
+from decodax.models.hf_config import load_config
+from tests.golden_files import golden_cases, load_golden
+
+TIED = "llama_tied"
+
+
+def copy_of(name, folder):
+    """The config of a golden case in a new folder, and its tensors, to be changed and saved."""
+    source = load_golden(name).folder
+    shutil.copy(source / "config.json", folder)
+    return load_file(source / "model.safetensors")
+
+
+def params_of(folder, dtype=np.float32, **options):
+    family, config = load_config(folder)
+    return load_params(folder, family, config, dtype=np.dtype(dtype), **options)
+
+
+def saved(tensors, folder, **options):
+    save_file(tensors, folder / "model.safetensors")
+    return params_of(folder, **options)
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("name", golden_cases())
+def test_every_tensor_has_its_place_and_shape(name):
+    folder = load_golden(name).folder
+    family, config = load_config(folder)
+    stored, params = load_file(folder / "model.safetensors"), params_of(folder)
+    assert family.tensor_names(config).keys() == stored.keys()
+    assert jax.tree.map(lambda weight: weight.shape, config.weights()) == jax.tree.map(lambda leaf: leaf.shape, params)
+    for hf_name, path in family.tensor_names(config).items():
+        leaf = params
+        for key in path:
+            leaf = leaf[key]
+        np.testing.assert_array_equal(leaf, stored[hf_name])
+
+
+def test_names_of_the_norms_of_gemma2():
+    family, config = load_config(load_golden("gemma2").folder)
+    names = family.tensor_names(config)
+    assert {name.split(".")[3]: path[1] for name, path in names.items() if name.startswith("model.layers.1.")} == {
+        "input_layernorm": "mixer_norm",
+        "self_attn": "mixer",
+        "post_attention_layernorm": "mixer_post_norm",
+        "pre_feedforward_layernorm": "feed_forward_norm",
+        "mlp": "feed_forward",
+        "post_feedforward_layernorm": "feed_forward_post_norm",
+    }
+
+
+def test_shards_are_one_file(tmp_path):
+    tensors = copy_of("llama", tmp_path)
+    names = sorted(tensors)
+    files = {"a.safetensors": names[:5], "b.safetensors": names[5:6], "c.safetensors": names[6:]}
+    for file, content in files.items():
+        save_file({name: tensors[name] for name in content}, tmp_path / file)
+    weight_map = {name: file for file, content in files.items() for name in content}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_same(params_of(tmp_path), params_of(load_golden("llama").folder))
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index.json names files that are not in .*: b.safetensors"):
+        params_of(tmp_path)
+    for content in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"must be JSON with a weight_map"):
+            params_of(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("stored", [np.float64, np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("piece_bytes", [1, 1000, 2**22])
+def test_cast_on_the_way_in_pieces(tmp_path, monkeypatch, stored, kept, piece_bytes):
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", piece_bytes)
+    tensors = {name: value.astype(stored) for name, value in copy_of("llama", tmp_path).items()}
+    params = saved(tensors, tmp_path, dtype=kept)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(kept)}
+    expected = tensors["model.layers.1.mlp.down_proj.weight"].astype(kept)
+    np.testing.assert_array_equal(params["blocks_1"]["feed_forward"]["down"], expected)
+    np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].astype(kept))
+
+
+def test_the_file_may_change_afterwards(tmp_path):
+    tensors = copy_of("llama", tmp_path)
+    params = saved(tensors, tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        file.write(b"\0" * size)
+    assert_same(params, params_of(load_golden("llama").folder))
+
+
+MEMORY_SCRIPT = """
+    import sys, threading, time
+    from pathlib import Path
+    import jax, numpy as np
+    from decodax.models.checkpoint import load_params
+    from decodax.models.hf_config import load_config
+
+    def anonymous_bytes():
+        for line in open("/proc/self/status"):
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+
+    folder, dtype, keep = Path(sys.argv[1]), np.dtype(sys.argv[2]), sys.argv[3] == "keep"
+    family, config = load_config(folder)
+    jax.block_until_ready(jax.device_put(np.ones(8)))
+    small = jax.device_put(np.ones(8))
+    options = {} if keep else {"put": lambda array, weight, path: small}
+    peak, done, before = 0, False, anonymous_bytes()
+
+    def watch():
+        global peak
+        while not done:
+            peak = max(peak, anonymous_bytes())
+            time.sleep(2e-4)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    params = load_params(folder, family, config, dtype=np.dtype(dtype), **options)
+    done = True
+    watcher.join()
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if keep else 0
+    print(peak - before - kept)
+"""
+
+
+@pytest.mark.skipif("RssAnon" not in Path("/proc/self/status").read_text(), reason="needs Linux's memory accounting")
+@pytest.mark.parametrize("keep", ["keep", "drop"])
+@pytest.mark.parametrize(("stored", "kept"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_peak_host_memory(tmp_path, stored, kept, keep):
+    """At most 1.3 largest tensors beyond the file mapping and the parameters themselves, which on CPU are host memory.
+
+    "drop" stands for an accelerator: what is put there leaves no host memory behind.
+    """
+    hidden, vocabulary = 256, 60_000
+    config = json.loads((load_golden(TIED).folder / "config.json").read_text())
+    config |= {"vocab_size": vocabulary, "hidden_size": hidden, "num_attention_heads": 4, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    family, described = load_config(tmp_path)
+    shapes = {path: weight.shape for path, weight in checkpoint._flat(described.weights()).items()}
+    tensors = {
+        name: np.ones(shapes[path], ml_dtypes.bfloat16 if stored == "bfloat16" else stored)
+        for name, path in family.tensor_names(described).items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    largest = vocabulary * hidden * np.dtype(kept if kept == "float32" else ml_dtypes.bfloat16).itemsize
+    script = textwrap.dedent(MEMORY_SCRIPT)
+    command = [sys.executable, "-c", script, str(tmp_path), kept, keep]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    extra = int(run.stdout)
+    assert extra <= 1.3 * largest
+    assert keep == "keep" or extra > 0.5 * largest, "the watcher saw nothing"
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 5000])
+def test_truncated_file_names_expected_and_actual_bytes(tmp_path, missing_bytes):
+    tensors = copy_of("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    content = file.read_bytes()
+    file.write_bytes(content[:-missing_bytes])
+    expected = f"expected {len(content)} bytes, it has {len(content) - missing_bytes}"
+    with pytest.raises(ValueError, match=rf"model.safetensors is no intact safetensors file \({expected}"):
+        params_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 8, (4).to_bytes(8, "little") + b"{no}" + b"1234"])
+def test_damaged_header(tmp_path, content):
+    copy_of("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"no intact safetensors file .*it has {len(content)} bytes"):
+        params_of(tmp_path)
+
+
+def test_missing_surplus_and_misshapen_are_listed_together(tmp_path):
+    tensors = copy_of("llama", tmp_path)
+    del tensors["lm_head.weight"], tensors["model.layers.0.mlp.up_proj.weight"]
+    tensors["model.layers.2.mlp.up_proj.weight"] = np.ones((3, 2), np.float32)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(3, np.float32)
+    tensors["model.norm.weight"] = np.ones(31, np.float32)
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.ones((41, 30), np.int8)
+    with pytest.raises(ValueError) as caught:
+        saved(tensors, tmp_path)
+    for line in (
+        "missing: lm_head.weight [67, 30]",
+        "missing: model.layers.0.mlp.up_proj.weight [41, 30]",
+        "surplus: model.layers.2.mlp.up_proj.weight [3, 2]",
+        "surplus: model.layers.0.self_attn.q_proj.bias [3]",
+        "misshapen: model.norm.weight [31], expected [30]",
+        "unknown kind of number: model.layers.1.mlp.up_proj.weight is I8",
+    ):
+        assert f"  - {line}" in str(caught.value)
+
+
+def test_redundant_tensors_pass(tmp_path):
+    tensors = copy_of(TIED, tmp_path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    assert_same(saved(tensors, tmp_path), params_of(load_golden(TIED).folder))
+    del tensors["model.embed_tokens.weight"]  # the one matrix under its other name
+    assert_same(saved(tensors, tmp_path), params_of(load_golden(TIED).folder))
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    tensors = copy_of(TIED, tmp_path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(1)
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding although the config ties them"):
+        saved(tensors, tmp_path)
+
+
+def test_base_model_names_without_prefix(tmp_path):
+    tensors = {name.removeprefix("model."): value for name, value in copy_of(TIED, tmp_path).items()}
+    assert_same(saved(tensors, tmp_path), params_of(load_golden(TIED).folder))
+    tensors = {name.removeprefix("model."): value for name, value in copy_of("llama", tmp_path).items()}
+    del tensors["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"missing: lm_head.weight \[67, 30\]"):
+        saved(tensors, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "kept"),
+    [
+        (np.nan, np.float32, np.float32),
+        (-np.inf, np.float32, ml_dtypes.bfloat16),
+        (np.nan, ml_dtypes.bfloat16, ml_dtypes.bfloat16),
+        (np.inf, np.float16, np.float16),
+        (1e30, np.float32, np.float16),
+    ],
+)
+def test_not_finite_weights_are_named(tmp_path, value, stored, kept):
+    tensors = {name: tensor.astype(stored) for name, tensor in copy_of("llama", tmp_path).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][40, 29] = value
+    with pytest.warns(NonFiniteWeightWarning, match=r"in 1 weight\(s\) of .*: model.layers.1.mlp.up_proj.weight$"):
+        params = saved(tensors, tmp_path, dtype=kept)
+    assert not np.isfinite(np.float32(params["blocks_1"]["feed_forward"]["up"][40, 29]))
+
+
+def test_put_sees_every_weight_and_progress_ends_at_the_total():
+    seen, reports = {}, []
+
+    def put(array, weight, path):
+        assert array.ctypes.data % 64 == 0 and array.shape == weight.shape
+        seen[path] = weight
+        return jax.device_put(array)
+
+    folder = load_golden("qwen3_window").folder
+    params = params_of(folder, put=put, progress=lambda done, total: reports.append((done, total)))
+    assert seen == checkpoint._flat(load_config(folder)[1].weights())
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert reports[-1] == (total, total) and len(reports) == len(seen)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], "has neither model.safetensors nor model.safetensors.index.json: the weights are expected"),
+        (["pytorch_model.bin"], "only pytorch_model.bin: pickled files can run code and are not opened. Convert"),
+        (["q4.gguf"], "only q4.gguf: GGUF is not read"),
+        (["other.safetensors"], "only other.safetensors: rename"),
+    ],
+)
+def test_no_readable_weights(tmp_path, files, expected):
+    for file in files:
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=expected):
+        weight_files(tmp_path)

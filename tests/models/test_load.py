@@ -1,0 +1,132 @@
+"""From a name to a model: folders, the embedded model, the hub without a network, dtypes, and a quiet progress bar."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.numpy import load_file, save_file
+
+from decodax.models import load as load_module
+from decodax.models.checkpoint import NonFiniteWeightWarning
+from decodax.models.load import find_folder, load
+from tests.golden_files import load_golden
+
+LLAMA = load_golden("llama").folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder that a test may damage."""
+    return Path(shutil.copytree(LLAMA, tmp_path / "model"))
+
+
+def kinds(lm):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)}
+
+
+def test_a_folder():
+    lm = load(LLAMA)
+    assert lm.path == LLAMA and lm.tokenizer is None and lm.end_token_ids == ()
+    assert lm.config == lm.model.config and lm.config.num_layers == 2
+    assert lm.nbytes == 4 * sum(value.size for value in load_file(LLAMA / "model.safetensors").values())
+    assert load(str(LLAMA)).path == LLAMA
+
+
+def test_the_embedded_model_is_the_default():
+    lm = load()
+    assert lm.path.name == "demo" and lm.path.parent.name == "models"
+    text = "def naïve(n):\n    return n"
+    assert lm.tokenizer.decode(lm.tokenizer.encode(text)) == text
+    assert lm.tokenizer.vocab_size <= lm.config.vocab_size and lm.end_token_ids
+
+
+def test_dtype():
+    assert kinds(load(LLAMA)) == {"float32"}  # on CPU
+    for dtype in ("bfloat16", jnp.bfloat16, np.dtype(jnp.bfloat16)):
+        assert kinds(load(LLAMA, dtype=dtype)) == {"bfloat16"}
+    assert load(LLAMA, dtype="float16").nbytes * 2 == load(LLAMA).nbytes
+    for dtype in ("int8", "float33", "fp32", jnp.int32):
+        with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, float16 or None, got"):
+            load(LLAMA, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "nowhere", "/no/where", "~/no/where", "a/b/c", "", "bad id/na me", "org/"]
+)
+def test_no_such_folder(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=name.removeprefix("./").removeprefix("~/") or "empty"):
+        load(name)
+
+
+def test_a_file_is_no_folder():
+    with pytest.raises(FileNotFoundError, match=r"config.json is a file: pass the model's folder"):
+        load(LLAMA / "config.json")
+
+
+def test_a_folder_without_config_or_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors nor"):
+        load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        load(folder)
+
+
+def test_damaged_weights(folder):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, file)
+    with pytest.warns(NonFiniteWeightWarning, match=r"model.norm.weight"):
+        load(folder)
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"no intact safetensors file"):
+        load(folder)
+
+
+def test_the_hub_is_asked_only_for_what_is_read(monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(LLAMA)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_folder("org/name") == LLAMA
+    assert asked.pop("name") == "org/name"
+    needed = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    others = [
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/x.safetensors",
+        "onnx/config.json",
+        "README.md",
+    ]
+    assert list(filter_repo_objects(needed + others, **asked)) == needed
+
+
+def test_offline(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ConnectionError, match=r"org/name is not an existing folder .*offline.* Pass the path of a local"
+    ):
+        load("org/name")
+
+
+def test_progress_appears_only_when_it_takes_long(monkeypatch, capsys):
+    load(LLAMA)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(load_module, "_SILENT_SECONDS", -1.0)
+    load(LLAMA)
+    assert capsys.readouterr() == ("", "")  # no terminal, no bar
+    monkeypatch.setenv("FORCE_COLOR", "1")  # tells rich that this is a terminal
+    load(LLAMA)
+    out, err = capsys.readouterr()
+    assert out == "" and "loading llama" in err

@@ -1,0 +1,349 @@
+"""The command line: what it prints, what it hands to the library, and how it fails."""
+
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from typer.testing import CliRunner
+
+import decodax
+from decodax.catalogue import KINDS, catalogue, module_of
+from decodax.cli import app, session
+from decodax.cli.bench import weight_bytes_per_step
+from decodax.cli.generate import generate as generate_command
+from decodax.decoding.generation import Generation, Stats
+from decodax.decoding.options import GenerateOptions
+from tests.golden_files import load_golden
+
+ROOT = Path(__file__).resolve().parents[1]
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz ():\n"
+# Each option of `decodax.generate`: what stands on the command line, and what must arrive.
+PASSED_ON = {
+    "max_new_tokens": (["--max-new-tokens", "3"], 3),
+    "min_new_tokens": (["--min-new-tokens", "2"], 2),
+    "temperature": (["--temperature", "0.5"], 0.5),
+    "top_k": (["--top-k", "7"], 7),
+    "top_p": (["--top-p", "0.25"], 0.25),
+    "min_p": (["--min-p", "0.125"], 0.125),
+    "typical_p": (["--typical-p", "0.75"], 0.75),
+    "repetition_penalty": (["--repetition-penalty", "1.5"], 1.5),
+    "presence_penalty": (["--presence-penalty", "-0.5"], -0.5),
+    "frequency_penalty": (["--frequency-penalty", "1.25"], 1.25),
+    "logit_bias": (["--logit-bias", "5=-2.5", "--logit-bias", "1=-inf"], {5: -2.5, 1: float("-inf")}),
+    "stop": (["--stop", "ab", "--stop", "c"], ("ab", "c")),
+    "stop_token_ids": (["--stop-token-ids", "3,11"], [3, 11]),
+    "seed": (["--seed", "13"], 13),
+    "strategy": (["--strategy", "autoregressive"], "autoregressive"),
+    "block_tokens": (["--block-tokens", "5"], 5),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model that reads and writes single characters."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(load_golden("llama").folder, folder)
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="a"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def generate(folder, *arguments, stdin=None):
+    return run("generate", "--no-compilation-cache", "--model", folder, *arguments, stdin=stdin)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The calls of `decodax.generate`, which then generates nothing."""
+    calls = []
+
+    def record(lm, prompts, **options):
+        calls.append((lm, prompts, options))
+        stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125)
+        rows = [np.zeros(0, np.int32) for _ in prompts]
+        return Generation(rows, ["" for _ in prompts], rows, ["length" for _ in prompts], stats)
+
+    monkeypatch.setattr(decodax, "generate", record)
+    return calls
+
+
+def test_the_command_has_every_option_of_the_library_and_no_other():
+    own = {"prompts", "file", "model", "dtype", "compilation_cache", "as_json", "debug"}
+    parameters = set(inspect.signature(generate_command).parameters)
+    assert parameters - own == {field.name for field in dataclasses.fields(GenerateOptions)} - {"on_text"}
+    assert parameters - own == set(PASSED_ON)
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_an_option_reaches_the_library(name, folder, recorded):
+    arguments, expected = PASSED_ON[name]
+    assert generate(folder, "ab", *arguments).exit_code == 0
+    assert recorded[0][2][name] == expected
+
+
+def test_without_options_the_defaults_are_the_library_s(folder, recorded):
+    assert generate(folder, "ab", "cd").exit_code == 0
+    _, prompts, options = recorded[0]
+    assert prompts == ["ab", "cd"]
+    assert GenerateOptions(**options) == GenerateOptions()
+
+
+def test_no_stop_tokens_is_another_thing_than_the_default(folder, recorded):
+    generate(folder, "ab", "--stop-token-ids", "")
+    assert recorded[0][2]["stop_token_ids"] == []
+
+
+def test_dtype_and_model_reach_the_loader(folder, recorded):
+    assert generate(folder, "ab", "--dtype", "bfloat16").exit_code == 0
+    lm = recorded[0][0]
+    assert lm.path == folder
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(lm.params)} == {"bfloat16"}
+
+
+def test_prompts_come_from_arguments_files_and_stdin(folder, recorded, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"from a file\n")
+    assert generate(folder, "ab", "--file", file, "--file", "-", stdin="piped\n").exit_code == 0
+    assert generate(folder, "-", "ab", stdin="piped").exit_code == 0
+    assert [call[1] for call in recorded] == [["ab", "from a file\n", "piped\n"], ["piped", "ab"]]
+
+
+def test_one_prompt_is_streamed_and_the_json_says_the_same_as_the_library(folder):
+    expected = decodax.generate(decodax.load(folder), ["abc"], max_new_tokens=5, stop_token_ids=[])
+    options = ("abc", "--max-new-tokens", 5, "--stop-token-ids", "")
+    streamed = generate(folder, *options, "--block-tokens", 2)
+    assert streamed.stdout == f"abc{expected.text[0]}\n"
+    assert streamed.stderr.startswith("5 new tokens in ") and streamed.stderr.count("\n") == 1
+
+    printed = generate(folder, *options, "--json")
+    assert printed.exit_code == 0 and printed.stderr == ""
+    document = json.loads(printed.stdout)
+    assert document["prompts"] == ["abc"]
+    assert document["text"] == expected.text
+    assert document["tokens"] == [row.tolist() for row in expected.tokens]
+    np.testing.assert_allclose(document["logprobs"][0], expected.logprobs[0], rtol=1e-6)
+    assert document["finish_reasons"] == ["length"]
+    assert document["stats"]["num_new_tokens"] == 5 and document["stats"]["prefill_seconds"] > 0
+    assert document["model"]["path"] == str(folder)
+    assert document["versions"]["decodax"] == decodax.__version__
+
+
+def test_several_prompts_follow_one_another(folder):
+    expected = decodax.generate(decodax.load(folder), ["abc", "d"], max_new_tokens=5)
+    printed = generate(folder, "abc", "d", "--max-new-tokens", 5)
+    assert printed.stdout == f"abc{expected.text[0]}\n\nd{expected.text[1]}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "a prompt is needed"),
+        (["ab", "--temperature", "-1"], "temperature"),
+        (["ab", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["ab", "--top-p", "1.5"], "top_p"),
+        (["ab", "--strategy", "magic"], "autoregressive"),
+        (["ab", "--stop-token-ids", "one"], "whole numbers"),
+        (["ab", "--logit-bias", "5"], "7=-2.5"),
+        (["ab", "--no-such-option"], "--no-such-option"),
+        (["-", "--file", "-"], "stdin"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(arguments, said, folder):
+    result = generate(folder, *arguments, stdin="x")
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ab", "--model", "/no/such/folder"], "no such model folder: /no/such/folder"),
+        (["ab", "--file", "/no/such/prompt"], "/no/such/prompt"),
+        ([""], "prompt 0 is empty"),
+        (["ab", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
+    ],
+)
+def test_a_failure_is_one_line_and_ends_with_1(arguments, said, folder):
+    result = generate(folder, *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert said in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_prompt_that_is_no_text_is_refused(folder, tmp_path):
+    file = tmp_path / "prompt.bin"
+    file.write_bytes(b"\xff\xfe\x00")
+    result = generate(folder, "--file", file)
+    assert result.exit_code == 1 and f"{file} must be text in UTF-8" in result.stderr
+
+
+def test_debug_shows_where_it_failed():
+    result = run("generate", "ab", "--model", "/no/such/folder", "--debug", "--no-compilation-cache")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_rows_that_became_nan_end_with_1(folder, monkeypatch):
+    rows = [np.zeros(0, np.int32)] * 3
+    stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125)
+    out = Generation(rows, ["", "", ""], rows, ["length", "failed", "stop"], stats)
+    monkeypatch.setattr(decodax, "generate", lambda *_, **__: out)
+    result = generate(folder, "a", "b", "c")
+    assert result.exit_code == 1 and "NaN or infinite in prompt 1" in result.stderr
+
+
+def test_an_interruption_ends_with_130(folder, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decodax, "generate", interrupt)
+    assert generate(folder, "a", "--json").exit_code == 130
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(folder):
+    result = generate(folder, "a", "--top-k", 3, "--max-new-tokens", 1)
+    assert result.exit_code == 0
+    assert [line for line in result.stderr.splitlines() if "warn" in line.lower()] == [
+        "warning: top_k changes nothing at temperature 0 (greedy): set temperature above 0 to sample"
+    ]
+
+
+def test_bench_measures_every_batch_size(folder, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # it switches the compilation cache off for good
+    arguments = ("--model", folder, "--batch", "1,3", "--prompt-tokens", 7, "--new-tokens", 5, "--repetitions", 1)
+    result = run("bench", *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["results"]
+    assert [row["batch_size"] for row in rows] == [1, 3]
+    num_bytes = weight_bytes_per_step(decodax.load(folder))
+    for row in rows:
+        assert row["prompt_tokens"] == 7 and row["new_tokens"] == 5
+        assert row["weights_gigabytes_per_second"] == pytest.approx(num_bytes / row["milliseconds_per_step"] / 1e6)
+        assert row["decode_tokens_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["milliseconds_per_step"])
+        assert row["prefill_tokens_per_second"] > 0
+    assert run("bench", "--batch", "1,x").exit_code == 2
+
+
+def test_an_embedding_counts_as_read_only_where_it_is_also_the_head():
+    for case, counted in (("llama", False), ("llama_tied", True)):
+        lm = decodax.load(load_golden(case).folder)
+        assert lm.config.tie_embeddings == counted
+        without = lm.nbytes - lm.params["embedding"].nbytes
+        assert weight_bytes_per_step(lm) == (lm.nbytes if counted else without)
+
+
+def test_methods_lists_the_catalogue():
+    rows = json.loads(run("methods", "--json").stdout)
+    assert rows == [dataclasses.asdict(row) for row in catalogue()]
+    assert set(rows[0]) == {"name", "kind", "folder", "paper", "lossless", "trained_part", "test"}
+    table = run("methods").stdout
+    assert all(row["name"] in table for row in rows)
+
+
+def test_every_method_s_file_and_test_exist():
+    for kind in KINDS:
+        for name, method in kind.methods.items():
+            file = ROOT / (module_of(kind, name, method).removeprefix("decodax.").replace(".", "/") + ".py")
+            assert file.is_file(), (kind.name, name)
+    for row in catalogue():
+        assert (ROOT / row.folder).is_dir(), row
+        assert (ROOT / row.test).is_file(), row
+
+
+def test_rows_say_what_stands_beside_the_method():
+    rows = {(row.kind, row.name): row for row in catalogue()}
+    assert rows["strategy", "autoregressive"].lossless
+    assert rows["strategy", "autoregressive"].test == "tests/decoding/test_autoregressive.py"
+    assert not rows["logits processor", "top_k"].lossless
+    assert rows["logits processor", "top_k"].paper == "Hierarchical Neural Story Generation (arXiv 1805.04833)"
+    assert rows["family", "llama"].folder == "models/families"
+    assert rows["family", "llama"].paper.startswith("LLaMA (arXiv 2302.13971); Llama 2 (arXiv 2307.09288); ")
+    assert rows["position scaling", "yarn"].paper == "YaRN (arXiv 2309.00071)"
+    assert rows["position scaling", "dynamic"].paper is None  # not those of the other scalings in its file
+
+
+# Processes of their own, where the whole start matters. They see no accelerator and none of this session's settings.
+
+
+def process(*arguments, **environment):
+    command = [sys.executable, "-m", "decodax", *arguments]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    environment = {**kept, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, stdin=subprocess.DEVNULL
+    )
+
+
+def test_the_second_start_finds_all_that_the_first_compiled(tmp_path):
+    """Also the README's command: the embedded model, found without a name, offline."""
+    arguments = ("generate", "def fibonacci(n):", "--max-new-tokens", "20")
+    cache = tmp_path / "decodax" / "xla"
+    offline = {"XDG_CACHE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    first = process(*arguments, **offline)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def fibonacci(n):")
+    compiled = {file for file in cache.rglob("*-cache")}
+    assert compiled
+    second = process(*arguments, **offline)
+    assert second.stdout == first.stdout
+    assert {file for file in cache.rglob("*-cache")} == compiled
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "decodax", "methods", "--json"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=300)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (session.READER_GONE, b"")
+
+
+def test_the_version_is_printed():
+    assert process("--version").stdout == f"decodax {decodax.__version__}\n"
+
+
+@pytest.fixture
+def settings():
+    """Puts back what `use_compilation_cache` changes for the whole process."""
+    names = ("persistent_cache_min_compile_time_secs", "compilation_cache_dir", "compilation_cache_max_size")
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_the_cache_is_bounded_and_yields_to_the_user_s_own(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    session.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(session.cache_folder())
+    assert session.cache_folder().is_relative_to(tmp_path / "decodax")
+    assert jax.config.jax_compilation_cache_max_size == session.MAX_CACHE_BYTES
+    jax.config.update("jax_compilation_cache_dir", "chosen")
+    session.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == "chosen"
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(settings, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        session.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None

@@ -1,0 +1,33 @@
+"""A tiny model for tests: two layers, all sizes different, with the options that change how attention reads."""
+
+import jax
+
+from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.norm import RMSNormConfig
+from decodax.layers.rope import Rope
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.model import Model
+
+NORM = RMSNormConfig(1e-5)
+
+
+def tiny_config(*, vocab_size: int = 37, max_position_embeddings: int = 512) -> ModelConfig:
+    """A windowed layer with soft-capped scores, then a full one with head norms and biases."""
+    windowed = GQAConfig(6, 2, 8, Rope(8, 1e4), scale=8**-0.5, window=5, softcap=2.0)
+    full = GQAConfig(6, 3, 8, Rope(4, 1e4), scale=0.4, qkv_bias=True, out_bias=True, head_norm=NORM)
+    blocks = (
+        BlockConfig(windowed, GatedMLPConfig(29), NORM, post_norms=True),
+        BlockConfig(full, GatedMLPConfig(31, activation="gelu_tanh", bias=True), NORM),
+    )
+    return ModelConfig(vocab_size, 23, max_position_embeddings, blocks, NORM, tie_embeddings=False, logit_softcap=5.0)
+
+
+def tiny_model(**sizes: int) -> tuple[Model, dict]:
+    """The model and its parameters, every one random (norms and biases too), large enough that logits differ clearly."""
+    model = Model(tiny_config(**sizes))
+    params = model.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(structure, noisy)
