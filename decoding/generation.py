@@ -145,7 +145,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     jax.block_until_ready(state.length)
     prefill_seconds = clock.lap()
     prefill_forwards = int(state.num_target_forwards)
-    watcher = TextWatcher(lm, options, lengths.tolist())
+    watcher = TextWatcher(lm, options, rows)
     state = _decode(_compiled(make_decode, lm.model), lm.params, state, watcher)
     jax.block_until_ready(state.length)
     decode_seconds = clock.lap()
@@ -169,10 +169,9 @@ class _Clock:
 
 def _decode(decode: Decode, params: Any, state: DecodeState, watcher: TextWatcher) -> DecodeState:
     """Runs the loop to its end, at once or in blocks with a look at the text after each."""
-    if not watcher.needed:
-        return decode(params, state)
+    block = watcher.options.block_tokens if watcher.needed else np.iinfo(np.int32).max
     while not bool(jnp.all(state.done)):
-        state = decode(params, state, watcher.options.block_tokens)
+        state = decode(params, state, np.int32(block))
         state = dataclasses.replace(state, done=state.done | jnp.asarray(watcher.look(state)))
     watcher.finish()
     return state
@@ -185,16 +184,14 @@ def _result(
     prefill_seconds, decode_seconds, prefill_forwards = times
     tokens, logprobs, lengths = (np.asarray(x) for x in (state.tokens, state.logprobs, state.length))
     failed, stop_ids = np.asarray(state.failed), np.asarray(state.stop_token_ids)
-    new, scores, reasons, texts = [], [], [], []
+    new, scores, reasons = [], [], []
     for row, start in enumerate(watcher.prompt_lengths):
         kept = watcher.num_kept[row]
-        end = int(lengths[row]) if kept is None else int(start) + kept
+        end = int(lengths[row] if kept is None else start + kept)
         new.append(tokens[row, start:end].copy())
         scores.append(logprobs[row, start:end].copy())
         ended = kept is not None or (end > start and tokens[row, end - 1] in stop_ids[row])
         reasons.append("failed" if failed[row] else "stop" if ended else "length")
-        if lm.tokenizer is not None:
-            texts.append(watcher.text[row] if watcher.needed else lm.tokenizer.decode(new[-1].tolist()))
     stats = Stats(
         num_prompt_tokens=int(np.sum(watcher.prompt_lengths)),
         num_new_tokens=int(np.sum(lengths - watcher.prompt_lengths)),
@@ -204,4 +201,4 @@ def _result(
         decode_seconds=decode_seconds,
         compile_seconds=clock.compiled,
     )
-    return Generation(new, texts if lm.tokenizer is not None else None, scores, reasons, stats)
+    return Generation(new, None if lm.tokenizer is None else watcher.text, scores, reasons, stats)

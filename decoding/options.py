@@ -47,7 +47,7 @@ class GenerateOptions:
     min_new_tokens: Option = 0
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] | None = None
-    seed: int | Sequence[int] = 0
+    seed: int | Sequence[int] | np.ndarray = 0
     strategy: str | Callable[..., Any] | None = None
     on_text: Callable[[int, str], None] | None = None
     block_tokens: int = 16

@@ -17,6 +17,7 @@ from decodax.layers.norm import RMSNormConfig
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.families import FAMILIES
 from decodax.models.families._contract import Family
+from decodax.models.hf_known_fields import ADVICE, NEUTRAL, WITHOUT_INFLUENCE
 from decodax.models.hf_rope import ROPE_FIELDS, read_rope
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -44,114 +45,6 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
 }
-
-# Without influence on the logits: bookkeeping, training, generation settings of transformers 4, labels of other tasks.
-_WITHOUT_INFLUENCE = frozenset(
-    [
-        "model_type",
-        "architectures",
-        "auto_map",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "initializer_range",
-        "_name_or_path",
-        "name_or_path",
-        "_commit_hash",
-        "_from_model_config",
-        "_attn_implementation",
-        "attn_implementation",
-        "_attn_implementation_autoset",
-        "_attn_implementation_internal",
-        "_experts_implementation",
-        "attention_dropout",
-        "hidden_dropout",
-        "embd_pdrop",
-        "resid_pdrop",
-        "pretraining_tp",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "mask_token_id",
-        "decoder_start_token_id",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "tokenizer_class",
-        "prefix",
-        "return_dict",
-        "return_dict_in_generate",
-        "output_hidden_states",
-        "output_attentions",
-        "output_scores",
-        "output_router_logits",
-        "torchscript",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "chunk_size_feed_forward",
-        "tie_encoder_decoder",
-        "tie_last_hidden_states",
-        "cross_attention_hidden_size",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "task_specific_params",
-        "problem_type",
-        "max_sequence_length",
-        "model_max_length",
-        "is_llama_config",
-        "transformers.js_config",
-        "unsloth_fixed",
-        "unsloth_version",
-        "license",
-    ]
-)
-
-# Harmless with this value only (or null): any other changes the result in a way that is not implemented.
-_NEUTRAL: dict[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "use_mrope": False,
-    "use_bidirectional_attention": False,
-    "is_encoder_decoder": False,
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "pruned_heads": {},
-    "per_layer_config": {},
-    "quantization_config": None,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-}
-_ADVICE = {"quantization_config": "use a checkpoint with plain (float) weights"}
 
 
 def load_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -278,14 +171,14 @@ def _unexpected(name: str, value: Any) -> str | None:
 
 def _refuse_unknown(raw: Mapping[str, Any], family: Family, problems: list[str]) -> None:
     """Reports every field that is neither read nor known to be harmless; null says that a feature is not used."""
-    read = {*_SIZES, *family.defaults, *ROPE_FIELDS, *family.ignored, *_WITHOUT_INFLUENCE, "layer_types"}
+    read = {*_SIZES, *family.defaults, *ROPE_FIELDS, *family.ignored, *WITHOUT_INFLUENCE, "layer_types"}
     for name in sorted(raw.keys() - read):
         value = raw[name]
-        if value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
+        if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
             continue
-        if name in _NEUTRAL:
-            advice = _ADVICE.get(name, f"no {family.model_type} model has another")
-            problems.append(f"{name} must be {json.dumps(_NEUTRAL[name])} or absent, got {json.dumps(value)}: {advice}")
+        if name in NEUTRAL:
+            advice = ADVICE.get(name, f"no {family.model_type} model has another")
+            problems.append(f"{name} must be {json.dumps(NEUTRAL[name])} or absent, got {json.dumps(value)}: {advice}")
         else:
             problems.append(
                 f"{name} = {json.dumps(value)} is not understood and may change the result: "

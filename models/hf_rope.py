@@ -36,6 +36,7 @@ _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset(),
         frozenset(
             {
+                "finetuned",  # how the model was made, in the first YaRN checkpoints
                 "factor",
                 "original_max_position_embeddings",
                 "attention_factor",
@@ -75,10 +76,11 @@ def read_rope(
         problems.append(f"rope scaling {kind!r} needs {missing}, got only {sorted(settings)}")
     if unknown := sorted(settings.keys() - _ALWAYS - required - optional):
         problems.append(f"rope scaling {kind!r} has fields that decodax does not understand: {unknown}")
-    for key, value in settings.items():
+    for key in sorted(settings.keys() & (required | optional | {"rope_theta"})):
+        value = settings[key]
         if key in ("short_factor", "long_factor"):
             _check_factor_list(key, value, head_size // 2, problems)
-        elif key not in ("type", "rope_type", "truncate") and not _is_positive(value):
+        elif key not in ("truncate", "finetuned") and not _is_positive(value):
             problems.append(f"{key} in the rope scaling must be a positive number, got {value!r}")
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(

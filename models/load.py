@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from time import monotonic
@@ -11,13 +12,17 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from decodax.layers.weight import Weight
 from decodax.models.checkpoint import load_params
 from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
 from decodax.models.tokenizer import Tokenizer, read_end_token_ids
+from decodax.sharding.rules import TENSOR, place
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -50,13 +55,17 @@ class LanguageModel:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
 
-def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike | None = None) -> LanguageModel:
+def load(
+    path_or_id: str | Path | None = None, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
 
     path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
         small model that decodax carries.
     dtype: "float32", "bfloat16" or "float16", in which the weights are kept; by default float32 on CPU (where bfloat16
         is many times slower) and bfloat16 on accelerators.
+    mesh: a JAX mesh with an axis "tensor", over which the weights are split (`sharding.rules.TENSOR`); by default they
+        lie on the first device.
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
     and not possible, ValueError for files that do not fit or are not understood.
     """
@@ -65,9 +74,14 @@ def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike | None = None
     family, config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     end_token_ids = read_end_token_ids(folder)
+    put = None if mesh is None else partial(_put, mesh)
     with _progress(f"loading {folder.name}") as progress:
-        params = load_params(folder, family, config, dtype=kind, progress=progress)
+        params = load_params(folder, family, config, dtype=kind, put=put, progress=progress)
     return LanguageModel(Model(config), config, params, tokenizer, folder, end_token_ids)
+
+
+def _put(mesh: Mesh, array: np.ndarray, weight: Weight, path: tuple[str, ...]) -> jax.Array:
+    return place(mesh, TENSOR, array, weight, "/".join(path))
 
 
 def find_folder(path_or_id: str | Path | None) -> Path:

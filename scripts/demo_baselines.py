@@ -11,7 +11,8 @@ different continuations, P_0 is uniform, and d_n = n1 / (n1 + 2 n2) from how man
 
 import lzma
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Float
@@ -27,7 +28,7 @@ class KneserNey:
     1.0
     """
 
-    def __init__(self, documents: Iterable[Sequence[int]], vocabulary: int, orders: int = 5):
+    def __init__(self, documents: Iterable[Iterable[SupportsIndex]], vocabulary: int, orders: int = 5):
         self.vocabulary, self.orders = vocabulary, orders
         grams: list[Counter] = [Counter() for _ in range(orders + 1)]
         for document in documents:
@@ -48,7 +49,7 @@ class KneserNey:
             once, twice = of_counts[1], of_counts[2]
             self.discounts[order] = once / (once + 2 * twice) if once and twice else 0.5
 
-    def probability(self, token: int, context: Sequence[int]) -> float:
+    def probability(self, token: SupportsIndex, context: Iterable[SupportsIndex]) -> float:
         """P(token | context), reading at most the last `orders` - 1 tokens of the context."""
         context = tuple(context)[-(self.orders - 1) :] if self.orders > 1 else ()
         result = 1.0 / self.vocabulary
@@ -62,11 +63,11 @@ class KneserNey:
             result = (seen + discount * self.continuations[order][history] * result) / total
         return result
 
-    def probabilities(self, context: Sequence[int]) -> Float[np.ndarray, "V"]:
+    def probabilities(self, context: Iterable[SupportsIndex]) -> Float[np.ndarray, "V"]:
         """The whole distribution of the next token."""
         return np.array([self.probability(token, context) for token in range(self.vocabulary)])
 
-    def bits(self, document: Sequence[int]) -> float:
+    def bits(self, document: Iterable[SupportsIndex]) -> float:
         """Information content of a document's tokens, each predicted from those before it."""
         row = (START,) * (self.orders - 1) + tuple(int(token) for token in document)
         first = self.orders - 1

@@ -232,7 +232,7 @@ class Log:
         kept = [line for line in lines if json.loads(line)["step"] <= self.step]
         self.file.write_text("".join(line + "\n" for line in kept))
 
-    def write(self, **entry: float) -> None:
+    def write(self, **entry: int | float) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 

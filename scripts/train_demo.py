@@ -227,7 +227,7 @@ def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int = 80) -> list
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; every number of the plan is an option."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains, exports and judges the embedded model.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("train", "export", "evaluate"):
         command = commands.add_parser(name)
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "train":
         chosen = {f.name: getattr(options, f.name) for f in fields(Plan) if hasattr(options, f.name)}
-        run_training(options.run, Plan(**chosen), options.finish_by)
+        run_training(options.run, Plan(**chosen).finishing_by(options.steps), options.finish_by)
     elif options.command == "export":
         export(options.run, options.model)
         print(f"wrote {options.model}")

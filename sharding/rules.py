@@ -1,7 +1,7 @@
 """Maps the logical axes of weights (the letters of `layers/axes.py`) to the axes of a device mesh.
 
 With weights placed so, the compiler partitions the same decoding function over the mesh. `TENSOR` is Megatron's layout
-(arXiv 1909.08053): heads, feed-forward and vocabulary are split, so that each block needs one sum over devices per half.
+(arXiv 1909.08053): heads, feed-forward and vocabulary are split, so each block needs two sums over devices.
 """
 
 from dataclasses import dataclass

@@ -155,7 +155,7 @@ def test_buckets_waste_at_most_a_quarter():
     [
         ({"length": np.array([5, 0, 1])}, r"length must be in 1\.\.13 \(tokens of the row\), got 0 in row 1"),
         ({"length": np.array([5, 14, 1])}, "got 14 in row 1"),
-        ({"tokens": np.where(PROMPTS == PROMPTS[1, 3], 37, PROMPTS)}, r"token ids must be in 0\.\.36 .* got 37"),
+        ({"tokens": np.where(PROMPTS[1, 3] == PROMPTS, 37, PROMPTS)}, r"token ids must be in 0\.\.36 .* got 37"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     ],
 )

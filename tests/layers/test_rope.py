@@ -98,10 +98,17 @@ def test_angles(name, jitted):
 
 
 def test_frequencies_are_rounded_as_pytorch_rounds():
-    """1 / 500000 ** (arange(0, 128, 2) / 128) in PyTorch, where it is not the float32 nearest to the exact value."""
-    expected = {2: 0.663601279258728, 4: 0.44036662578582764, 8: 0.193922758102417, 10: 0.12868738174438477}
-    frequencies = Rope(128, 500000.0).plain_frequencies()
-    np.testing.assert_array_equal(frequencies[list(expected)], np.float32(list(expected.values())))
+    """1 / base ** (arange(0, size, 2) / size) in PyTorch, where it is not the float32 nearest to the exact value.
+
+    For one size the power and its inverse are what rounds, for the other the exponent too.
+    """
+    expected = {
+        (128, 500000.0): {2: 0.663601279258728, 4: 0.44036662578582764, 8: 0.193922758102417, 10: 0.12868738174438477},
+        (96, 10000.0): {8: 0.2154434472322464, 11: 0.12115275114774704, 14: 0.06812921166419983},
+    }
+    for (size, base), values in expected.items():
+        frequencies = Rope(size, base).plain_frequencies()
+        np.testing.assert_array_equal(frequencies[list(values)], np.float32(list(values.values())))
 
 
 def test_dynamic_is_plain_within_the_original_length():
