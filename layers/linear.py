@@ -18,9 +18,9 @@ def linear(
 ) -> Float[Array, "*batch out"]:
     """inputs times weight transposed, plus bias; the weight is [outputs, inputs], the result in `output_dtype`.
 
-    The product is written with two-dimensional operands: XLA's CPU backend then reads the weight in place. That backend
-    repacks the second operand of a matrix product at every call, so there the weight comes first: measured 1.2 to 2 times
-    faster for 2 to 64 rows. The barrier keeps XLA from swapping the operands back.
+    The product is written with two-dimensional operands: XLA's CPU backend then reads the weight in place. That
+    backend repacks the second operand of a matrix product at every call, so there the weight comes first: measured 1.2
+    to 2 times faster for 2 to 64 rows. The barrier keeps XLA from swapping the operands back.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     over_last = (((1,), (1,)), ((), ()))

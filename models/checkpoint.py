@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from decodax.layers.weight import Weight
 from decodax.models.config import ModelConfig
-from decodax.models.families._contract import Family, Path
+from decodax.models.families._contract import Family, ParameterPath
 
-Put = Callable[[np.ndarray, Weight, Path], jax.Array]
+Put = Callable[[np.ndarray, Weight, ParameterPath], jax.Array]
 
 PIECE_BYTES = 4 * 2**20  # read at once: small beside any weight that matters, and within a processor's cache
 _ALIGNMENT_BYTES = 64  # what JAX asks of a host buffer that it is to use in place
@@ -42,7 +42,7 @@ class NonFiniteWeightWarning(UserWarning):
 
 
 def load_params(
-    folder: FilePath,
+    folder: Path,
     family: Family,
     config: ModelConfig,
     *,
@@ -67,7 +67,9 @@ def load_params(
         total = sum(math.prod(described[path].shape) * dtype.itemsize for path in source)
         done, leaves, not_finite = 0, {}, []
 
-        def transfer(path: Path, name: str) -> jax.Array:  # a function, so that one host buffer is gone before the next
+        def transfer(
+            path: ParameterPath, name: str
+        ) -> jax.Array:  # a function, so that one host buffer is gone before the next
             host, is_finite = _read(stored[name], dtype)
             if not is_finite:
                 not_finite.append(name)
@@ -87,7 +89,7 @@ def load_params(
     return _nested(leaves)
 
 
-def weight_files(folder: FilePath) -> list[FilePath]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: `model.safetensors`, or those that its index names.
 
     Raises FileNotFoundError when there are none, or one is missing; ValueError for a malformed index.
@@ -107,7 +109,7 @@ def weight_files(folder: FilePath) -> list[FilePath]:
     return files
 
 
-def _advice(folder: FilePath) -> str:
+def _advice(folder: Path) -> str:
     if found := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)):
         return (
             f", only {', '.join(found)}: pickled files can run code and are not opened. Convert them once "
@@ -120,7 +122,7 @@ def _advice(folder: FilePath) -> str:
     return ": the weights are expected in one of them"
 
 
-def _open(files: list[FilePath], stack: ExitStack) -> dict[str, Any]:
+def _open(files: list[Path], stack: ExitStack) -> dict[str, Any]:
     """Every stored tensor's name -> a slice of the mapped file that reads nothing yet."""
     stored: dict[str, Any] = {}
     for file in files:
@@ -132,7 +134,7 @@ def _open(files: list[FilePath], stack: ExitStack) -> dict[str, Any]:
     return stored
 
 
-def _sizes(file: FilePath) -> str:
+def _sizes(file: Path) -> str:
     """What the file's own header says about its size, against its real size."""
     actual = file.stat().st_size
     with file.open("rb") as stream:
@@ -151,11 +153,11 @@ def _sizes(file: FilePath) -> str:
 
 def _match(
     stored: dict[str, Any],
-    names: dict[str, Path],
-    described: dict[Path, Weight],
+    names: dict[str, ParameterPath],
+    described: dict[ParameterPath, Weight],
     config: ModelConfig,
-    folder: FilePath,
-) -> dict[Path, str]:
+    folder: Path,
+) -> dict[ParameterPath, str]:
     """Which stored tensor fills which parameter, in the order of the files; all that does not fit is one ValueError."""
     if not any(name.startswith("model.") for name in stored):  # a base model's file has the names without the prefix
         names = {name.removeprefix("model."): path for name, path in names.items()}
@@ -228,14 +230,14 @@ def _equal(one: Any, other: Any) -> bool:
     return all(np.array_equal(piece, other[rows]) for rows, piece in _pieces(one))
 
 
-def _flat(tree: dict[str, Any], prefix: Path = ()) -> dict[Path, Weight]:
-    leaves: dict[Path, Weight] = {}
+def _flat(tree: dict[str, Any], prefix: ParameterPath = ()) -> dict[ParameterPath, Weight]:
+    leaves: dict[ParameterPath, Weight] = {}
     for name, value in tree.items():
         leaves |= {(*prefix, name): value} if isinstance(value, Weight) else _flat(value, (*prefix, name))
     return leaves
 
 
-def _nested(leaves: dict[Path, jax.Array]) -> dict[str, Any]:
+def _nested(leaves: dict[ParameterPath, jax.Array]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         branch = tree

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -34,7 +34,7 @@ _HUB_FILES = ["*.json", "*.safetensors"]
 _HUB_IGNORED = ["*/*", "consolidated*"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared as an object: arrays have no single answer to ==
 class LanguageModel:
     """A model with its weights and tokenizer.
 
@@ -44,7 +44,7 @@ class LanguageModel:
 
     model: Model
     config: ModelConfig
-    params: Params
+    params: Params = field(repr=False)
     tokenizer: Tokenizer | None
     path: Path
     end_token_ids: tuple[int, ...]

@@ -45,7 +45,7 @@ class Model:
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The input of the first layer for these tokens; mix in vectors of your own and pass it to `apply`."""
-        return self.module.apply({"params": params}, tokens, method="embed")
+        return self._run(params, "embed", tokens)
 
     def apply(
         self,
@@ -79,13 +79,14 @@ class Model:
         hidden = self.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         row_length = position + 1 if row_length is None else jnp.broadcast_to(row_length, position.shape)
         mask = Causal() if mask is None else mask
-        return self.module.apply(
-            {"params": params}, hidden, position, row_length, caches, mask, (first, last), capture, method="run"
-        )
+        return self._run(params, "run", hidden, position, row_length, caches, mask, (first, last), capture)
 
     def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in float32: final norm, head, soft-cap. Works on the hidden states of any layer."""
-        return self.module.apply({"params": params}, hidden, method="logits")
+        return self._run(params, "logits", hidden)
+
+    def _run(self, params: Params, method: str, *arguments: Any) -> Any:
+        return self.module.apply({"params": params}, *arguments, method=method)
 
 
 def commit(

@@ -337,6 +337,7 @@ def test_the_cache_is_bounded_and_yields_to_the_user_s_own(settings, tmp_path, m
     assert jax.config.jax_compilation_cache_dir == str(session.cache_folder())
     assert session.cache_folder().is_relative_to(tmp_path / "decodax")
     assert jax.config.jax_compilation_cache_max_size == session.MAX_CACHE_BYTES
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0  # JAX's own 1 s leaves most programs out
     jax.config.update("jax_compilation_cache_dir", "chosen")
     session.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == "chosen"

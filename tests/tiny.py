@@ -24,7 +24,7 @@ def tiny_config(*, vocab_size: int = 37, max_position_embeddings: int = 512) -> 
 
 
 def tiny_model(**sizes: int) -> tuple[Model, dict]:
-    """The model and its parameters, every one random (norms and biases too), large enough that logits differ clearly."""
+    """The model and its parameters, all random (norms and biases too), large enough that logits differ clearly."""
     model = Model(tiny_config(**sizes))
     params = model.init(jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)

@@ -11,7 +11,7 @@ from typing import Any
 
 from decodax.models.config import ModelConfig
 
-Path = tuple[str, ...]
+ParameterPath = tuple[str, ...]  # the keys that lead to one parameter
 
 # A block's weights in the files of nearly every family: decodax's path in a block -> Hugging Face's name in a layer.
 BLOCK_TENSORS: Mapping[str, str] = MappingProxyType(
@@ -66,9 +66,9 @@ class Family:
     scaled_embedding: bool = False
     block_tensors: Mapping[str, str] = field(default_factory=lambda: BLOCK_TENSORS)
 
-    def tensor_names(self, config: ModelConfig) -> dict[str, Path]:
+    def tensor_names(self, config: ModelConfig) -> dict[str, ParameterPath]:
         """Hugging Face's name of every tensor of this model -> its path in the parameters; the whole checkpoint."""
-        names: dict[str, Path] = {"model.embed_tokens.weight": ("embedding",)}
+        names: dict[str, ParameterPath] = {"model.embed_tokens.weight": ("embedding",)}
         for index, block in enumerate(config.blocks):
             for path in _paths(block.weights(config.hidden_size)):
                 names[f"model.layers.{index}.{self.block_tensors['/'.join(path)]}"] = (f"blocks_{index}", *path)
@@ -78,9 +78,9 @@ class Family:
         return names
 
 
-def _paths(tree: Mapping[str, Any]) -> list[Path]:
+def _paths(tree: Mapping[str, Any]) -> list[ParameterPath]:
     """The paths to all leaves of a nested dictionary, in its order."""
-    paths: list[Path] = []
+    paths: list[ParameterPath] = []
     for name, value in tree.items():
         paths += [(name, *rest) for rest in _paths(value)] if isinstance(value, Mapping) else [(name,)]
     return paths

@@ -97,8 +97,8 @@ def test_equals_the_definition(name, with_kept, block_tokens):
 
 
 def test_reads_only_blocks_with_visible_tokens():
-    """NaN in a block that no query may see, before the window or after the longest row, does no harm: it is not read."""
-    query, key, value, cached, _, _, mask, window, new_readable = example("window")
+    """NaN in a block that no query may see, before the window or after the longest row, does no harm."""
+    query, key, value, cached, _, _, mask, _, _ = example("window")
     length = np.array([17, 18, 16])
     position = (length[:, None] + np.arange(QUERIES)).astype(np.int32)
     clean = [buffer.copy() for buffer in cached]

@@ -1,4 +1,4 @@
-"""The same hidden states whatever the route: one piece, chunks, token by token, a tree's path, any batch, any layers."""
+"""The same hidden states by every route: one piece, chunks, token by token, a tree's path, any batch, any layers."""
 
 import dataclasses
 from functools import cache, partial

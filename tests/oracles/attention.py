@@ -1,4 +1,4 @@
-"""Attention in NumPy float64, one query at a time, by the definition: which keys may it read, softmax over those, mix."""
+"""Attention in NumPy float64, one query at a time, by the definition: the keys it may read, softmax over those, mix."""
 
 import numpy as np
 

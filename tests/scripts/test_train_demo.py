@@ -25,7 +25,15 @@ TINY = train_demo.CONFIG | {
     "head_dim": 6,
 }
 PLAN = Plan(
-    steps=8, decay_from=5, long_from=6, warmup=2, peak=0.02, windows_per_step=2, window_tokens=14, short_tokens=7
+    optimizer="adamw",
+    steps=8,
+    decay_from=5,
+    long_from=6,
+    warmup=2,
+    peak=0.02,
+    windows_per_step=2,
+    window_tokens=14,
+    short_tokens=7,
 )
 
 
