@@ -26,6 +26,7 @@ from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
+from decodax.models.checkpoint import host_buffer
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model, Params
 
@@ -82,27 +83,20 @@ def random_params(model: Model, seed: int, dtype: Any = jnp.float32) -> Params:
     described, structure = jax.tree.flatten(model.config.weights())
 
     def draw(index: int, weight: Any) -> jax.Array:
-        return in_huge_pages(jax.jit(lambda key: weight.initial(key, dtype))(jax.random.fold_in(key, index)))
+        return as_loaded(jax.jit(lambda key: weight.initial(key, dtype))(jax.random.fold_in(key, index)))
 
     weights = list(enumerate(described))
     drawn = [draw(index, weight) for index, weight in track(weights, "random weights", transient=True)]
     return jax.block_until_ready(jax.tree.unflatten(structure, drawn))
 
 
-def in_huge_pages(array: jax.Array) -> jax.Array:
-    """The same array in memory that Linux backs with 2 MiB pages; elsewhere and on accelerators as it is.
-
-    NumPy asks for such pages for its large arrays, XLA does not, and JAX uses a NumPy array in place if it is aligned.
-    Decoding reads every weight at every step: measured 11 % faster for it on a virtual machine.
-    """
-    page_bytes = 1 << 21
-    if jax.default_backend() != "cpu" or array.nbytes < 2 * page_bytes:
+def as_loaded(array: jax.Array) -> jax.Array:
+    """The same array in memory like that of weights which `decodax.load` reads on CPU; elsewhere as it is."""
+    if jax.default_backend() != "cpu":
         return array
-    memory = np.empty(array.nbytes + page_bytes, np.uint8)
-    offset = -memory.ctypes.data % page_bytes
-    place = memory[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
-    place[...] = array
-    return jax.device_put(place, may_alias=True)
+    host = host_buffer(array.shape, array.dtype)
+    host[...] = array
+    return jax.device_put(host, may_alias=True)
 
 
 def weight_bytes_read(params: Params) -> int:
@@ -110,7 +104,7 @@ def weight_bytes_read(params: Params) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - params["embedding"].nbytes
 
 
-def full_forward_greedy(model: Model, params: Params, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def full_forward_greedy(model: Model, params: Params, tokens: np.ndarray) -> np.ndarray:
     """What greedy decoding must give where `tokens` holds prompt and output: the best next token at every position."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden = jax.jit(lambda params, tokens: model.apply(params, tokens, position).hidden)
@@ -141,9 +135,9 @@ def alternate(
     return measured
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[int | float]) -> dict[str, float]:
     """Median, smallest and largest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {"median": float(statistics.median(values)), "min": float(min(values)), "max": float(max(values))}
 
 
 def summarise(measured: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -183,7 +177,7 @@ def _cpu_name() -> str:
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, default=float) + "\n")
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     Console().print(f"wrote {path}", soft_wrap=True)
 
 

@@ -129,7 +129,7 @@ def check(
     Console().print(f"correctness gate: {num_new} greedy tokens of {', '.join(runs)}")
     ours = runs["decodax"](prompt, num_new)[0]
     text = np.concatenate([prompt, ours])[None]
-    best = common.full_forward_greedy(model, params, text, np.array([text.shape[1]]))
+    best = common.full_forward_greedy(model, params, text)
     common.require_equal_tokens("decodax", ours, best[0, len(prompt) - 1 : -1])
     for name, run in runs.items():
         common.require_equal_tokens(name, run(prompt, num_new)[0], ours)

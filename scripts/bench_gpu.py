@@ -11,8 +11,8 @@ The peer is transformers with a static cache and `torch.compile(mode="reduce-ove
 a process of its own, and they alternate: so only one framework holds memory at a time.
 
 XLA turns parts of a step into command buffers (CUDA graphs); the loop around it launches one after the other. Which
-kinds of operation they take is an XLA flag: run again with `--xla-flags=--xla_gpu_enable_command_buffer=` to switch them
-off, and compare. The flags in force stand in the result.
+kinds of operation they take is an XLA flag: run again with `--xla-flags=--xla_gpu_enable_command_buffer=` to switch
+them off, and compare. The flags in force stand in the result.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def check() -> None:
         state = decoding.init(model, params, prompt, lengths, 16, np.arange(3, dtype=np.uint32))
         state = jax.jit(decoding.autoregressive(model), donate_argnums=1)(params, state)
         tokens = np.asarray(state.tokens)
-        best = common.full_forward_greedy(model, params, tokens, lengths)
+        best = common.full_forward_greedy(model, params, tokens)
     for row, length in enumerate(lengths):
         common.require_equal_tokens(
             f"decodax, row {row}", tokens[row, length : length + 16], best[row, length - 1 : length + 15]
@@ -175,11 +175,12 @@ def report(rounds: dict[str, list[dict]], size: str) -> dict:
             for name, turns in rounds.items()
         }
         ours = by_name["decodax"]
-        peer = by_name.get("transformers", {}).get("tokens/s", {}).get("median", float("nan"))
+        peer = by_name["transformers"]["tokens/s"]["median"] if "transformers" in by_name else None
         speed = ours["tokens/s"]["median"]
+        times = speed / peer if peer else None
         compile_s = ours["compile_seconds"]["median"]
-        rows.append([batch, speed, ours["of roofline"]["median"], peer, speed / peer, compile_s])
-        result["batch"][batch] = by_name | {"times_transformers": speed / peer}
+        rows.append([batch, speed, ours["of roofline"]["median"], peer, times, compile_s])
+        result["batch"][batch] = by_name | {"times_transformers": times}
     columns = ["batch", "decodax tokens/s", "of roofline", "transformers", "times as fast", "compile s"]
     common.print_table(f"{size}, bfloat16, {result['roofline_gb_per_s']['median']:.0f} GB/s", columns, rows)
     return result

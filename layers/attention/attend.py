@@ -16,7 +16,7 @@ from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.kv_cache.full import KVCache
 
 BLOCK_TOKENS = 256  # cached tokens per step on CPU: 128 to 512 were measured, 256 reads fastest
-WHOLE_FROM = 0.75  # on CPU, the share of the cache in use from which reading all of it is faster (measured: 0.6 to 0.7)
+WHOLE_FROM = 0.75  # on CPU, the share of the cache in use from which reading all of it is faster
 _MASKED = -1e30  # finite, so that a fully masked tile gives weights that later tiles wipe out, and never NaN
 
 

@@ -1,6 +1,7 @@
 """`decodax.generate` from prompts to text: options, stops, streaming, reasons, and clear errors for bad input."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,7 @@ def test_logits_of_whole_rows(plain):
     np.testing.assert_array_equal(logits[0, 2:-1].argmax(-1), plain.tokens[0])
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(logprobs[0, 2:-1].max(-1), plain.logprobs[0], atol=2e-5)
+    logits = inspect.unwrap(decodax.logits)  # as users have it: without this session's check of shapes before its own
     for bad, message in (([1, 2], "shape"), ([[99]], r"0\.\.36, got 99"), ([[0] * 513], "context is 512")):
         with pytest.raises(ValueError, match=message):
-            decodax.logits(LM, np.array(bad))
+            logits(LM, np.array(bad))

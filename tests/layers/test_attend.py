@@ -123,6 +123,31 @@ def test_reads_only_blocks_with_visible_tokens():
     np.testing.assert_array_equal(*outputs)
 
 
+@pytest.mark.parametrize("longest", [170, 290], ids=["in blocks", "whole"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_large_caches_read_both_ways(longest, window):
+    """Beyond one block the way of reading depends on how full the cache is; both give the definition."""
+    capacity, lengths = 300, np.array([0, 3, longest])
+    random = np.random.default_rng(2)
+    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)
+    query, key, value = draw(BATCH, 1, HEADS, SIZE), *(draw(BATCH, KV_HEADS, 1, SIZE) for _ in "kv")
+    cached = [draw(BATCH, KV_HEADS, capacity, SIZE) for _ in "kv"]
+    for row, length in enumerate(lengths):
+        for buffer in cached:
+            buffer[row, :, length:] = GARBAGE
+    mask = Causal() if window is None else Causal() & Window(window)
+    arrays = (*map(jnp.asarray, (query, key, value)), jnp.asarray(lengths[:, None], jnp.int32))
+    got = attend(*arrays, mask, KVCache(*map(jnp.asarray, cached), jnp.asarray(lengths)), scale=0.3, softcap=None)
+    for row, length in enumerate(lengths):
+        keys, values = (
+            np.concatenate([old[row, :, :length], new[row]], 1).swapaxes(0, 1)
+            for old, new in zip(cached, (key, value), strict=True)
+        )
+        readable = np.arange(length + 1) > (-1 if window is None else length - window)
+        want = attention(query[row, 0], keys, values, readable, 0.3)
+        np.testing.assert_allclose(got[row, 0], want, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_without_cache_equals_an_empty_one():
     query, key, value, _, _, position, *_ = example("causal")
     position = jnp.asarray(np.broadcast_to(np.arange(QUERIES), position.shape))

@@ -69,9 +69,9 @@ def test_weight_bytes_are_those_a_step_reads():
 
 
 @pytest.mark.parametrize("rows", [5, 1200])
-def test_huge_pages_hold_the_same_values(rows):
+def test_weights_as_loaded_hold_the_same_values(rows):
     array = jax.random.normal(jax.random.key(0), (rows, 1024))
-    moved = common.in_huge_pages(array)
+    moved = common.as_loaded(array)
     np.testing.assert_array_equal(moved, array)
     assert moved.dtype == jnp.float32
 
