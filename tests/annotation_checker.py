@@ -1,13 +1,15 @@
-"""The checker that the test session puts on every function of decodax: beartype, which also knows `Self` here.
+"""The checker that the test session puts on every function of decodax: beartype, as type checkers read annotations.
 
-jaxtyping's import hook decorates methods one by one, before their class exists, and beartype refuses `Self` in such a
-place. So `Self` alone is left unchecked; everything else in the same signature is checked.
+So an int is as good as a float, and `Self` is allowed: jaxtyping's import hook decorates methods one by one, before
+their class exists, where beartype refuses it. `Self` alone is not checked; all else in the same signature is.
 """
 
 from collections.abc import Callable
 from typing import Any, Self
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
+
+_as_type_checkers = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -15,4 +17,4 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
     annotations = getattr(function, "__annotations__", {})
     if Self in annotations.values():
         function.__annotations__ = {name: hint for name, hint in annotations.items() if hint is not Self}
-    return beartype(function)
+    return _as_type_checkers(function)

@@ -123,6 +123,8 @@ def test_ranges_of_layers_and_capture():
     assert_same(both.captured[0], MODEL.embed(PARAMS, jnp.asarray(INPUT)))
     assert_same(both.captured[1], lower.hidden)
     assert_same(both.captured[2], upper.hidden)
+    only, _ = forward(jnp.asarray(INPUT), position, None, capture=(1,))
+    assert only.captured.keys() == {1}
     # The last layer of the range decides, whatever is captured: an early exit reads its own logits.
     assert_same(MODEL.logits(PARAMS, lower.hidden), forward(jnp.asarray(INPUT), position, None, layers=(0, 1))[1])
 

@@ -1,0 +1,31 @@
+"""From a folder to tokens: `load` and `generate` give what transformers gave, for every family and rope scaling."""
+
+import numpy as np
+import pytest
+
+import decodax
+from decodax.decoding import state as decode_state
+from tests.golden_files import golden_cases, load_golden
+
+
+@pytest.mark.parametrize("name", golden_cases())
+def test_same_tokens_and_logits_as_transformers(name):
+    golden = load_golden(name)
+    lm = decodax.load(golden.folder)
+    prompts = [row[:length] for row, length in zip(golden.tokens, golden.length, strict=True)]
+    new = golden.generated.shape[1]
+    result = decodax.generate(lm, prompts, max_new_tokens=new, stop_token_ids=[])
+    np.testing.assert_array_equal(result.tokens, golden.generated)
+    logits = decodax.logits(lm, prompts[0][None])
+    np.testing.assert_allclose(logits[0], golden.logits[0, : len(prompts[0])], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama_dynamic", "llama_longrope", "mistral"])
+def test_row_alone_in_chunks(name, monkeypatch):
+    """Scalings that depend on the row's length, and windows, do not notice how the prompt was cut."""
+    monkeypatch.setattr(decode_state, "MAX_CHUNK_TOKENS", 5)
+    golden = load_golden(name)
+    lm = decodax.load(golden.folder)
+    for row, length, want in zip(golden.tokens, golden.length, golden.generated, strict=True):
+        result = decodax.generate(lm, row[:length], max_new_tokens=len(want), stop_token_ids=[])
+        np.testing.assert_array_equal(result.tokens[0], want)
