@@ -1,0 +1,1 @@
+"""The embedded model: config, tokenizer and weights in Hugging Face format."""
