@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from decodax.models.model import Model
-from decodax.scripts import demo_tokenizer, demo_trainer, train_demo
+from decodax.scripts import demo_evaluation, demo_tokenizer, demo_trainer, train_demo
 from decodax.scripts.demo_trainer import Batches, Plan
 
 TINY = train_demo.CONFIG | {
@@ -207,6 +209,17 @@ def test_the_default_model_has_about_six_million_parameters():
     sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
     assert sum(sizes) == 6_557_952
     assert 2 * sum(sizes) < 16e6  # bytes in bfloat16
+
+
+def test_the_embedded_model_predicts_code_it_has_not_seen():
+    """The weights in the repository, on a held-out file that every Python brings; uniform bytes would cost 8 bits."""
+    params, tokenizer = train_demo.load_exported(train_demo.DEMO_FOLDER)
+    text = Path(textwrap.__file__).read_text()[:2000]
+    ids = np.asarray(tokenizer.encode(text).ids)
+    assert tokenizer.decode(ids) == text
+    _, forward, head = train_demo.functions()
+    bits = demo_evaluation.model_bits(lambda p, tokens: head(p, forward(p, tokens)), params, [ids], context=128)
+    assert bits < 2.0 * len(text.encode())
 
 
 def test_the_loss_curve_is_drawn(tmp_path):
