@@ -28,7 +28,7 @@ from decodax.models.families._contract import Family, ParameterPath
 
 Put = Callable[[np.ndarray, Weight, ParameterPath], jax.Array]
 
-PIECE_BYTES = 4 * 2**20  # read at once: small beside any weight that matters, and within a processor's cache
+PIECE_BYTES = 2**20  # read at once: small beside any weight that matters, and within a processor's cache
 _ALIGNMENT_BYTES = 64  # what JAX asks of a host buffer that it is to use in place
 _HUGE_PAGE_BYTES = 2**21  # Linux's large pages, for which NumPy asks with arrays of twice that size and more
 

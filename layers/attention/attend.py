@@ -6,6 +6,7 @@ online softmax of FlashAttention-2 (arXiv 2307.08691), so no score array over th
 never concatenated.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from decodax.layers.kv_cache.full import KVCache
 
 BLOCK_TOKENS = 256  # cached tokens per step on CPU: 128 to 512 were measured, 256 reads fastest
 WHOLE_FROM = 0.75  # on CPU, the share of the cache in use from which reading all of it is faster
+TILE_TOKENS = 128  # new tokens that ask at once for the new tokens before them: half of all scores are never made
 _MASKED = -1e30  # finite, so that a fully masked tile gives weights that later tiles wipe out, and never NaN
 
 
@@ -51,13 +53,14 @@ def attend(
     num_kv_heads = key.shape[1]
     grouped = query.reshape(batch, num_queries, num_kv_heads, -1, head_size)
     packed = jnp.moveaxis(grouped, 1, 2).reshape(batch, num_kv_heads, -1, head_size)
-    queries = Tokens(position, is_new=True)
+    group = num_heads // num_kv_heads
 
-    def scores(keys: Float[Array, "B K S H"], allowed: Bool[Array, "B #K T S"]) -> Float[Array, "B K Q S"]:
+    def scores(
+        packed: Float[Array, "B K Q H"], keys: Float[Array, "B K S H"], allowed: Bool[Array, "B #K T S"]
+    ) -> Float[Array, "B K Q S"]:
         score = jnp.einsum("bkqh,bksh->bkqs", packed, keys, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             score = softcap * jnp.tanh(score / softcap)
-        group = num_heads // num_kv_heads
         return jnp.where(jnp.repeat(allowed, group, axis=2), score, _MASKED)
 
     def absorb(seen: _Partial, score: Float[Array, "B K Q S"], values: Float[Array, "B K S H"]) -> _Partial:
@@ -68,11 +71,19 @@ def attend(
         total = seen.total * decay + jnp.sum(weight, axis=-1)
         return _Partial(maximum, total, seen.output * decay[..., None] + mixed)
 
-    nothing = jnp.zeros((*packed.shape[:3],), jnp.float32)
-    seen = _Partial(nothing + _MASKED, nothing, jnp.zeros(packed.shape, jnp.float32))
-    seen = absorb(seen, scores(key, mask.allows(queries, queries)[:, None]), value)
+    def new_tokens(start: int, end: int) -> _Partial:
+        """What queries start .. end - 1 see of the new tokens: none of those after them."""
+        queries = packed[:, :, start * group : end * group]
+        nothing = jnp.zeros(queries.shape[:3], jnp.float32)
+        seen = _Partial(nothing + _MASKED, nothing, jnp.zeros(queries.shape, jnp.float32))
+        allowed = mask.allows(Tokens(position[:, start:end], True, start), Tokens(position[:, :end], True))
+        return absorb(seen, scores(queries, key[:, :, :end], allowed[:, None]), value[:, :, :end])
+
+    tiles = [new_tokens(start, min(start + TILE_TOKENS, num_queries)) for start in range(0, num_queries, TILE_TOKENS)]
+    seen = tiles[0] if len(tiles) == 1 else _Partial(*(jnp.concatenate(parts, 2) for parts in zip(*tiles, strict=True)))
     if cache is not None:
-        seen = _absorb_cache(seen, scores, absorb, queries, mask, cache, block_tokens)
+        queries = Tokens(position, is_new=True)
+        seen = _absorb_cache(seen, partial(scores, packed), absorb, queries, mask, cache, block_tokens)
     output = (seen.output / seen.total[..., None]).astype(value.dtype)
     output = output.reshape(batch, num_kv_heads, num_queries, -1, head_size)
     return jnp.moveaxis(output, 1, 2).reshape(query.shape)

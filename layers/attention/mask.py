@@ -6,6 +6,7 @@ over blocks of the cache asks block by block, and a kernel may read its fields i
 Whether a cached slot is filled is the cache's business, not the mask's.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -14,14 +15,25 @@ from decodax.layers import pytree
 
 @pytree.dataclass
 class Tokens:
-    """Positions of a run of tokens; `is_new` tells the tokens of this forward (in order) from those in the cache."""
+    """Positions of a run of tokens. `is_new` tells those of this forward from those in the cache.
+
+    `first` is the place of the run's first token among the new ones; an implementation may ask tile by tile.
+    """
 
     position: Int[Array, "B T"]
     is_new: bool = pytree.static()
+    first: int = pytree.static(default=0)
+
+    def of(self, per_token: Array, axis: int) -> Array:
+        """The part of an array over all new tokens that belongs to this run."""
+        return jax.lax.slice_in_dim(per_token, self.first, self.first + self.position.shape[1], axis=axis)
 
 
 class Mask:
-    """The contract: which keys a query may read, and the first position that any query can see."""
+    """The contract: which keys a query may read, and the first position that any query can see.
+
+    No new token reads one that stands after it among the new ones.
+    """
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
         raise NotImplementedError
@@ -59,6 +71,8 @@ class Window(Mask):
 class Ancestors(Mask):
     """A token tree: among the new tokens a query reads itself and its ancestors; every cached token is an ancestor.
 
+    A node stands behind its ancestors, so no token reads a later one.
+
     `allowed[b, i, j]` says that new token i may read new token j (true for i = j). SpecInfer, arXiv 2305.09781.
     """
 
@@ -77,7 +91,7 @@ class Ancestors(Mask):
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
         if key.is_new:
-            return self.allowed
+            return key.of(query.of(self.allowed, axis=1), axis=2)
         return jnp.ones((1, query.position.shape[1], key.position.shape[1]), bool)
 
 

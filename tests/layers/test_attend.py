@@ -148,6 +148,33 @@ def test_large_caches_read_both_ways(longest, window):
         np.testing.assert_allclose(got[row, 0], want, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_many_new_tokens_in_tiles(tree, monkeypatch):
+    """Tiles of queries that read no later key give what the definition gives for all keys."""
+    monkeypatch.setattr("decodax.layers.attention.attend.TILE_TOKENS", 3)
+    random = np.random.default_rng(3)
+    count = 11
+    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)
+    query, key, value = draw(BATCH, count, HEADS, SIZE), *(draw(BATCH, KV_HEADS, count, SIZE) for _ in "kv")
+    cached = [draw(BATCH, KV_HEADS, CAPACITY, SIZE) for _ in "kv"]
+    parents = np.array([[-1, *(random.integers(0, node) if tree else node - 1 for node in range(1, count))]] * BATCH)
+    allowed = ancestors_of(parents)
+    mask = Ancestors.from_parents(jnp.asarray(parents)) if tree else Causal()
+    position = (LENGTHS[:, None] + allowed.sum(-1) - 1).astype(np.int32)
+    cache = KVCache(*map(jnp.asarray, cached), jnp.asarray(LENGTHS))
+    arrays = (*map(jnp.asarray, (query, key, value, position)), mask, cache)
+    got = attend(*arrays, scale=0.3, softcap=None)
+    for row, length in enumerate(LENGTHS):
+        keys, values = (
+            np.concatenate([old[row, :, :length], new[row]], 1).swapaxes(0, 1)
+            for old, new in zip(cached, (key, value), strict=True)
+        )
+        for token in range(count):
+            readable = np.concatenate([np.ones(length, bool), allowed[row, token]])
+            want = attention(query[row, token], keys, values, readable, 0.3)
+            np.testing.assert_allclose(got[row, token], want, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_without_cache_equals_an_empty_one():
     query, key, value, _, _, position, *_ = example("causal")
     position = jnp.asarray(np.broadcast_to(np.arange(QUERIES), position.shape))
