@@ -1,6 +1,6 @@
 """The compiled loop gives what running the model on the whole text at every token gives, row by row."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ NEW = 11
 decode = jax.jit(decoding.autoregressive(MODEL), donate_argnums=1)
 
 
-@partial(jax.jit, static_argnums=())
+@jax.jit
 def full_logits(tokens):
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return MODEL.logits(PARAMS, MODEL.apply(PARAMS, tokens, position).hidden)
