@@ -9,10 +9,10 @@ The reference that every faster strategy is compared with, and the smallest exam
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from decodax.decoding.loop import run_until_done
 from decodax.decoding.sampling import choose, token_logprob
 from decodax.decoding.state import DecodeState
 from decodax.models.model import Model, Params, commit
@@ -21,7 +21,7 @@ Decode = Callable[..., DecodeState]
 
 
 def autoregressive(model: Model) -> Decode:
-    """`decode(params, state, max_steps=None)`: continues every row until all are done, or for `max_steps` tokens."""
+    """`decode(params, state, max_tokens=None)`: continues every row until all are done, or by `max_tokens` tokens."""
 
     def step(params: Params, state: DecodeState) -> DecodeState:
         out = model.apply(params, state.pending()[:, None], state.length[:, None] - 1, state.caches)
@@ -31,28 +31,18 @@ def autoregressive(model: Model) -> Decode:
         # A sound step has a finite logprob. That the commit asks for it keeps broken rows out of the cache, and lets
         # XLA write in place (see KVCache.commit).
         sound = jnp.isfinite(logprob)
-        emit = ~state.done & sound
         failed = ~state.done & ~sound
-        state = dataclasses.replace(
+        caches = state.caches
+        state, taken = state.append(token[:, None], logprob[:, None], sound.astype(jnp.int32))
+        return dataclasses.replace(
             state,
-            caches=commit(state.caches, out.rows, emit.astype(jnp.int32)),
+            caches=commit(caches, out.rows, taken),
             failed=state.failed | failed,
             done=state.done | failed,
             num_target_forwards=state.num_target_forwards + 1,
         )
-        return state.append(token, logprob, emit)
 
-    def decode(params: Params, state: DecodeState, max_steps: Int[Array, ""] | int | None = None) -> DecodeState:
-        left = jnp.int32(jnp.iinfo(jnp.int32).max if max_steps is None else max_steps)
-
-        def unfinished(carry: tuple[Array, DecodeState]) -> Array:
-            left, state = carry
-            return (left > 0) & ~jnp.all(state.done)
-
-        def advance(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-            left, state = carry
-            return left - 1, step(params, state)
-
-        return jax.lax.while_loop(unfinished, advance, (left, state))[1]
+    def decode(params: Params, state: DecodeState, max_tokens: Int[Array, ""] | int | None = None) -> DecodeState:
+        return run_until_done(lambda state: step(params, state), state, max_tokens)
 
     return decode

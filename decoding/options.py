@@ -29,7 +29,7 @@ class GenerateOptions:
     seed *: one number gives every row the same seed, so a prompt's result does not depend on its place in a batch;
         pass several to draw different continuations of one prompt.
     strategy: how tokens are found: a name of `decodax.decoding.STRATEGIES` (None: "autoregressive"), or a function
-        from a model to a `decode(params, state, max_steps)`.
+        from a model to a `decode(params, state, max_tokens)`.
     on_text: called as `on_text(row, piece)` with new text as blocks of tokens arrive (streaming).
     block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
     """

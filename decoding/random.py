@@ -20,6 +20,8 @@ class Draw(enum.IntEnum):
     so a new kind takes a new number and no number is ever reused."""
 
     TOKEN = 0
+    DRAFT = 1  # what a drafter proposes
+    ACCEPT = 2  # whether a verifier takes it
 
 
 def draw_keys(seed: UInt32[Array, "B"], position: Int32[Array, "B"], kind: Draw) -> Key[Array, "B"]:

@@ -5,6 +5,8 @@ import os
 import jax
 from jax.typing import DTypeLike
 
+from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.full import KVCache
 from decodax.models.model import Model
 
 SMALLEST_BUCKET = 16
@@ -22,9 +24,9 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
-def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: DTypeLike) -> int:
+def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> int:
     """Bytes of an empty cache, without making it."""
-    shapes = jax.eval_shape(lambda: model.empty_cache(batch_size, capacity, dtype))
+    shapes = jax.eval_shape(lambda: model.empty_cache(batch_size, capacity, dtype, policy))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
@@ -51,12 +53,14 @@ def _available_host_bytes() -> int | None:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_cache_fits(model: Model, batch_size: int, capacity: int, dtype: DTypeLike) -> None:
+def check_cache_fits(
+    model: Model, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
+) -> None:
     """Raises MemoryError, with what would fit, when a cache of this size is larger than the free memory."""
-    needed, free = cache_bytes(model, batch_size, capacity, dtype), free_bytes()
+    needed, free = cache_bytes(model, batch_size, capacity, dtype, policy), free_bytes()
     if free is None or needed <= free:
         return
-    per_token = cache_bytes(model, 1, 1, dtype)
+    per_token = cache_bytes(model, 1, 1, dtype, policy)
     raise MemoryError(
         f"the cache for {batch_size} rows of {capacity} tokens needs {needed:,} bytes, and {free:,} are free. "
         f"That holds {free // (per_token * batch_size):,} tokens (prompt and output) in each of {batch_size} rows, or "

@@ -16,10 +16,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
+from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.sizes import bucket, check_cache_fits
 from decodax.layers import pytree
+from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.full import KVCache
 from decodax.models.model import Model, Params, commit
 
 HostOrDevice = np.ndarray | Array
@@ -32,6 +35,8 @@ class DecodeState:
 
     `limit` is the length at which a row is finished. `failed` marks rows whose logits became NaN or infinite: they are
     `done`, and nothing was written for the step that failed. `logprobs` stands beside `tokens`, zero in the prompt.
+    `draft` is whatever a drafter carries from round to round, and `counts` what its drafts came to; both are None until
+    a strategy that drafts has started.
     """
 
     tokens: Int[Array, "B S"]
@@ -46,25 +51,38 @@ class DecodeState:
     history: History
     sampling: Sampling
     num_target_forwards: Int[Array, ""]
+    draft: Any = None
+    counts: DraftCounts | None = None
 
     def pending(self) -> Int[Array, " B"]:
         """The last token of each row."""
         return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)[:, 0]
 
-    def append(self, token: Int[Array, " B"], logprob: Float[Array, " B"], emit: Bool[Array, " B"]) -> "DecodeState":
-        """Adds one token to the rows that `emit`; a row is done after a stop token or at its limit."""
-        row = jnp.arange(token.shape[0])
-        slot = jnp.where(emit, self.length, self.tokens.shape[1])
-        length = self.length + emit.astype(jnp.int32)
-        stopped = jnp.any(token[:, None] == self.stop_token_ids, axis=1)
-        return dataclasses.replace(
+    def append(
+        self, token: Int[Array, "B A"], logprob: Float[Array, "B A"], count: Int[Array, " B"]
+    ) -> tuple["DecodeState", Int[Array, " B"]]:
+        """Adds the first `count` tokens to each row, up to a stop token or the row's limit, after which it is done.
+
+        Gives the new state and how many tokens each row took (none where it was done). A row of `count` 0 gets none.
+        """
+        offset = jnp.arange(token.shape[1], dtype=jnp.int32)[None, :]
+        is_stop = jnp.any(token[:, :, None] == self.stop_token_ids[:, None, :], axis=2)
+        up_to_stop = jnp.min(jnp.where(is_stop, offset + 1, token.shape[1]), axis=1)
+        taken = jnp.minimum(jnp.minimum(count, up_to_stop), self.limit - self.length)
+        taken = jnp.where(self.done, 0, taken)
+        row = jnp.arange(token.shape[0])[:, None]
+        slot = jnp.where(offset < taken[:, None], self.length[:, None] + offset, self.tokens.shape[1])
+        stopped = jnp.any(is_stop & (offset == taken[:, None] - 1), axis=1)
+        length = self.length + taken
+        state = dataclasses.replace(
             self,
             tokens=self.tokens.at[row, slot].set(token, mode="drop"),
             logprobs=self.logprobs.at[row, slot].set(logprob, mode="drop"),
             length=length,
-            done=self.done | (emit & stopped) | (length >= self.limit),
-            history=self.history.record(token, emit),
+            done=self.done | stopped | (length >= self.limit),
+            history=self.history.record(token, taken),
         )
+        return state, taken
 
 
 def init(
@@ -78,12 +96,13 @@ def init(
     sampling: Sampling | None = None,
     stop_token_ids: Sequence[int] = (),
     cache_dtype: DTypeLike | None = None,
+    cache_policy: CachePolicy = KVCache,
 ) -> DecodeState:
     """The state after reading the prompts: row b's prompt is `tokens[b, :length[b]]`, the rest of the row is padding.
 
     The prompt is run in chunks of bucketed size, each committed to the cache, and buffers are bucketed too, so prompts
     of similar length share compiled code. `sampling` is greedy by default; `stop_token_ids` end a row after they are
-    emitted; the cache has the parameters' dtype unless told otherwise.
+    emitted; the cache has the parameters' dtype unless told otherwise, and keeps what `cache_policy` keeps.
 
     Raises ValueError for an empty row, token ids outside the vocabulary or shapes that do not match, MemoryError when
     the cache would not fit on the device.
@@ -94,7 +113,7 @@ def init(
     batch, longest = tokens.shape[0], int(length.max())
     capacity = bucket(int(limit.max()))
     dtype = cache_dtype or jax.tree.leaves(params)[0].dtype
-    check_cache_fits(model, batch, capacity, dtype)
+    check_cache_fits(model, batch, capacity, dtype, cache_policy)
     sampling = Sampling.create(batch, model.config.vocab_size) if sampling is None else sampling
     width = min(tokens.shape[1], capacity)
     padded = np.zeros((batch, capacity), np.int32)
@@ -109,6 +128,7 @@ def init(
         jnp.asarray(seed, jnp.uint32),
         jnp.asarray(stops),
         sampling,
+        cache_policy,
     )
     start = 0
     while start < longest - 1:  # the last token stays pending
@@ -134,8 +154,10 @@ def _check_prompt(model: Model, tokens: np.ndarray, length: np.ndarray, limit: n
             )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _empty_state(model, dtype, tokens, length, limit, seed, stop_token_ids, sampling) -> DecodeState:
+@partial(jax.jit, static_argnums=(0, 1, 8))
+def _empty_state(
+    model, dtype, tokens, length, limit, seed, stop_token_ids, sampling, cache_policy=KVCache
+) -> DecodeState:
     batch, capacity = tokens.shape
     history = History.start(tokens, length, vocab_size=model.config.vocab_size, with_counts=sampling.needs_counts)
     no = jnp.zeros(batch, bool)
@@ -148,7 +170,7 @@ def _empty_state(model, dtype, tokens, length, limit, seed, stop_token_ids, samp
         failed=jnp.zeros(batch, bool),
         seed=seed,
         stop_token_ids=stop_token_ids,
-        caches=model.empty_cache(batch, capacity, dtype),
+        caches=model.empty_cache(batch, capacity, dtype, cache_policy),
         history=history,
         sampling=sampling,
         num_target_forwards=jnp.int32(0),
@@ -158,24 +180,40 @@ def _empty_state(model, dtype, tokens, length, limit, seed, stop_token_ids, samp
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _prefill_chunk(model: Model, chunk: int, params: Params, state: DecodeState, start: Int[Array, ""]) -> DecodeState:
     """Runs prompt tokens start .. start + chunk - 1 of every row and commits those before the row's last token."""
-    offset = start + jnp.arange(chunk, dtype=jnp.int32)
-    # A chunk may reach past the buffer; those columns repeat the last one and are not committed.
-    tokens = jnp.take(state.tokens, jnp.minimum(offset, state.tokens.shape[1] - 1), axis=1)
-    position = jnp.broadcast_to(offset, tokens.shape)
-    last = model.config.num_layers - 1
-    out = model.apply(
-        params, tokens, position, state.caches, row_length=jnp.maximum(state.length[:, None], 1), capture=(last,)
-    )
-    wanted = jnp.clip(state.length - 1 - start, 0, chunk)
-    # The last layer's output is not needed, so its input tells whether the row is sound; and as the count depends on
-    # it, the caches are written in place (see KVCache.commit).
-    real = jnp.arange(chunk)[None, :] < wanted[:, None]
-    sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
-    count = jnp.where(sound & ~state.failed, wanted, 0)
+    caches, sound = read_chunk(model, params, state.caches, state.tokens, state.length, start, chunk, skip=state.failed)
     return dataclasses.replace(
         state,
-        caches=commit(state.caches, out.rows, count),
+        caches=caches,
         failed=state.failed | ~sound,
         done=state.done | ~sound,
         num_target_forwards=state.num_target_forwards + 1,
     )
+
+
+def read_chunk(
+    model: Model,
+    params: Params,
+    caches: tuple[Any, ...],
+    tokens: Int[Array, "B S"],
+    length: Int[Array, " B"],
+    start: Int[Array, ""],
+    chunk: int,
+    *,
+    skip: Bool[Array, " B"],
+) -> tuple[tuple[Any, ...], Bool[Array, " B"]]:
+    """The caches after tokens start .. start + chunk - 1 of every row, of which those before its last are committed.
+
+    Also says which rows are sound (finite); the others, and those to `skip`, get nothing written.
+    """
+    offset = start + jnp.arange(chunk, dtype=jnp.int32)
+    # A chunk may reach past the buffer; those columns repeat the last one and are not committed.
+    window = jnp.take(tokens, jnp.minimum(offset, tokens.shape[1] - 1), axis=1)
+    position = jnp.broadcast_to(offset, window.shape)
+    last = model.config.num_layers - 1
+    out = model.apply(params, window, position, caches, row_length=jnp.maximum(length[:, None], 1), capture=(last,))
+    wanted = jnp.clip(length - 1 - start, 0, chunk)
+    # The last layer's output is not needed, so its input tells whether the row is sound; and as the count depends on
+    # it, the caches are written in place (see KVCache.commit).
+    real = jnp.arange(chunk)[None, :] < wanted[:, None]
+    sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
+    return commit(caches, out.rows, jnp.where(sound & ~skip, wanted, 0)), sound

@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.mask import Causal, Mask
+from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.full import KVCache
 from decodax.models.config import ModelConfig
 from decodax.models.transformer import Forward, Transformer
 
@@ -39,9 +41,15 @@ class Model:
         params = jax.jit(self.module.init)(key, token, token, token + 1, Causal())["params"]
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
-    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike) -> tuple[Any, ...]:
-        """One empty cache per layer, for `capacity` tokens in each of `batch_size` rows."""
-        return tuple(block.mixer.empty_cache(batch_size, capacity, dtype) for block in self.config.blocks)
+    def empty_cache(
+        self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
+    ) -> tuple[Any, ...]:
+        """One empty cache per layer, for `capacity` tokens in each of `batch_size` rows, as `policy` keeps them."""
+        return tuple(block.mixer.empty_cache(batch_size, capacity, dtype, policy) for block in self.config.blocks)
+
+    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> tuple[Any, ...]:
+        """Room for every layer's rows of `num_tokens` tokens that are to be staged (`layers/kv_cache/staged.py`)."""
+        return tuple(block.mixer.empty_rows(batch_size, num_tokens, dtype) for block in self.config.blocks)
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The input of the first layer for these tokens; mix in vectors of your own and pass it to `apply`."""
@@ -65,6 +73,7 @@ class Model:
         position: absolute position of each token; for a tree, the row's length plus the node's depth.
         caches: one per layer of the whole model (`empty_cache`); None means that nothing precedes these tokens.
         mask: who among the new tokens reads whom; `Causal()` (a chain) by default, `Ancestors` for a tree.
+            With staged caches (`layers/kv_cache/staged.py`) the staged tokens count as new, in front of these.
         row_length: tokens in the row as far as position scaling is concerned; position + 1 by default, and the
             length of the whole prompt while it is prefilled (only dynamic and longrope scaling read it).
         layers: (a, b), all by default. capture: after how many layers to keep the hidden states.

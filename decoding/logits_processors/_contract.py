@@ -8,7 +8,7 @@ import dataclasses
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Float32, Int, Int32
 
 from decodax.layers import pytree
 
@@ -18,12 +18,12 @@ class History:
     """What a row has read and written so far.
 
     The counts, how often each token stands in the prompt and in the output, cost 8 bytes per row and vocabulary entry;
-    they are None where no active processor has `needs_counts`.
+    they are None where no active processor has `needs_counts`. A token tree has a history per row and node.
     """
 
-    prompt_counts: Int32[Array, "B V"] | None
-    output_counts: Int32[Array, "B V"] | None
-    num_new_tokens: Int32[Array, "B"]
+    prompt_counts: Int32[Array, "*rows V"] | None
+    output_counts: Int32[Array, "*rows V"] | None
+    num_new_tokens: Int32[Array, "*rows"]
 
     @classmethod
     def start(
@@ -48,13 +48,13 @@ class History:
             )
         return self.prompt_counts, self.output_counts
 
-    def record(self, token: Int[Array, "B"], active: Bool[Array, "B"]) -> "History":
-        """The history after each row that is `active` wrote `token`; the others stay as they are."""
-        increment = active.astype(jnp.int32)
+    def record(self, token: Int[Array, "B A"], count: Int[Array, "B"]) -> "History":
+        """The history after each row wrote the first `count` of its tokens."""
+        written = (jnp.arange(token.shape[1], dtype=jnp.int32)[None, :] < count[:, None]).astype(jnp.int32)
         counts = self.output_counts
         if counts is not None:
-            counts = counts.at[jnp.arange(token.shape[0]), token].add(increment, mode="drop")
-        return dataclasses.replace(self, output_counts=counts, num_new_tokens=self.num_new_tokens + increment)
+            counts = counts.at[jnp.arange(token.shape[0])[:, None], token].add(written, mode="drop")
+        return dataclasses.replace(self, output_counts=counts, num_new_tokens=self.num_new_tokens + count)
 
 
 @runtime_checkable

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.layers.attention.mask import Mask, Tokens
-from decodax.layers.kv_cache.full import KVCache
+from decodax.layers.kv_cache._contract import Cache
+from decodax.layers.kv_cache.staged import Staged
 
 BLOCK_TOKENS = 256  # cached tokens per step on CPU: 128 to 512 were measured, 256 reads fastest
 WHOLE_FROM = 0.75  # on CPU, the share of the cache in use from which reading all of it is faster
@@ -36,13 +37,15 @@ def attend(
     value: Float[Array, "B K T H"],
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: KVCache | None,
+    cache: Cache | Staged | None,
     *,
     scale: float,
     softcap: float | None,
     block_tokens: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Each query's mixture of the values it may read, cached and new; every query must be allowed to read itself.
+
+    Tokens staged with the cache are new ones that stand before those of this forward.
 
     `block_tokens` sets how many cached tokens one step of a loop reads; the loop stops after the longest row. By
     default it is BLOCK_TOKENS, but for few queries the whole cache is read at once where that is faster: on CPU once
@@ -54,9 +57,16 @@ def attend(
     grouped = query.reshape(batch, num_queries, num_kv_heads, -1, head_size)
     packed = jnp.moveaxis(grouped, 1, 2).reshape(batch, num_kv_heads, -1, head_size)
     group = num_heads // num_kv_heads
+    key_position, num_staged = position, 0
+    if isinstance(cache, Staged):
+        num_staged = cache.position.shape[1]
+        key = jnp.concatenate([cache.rows.key.astype(key.dtype), key], axis=2)
+        value = jnp.concatenate([cache.rows.value.astype(value.dtype), value], axis=2)
+        key_position = jnp.concatenate([cache.position, position], axis=1)
+        cache = cache.cache
 
     def scores(
-        packed: Float[Array, "B K Q H"], keys: Float[Array, "B K S H"], allowed: Bool[Array, "B #K T S"]
+        packed: Float[Array, "B K Q H"], keys: Float[Array, "B K S H"], allowed: Bool[Array, "#B #K T S"]
     ) -> Float[Array, "B K Q S"]:
         score = jnp.einsum("bkqh,bksh->bkqs", packed, keys, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
@@ -72,12 +82,14 @@ def attend(
         return _Partial(maximum, total, seen.output * decay[..., None] + mixed)
 
     def new_tokens(start: int, end: int) -> _Partial:
-        """What queries start .. end - 1 see of the new tokens: none of those after them."""
+        """What queries start .. end - 1 see of the staged and the new tokens: none of those after them."""
         queries = packed[:, :, start * group : end * group]
         nothing = jnp.zeros(queries.shape[:3], jnp.float32)
         seen = _Partial(nothing + _MASKED, nothing, jnp.zeros(queries.shape, jnp.float32))
-        allowed = mask.allows(Tokens(position[:, start:end], True, start), Tokens(position[:, :end], True))
-        return absorb(seen, scores(queries, key[:, :, :end], allowed[:, None]), value[:, :, :end])
+        keys_end = num_staged + end
+        keys = Tokens(key_position[:, :keys_end], is_new=True)
+        allowed = mask.allows(Tokens(position[:, start:end], True, start), keys)
+        return absorb(seen, scores(queries, key[:, :, :keys_end], allowed[:, None]), value[:, :, :keys_end])
 
     tiles = [new_tokens(start, min(start + TILE_TOKENS, num_queries)) for start in range(0, num_queries, TILE_TOKENS)]
     seen = tiles[0] if len(tiles) == 1 else _Partial(*(jnp.concatenate(parts, 2) for parts in zip(*tiles, strict=True)))
@@ -89,7 +101,7 @@ def attend(
     return jnp.moveaxis(output, 1, 2).reshape(query.shape)
 
 
-def _absorb_cache(seen, scores, absorb, queries: Tokens, mask: Mask, cache: KVCache, block_tokens: int | None):
+def _absorb_cache(seen, scores, absorb, queries: Tokens, mask: Mask, cache: Cache, block_tokens: int | None):
     """Adds the cached tokens to the softmax, at least from the first visible one to the longest row's last."""
     # With no more queries than a head has coordinates, the scores of the whole cache take no more room than its keys.
     may_read_whole = block_tokens is None and seen.output.shape[2] <= seen.output.shape[3]

@@ -73,21 +73,22 @@ class Ancestors(Mask):
 
     A node stands behind its ancestors, so no token reads a later one.
 
-    `allowed[b, i, j]` says that new token i may read new token j (true for i = j). SpecInfer, arXiv 2305.09781.
+    `allowed[b, i, j]` says that token i of this forward may read new token j (true for i = j); tokens staged in front
+    of this forward are the first of the U new ones. SpecInfer, arXiv 2305.09781.
     """
 
-    allowed: Bool[Array, "B T T"]
+    allowed: Bool[Array, "#B T U"]
 
     @classmethod
-    def from_parents(cls, parent: Int[Array, "B T"]) -> "Ancestors":
+    def from_parents(cls, parent: Int[Array, "#B T"]) -> "Ancestors":
         """The mask of trees given as parent indices, a root's parent being -1; parents precede their children."""
         num_tokens = parent.shape[1]
-        allowed = jnp.broadcast_to(jnp.eye(num_tokens, dtype=bool), (*parent.shape, num_tokens))
-        for node in range(1, num_tokens):
-            above = jnp.take_along_axis(allowed, jnp.maximum(parent[:, node], 0)[:, None, None], axis=1)[:, 0]
-            above = above & (parent[:, node] >= 0)[:, None]
-            allowed = allowed.at[:, node].set(allowed[:, node] | above)
-        return cls(allowed)
+        one_up = parent[:, :, None] == jnp.arange(num_tokens, dtype=parent.dtype)[None, None, :]
+        reach = one_up | jnp.eye(num_tokens, dtype=bool)[None]
+        for _ in range((num_tokens - 1).bit_length()):  # paths of 1, 2, 4, ... steps
+            counts = reach.astype(jnp.float32)
+            reach = jnp.einsum("bij,bjk->bik", counts, counts) > 0
+        return cls(reach)
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
         if key.is_new:

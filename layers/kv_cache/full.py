@@ -29,6 +29,20 @@ class KVRows:
     value: Float[Array, "B K T H"]
     kept: Bool[Array, "B T"] | None = None
 
+    @classmethod
+    def empty(cls, batch_size: int, num_kv_heads: int, num_tokens: int, head_size: int, dtype: DTypeLike) -> "KVRows":
+        """Room for tokens that are to be staged (see staged.py)."""
+        shape = (batch_size, num_kv_heads, num_tokens, head_size)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def place(self, new: "KVRows", slot: Int[Array, " T"]) -> "KVRows":
+        """These rows with `new` ones at the given slots; a slot beyond them is dropped."""
+
+        def write(rows: Array, fresh: Array) -> Array:
+            return rows.at[:, :, slot].set(fresh.astype(rows.dtype), mode="drop")
+
+        return dataclasses.replace(self, key=write(self.key, new.key), value=write(self.value, new.value))
+
 
 @pytree.dataclass
 class KVCache:

@@ -9,6 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 from jax.typing import DTypeLike
 
+from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.full import KVCache
+
 
 @runtime_checkable
 class Mixer(Protocol):
@@ -20,6 +23,13 @@ class Mixer(Protocol):
 
     def module(self, hidden_size: int, name: str) -> nn.Module: ...
 
-    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike) -> Any:
-        """What this layer keeps of past tokens; has `length` Int[B], `capacity` and `commit(rows, count, path)`."""
+    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Any:
+        """What this layer keeps of past tokens; has `length` Int[B], `capacity` and `commit(rows, count, path)`.
+
+        `policy` says how keys and values are kept; layers that keep something else have no use for it.
+        """
+        ...
+
+    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> Any:
+        """Room for what this layer gives for `num_tokens` tokens, to stage them; has `place(new, slot)`."""
         ...

@@ -14,7 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.mask import Mask, Window
+from decodax.layers.kv_cache._contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
@@ -68,8 +70,11 @@ class GQAConfig:
     def module(self, hidden_size: int, name: str) -> nn.Module:
         return GQA(self, hidden_size, name=name)
 
-    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike) -> KVCache:
-        return KVCache.empty(batch_size, self.num_kv_heads, capacity, self.head_size, dtype)
+    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Cache:
+        return policy.empty(batch_size, self.num_kv_heads, capacity, self.head_size, dtype)
+
+    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> KVRows:
+        return KVRows.empty(batch_size, self.num_kv_heads, num_tokens, self.head_size, dtype)
 
 
 class GQA(nn.Module):
@@ -84,7 +89,7 @@ class GQA(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: KVCache | None,
+        cache: Cache | Staged | None,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], KVRows]:
         config = self.config

@@ -49,7 +49,8 @@ def make_history():
     history = History.start(jnp.asarray(tokens), lengths, vocab_size=VOCABULARY, with_counts=True)
     for step in range(max(map(len, OUTPUTS))):
         token = np.array([output[step] if step < len(output) else 6 for output in OUTPUTS], np.int32)
-        history = history.record(jnp.asarray(token), jnp.array([step < len(output) for output in OUTPUTS]))
+        written = jnp.array([int(step < len(output)) for output in OUTPUTS])
+        history = history.record(jnp.asarray(token)[:, None], written)
     return history
 
 
@@ -185,7 +186,7 @@ def changed_row(name, option, logits, prompt=(), output=()):
         with_counts=True,
     )
     for token in output:
-        history = history.record(jnp.array([token]), jnp.array([True]))
+        history = history.record(jnp.array([[token]]), jnp.array([1]))
     return np.asarray(method.create(option, batch_size=1, **extra)(jnp.array([logits], jnp.float32), history))[0]
 
 
@@ -274,7 +275,7 @@ def test_history_counts_prompt_and_output():
 def test_history_without_counts_keeps_none_and_says_so_when_they_are_needed():
     tokens, length = jnp.zeros((ROWS, 2), jnp.int32), jnp.full(ROWS, 2)
     history = History.start(tokens, length, vocab_size=VOCABULARY, with_counts=False)
-    history = history.record(jnp.zeros(ROWS, jnp.int32), jnp.arange(ROWS) < 3)
+    history = history.record(jnp.zeros((ROWS, 1), jnp.int32), (jnp.arange(ROWS) < 3).astype(jnp.int32))
     assert history.prompt_counts is None and history.output_counts is None
     np.testing.assert_array_equal(history.num_new_tokens, [1, 1, 1, 0, 0])
     logits = jnp.asarray(make_logits(0, ROWS))

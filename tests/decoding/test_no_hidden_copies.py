@@ -127,7 +127,7 @@ def skipping_loop(model, *, count_depends_on_reads=True):
         emit = ~state.done & sound if count_depends_on_reads else ~state.done
         written = commit(state.caches, tuple(rows), emit.astype(jnp.int32))
         state = dataclasses.replace(state, caches=written, num_target_forwards=state.num_target_forwards + 1)
-        return state.append(token, jnp.zeros(BATCH), emit)
+        return state.append(token[:, None], jnp.zeros((BATCH, 1)), emit.astype(jnp.int32))[0]
 
     def loop(params, state):
         return jax.lax.while_loop(lambda state: ~jnp.all(state.done), lambda state: step(params, state), state)

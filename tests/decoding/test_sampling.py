@@ -71,7 +71,7 @@ def make_history(num_rows):
     prompt = jnp.asarray(np.tile(np.array(PROMPT, np.int32), (num_rows, 1)))
     history = History.start(prompt, jnp.full(num_rows, len(PROMPT)), vocab_size=VOCABULARY, with_counts=True)
     for token in OUTPUT:
-        history = history.record(jnp.full(num_rows, token), jnp.ones(num_rows, bool))
+        history = history.record(jnp.full((num_rows, 1), token), jnp.ones(num_rows, jnp.int32))
     return history
 
 

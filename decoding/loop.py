@@ -1,0 +1,25 @@
+"""The loop of every strategy: rounds of a compiled step until all rows are done, or far enough for now."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from decodax.decoding.state import DecodeState
+
+
+def run_until_done(
+    step: Callable[[DecodeState], DecodeState], state: DecodeState, max_tokens: Int[Array, ""] | int | None
+) -> DecodeState:
+    """Repeats `step` until every row is done, or, with `max_tokens`, until some row has gained so many.
+
+    A step that emits several tokens may go past `max_tokens`; what is emitted is kept.
+    """
+    aim = jnp.int32(jnp.iinfo(jnp.int32).max if max_tokens is None else max_tokens)
+    begin = state.length
+
+    def unfinished(state: DecodeState) -> Array:
+        return (jnp.max(state.length - begin) < aim) & ~jnp.all(state.done)
+
+    return jax.lax.while_loop(unfinished, step, state)

@@ -1,0 +1,140 @@
+"""Speculative decoding: draft several tokens, let the target check all of them in one forward, keep what stands.
+
+One round of the compiled loop: the drafter proposes a tree of tokens behind the pending one; the target runs once over
+the tree; the verifier walks from the root as far as the target agrees and adds one token of the target's own; the rows
+of the accepted nodes are committed to the caches. A chain is a tree with one branch, and plain decoding is the tree of
+one node. What the loop draws depends on each row's seed and positions only, so a row's result is its own.
+
+Papers: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192; Accelerating Large Language Model
+Decoding with Speculative Sampling, arXiv 2302.01318; SpecInfer (trees), arXiv 2305.09781.
+
+    decode = speculative(model, drafter, verifier)
+    state = jax.jit(decode, donate_argnums=2)(params, draft_params, state)
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int
+
+from decodax.decoding.draft_counts import DraftCounts
+from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal
+from decodax.decoding.loop import run_until_done
+from decodax.decoding.node_laws import node_history, node_logits
+from decodax.decoding.sampling import token_logprob
+from decodax.decoding.state import DecodeState
+from decodax.decoding.verifiers._contract import Verifier, check_pair
+from decodax.models.model import Model, Params, commit
+from decodax.models.transformer import Forward
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """`decode(params, draft_params, state, max_tokens=None)`; make it with `speculative`."""
+
+    model: Model
+    drafter: Drafter
+    verifier: Verifier
+
+    def __call__(
+        self, params: Params, draft_params: Any, state: DecodeState, max_tokens: Int[Array, ""] | int | None = None
+    ) -> DecodeState:
+        """Continues every row until all are done, or until some row has gained `max_tokens` (or a few more).
+
+        A state that no drafter has seen is started first (`start`).
+        """
+        if state.draft is None:
+            state = self.start(params, draft_params, state)
+        return run_until_done(lambda state: self.step(params, draft_params, state), state, max_tokens)
+
+    def start(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
+        """The state with the drafter's own, which has read the prompts, and with counts at zero.
+
+        Raises ValueError when the drafter's tree is larger than the cache, or what the two are given does not fit.
+        """
+        drafter, capacity = self.drafter, state.tokens.shape[1]
+        if drafter.num_nodes > capacity:
+            raise ValueError(
+                f"a draft must fit into the buffers of {capacity} tokens, got a tree of {drafter.num_nodes} nodes: "
+                "draft fewer tokens or raise max_new_tokens"
+            )
+        drafter.check(self.model, draft_params)
+        draft = drafter.start(params, draft_params, state)
+        return dataclasses.replace(state, draft=draft, counts=DraftCounts.zero(drafter.max_depth))
+
+    def step(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
+        """One round."""
+        assert state.counts is not None
+        self.verifier.check(state.sampling)
+        with jax.named_scope(type(self.drafter).__name__):
+            proposal, draft = self.drafter.propose(params, draft_params, state)
+        tree = proposal.tree
+        depth = jnp.broadcast_to(jnp.asarray(tree.depth), proposal.token.shape)
+        forward = self._forward(params, proposal, state.length[:, None] - 1 + depth, state.caches)
+        logits = self.model.logits(params, forward.hidden)
+        with jax.named_scope(type(self.verifier).__name__):
+            law = node_logits(state.sampling, logits, node_history(state.history, tree, proposal.token))
+            next_position = state.length[:, None] + depth
+            verdict = self.verifier.verify(proposal, law, state.sampling.draws, state.seed, next_position)
+        path = tree.path_to(verdict.node, self.drafter.max_depth)
+        num_accepted = jnp.take_along_axis(depth, verdict.node[:, None], axis=1)[:, 0]
+        token, logprob = _block(proposal, logits, path, num_accepted, verdict.token)
+        # Tokens count as far as their logprobs are finite. That makes the commit depend on what the forward read, which
+        # lets XLA write in place (see KVCache.commit).
+        offset = jnp.arange(token.shape[1], dtype=jnp.int32)[None, :]
+        is_broken = ~jnp.isfinite(logprob) & (offset <= num_accepted[:, None])
+        num_sound = jnp.min(jnp.where(is_broken, offset, num_accepted[:, None] + 1), axis=1)
+        was_done, caches = state.done, state.caches
+        state, taken = state.append(token, logprob, num_sound)
+        failed = ~was_done & (taken == num_sound) & (num_sound <= num_accepted)
+        state = dataclasses.replace(
+            state,
+            caches=commit(caches, forward.rows, taken, None if tree.is_chain else path),
+            failed=state.failed | failed,
+            done=state.done | failed,
+            num_target_forwards=state.num_target_forwards + 1,
+            draft=draft,
+            counts=state.counts.add(
+                tree, proposal.is_candidate, path, num_accepted, taken, proposal.num_draft_forwards
+            ),
+        )
+        outcome = Outcome(proposal, logits, forward, path, taken)
+        return dataclasses.replace(state, draft=self.drafter.update(params, draft_params, state, outcome))
+
+    def _forward(
+        self, params: Params, proposal: Proposal, position: Int[Array, "B C"], caches: tuple[Any, ...]
+    ) -> Forward:
+        """The target over all nodes, from the first layer that the drafter has not run."""
+        inputs = proposal.token if proposal.vectors is None else proposal.vectors
+        first, last = len(proposal.rows), self.model.config.num_layers
+        capture = tuple(index for index in self.drafter.capture if index >= first)
+        out = self.model.apply(
+            params, inputs, position, caches, mask=proposal.tree.mask(), layers=(first, last), capture=capture
+        )
+        return out._replace(rows=(*proposal.rows, *out.rows))
+
+
+def speculative(model: Model, drafter: Drafter, verifier: Verifier) -> Speculative:
+    """A decoding function in which `drafter` guesses and `verifier` decides what the target stands by.
+
+    Raises ValueError when the verifier's rule does not hold for this drafter's proposals.
+    """
+    check_pair(drafter, verifier)
+    return Speculative(model, drafter, verifier)
+
+
+def _block(
+    proposal: Proposal,
+    logits: Float32[Array, "B C V"],
+    path: Int[Array, "B A"],
+    num_accepted: Int[Array, " B"],
+    next_token: Int[Array, " B"],
+) -> tuple[Int[Array, "B A"], Float32[Array, "B A"]]:
+    """The accepted tokens with the target's own behind them, and their logprobs; what follows is of no use."""
+    shifted = jnp.concatenate([path[:, 1:], path[:, -1:]], axis=1)
+    is_draft = jnp.arange(path.shape[1])[None, :] < num_accepted[:, None]
+    token = jnp.where(is_draft, jnp.take_along_axis(proposal.token, shifted, axis=1), next_token[:, None])
+    return token, token_logprob(jnp.take_along_axis(logits, path[:, :, None], axis=1), token)

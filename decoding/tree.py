@@ -1,0 +1,84 @@
+"""A tree of draft tokens: who continues whom.
+
+Node 0 is the root: the row's pending token, which is known. Every other node is a guess at what follows its parent; a
+path from the root is one possible continuation. A chain is a tree in which every node has one child.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from decodax.layers import pytree
+from decodax.layers.attention.mask import Ancestors, Causal, Mask
+
+
+@pytree.dataclass
+class Tree:
+    """C nodes of every row; the first axis has length 1 where all rows have the same tree.
+
+    parent: of each node, -1 for the root; a parent stands before its children. depth: 0 for the root.
+    ancestors[b, i, j]: node j lies on the path from the root to node i, ends included.
+    """
+
+    parent: Int[Array | np.ndarray, "#B C"]
+    depth: Int[Array | np.ndarray, "#B C"]
+    ancestors: Bool[Array | np.ndarray, "#B C C"]
+    is_chain: bool = pytree.static(default=False)
+
+    @classmethod
+    def fixed(cls, parents: Sequence[int]) -> "Tree":
+        """The same tree in every row and every round, given as the parent of each node, the root's being -1.
+
+        Raises ValueError when there is no root, more than one, or a parent that does not precede its child.
+
+        >>> Tree.fixed([-1, 0, 0, 1]).depth
+        array([[0, 1, 1, 2]], dtype=int32)
+        """
+        if not len(parents) or parents[0] != -1:
+            raise ValueError(f"a tree must begin with its root, whose parent is -1, got parents {list(parents)}")
+        depth = np.zeros(len(parents), np.int32)
+        ancestors = np.eye(len(parents), dtype=bool)
+        for node, parent in enumerate(parents[1:], start=1):
+            if not 0 <= parent < node:
+                raise ValueError(
+                    f"parents must precede their children: node {node} needs one in 0..{node - 1}, got {parent}; "
+                    "number the nodes level by level"
+                )
+            depth[node] = depth[parent] + 1
+            ancestors[node] |= ancestors[parent]
+        parent = np.asarray(parents, np.int32)
+        is_chain = bool(np.all(parent == np.arange(len(parents)) - 1))
+        return cls(parent[None], depth[None], ancestors[None], is_chain)
+
+    @classmethod
+    def chain(cls, num_nodes: int) -> "Tree":
+        """The root and `num_nodes - 1` tokens after it, one behind the other."""
+        return cls.fixed(range(-1, num_nodes - 1))
+
+    @classmethod
+    def grown(cls, parent: Int[Array, "B C"]) -> "Tree":
+        """A tree whose parents are only known when it has been drafted; they precede their children."""
+        ancestors = Ancestors.from_parents(parent).allowed
+        return cls(parent, jnp.sum(ancestors, axis=2, dtype=jnp.int32) - 1, ancestors)
+
+    @property
+    def num_nodes(self) -> int:
+        return self.parent.shape[1]
+
+    def mask(self) -> Mask:
+        """Who reads whom in one forward over all nodes."""
+        return Causal() if self.is_chain else Ancestors(jnp.asarray(self.ancestors))
+
+    def path_to(self, node: Int[Array, " B"], max_depth: int) -> Int[Array, "B A"]:
+        """The nodes from the root to `node`, one per depth 0 .. max_depth (A of them); behind `node`, zeros."""
+        on_path = jnp.take_along_axis(jnp.asarray(self.ancestors), node[:, None, None], axis=1)[:, 0]
+        at_depth = jnp.asarray(self.depth)[:, :, None] == jnp.arange(max_depth + 1, dtype=jnp.int32)[None, None, :]
+        return jnp.argmax(on_path[:, :, None] & at_depth, axis=1).astype(jnp.int32)
+
+    def accepted_path(self, accepted: Bool[Array, "B C"]) -> Int[Array, " B"]:
+        """The deepest node whose whole path from the root is `accepted` (the root always is); the first of equals."""
+        with_root = accepted.at[:, 0].set(True)
+        whole = jnp.all(with_root[:, None, :] | ~jnp.asarray(self.ancestors), axis=2)
+        return jnp.argmax(jnp.where(whole, jnp.asarray(self.depth), -1), axis=1).astype(jnp.int32)

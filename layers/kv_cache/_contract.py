@@ -1,0 +1,41 @@
+"""What attention asks of a cache, and a decoding run of a cache policy.
+
+A cache is a frozen pytree of fixed-size buffers. Layers `read` it; after verification `commit` gives a new one with the
+accepted tokens written behind those it held. A policy is a class (or anything with `empty`) that makes caches: full
+precision or quantised, all tokens or some of them.
+"""
+
+from typing import Any, Protocol, Self, runtime_checkable
+
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Keys and values of the past tokens of B rows, for one layer.
+
+    `length` Int[B]: tokens written so far. `capacity`: slots, which is what `read` may ask for.
+    """
+
+    length: Any
+
+    @property
+    def capacity(self) -> int: ...
+
+    def read(
+        self, start: Int[Array, ""], num_tokens: int
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "#B S"], Bool[Array, "B #K S"]]:
+        """Keys, values, positions and validity of `num_tokens` consecutive slots; `start` leaves room for them."""
+        ...
+
+    def commit(self, rows: Any, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> Self:
+        """Appends `count[b]` of a forward's tokens: the first ones, or those listed in `path[b]`."""
+        ...
+
+
+@runtime_checkable
+class CachePolicy(Protocol):
+    """What makes empty caches; `KVCache` is one."""
+
+    def empty(self, batch_size: int, num_kv_heads: int, capacity: int, head_size: int, dtype: DTypeLike) -> Cache: ...
