@@ -21,7 +21,7 @@ def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
 
     Options are those of `GenerateOptions`: max_new_tokens, temperature, top_k, top_p, min_p, typical_p,
     repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_new_tokens, stop, stop_token_ids, seed,
-    strategy, on_text, block_tokens. Greedy unless a temperature is given.
+    strategy, draft, draft_tokens, on_text, block_tokens. Greedy unless a temperature is given.
 
     Returns a `Generation` with lists `.tokens`, `.text`, `.logprobs`, `.finish_reasons` (one entry per prompt) and
     `.stats`. Raises TypeError for an option that does not exist, ValueError for values and prompts that cannot be run,

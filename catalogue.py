@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from decodax.decoding.generation import STRATEGIES
+from decodax.decoding.drafters import METHODS as DRAFTERS
 from decodax.decoding.logits_processors import METHODS as LOGITS_PROCESSORS
+from decodax.decoding.strategies import METHODS as STRATEGIES
+from decodax.decoding.verifiers import METHODS as VERIFIERS
 from decodax.layers.kv_cache import METHODS as KV_CACHES
 from decodax.layers.mixers import METHODS as MIXERS
 from decodax.layers.rope import SCALINGS
@@ -51,7 +53,9 @@ class Method:
 
 
 KINDS = (
-    Kind("strategy", STRATEGIES, "decoding", True, "tests/decoding/test_{file}.py"),
+    Kind("strategy", STRATEGIES, "decoding.strategies", True, "tests/decoding/test_strategies.py"),
+    Kind("drafter", DRAFTERS, "decoding.drafters", True, "tests/decoding/drafters/test_{file}.py"),
+    Kind("verifier", VERIFIERS, "decoding.verifiers", True, "tests/decoding/verifiers/test_{file}.py"),
     Kind(
         "logits processor",
         LOGITS_PROCESSORS,

@@ -48,6 +48,12 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed draws another text.")] = _DEFAULT["seed"],
     strategy: Annotated[str | None, typer.Option(help=f"How to find tokens: {', '.join(STRATEGIES)}.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Trained part of a strategy: a folder or hub id. The embedded model has its own.")
+    ] = None,
+    draft_tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens per draft, or auto. Default: the strategy's.")
+    ] = None,
     block_tokens: Annotated[int, typer.Option(help="Tokens between two pieces of streamed text.")] = (
         _DEFAULT["block_tokens"]
     ),
@@ -81,6 +87,8 @@ def generate(
             stop_token_ids=_read_ids(stop_token_ids),
             seed=seed,
             strategy=_check_strategy(strategy),
+            draft=draft,
+            draft_tokens=_read_draft_tokens(draft_tokens),
             block_tokens=block_tokens,
         )
         texts = _read_prompts(prompts or [], file or [])
@@ -124,6 +132,13 @@ def _check_strategy(name: str | None) -> str | None:
     if name is not None and name not in STRATEGIES:
         raise typer.BadParameter(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
     return name
+
+
+def _read_draft_tokens(text: str | None) -> int | str | None:
+    try:
+        return text if text in (None, "auto") else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"draft tokens must be a whole number or auto, got {text!r}") from None
 
 
 def _read_ids(text: str | None) -> list[int] | None:
@@ -196,8 +211,12 @@ def _bold(text: str) -> str:
 
 def _summary(stats: Stats, finish_reasons: list[str]) -> str:
     reasons = ", ".join(f"{finish_reasons.count(reason)} x {reason}" for reason in dict.fromkeys(finish_reasons))
+    drafted = (
+        f" ({stats.strategy}: {stats.tokens_per_forward:.2f} tokens per forward)" if stats.accepted_lengths else ""
+    )
     return (
-        f"{stats.num_new_tokens} new tokens in {stats.decode_seconds:.2f} s ({stats.tokens_per_second:.0f} tokens/s); "
+        f"{stats.num_new_tokens} new tokens in {stats.decode_seconds:.2f} s "
+        f"({stats.tokens_per_second:.0f} tokens/s{drafted}); "
         f"{stats.num_prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s; "
         f"compiling {stats.compile_seconds:.2f} s; ended by {reasons}"
     )
@@ -207,6 +226,8 @@ def _print_json(lm: decodax.LanguageModel, texts: list[str], out: Generation) ->
     stats = dataclasses.asdict(out.stats) | {
         "tokens_per_second": out.stats.tokens_per_second,
         "prefill_tokens_per_second": out.stats.prefill_tokens_per_second,
+        "tokens_per_forward": out.stats.tokens_per_forward,
+        "acceptance_per_position": out.stats.acceptance_per_position,
     }
     document = {
         "prompts": texts,

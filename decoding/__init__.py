@@ -6,12 +6,14 @@ from decodax.decoding.options import GenerateOptions
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.speculative import Speculative, speculative
 from decodax.decoding.state import DecodeState, init
+from decodax.decoding.strategies import Speculation
 from decodax.decoding.tree import Tree
 
 __all__ = [
     "DecodeState",
     "GenerateOptions",
     "Sampling",
+    "Speculation",
     "Speculative",
     "Tree",
     "autoregressive",

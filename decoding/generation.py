@@ -6,6 +6,7 @@ tokens.
 
 import dataclasses
 import time
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,26 +16,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from decodax.decoding import state as decode_state
-from decodax.decoding.autoregressive import Decode, autoregressive
+from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.compile_clock import compile_seconds
+from decodax.decoding.draft_length import DraftChoice
+from decodax.decoding.drafters import Drafter
 from decodax.decoding.options import GenerateOptions
+from decodax.decoding.speculative import speculative
 from decodax.decoding.state import DecodeState
+from decodax.decoding.strategies import METHODS as STRATEGIES
+from decodax.decoding.strategies import Speculation, Strategy
 from decodax.decoding.text_watcher import TextWatcher
+from decodax.decoding.verifiers import Verifier
 from decodax.models.model import Model
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
-
-STRATEGIES = {"autoregressive": autoregressive}
 
 
 @dataclass(frozen=True)
 class Stats:
     """What a generation took. Compiling is counted apart: the other seconds do not hold it.
 
-    Prefill is everything up to the last prompt token's turn; decode is the loop. `tokens_per_second` is new tokens of
-    all rows per decode second. `target_forwards` counts runs of the model in the loop, `prefill_forwards` those before
-    it.
+    Prefill is everything up to the last prompt token's turn, a draft's reading of the prompts included; decode is the
+    loop. `tokens_per_second` is new tokens of all rows per decode second. `target_forwards` counts runs of the model in
+    the loop, `prefill_forwards` those before it, `draft_forwards` runs of a drafter's own network in the loop.
+
+    strategy: its name, or the classes of a drafter and a verifier made by hand. fallback: why plain decoding was done
+        instead of what was asked for, None where it was not.
+    accepted_lengths[n]: how often one forward of the model gave a row n draft tokens and one of its own; a stop token
+        or the row's limit cuts a round short, and the last token then counts as the model's. So new tokens are exactly
+        the sum of (n + 1) accepted_lengths[n].
+    offered[d], accepted[d]: how often a row came to judge the draft token at position d + 1 of a draft (those before it
+        having been accepted), and how often it took it (in a tree: one of them).
     """
 
     num_prompt_tokens: int
@@ -44,6 +57,23 @@ class Stats:
     prefill_seconds: float
     decode_seconds: float
     compile_seconds: float
+    strategy: str
+    fallback: str | None = None
+    draft_forwards: int = 0
+    accepted_lengths: tuple[int, ...] = ()
+    offered: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens per row and forward of the model; 1 for plain decoding."""
+        rounds = sum(self.accepted_lengths)
+        return self.num_new_tokens / rounds if rounds else 1.0
+
+    @property
+    def acceptance_per_position(self) -> tuple[float | None, ...]:
+        """accepted / offered for each position of a draft, None where none was ever judged."""
+        return tuple(took / saw if saw else None for took, saw in zip(self.accepted, self.offered, strict=True))
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -72,20 +102,58 @@ class Generation:
     stats: Stats
 
 
+class _Plan:
+    """A strategy made ready for one model: jitted functions, what they need, and what to call it in the statistics."""
+
+    def __init__(self, lm: "LanguageModel", options: GenerateOptions) -> None:
+        chosen, self.fallback = options.strategy or "autoregressive", None
+        self.name = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
+        if isinstance(chosen, str):
+            if chosen not in STRATEGIES:
+                raise ValueError(
+                    f"strategy must be one of {sorted(STRATEGIES)}, a Speculation or a function from a model, got "
+                    f"{chosen!r}"
+                )
+            chosen = STRATEGIES[chosen]
+        if isinstance(chosen, type) and issubclass(chosen, Strategy):
+            chosen = chosen.build(lm, options.draft, options.draft_tokens)
+        elif options.draft is not None or options.draft_tokens is not None:
+            raise ValueError(f"draft and draft_tokens are for strategies that have a name and draft, got {self.name!r}")
+        if isinstance(chosen, DraftChoice):
+            self.fallback, chosen = chosen.reason, autoregressive
+            warnings.warn(f"{self.name} falls back to plain decoding: {self.fallback}", stacklevel=4)
+        self.draft_params = None
+        if isinstance(chosen, Speculation):
+            self.draft_params = chosen.draft_params
+            if not isinstance(options.strategy, str):
+                self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"
+            self._start, self._decode = _compiled_speculation(lm.model, chosen.drafter, chosen.verifier)
+        elif callable(chosen):
+            self._start, self._decode = None, _compiled_plain(chosen, lm.model)
+        else:
+            raise ValueError(f"strategy must be a name, a Speculation or a function from a model, got {chosen!r}")
+
+    def start(self, params: Any, state: DecodeState) -> DecodeState:
+        """Lets the drafter read the prompts."""
+        return state if self._start is None else self._start(params, self.draft_params, state)
+
+    def decode(self, params: Any, state: DecodeState, max_tokens: np.int32) -> DecodeState:
+        if self._start is None:
+            return self._decode(params, state, max_tokens)
+        return self._decode(params, self.draft_params, state, max_tokens)
+
+
 @cache
-def _compiled(make_decode: Any, model: Model) -> Any:
+def _compiled_plain(make_decode: Any, model: Model) -> Any:
     """One jitted loop per strategy and model, so that a second call finds what the first compiled."""
     return jax.jit(make_decode(model), donate_argnums=1)
 
 
-def _strategy(strategy: Any) -> Any:
-    if strategy is None:
-        return autoregressive
-    if callable(strategy):
-        return strategy
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {sorted(STRATEGIES)} or a function from a model, got {strategy!r}")
-    return STRATEGIES[strategy]
+@cache
+def _compiled_speculation(model: Model, drafter: Drafter, verifier: Verifier) -> tuple[Any, Any]:
+    """The same for a drafter and a verifier: what starts it, and the loop."""
+    decode = speculative(model, drafter, verifier)
+    return jax.jit(decode.start, donate_argnums=2), jax.jit(decode, donate_argnums=2)
 
 
 def encode_prompts(lm: "LanguageModel", prompts: Any) -> list[np.ndarray]:
@@ -123,7 +191,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     if options.stop_strings and lm.tokenizer is None:
         raise ValueError(f"{lm.path} has no tokenizer.json: use stop_token_ids instead of stop")
     ends = lm.end_token_ids if options.stop_token_ids is None else tuple(options.stop_token_ids)
-    make_decode = _strategy(options.strategy)
+    plan = _Plan(lm, options)
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
     lengths = np.asarray([len(ids) for ids in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int64)
@@ -142,14 +210,15 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         sampling=sampling,
         stop_token_ids=ends,
     )
-    jax.block_until_ready(state.length)
+    state = plan.start(lm.params, state)
+    jax.block_until_ready(state)
     prefill_seconds = clock.lap()
     prefill_forwards = int(state.num_target_forwards)
     watcher = TextWatcher(lm, options, rows)
-    state = _decode(_compiled(make_decode, lm.model), lm.params, state, watcher)
+    state = _decode(plan, lm.params, state, watcher)
     jax.block_until_ready(state.length)
     decode_seconds = clock.lap()
-    return _result(lm, state, watcher, clock, (prefill_seconds, decode_seconds, prefill_forwards))
+    return _result(lm, state, watcher, plan, clock, (prefill_seconds, decode_seconds, prefill_forwards))
 
 
 class _Clock:
@@ -167,18 +236,23 @@ class _Clock:
         return max(wall - compiled, 0.0)
 
 
-def _decode(decode: Decode, params: Any, state: DecodeState, watcher: TextWatcher) -> DecodeState:
+def _decode(plan: _Plan, params: Any, state: DecodeState, watcher: TextWatcher) -> DecodeState:
     """Runs the loop to its end, at once or in blocks with a look at the text after each."""
     block = watcher.options.block_tokens if watcher.needed else np.iinfo(np.int32).max
     while not bool(jnp.all(state.done)):
-        state = decode(params, state, np.int32(block))
+        state = plan.decode(params, state, np.int32(block))
         state = dataclasses.replace(state, done=state.done | jnp.asarray(watcher.look(state)))
     watcher.finish()
     return state
 
 
 def _result(
-    lm: "LanguageModel", state: DecodeState, watcher: TextWatcher, clock: "_Clock", times: tuple[float, float, int]
+    lm: "LanguageModel",
+    state: DecodeState,
+    watcher: TextWatcher,
+    plan: _Plan,
+    clock: "_Clock",
+    times: tuple[float, float, int],
 ) -> Generation:
     """Cuts each row's new tokens out of the final state."""
     prefill_seconds, decode_seconds, prefill_forwards = times
@@ -200,5 +274,21 @@ def _result(
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
         compile_seconds=clock.compiled,
+        strategy=plan.name,
+        fallback=plan.fallback,
+        **_draft_counts(state),
     )
     return Generation(new, None if lm.tokenizer is None else watcher.text, scores, reasons, stats)
+
+
+def _draft_counts(state: DecodeState) -> dict[str, Any]:
+    """The counts of drafts as plain numbers, none for a strategy that does not draft."""
+    if state.counts is None:
+        return {}
+    counts = jax.tree.map(np.asarray, state.counts)
+    return {
+        "draft_forwards": int(counts.num_draft_forwards),
+        "accepted_lengths": tuple(map(int, counts.accepted_lengths)),
+        "offered": tuple(map(int, counts.offered)),
+        "accepted": tuple(map(int, counts.accepted)),
+    }

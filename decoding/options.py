@@ -28,8 +28,12 @@ class GenerateOptions:
     stop_token_ids: token ids that end a row; None means the model's own end tokens, [] none.
     seed *: one number gives every row the same seed, so a prompt's result does not depend on its place in a batch;
         pass several to draw different continuations of one prompt.
-    strategy: how tokens are found: a name of `decodax.decoding.STRATEGIES` (None: "autoregressive"), or a function
-        from a model to a `decode(params, state, max_tokens)`.
+    strategy: how tokens are found: a name that `decodax methods` lists (None: "autoregressive"), a `Speculation` made
+        of a drafter and a verifier, or a function from a model to a `decode(params, state, max_tokens)`.
+    draft: the trained part of a strategy that has one: a folder, a hub id or a loaded model; None for what comes with
+        the embedded model.
+    draft_tokens: tokens per draft (in a tree: nodes behind the root); None for the strategy's default; "auto" lets
+        draft_model choose by measured times, and fall back to plain decoding, with a warning, where no draft pays.
     on_text: called as `on_text(row, piece)` with new text as blocks of tokens arrive (streaming).
     block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
     """
@@ -48,7 +52,9 @@ class GenerateOptions:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] | None = None
     seed: int | Sequence[int] | np.ndarray = 0
-    strategy: str | Callable[..., Any] | None = None
+    strategy: Any = None
+    draft: Any = None
+    draft_tokens: int | str | None = None
     on_text: Callable[[int, str], None] | None = None
     block_tokens: int = 16
 
@@ -57,6 +63,8 @@ class GenerateOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of tokens, at least 1, got {value!r}")
+        if isinstance(self.draft_tokens, str) and self.draft_tokens != "auto":
+            raise ValueError(f"draft_tokens must be a number or 'auto', got {self.draft_tokens!r}")
         if any(not isinstance(text, str) or not text for text in self.stop_strings):
             raise ValueError(f"stop must be one or more non-empty strings, got {self.stop!r}")
 

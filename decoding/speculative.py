@@ -87,9 +87,9 @@ class Speculative:
         offset = jnp.arange(token.shape[1], dtype=jnp.int32)[None, :]
         is_broken = ~jnp.isfinite(logprob) & (offset <= num_accepted[:, None])
         num_sound = jnp.min(jnp.where(is_broken, offset, num_accepted[:, None] + 1), axis=1)
-        was_done, caches = state.done, state.caches
+        caches = state.caches
         state, taken = state.append(token, logprob, num_sound)
-        failed = ~was_done & (taken == num_sound) & (num_sound <= num_accepted)
+        failed = ~state.done & (num_sound <= num_accepted)  # a row that ended before the broken token has not failed
         state = dataclasses.replace(
             state,
             caches=commit(caches, forward.rows, taken, None if tree.is_chain else path),

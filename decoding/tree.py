@@ -82,3 +82,21 @@ class Tree:
         with_root = accepted.at[:, 0].set(True)
         whole = jnp.all(with_root[:, None, :] | ~jnp.asarray(self.ancestors), axis=2)
         return jnp.argmax(jnp.where(whole, jnp.asarray(self.depth), -1), axis=1).astype(jnp.int32)
+
+
+def expansion(branches: Sequence[int]) -> tuple[int, ...]:
+    """Parents of the tree in which every node of level d has `branches[d]` children, numbered level by level.
+
+    Raises ValueError where a level has none.
+
+    >>> expansion((2, 1))
+    (-1, 0, 0, 1, 2)
+    """
+    if not branches or min(branches) < 1:
+        raise ValueError(f"every level must have at least 1 child per node, got branches {tuple(branches)}")
+    parents, level = [-1], [0]
+    for number in branches:
+        first = len(parents)
+        parents += [node for node in level for _ in range(number)]
+        level = list(range(first, len(parents)))
+    return tuple(parents)

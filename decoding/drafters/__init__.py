@@ -2,7 +2,20 @@
 
 from decodax.decoding.drafters._contract import Children, Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters.draft_model import DraftModel
+from decodax.decoding.drafters.prompt_lookup import PromptLookup
+from decodax.decoding.drafters.replay import Recording, Replay
 
-METHODS: dict[str, type[Drafter]] = {"draft_model": DraftModel}
+METHODS: dict[str, type[Drafter]] = {"prompt_lookup": PromptLookup, "draft_model": DraftModel, "replay": Replay}
 
-__all__ = ["METHODS", "Children", "DraftModel", "Drafter", "Outcome", "Proposal", "fixed_proposal"]
+__all__ = [
+    "METHODS",
+    "Children",
+    "DraftModel",
+    "Drafter",
+    "Outcome",
+    "PromptLookup",
+    "Proposal",
+    "Recording",
+    "Replay",
+    "fixed_proposal",
+]

@@ -1,7 +1,5 @@
 """From a draft's logits at a node to the node's children."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,24 +8,6 @@ from jaxtyping import Array, Bool, Float32, Int, UInt32
 from decodax.decoding.drafters._contract import Children
 from decodax.decoding.logits_processors._largest import largest_token
 from decodax.decoding.random import Draw, draw_keys, gumbel
-
-
-def expansion(branches: Sequence[int]) -> tuple[int, ...]:
-    """Parents of the tree in which every node of level d has `branches[d]` children, numbered level by level.
-
-    Raises ValueError where a level has none.
-
-    >>> expansion((2, 1))
-    (-1, 0, 0, 1, 2)
-    """
-    if not branches or min(branches) < 1:
-        raise ValueError(f"every level must have at least 1 child per node, got branches {tuple(branches)}")
-    parents, level = [-1], [0]
-    for number in branches:
-        first = len(parents)
-        parents += [node for node in level for _ in range(number)]
-        level = list(range(first, len(parents)))
-    return tuple(parents)
 
 
 def draw_children(
@@ -48,7 +28,7 @@ def draw_children(
             noise = gumbel(draw_keys(seed, position, Draw.DRAFT), (num_children, logits.shape[1]))
             scores = logits[:, None, :] + noise
             token = jax.vmap(largest_token, in_axes=1, out_axes=1)(scores)
-            return token, jnp.ones(token.shape, bool)
+            return token, jnp.max(scores, axis=2) > -jnp.inf  # false for NaN
         if kind is Children.WITHOUT_REPLACEMENT:
             logits = logits + gumbel(draw_keys(seed, position, Draw.DRAFT), (logits.shape[1],))
         return largest_tokens(logits, num_children)

@@ -3,11 +3,12 @@
 Papers: Fast Inference from Transformers via Speculative Decoding (chains), arXiv 2211.17192; SpecInfer (trees of
 independent children), arXiv 2305.09781; Sequoia (children without replacement), arXiv 2402.12374.
 
-The tree is drafted level by level. Rows of draft tokens are staged beside the draft's cache and committed when the
-target has accepted them, so nothing rejected ever enters it. Leaves are drafted but not run; when one is accepted, the
-next round begins by reading it together with the pending token.
+The tree is drafted level by level, in one compiled loop. Rows of draft tokens are staged beside the draft's cache and
+committed when the target has accepted them, so nothing rejected ever enters it. Leaves are drafted but not run; when
+one has been accepted, the next round begins by running it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
 from decodax.decoding.drafters._contract import Children, Drafter, Outcome, Proposal, fixed_proposal
-from decodax.decoding.drafters._expand import draw_children, expansion
+from decodax.decoding.drafters._expand import draw_children
 from decodax.decoding.node_laws import node_history, node_logits
 from decodax.decoding.state import DecodeState, read_chunk
 from decodax.decoding.tree import Tree
@@ -28,10 +29,14 @@ from decodax.models.model import Model, commit
 PROMPT_CHUNK = 128  # prompt tokens that the draft reads per forward
 
 
-class _Open(NamedTuple):
-    """A draft under way: tokens so far, which of them may be accepted, the laws they came from, staged rows."""
+class _Draft(NamedTuple):
+    """A draft under way: tokens so far, which of them may be accepted, the laws they came from, staged rows.
 
-    token: Int[Array, "B C"]
+    token and rows have one place more than the tree has nodes: the last is for the token before the pending one, which
+    the cache lacks when the round before accepted a leaf.
+    """
+
+    token: Int[Array, "B C_plus_1"]
     is_candidate: Bool[Array, "B C"]
     law: Float32[Array, "B C V"] | None
     rows: tuple[Any, ...]
@@ -39,7 +44,7 @@ class _Open(NamedTuple):
 
 @dataclass(frozen=True)
 class DraftModel(Drafter):
-    """`parents` is the tree (see `Tree.fixed`); make it with `chain`, `tree` or `sampled_tree`.
+    """`parents` is the tree (see `Tree.fixed`); make it with `chain`, `likeliest` or `sampled`.
 
     Its state is its caches, which hold all tokens of a row but the pending one, or but the last two.
     """
@@ -67,18 +72,18 @@ class DraftModel(Drafter):
         return cls(model, tuple(range(-1, num_tokens)))
 
     @classmethod
-    def tree(cls, model: Model, branches: tuple[int, ...]) -> "DraftModel":
-        """A fixed tree: every node of level d has the `branches[d]` likeliest tokens as its children."""
-        return cls(model, expansion(branches), Children.CHOSEN)
+    def likeliest(cls, model: Model, parents: Sequence[int]) -> "DraftModel":
+        """A fixed tree (`parents` as in `Tree.fixed`) whose nodes have the likeliest tokens as children, in order."""
+        return cls(model, tuple(parents), Children.CHOSEN)
 
     @classmethod
-    def sampled_tree(cls, model: Model, branches: tuple[int, ...], *, replacement: bool = False) -> "DraftModel":
-        """A tree whose children are drawn from the draft's law; in greedy rows they are the likeliest.
+    def sampled(cls, model: Model, parents: Sequence[int], *, replacement: bool = False) -> "DraftModel":
+        """A fixed tree whose children are drawn from the draft's law; in greedy rows they are the likeliest.
 
         With `replacement` they are independent, so that several may be the same token.
         """
         children = Children.INDEPENDENT if replacement else Children.WITHOUT_REPLACEMENT
-        return cls(model, expansion(branches), children)
+        return cls(model, tuple(parents), children)
 
     def check(self, model: Model, draft_params: Any) -> None:
         mine, wanted = self.model.config.vocab_size, model.config.vocab_size
@@ -103,76 +108,73 @@ class DraftModel(Drafter):
         return jax.lax.fori_loop(0, num_chunks, read, caches)
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, tuple[Any, ...]]:
-        tree = Tree.fixed(self.parents)
-        logits, is_sound, caches = self._catch_up(draft_params, state)
-        levels = _levels(tree)
-        batch, vocab_size = logits.shape[0], logits.shape[2]
-        keeps_law = state.sampling.draws and self.children is not Children.CHOSEN
-        draft = _Open(
-            token=jnp.zeros((batch, tree.num_nodes), jnp.int32).at[:, 0].set(state.pending()),
-            is_candidate=jnp.zeros((batch, tree.num_nodes), bool),
-            law=jnp.zeros((batch, tree.num_nodes, vocab_size), jnp.float32) if keeps_law else None,
-            rows=self.model.empty_rows(batch, tree.num_nodes, jax.tree.leaves(caches)[0].dtype),
-        )
-        draft = self._expand(draft, state, tree, jnp.zeros(1, jnp.int32), logits)
+        tree, caches = Tree.fixed(self.parents), state.draft
+        lacks_two = state.length - caches[0].length > 1
+        levels = jnp.asarray(_levels(tree))
+        draft = self._begin(draft_params, state, tree.num_nodes)
 
-        def grow(index: Array, draft: _Open) -> _Open:
-            level = jnp.asarray(levels)[index]
-            logits, rows = self._run_level(draft_params, draft, state, tree, caches, level, index + 1)
+        def grow(index: Array, draft: _Draft) -> _Draft:
+            level = levels[index]
+            logits, rows = self._run_level(draft_params, draft, state, tree, caches, level, lacks_two)
             return self._expand(draft._replace(rows=rows), state, tree, level, logits)
 
-        draft = jax.lax.fori_loop(0, len(levels), grow, draft)
-        proposal = fixed_proposal(
-            tree, draft.token, draft.is_candidate & is_sound[:, None], law=draft.law, forwards=1 + len(levels)
-        )
-        return proposal, (caches, draft.rows)
+        # The first level is the token before the pending one; it is run when some row's cache lacks it.
+        first = 1 - jnp.any(lacks_two & ~state.done).astype(jnp.int32)
+        draft = jax.lax.fori_loop(first, len(levels), grow, draft)
+        token = draft.token[:, : tree.num_nodes]
+        forwards = len(levels) - first
+        return fixed_proposal(tree, token, draft.is_candidate, law=draft.law, forwards=forwards), (caches, draft.rows)
 
     def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> tuple[Any, ...]:
         caches, rows = state.draft
-        has_children = np.isin(np.arange(self.num_nodes), self.parents)
-        path = outcome.path[:, 1:]
-        is_accepted = jnp.arange(path.shape[1])[None, :] < outcome.num_emitted[:, None] - 1
-        count = jnp.sum(is_accepted & jnp.asarray(has_children)[path], axis=1, dtype=jnp.int32)
-        return commit(caches, rows, count, path)
+        has_children = np.isin(np.arange(self.num_nodes), self.parents)  # the others were not run
+        num_lacking = state.length - outcome.num_emitted - caches[0].length
+        is_accepted = jnp.arange(self.max_depth)[None, :] < outcome.num_emitted[:, None] - 1
+        was_run = is_accepted & jnp.asarray(has_children)[outcome.path[:, 1:]]
+        count = jnp.where(outcome.num_emitted > 0, num_lacking + jnp.sum(was_run, axis=1, dtype=jnp.int32), 0)
+        # The token before the pending one, where it is lacking; then the pending one and those accepted after it.
+        path = jnp.pad(outcome.path, ((0, 0), (1, 0)), constant_values=self.num_nodes)
+        place_of = jnp.arange(path.shape[1], dtype=jnp.int32)[None, :] + (2 - num_lacking)[:, None]
+        return commit(caches, rows, count, jnp.take_along_axis(path, jnp.minimum(place_of, path.shape[1] - 1), axis=1))
 
-    def _catch_up(self, draft_params: Any, state: DecodeState) -> tuple[Array, Bool[Array, " B"], tuple[Any, ...]]:
-        """Reads the one or two tokens that the cache lacks; gives the logits after the pending one."""
-        caches = state.draft
-        missing = jnp.clip(state.length - caches[0].length, 0, 2)
-        position = caches[0].length[:, None] + jnp.arange(2, dtype=jnp.int32)[None, :]
-        window = jnp.take_along_axis(state.tokens, jnp.minimum(position, state.tokens.shape[1] - 1), axis=1)
-        out = self.model.apply(draft_params, window, position, caches)
-        hidden = jnp.take_along_axis(out.hidden, jnp.maximum(missing - 1, 0)[:, None, None], axis=1)
-        logits = self.model.logits(draft_params, hidden)
-        # A draft that is not finite proposes nothing; and the commit waits for what was read (see KVCache.commit).
-        is_sound = jnp.isfinite(jnp.max(logits, axis=(1, 2)))
-        return logits, is_sound, commit(caches, out.rows, jnp.where(is_sound, missing, 0))
+    def _begin(self, draft_params: Any, state: DecodeState, num_nodes: int) -> _Draft:
+        batch = state.tokens.shape[0]
+        before = jnp.take_along_axis(state.tokens, jnp.maximum(state.length[:, None] - 2, 0), axis=1)
+        token = jnp.zeros((batch, num_nodes + 1), jnp.int32).at[:, 0].set(state.pending()).at[:, -1].set(before[:, 0])
+        law = None
+        if state.sampling.draws and self.children is not Children.CHOSEN:
+            law = jnp.zeros((batch, num_nodes, self.model.config.vocab_size), jnp.float32)
+        dtype = jax.tree.leaves(draft_params)[0].dtype
+        no = jnp.zeros((batch, num_nodes), bool)
+        return _Draft(token, no, law, self.model.empty_rows(batch, num_nodes + 1, dtype))
 
-    def _run_level(self, draft_params, draft: _Open, state: DecodeState, tree: Tree, caches, level, depth):
+    def _run_level(self, draft_params, draft: _Draft, state: DecodeState, tree: Tree, caches, level, lacks_two):
         """Logits after the nodes of a level, and the staged rows with theirs; padding runs along and is dropped."""
-        above = jnp.asarray(tree.ancestors[0] & ~np.eye(tree.num_nodes, dtype=bool)).at[:, 0].set(False)
-        node = jnp.minimum(level, tree.num_nodes - 1)
-        allowed = jnp.concatenate([above[node], jnp.eye(level.shape[0], dtype=bool)], axis=1)[None]
-        base = state.length[:, None] - 1
-        staged = stage(caches, draft.rows, base + jnp.asarray(tree.depth))
-        position = jnp.broadcast_to(base + depth, (base.shape[0], level.shape[0]))
-        out = self.model.apply(draft_params, draft.token[:, node], position, staged, mask=Ancestors(allowed))
+        num_nodes = tree.num_nodes
+        node = jnp.minimum(level, num_nodes)
+        own = np.eye(num_nodes + 1, dtype=bool)
+        above = np.pad(tree.ancestors[0], ((0, 1), (0, 1))) & ~own
+        above = jnp.broadcast_to(jnp.asarray(above)[node], (len(lacks_two), level.shape[0], num_nodes + 1))
+        reads_before = lacks_two[:, None] & (node < num_nodes)[None, :]
+        above = above.at[:, :, -1].set(reads_before)
+        themselves = jnp.broadcast_to(jnp.eye(level.shape[0], dtype=bool), (*above.shape[:2], level.shape[0]))
+        depth = jnp.asarray(np.append(tree.depth, [[-1]], axis=1))
+        position = jnp.maximum(state.length[:, None] - 1 + depth, 0)
+        staged = stage(caches, draft.rows, position)
+        mask = Ancestors(jnp.concatenate([above, themselves], axis=2))
+        out = self.model.apply(draft_params, draft.token[:, node], position[:, node], staged, mask=mask)
         return self.model.logits(draft_params, out.hidden), place(draft.rows, out.rows, level)
 
-    def _expand(self, draft: _Open, state: DecodeState, tree: Tree, level: Array, logits: Array) -> _Open:
+    def _expand(self, draft: _Draft, state: DecodeState, tree: Tree, level: Array, logits: Array) -> _Draft:
         """Adds the children of a level's nodes."""
-        history = node_history(state.history, tree, draft.token)
+        history = node_history(state.history, tree, draft.token[:, : tree.num_nodes])
         node = jnp.minimum(level, tree.num_nodes - 1)
-        history = jax.tree.map(lambda counts: counts[:, node], history)
-        logits = node_logits(state.sampling, logits, history)
+        logits = node_logits(state.sampling, logits, jax.tree.map(lambda counts: counts[:, node], history))
         children = jnp.asarray(_children(tree))[level]
-        depth = jnp.asarray(tree.depth)[0, node]
-        position = state.length[:, None] + depth[None, :]
+        position = state.length[:, None] + jnp.asarray(tree.depth)[:, node]
         kind = self.children if state.sampling.draws else Children.CHOSEN
         token, is_possible = draw_children(logits, kind, children.shape[1], state.seed, position)
-        slot = children.reshape(-1)
-        batch = token.shape[0]
-        law = draft.law
+        slot, batch, law = children.reshape(-1), token.shape[0], draft.law
         if law is not None:
             law = law.at[:, level].set(jax.nn.log_softmax(logits, axis=2), mode="drop")
         return draft._replace(
@@ -183,16 +185,21 @@ class DraftModel(Drafter):
 
 
 def _levels(tree: Tree) -> Int[np.ndarray, "I W"]:
-    """Nodes with children, one row per depth from 1 on, padded with C."""
+    """What to run: the token before the pending one (C), the root, then the nodes with children of each depth.
+
+    Padded with C + 1.
+    """
     parent, depth = tree.parent[0], tree.depth[0]
     inner = np.unique(parent[1:])
-    rows = [inner[depth[inner] == level] for level in range(1, int(depth.max()))]
-    width = max((len(row) for row in rows), default=1)
-    return np.array([[*row, *[tree.num_nodes] * (width - len(row))] for row in rows], np.int32).reshape(-1, width)
+    rows = [[tree.num_nodes], *(inner[depth[inner] == level] for level in range(int(depth.max())))]
+    return _padded(rows, tree.num_nodes + 1)
 
 
-def _children(tree: Tree) -> Int[np.ndarray, "C_plus_1 I"]:
-    """The children of each node in order, padded with C; the last row is the padding node's."""
-    lists = [np.flatnonzero(tree.parent[0] == node) for node in range(tree.num_nodes + 1)]
-    width = max(len(row) for row in lists)
-    return np.array([[*row, *[tree.num_nodes] * (width - len(row))] for row in lists], np.int32)
+def _children(tree: Tree) -> Int[np.ndarray, "C_plus_2 I"]:
+    """The children of each node in order; none of the token before the pending one (C), nor of padding (C + 1)."""
+    return _padded([np.flatnonzero(tree.parent[0] == node) for node in range(tree.num_nodes + 2)], tree.num_nodes + 1)
+
+
+def _padded(rows: Sequence[Sequence[int] | np.ndarray], filling: int) -> np.ndarray:
+    width = max(len(row) for row in rows)
+    return np.array([[*row, *[filling] * (width - len(row))] for row in rows], np.int32)

@@ -11,13 +11,11 @@ rejection rules accept more.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, UInt32
 
 from decodax.decoding.drafters._contract import Children, Proposal
-from decodax.decoding.logits_processors._largest import largest_token
-from decodax.decoding.verifiers._contract import Verdict, Verifier, at_node, token_noise
+from decodax.decoding.verifiers._contract import Verdict, Verifier, token_noise
+from decodax.decoding.verifiers._matching import follow_largest
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,4 @@ class ExactMatch(Verifier):
     ) -> Verdict:
         if draws:
             logits = logits + token_noise(seed, position, logits.shape[2])
-        wanted = jax.vmap(largest_token, in_axes=1, out_axes=1)(logits)
-        parent = jnp.broadcast_to(jnp.maximum(jnp.asarray(proposal.tree.parent), 0), wanted.shape)
-        matches = proposal.token == jnp.take_along_axis(wanted, parent, axis=1)
-        node = proposal.tree.accepted_path(matches & proposal.is_candidate)
-        return Verdict(node, at_node(wanted, node))
+        return follow_largest(proposal, logits)

@@ -1,0 +1,108 @@
+"""How many tokens to draft: measured times of the target and of the draft, and the acceptance, decide.
+
+A round that drafts C tokens takes C runs of the draft and one forward of the target over C + 1 tokens, and gives
+1 + a + ... + a^C tokens if each is accepted with chance a (arXiv 2211.17192, section 3.3). Where no C is faster than
+plain decoding, the choice is 0, and says so.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from decodax.decoding.sizes import bucket
+from decodax.models.model import Model, Params
+
+if TYPE_CHECKING:
+    from decodax.decoding.strategies._drafts import Draft
+    from decodax.models.load import LanguageModel
+
+LENGTHS = (1, 2, 3, 4, 5, 6, 8)
+_REPETITIONS, _CACHED_TOKENS = 7, 128
+
+
+@dataclass(frozen=True)
+class DraftChoice:
+    """`num_tokens` to draft per round (0: plain decoding is faster), and the speed-up expected of it (1: none)."""
+
+    num_tokens: int
+    speed_up: float
+    reason: str
+
+
+def latency_curve(
+    model: Model, params: Params, num_tokens: Sequence[int], *, batch_size: int = 1, cached_tokens: int = _CACHED_TOKENS
+) -> dict[int, float]:
+    """Seconds of a forward with logits over N tokens per row behind `cached_tokens`, for each N; medians.
+
+    The sizes take turns, so that a machine whose speed drifts is as slow for one as for another.
+    """
+    capacity = bucket(cached_tokens + max(num_tokens))
+    caches = model.empty_cache(batch_size, capacity, jax.tree.leaves(params)[0].dtype)
+    length = jnp.full(batch_size, cached_tokens, jnp.int32)
+    caches = jax.tree.map(lambda leaf: length if leaf.ndim == 1 else leaf, caches)
+
+    @jax.jit
+    def forward(params: Params, tokens: Int[Array, "B T"], caches: Any) -> Any:
+        position = cached_tokens + jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        out = model.apply(params, tokens, position, caches)
+        return jnp.argmax(model.logits(params, out.hidden), axis=-1), out.rows
+
+    inputs = {size: jnp.zeros((batch_size, size), jnp.int32) for size in num_tokens}
+    return _alternating({size: lambda size=size: forward(params, inputs[size], caches) for size in num_tokens})
+
+
+def _alternating(calls: dict[int, Callable[[], Any]]) -> dict[int, float]:
+    for call in calls.values():
+        jax.block_until_ready(call())
+    seconds: dict[int, list[float]] = {key: [] for key in calls}
+    for _ in range(_REPETITIONS):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[key].append(time.perf_counter() - start)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def choose_draft_tokens(target_seconds: dict[int, float], draft_seconds: float, acceptance: float) -> DraftChoice:
+    """The best draft length among those whose forward (length + 1 tokens) was measured.
+
+    target_seconds: of a forward over N tokens, at least for N = 1. draft_seconds: of one run of the draft.
+    Raises ValueError for an acceptance that is no probability.
+    """
+    if not 0 <= acceptance <= 1:
+        raise ValueError(f"acceptance must be a probability in 0..1, got {acceptance}")
+
+    def speed_up(num_tokens: int) -> float:
+        tokens = float(sum(acceptance**i for i in range(num_tokens + 1)))
+        return tokens * target_seconds[1] / (num_tokens * draft_seconds + target_seconds[num_tokens + 1])
+
+    lengths = [size - 1 for size in target_seconds if size > 1]
+    best = max(lengths, key=speed_up)
+    about = (
+        f"the target takes {target_seconds[1] * 1e3:.2f} ms for 1 token and {target_seconds[best + 1] * 1e3:.2f} ms "
+        f"for {best + 1}, the draft {draft_seconds * 1e3:.2f} ms for 1, and {acceptance:.0%} of its tokens are accepted"
+    )
+    if speed_up(best) <= 1:
+        return DraftChoice(0, 1.0, f"plain decoding is faster than any draft (best {speed_up(best):.2f}x): {about}")
+    return DraftChoice(best, speed_up(best), about)
+
+
+def choose_for(lm: "LanguageModel", draft: "Draft") -> DraftChoice:
+    """The draft length for this model and draft on this machine; takes seconds, most of them compiling.
+
+    Raises ValueError when the draft's acceptance is not known.
+    """
+    if draft.acceptance is None:
+        raise ValueError(
+            f"draft_tokens='auto' needs the acceptance that `decodax train draft` writes to draft.json, and "
+            f"{draft.lm.path.name} has none: give a number"
+        )
+    target = latency_curve(lm.model, lm.params, (1, *(length + 1 for length in LENGTHS)))
+    single = latency_curve(draft.lm.model, draft.lm.params, (1,))[1]
+    return choose_draft_tokens(target, single, draft.acceptance)

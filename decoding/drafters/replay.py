@@ -1,0 +1,84 @@
+"""Drafts a recording: the continuation is known, and wrong at chosen places. Measures the loop itself, not a drafter.
+
+With plain decoding's own output as the recording, wrong at a set rate, the target accepts a known share of the drafts,
+and the drafting is free; what the compiled loop then gains is what the best drafter of that acceptance could.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
+from decodax.decoding.state import DecodeState
+from decodax.decoding.tree import Tree
+from decodax.layers import pytree
+from decodax.models.model import Model
+
+
+@pytree.dataclass
+class Recording:
+    """The `draft_params` of `Replay`: rows of tokens, prompt and output, and at which places to draft a wrong one.
+
+    S need not be the state's; nothing is drafted behind it. Another recording of the same shape does not recompile.
+    """
+
+    tokens: Int[Array, "B S"]
+    is_wrong: Bool[Array, "B S"]
+
+    @classmethod
+    def create(cls, tokens: Int[np.ndarray | Array, "B S"], *, wrong_rate: float, seed: int = 0) -> Self:
+        """A recording of which each token is wrong with probability `wrong_rate`, independently.
+
+        Raises ValueError for a rate outside 0..1.
+        """
+        if not 0 <= wrong_rate <= 1:
+            raise ValueError(f"wrong_rate must be in 0..1 (share of tokens), got {wrong_rate}")
+        is_wrong = np.random.default_rng(seed).random(tokens.shape) < wrong_rate
+        return cls(jnp.asarray(tokens, jnp.int32), jnp.asarray(is_wrong))
+
+
+@dataclass(frozen=True)
+class Replay(Drafter):
+    """A chain of the `num_tokens` recorded tokens behind the row's last; a wrong one is (recorded + 1) mod vocab_size.
+
+    0 tokens are allowed here, as nowhere else: with its one node the loop does what plain decoding does, which measures
+    what the loop itself costs. Keeps no state. Raises ValueError for a negative length, and where the recording is
+    none, or has other rows or another vocabulary than the target.
+    """
+
+    num_tokens: int
+    vocab_size: int
+    num_nodes: int = field(init=False)
+    max_depth: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 0:
+            raise ValueError(f"num_tokens must be 0 or more, got {self.num_tokens}")
+        object.__setattr__(self, "num_nodes", self.num_tokens + 1)
+        object.__setattr__(self, "max_depth", self.num_tokens)
+
+    def check(self, model: Model, draft_params: Any) -> None:
+        if not isinstance(draft_params, Recording):
+            raise ValueError(f"Replay drafts from a Recording, got {type(draft_params).__name__}: see Recording.create")
+        if self.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"vocab_size must be the target's, {model.config.vocab_size} tokens, got {self.vocab_size}"
+            )
+
+    def start(self, params: Any, draft_params: Any, state: DecodeState) -> Any:
+        recorded, wanted = draft_params.tokens.shape[0], state.tokens.shape[0]
+        if recorded != wanted:
+            raise ValueError(f"the recording must have the batch's {wanted} rows, got {recorded}")
+        return ()
+
+    def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, Any]:
+        position = state.length[:, None] - 1 + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
+        last = draft_params.tokens.shape[1] - 1
+        slot = jnp.minimum(position, last)
+        recorded = jnp.take_along_axis(draft_params.tokens, slot, axis=1)
+        is_wrong = jnp.take_along_axis(draft_params.is_wrong, slot, axis=1)
+        token = jnp.where(is_wrong, (recorded + 1) % self.vocab_size, recorded).at[:, 0].set(state.pending())
+        return fixed_proposal(Tree.chain(self.num_nodes), token, position <= last), state.draft

@@ -1,0 +1,39 @@
+"""The contract of a named strategy: from a language model to a drafter, a verifier and what was trained for them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from decodax.decoding.drafters import Drafter
+from decodax.decoding.verifiers import Verifier
+
+if TYPE_CHECKING:
+    from decodax.models.load import LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class Speculation:
+    """How tokens are drafted and verified; build one by hand and pass it as `strategy=` to `decodax.generate`."""
+
+    drafter: Drafter
+    verifier: Verifier
+    draft_params: Any = None
+
+
+class Strategy:
+    """A way of decoding that has a name. `lossless`: its tokens follow the model's law exactly.
+
+    trained_part: weights beyond the model's own that it needs, None for none.
+    """
+
+    lossless: ClassVar[bool] = True
+    trained_part: ClassVar[str | None] = None
+
+    @staticmethod
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+        """The strategy for this model.
+
+        draft: the trained part, a folder or what it holds; None for what comes with the model.
+        draft_tokens: tokens per draft, None for the strategy's default, "auto" to choose them for this machine.
+        Raises ValueError where a part is missing or does not fit.
+        """
+        raise NotImplementedError

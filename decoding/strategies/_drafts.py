@@ -1,0 +1,76 @@
+"""Finds the draft that goes with a model, and checks that the two fit."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from decodax.models.load import LanguageModel, find_folder, load
+
+FACTS_FILE = "draft.json"
+# Of a draft about which nothing is known: shares of positions at which its r-th guess is the target's token.
+TYPICAL_RANKS = (0.6, 0.14, 0.06, 0.04)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft with what its `draft.json` says. acceptance: chance that its likeliest token is the target's, if known.
+
+    rank_acceptance: the same for its first, second, ... guess.
+    """
+
+    lm: LanguageModel
+    acceptance: float | None
+    rank_acceptance: tuple[float, ...]
+
+
+def find_draft(strategy: str, lm: LanguageModel, draft: str | Path | LanguageModel | None) -> Draft:
+    """The draft given, or the one that comes with the embedded model.
+
+    Raises ValueError when there is none, or when its vocabulary is not the model's.
+    """
+    if draft is None:
+        if lm.path != find_folder(None):
+            raise ValueError(
+                f"strategy {strategy!r} needs a draft for {lm.path.name}: pass draft=FOLDER "
+                "(`decodax train draft` makes one)"
+            )
+        draft = lm.path / "draft"
+    if not isinstance(draft, LanguageModel):
+        draft = _load(str(draft), jax.tree.leaves(lm.params)[0].dtype.name)
+    _check_vocabulary(lm, draft)
+    facts = _facts(draft.path)
+    ranks = tuple(facts.get("rank_acceptance", TYPICAL_RANKS))
+    return Draft(draft, facts.get("greedy"), ranks)
+
+
+@lru_cache(maxsize=4)
+def _load(path: str, dtype: str) -> LanguageModel:
+    return load(path, dtype=dtype)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    file = folder / FACTS_FILE
+    return json.loads(file.read_text(encoding="utf-8")).get("heldout", {}) if file.is_file() else {}
+
+
+def _check_vocabulary(lm: LanguageModel, draft: LanguageModel) -> None:
+    """Equal sizes, and where both have a tokenizer, the same token behind every id."""
+    wanted, found = lm.config.vocab_size, draft.config.vocab_size
+    if wanted != found:
+        raise ValueError(
+            f"a draft must have the model's vocabulary of {wanted} tokens, got {found} in {draft.path.name}: choose a "
+            "draft made for this model, or train one with `decodax train draft`"
+        )
+    if lm.tokenizer is None or draft.tokenizer is None:
+        return
+    of_model, of_draft = (tokenizer.backend.id_to_token for tokenizer in (lm.tokenizer, draft.tokenizer))
+    other = next((token for token in range(wanted) if of_model(token) != of_draft(token)), None)
+    if other is not None:
+        raise ValueError(
+            f"a draft must have the model's tokenizer, but token {other} is another one in {draft.path.name}: choose a "
+            "draft made for this model, or train one with `decodax train draft`"
+        )

@@ -1,0 +1,186 @@
+"""Strategies by name give plain decoding's tokens, find their trained part, count right, and refuse what cannot be."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+import decodax
+from decodax import decoding
+from decodax.decoding import draft_length, generation, strategies
+from decodax.decoding.draft_length import DraftChoice
+from decodax.decoding.drafters import DraftModel
+from decodax.decoding.strategies import draft_model
+from decodax.decoding.verifiers import ExactMatch
+from decodax.models.load import LanguageModel
+from tests.decoding.test_generation import LM, PROMPTS, letter_tokenizer
+from tests.tiny import tiny_model
+
+NEW = 24
+# A draft that often agrees with the model: the same weights, disturbed.
+DRAFT = dataclasses.replace(
+    LM, params=jax.tree.map(lambda leaf: leaf + 0.03 * jax.random.normal(jax.random.key(2), leaf.shape), LM.params)
+)
+WITH_DRAFT = ("draft_model", "draft_tree", "draft_sampled_tree")
+
+
+def generate(lm=LM, prompts=PROMPTS, **options):
+    return decodax.generate(lm, prompts, **{"max_new_tokens": NEW, **options})
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return generate()
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup", *WITH_DRAFT])
+def test_greedy_tokens_are_those_of_plain_decoding(plain, name):
+    out = generate(strategy=name, draft=DRAFT if name in WITH_DRAFT else None)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    for got, want in zip(out.logprobs, plain.logprobs, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)  # logits of at most 5 in float32, summed over 37 tokens
+    assert out.text == plain.text and out.finish_reasons == plain.finish_reasons
+
+
+def test_stats_add_up(plain):
+    stats = generate(strategy="draft_model", draft=DRAFT, draft_tokens=3).stats
+    assert stats.strategy == "draft_model" and stats.fallback is None
+    lengths = stats.accepted_lengths
+    assert len(lengths) == 4 and len(stats.offered) == len(stats.accepted) == 3
+    assert stats.num_new_tokens == 3 * NEW == sum((n + 1) * times for n, times in enumerate(lengths))
+    assert stats.tokens_per_forward == 3 * NEW / sum(lengths) > 1.3
+    assert max(sum(lengths) / 3, 1) <= stats.target_forwards < NEW
+    assert 3 * stats.target_forwards <= stats.draft_forwards <= 4 * stats.target_forwards
+    assert stats.acceptance_per_position == tuple(a / o for a, o in zip(stats.accepted, stats.offered, strict=True))
+    assert all(o <= sum(lengths) and a <= o for a, o in zip(stats.accepted, stats.offered, strict=True))
+    assert stats.offered[1:] == stats.accepted[:-1]  # in a chain, what is accepted leads to the next one
+    none = plain.stats
+    assert none.strategy == "autoregressive" and none.tokens_per_forward == 1 and none.acceptance_per_position == ()
+
+
+def test_an_exact_draft_is_accepted_whole():
+    stats = generate(strategy="draft_model", draft=LM, draft_tokens=3).stats
+    assert stats.accepted_lengths == (0, 0, 0, 3 * NEW // 4) and stats.acceptance_per_position == (1, 1, 1)
+    sampled = generate(strategy="draft_model", draft=LM, draft_tokens=3, temperature=1.0, seed=[1, 2, 3]).stats
+    assert sampled.accepted_lengths[:3] == (0, 0, 0)
+
+
+def test_sampled_rows_are_reproducible_and_their_own():
+    options = {"strategy": "draft_model", "draft": DRAFT, "temperature": 0.8, "top_p": 0.95}
+    together = generate(seed=[3, 1, 2], **options)
+    for row, seed in enumerate((3, 1, 2)):
+        np.testing.assert_array_equal(
+            generate(prompts=PROMPTS[row], seed=seed, **options).tokens[0], together.tokens[row]
+        )
+    other = generate(seed=[4, 5, 6], **options)
+    assert any(list(a) != list(b) for a, b in zip(other.tokens, together.tokens, strict=True))
+
+
+def test_streaming_and_stop_strings(plain):
+    stop, pieces = plain.text[1][7:9], ["", "", ""]
+
+    def collect(row, piece):
+        pieces[row] += piece
+
+    out = generate(strategy="draft_model", draft=DRAFT, stop=stop, on_text=collect, block_tokens=3)
+    want = generate(stop=stop)
+    assert pieces == out.text == want.text and out.finish_reasons == want.finish_reasons
+
+
+def test_a_strategy_made_by_hand(plain):
+    made = decoding.Speculation(DraftModel.likeliest(LM.model, (-1, 0, 0, 1)), ExactMatch(), DRAFT.params)
+    out = generate(strategy=made)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    assert out.stats.strategy == "DraftModel + ExactMatch"
+
+
+def test_a_second_call_does_not_compile_again():
+    made = decoding.Speculation(DraftModel.chain(LM.model, 2), ExactMatch(), DRAFT.params)
+    for new in (20, 21):  # within the same buffers
+        generate(strategy=made, max_new_tokens=new)
+    start, decode = generation._compiled_speculation(LM.model, made.drafter, made.verifier)
+    assert (start._cache_size(), decode._cache_size()) == (1, 1)
+
+
+def test_the_embedded_model_brings_its_draft():
+    lm = decodax.load()
+    prompt = "def fibonacci(n):"
+    want = decodax.generate(lm, prompt, max_new_tokens=32)
+    for name in WITH_DRAFT:
+        out = decodax.generate(lm, prompt, max_new_tokens=32, strategy=name)
+        np.testing.assert_array_equal(out.tokens, want.tokens)
+        assert out.stats.tokens_per_forward > 1
+    facts = json.loads((lm.path / "draft" / "draft.json").read_text(encoding="utf-8"))
+    assert facts["num_parameters"] < 800_000
+
+
+def test_the_length_is_chosen_from_measured_times(monkeypatch, plain):
+    known = strategies._drafts.Draft(DRAFT, 0.9, (0.9, 0.05))
+    monkeypatch.setattr(draft_model, "find_draft", lambda *_: known)
+    seconds = {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3, 5: 1.4, 6: 1.5, 7: 1.6, 9: 1.8}
+    monkeypatch.setattr(draft_length, "latency_curve", lambda model, params, sizes: {n: seconds[n] for n in sizes})
+    with pytest.warns(UserWarning, match="falls back to plain decoding: plain decoding is faster than any draft"):
+        out = generate(strategy="draft_model", draft_tokens="auto")  # the draft is as slow as the model
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    assert out.stats.fallback is not None and out.stats.accepted_lengths == ()
+
+
+def test_choice_of_the_length():
+    seconds = {1: 1.0, 2: 1.0, 3: 1.0, 5: 1.0, 9: 1.0}
+    # Free drafts: the longest. Tokens per round at acceptance 0.5: 1.5, 1.75, 1.9375, 1.996.
+    assert draft_length.choose_draft_tokens(seconds, 0.0, 0.5).num_tokens == 8
+    # At 0.1 a token: 1.5/1.1, 1.75/1.2, 1.9375/1.4, 1.996/1.8.
+    choice = draft_length.choose_draft_tokens(seconds, 0.1, 0.5)
+    assert choice.num_tokens == 2 and choice.speed_up == pytest.approx(1.75 / 1.2)
+    assert draft_length.choose_draft_tokens(seconds, 0.6, 0.5) == DraftChoice(
+        0, 1.0, draft_length.choose_draft_tokens(seconds, 0.6, 0.5).reason
+    )
+    with pytest.raises(ValueError, match="acceptance must be a probability"):
+        draft_length.choose_draft_tokens(seconds, 0.1, 1.5)
+
+
+def test_latency_curve_has_a_time_for_every_size():
+    curve = draft_length.latency_curve(LM.model, LM.params, (1, 3), cached_tokens=5)
+    assert set(curve) == {1, 3} and all(seconds > 0 for seconds in curve.values())
+
+
+def other_vocabulary():
+    model, params = tiny_model(vocab_size=41)
+    return LanguageModel(model, model.config, params, None, Path("other"), ())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "fastest"}, r"strategy must be one of \['autoregressive', .*got 'fastest'"),
+        ({"strategy": 3}, "a name, a Speculation or a function"),
+        ({"strategy": "draft_model"}, "'draft_model' needs a draft for tiny: pass draft=FOLDER"),
+        ({"strategy": "draft_model", "draft": other_vocabulary()}, "vocabulary of 37 tokens, got 41 in other"),
+        ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": 0}, "at least 1 token, got 0"),
+        ({"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": 0}, "at least 1 token, got 0"),
+        ({"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": "auto"}, "give a tree a number"),
+        ({"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": 300}, "buffers of .* got a tree of 301 nodes"),
+        ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "many"}, "a number or 'auto', got 'many'"),
+        ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "auto"}, "needs the acceptance"),
+        ({"strategy": "prompt_lookup", "draft": DRAFT}, "needs no trained part"),
+        ({"strategy": "prompt_lookup", "draft_tokens": "auto"}, "give draft_tokens a number"),
+        ({"strategy": "autoregressive", "draft_tokens": 3}, "for strategies that have a name and draft"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(**options)
+
+
+def test_another_tokenizer_is_refused():
+    tokenizer = letter_tokenizer()
+    words = tokenizer.backend.get_vocab()
+    words["a"], words["b"] = words["b"], words["a"]
+    tokenizer.backend.model = tokenizers.models.WordLevel(words)
+    draft = dataclasses.replace(DRAFT, tokenizer=tokenizer, path=Path("swapped"))
+    with pytest.raises(ValueError, match="token 0 is another one in swapped"):
+        generate(strategy="draft_model", draft=draft)
