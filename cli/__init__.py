@@ -1,4 +1,4 @@
-"""The `decodax` command: generate, bench, methods."""
+"""The `decodax` command: generate, bench, methods, train."""
 
 from decodax.cli.app import app, main
 

@@ -8,6 +8,7 @@ import decodax
 from decodax.cli.bench import bench
 from decodax.cli.generate import generate
 from decodax.cli.methods import methods
+from decodax.cli.train import train
 
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 failed, with one line on stderr that says why (--debug: the whole traceback); 2 the command "
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (generate, bench, methods):
     app.command(epilog=_EXIT_CODES)(command)
+app.add_typer(train, name="train", epilog=_EXIT_CODES)
 
 
 def _print_version(wanted: bool) -> bool:

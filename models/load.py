@@ -56,7 +56,11 @@ class LanguageModel:
 
 
 def load(
-    path_or_id: str | Path | None = None, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    path_or_id: str | Path | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    invariant: bool = False,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
 
@@ -66,6 +70,8 @@ def load(
         is many times slower) and bfloat16 on accelerators.
     mesh: a JAX mesh with an axis "tensor", over which the weights are split (`sharding.rules.TENSOR`); by default they
         lie on the first device.
+    invariant: have a token get the same logits, to the last bit, alone and in a draft, so that speculative decoding
+        gives plain decoding's tokens in every dtype; slower (`Model.invariant`).
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
     and not possible, ValueError for files that do not fit or are not understood.
     """
@@ -77,7 +83,7 @@ def load(
     put = None if mesh is None else partial(_put, mesh)
     with _progress(f"loading {folder.name}") as progress:
         params = load_params(folder, family, config, dtype=kind, put=put, progress=progress)
-    return LanguageModel(Model(config), config, params, tokenizer, folder, end_token_ids)
+    return LanguageModel(Model(config, invariant), config, params, tokenizer, folder, end_token_ids)
 
 
 def _put(mesh: Mesh, array: np.ndarray, weight: Weight, path: tuple[str, ...]) -> jax.Array:

@@ -19,6 +19,7 @@ from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 from decodax.models.config import ModelConfig
+from decodax.models.invariant import logits_in_tiles, run_in_tiles
 from decodax.models.transformer import Forward, Transformer
 
 Params = dict[str, Any]
@@ -26,9 +27,15 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """The functions of one model; parameters are a nested dictionary of arrays, one subtree per layer."""
+    """The functions of one model; parameters are a nested dictionary of arrays, one subtree per layer.
+
+    invariant: a token's hidden states, rows and logits are the same to the last bit whether it runs alone, after those
+        before it were committed, or together with them, as a chain or a tree (`models/invariant.py`). Slower; needs
+        the default cache policy.
+    """
 
     config: ModelConfig
+    invariant: bool = False
 
     @property
     def module(self) -> Transformer:
@@ -85,13 +92,43 @@ class Model:
             raise ValueError(f"capture must lie in {first}..{last} (layers run before it), got {capture}")
         if caches is not None and len(caches) != self.config.num_layers:
             raise ValueError(f"caches must have one entry per layer ({self.config.num_layers}), got {len(caches)}")
-        hidden = self.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         row_length = position + 1 if row_length is None else jnp.broadcast_to(row_length, position.shape)
         mask = Causal() if mask is None else mask
+        if self.invariant:
+            return self._apply_in_tiles(params, inputs, position, row_length, caches, mask, (first, last), capture)
+        hidden = self.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         return self._run(params, "run", hidden, position, row_length, caches, mask, (first, last), capture)
+
+    def _apply_in_tiles(self, params, inputs, position, row_length, caches, mask, layers, capture) -> Forward:
+        """`apply` in the invariant mode; every layer's cache comes to it as a `Tile`."""
+        first, last = layers
+        is_token = jnp.issubdtype(inputs.dtype, jnp.integer)
+        dtype = params["embedding"].dtype if is_token else inputs.dtype
+
+        def run(inputs, position, row_length, tiles, mask) -> Forward:
+            hidden = jax.lax.optimization_barrier(self.embed(params, inputs)) if is_token else inputs
+            captured, rows = {first: hidden} if first in capture else {}, []
+            for index, tile in enumerate(tiles, start=first):
+                one_layer = (index, index + 1)
+                reads = (None,) * index + (tile,)
+                out = self._run(params, "run", hidden, position, row_length, reads, mask, one_layer, ())
+                # The barrier makes a layer the same computation whatever range of layers it is run in.
+                hidden = jax.lax.optimization_barrier(out.hidden)
+                rows.extend(out.rows)
+                if index + 1 in capture:
+                    captured[index + 1] = hidden
+            return Forward(hidden, tuple(rows), captured)
+
+        def empty_rows(num_tokens: int) -> tuple[Any, ...]:
+            return self.empty_rows(inputs.shape[0], num_tokens, dtype)[first:last]
+
+        caches = (None,) * (last - first) if caches is None else caches[first:last]
+        return run_in_tiles(run, inputs, position, row_length, caches, mask, empty_rows)
 
     def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in float32: final norm, head, soft-cap. Works on the hidden states of any layer."""
+        if self.invariant:
+            return logits_in_tiles(lambda tile: self._run(params, "logits", tile), hidden)
         return self._run(params, "logits", hidden)
 
     def _run(self, params: Params, method: str, *arguments: Any) -> Any:

@@ -12,7 +12,6 @@ with the same weights as an uninterrupted one.
 import argparse
 import datetime
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import fields
@@ -21,17 +20,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from decodax.decoding.training.checkpoint import load_trained, read_progress
+from decodax.decoding.training.export import write_json, write_model
+from decodax.decoding.training.loop import train
+from decodax.decoding.training.loss_curve import draw_loss
+from decodax.decoding.training.text_windows import cut
 from decodax.models.hf_config import read_config
 from decodax.models.model import Model
 from decodax.scripts import demo_corpus, demo_evaluation, demo_tokenizer
 from decodax.scripts.demo_corpus import Document
-from decodax.scripts.demo_trainer import Batches, Params, Plan, load_params, train
+from decodax.scripts.demo_trainer import Params, Plan, make_task, text_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_FOLDER = ROOT / "models" / "demo"
@@ -95,48 +98,25 @@ def run_tokenizer(folder: Path, code: list[Document], tests: list[Document]) -> 
 
 
 def run_training(folder: Path, plan: Plan, finish_by: int | None) -> None:
-    """Collects the text, trains (or resumes) and draws the loss curve."""
+    """Collects the text, trains (or resumes, under the run's own plan) and draws the loss curve."""
+    progress = read_progress(folder)
+    if progress is not None:
+        plan = Plan(**progress.plan)
+        print(f"resuming at step {progress.step} of {plan.steps}", flush=True)
+    if finish_by is not None:
+        plan = plan.finishing_by(finish_by, progress.step if progress else 0)
     corpus = demo_corpus.collect()
     code, tests = split(corpus.train)
     tokenizer = run_tokenizer(folder, code, tests)
     code_ids, test_ids = encode(tokenizer, code), encode(tokenizer, tests)
     stream = np.concatenate([np.append(0, ids) for ids in encode(tokenizer, split(corpus.heldout)[0])]).astype(np.int32)
-    size = plan.short_tokens
-    heldout = np.stack([stream[i : i + size + 1] for i in range(0, len(stream) - size, size)])
+    heldout = cut(stream, plan.short_tokens)
     heldout = heldout[np.random.default_rng(0).permutation(len(heldout))[:64]]
     model, forward, head = functions()
     params = model.init(jax.random.key(plan.seed))
-    train(
-        folder,
-        plan,
-        lambda plan: Batches(code_ids, test_ids, plan),
-        (forward, head, params),
-        finish_by=finish_by,
-        heldout=heldout,
-    )
-    draw_loss(folder / "log.jsonl", LOSS_IMAGE)
-
-
-def draw_loss(log: Path, image: Path) -> None:
-    """The training and held-out loss over the tokens read, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([e["step"] for e in entries], [e["loss"] for e in entries], color="0.6", lw=1, label="training")
-    judged = [e for e in entries if "heldout_loss" in e]
-    axes.plot([e["step"] for e in judged], [e["heldout_loss"] for e in judged], "o-", ms=3, label="held-out packages")
-    axes.set(xlabel="step", ylabel="nats per token", title="Training the embedded model", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    image.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)
+    rows = text_windows(code_ids, test_ids, plan)
+    train(folder, plan, make_task((forward, head, params), rows.at, heldout), checkpoint_seconds=300.0)
+    draw_loss(folder / "log.jsonl", LOSS_IMAGE, title="Training the embedded model")
 
 
 def export(run: Path, folder: Path) -> None:
@@ -145,23 +125,10 @@ def export(run: Path, folder: Path) -> None:
     Raises:
         FileNotFoundError: the run has no checkpoint yet.
     """
-    family, config = read_config(CONFIG)
-    tensors = {}
-    params = load_params(run)
-    for name, path in family.tensor_names(config).items():
-        leaf = params
-        for part in path:
-            leaf = leaf[part]
-        tensors[name] = np.asarray(leaf).astype(ml_dtypes.bfloat16)
-    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder, CONFIG, load_trained(run), "bfloat16")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((run / name).read_bytes())
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")
-    temporary = folder / "model.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, folder / "model.safetensors")
+    write_json(folder / "generation_config.json", GENERATION_CONFIG)
 
 
 def load_exported(folder: Path) -> tuple[Params, Tokenizer]:

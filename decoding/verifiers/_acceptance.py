@@ -64,12 +64,15 @@ def acceptance_draws(
     position: as for `Verifier.verify`; a node itself stands where the token that follows its parent does.
     """
     parent = jnp.broadcast_to(jnp.maximum(jnp.asarray(proposal.tree.parent), 0), position.shape)
-    keys = node_keys(seed, jnp.take_along_axis(position, parent, axis=1), Draw.ACCEPT)
-    node = jnp.arange(position.shape[1], dtype=jnp.uint32)
-    keys = jax.vmap(jax.vmap(jax.random.fold_in), in_axes=(0, None))(keys, node)
+    keys = node_keys(seed, jnp.take_along_axis(position, parent, axis=1), Draw.ACCEPT).reshape(-1)
+    node = jnp.tile(jnp.arange(position.shape[1], dtype=jnp.uint32), position.shape[0])
+
+    def random_bits(key: Array, node: Array) -> Array:
+        return jax.random.bits(jax.random.fold_in(key, node), (), jnp.uint32)
+
     # 24 bits, as many as float32 holds below 1: a token of probability 1 is always taken, one of probability 0 never.
-    bits = jax.vmap(jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32)))(keys)
-    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+    uniform = (jax.vmap(random_bits)(keys, node) >> 8).astype(jnp.float32) * 2.0**-24
+    return uniform.reshape(position.shape)
 
 
 def draw_after(

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.attend import attend
+from decodax.layers.attention.attend_invariant import Tile, attend_invariant
 from decodax.layers.attention.mask import Mask, Window
 from decodax.layers.kv_cache._contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVRows
@@ -89,7 +90,7 @@ class GQA(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: Cache | Staged | None,
+        cache: Cache | Staged | Tile | None,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], KVRows]:
         config = self.config
@@ -109,6 +110,10 @@ class GQA(nn.Module):
         value = jnp.moveaxis(project("value"), 1, 2)
         if config.window is not None:
             mask = mask & Window(config.window)
-        mixed = attend(query, key, value, position, mask, cache, scale=config.scale, softcap=config.softcap)
+        scores = {"scale": config.scale, "softcap": config.softcap}
+        if isinstance(cache, Tile):
+            mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
+        else:
+            mixed = attend(query, key, value, position, mask, cache, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         return linear(flat, weight["out"], weight.get("out_bias")), KVRows(key, value)

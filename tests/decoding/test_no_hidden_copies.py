@@ -15,7 +15,9 @@ import pytest
 
 from decodax import decoding
 from decodax.decoding import state as decode_state
+from decodax.decoding.drafters import DraftModel
 from decodax.decoding.sampling import Sampling
+from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.kv_cache.full import KVCache, KVRows
 from decodax.layers.mixers.gqa import GQAConfig
@@ -36,11 +38,11 @@ def model_with(capacity):
     return Model(ModelConfig(VOCABULARY, WIDTH, 1024, (block,) * LAYERS, NORM, False))
 
 
-def abstract(capacity, track_kept=False):
+def abstract(capacity, track_kept=False, temperature=0.0):
     """The model, and shapes of its parameters and of a state with this capacity: nothing is computed."""
     model = model_with(capacity)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-    sampling = Sampling.create(BATCH, VOCABULARY)
+    sampling = Sampling.create(BATCH, VOCABULARY, temperature=temperature)
     rows = np.zeros(BATCH, np.int32)
     no_stops = np.zeros((BATCH, 0), np.int32)
 
@@ -68,12 +70,12 @@ def cache_sized_copies(compiled, capacity):
     return found
 
 
-def check_in_place(compiled, capacity):
+def check_in_place(compiled, capacity, num_caches=LAYERS):
     assert not cache_sized_copies(compiled, capacity)
     layer_bytes = 2 * BATCH * KV_HEADS * capacity * HEAD_SIZE * 4
     assert compiled.memory_analysis().temp_size_in_bytes < layer_bytes
     # The caches that come out are those that went in.
-    assert compiled.memory_analysis().alias_size_in_bytes >= LAYERS * layer_bytes
+    assert compiled.memory_analysis().alias_size_in_bytes >= num_caches * layer_bytes
 
 
 def compile_loop(loop, params, state):
@@ -92,6 +94,17 @@ def test_prefill_chunk(capacity):
     chunk = 3  # with more queries than a head has coordinates, the scores alone are as large as the cache
     start = jax.ShapeDtypeStruct((), jnp.int32)
     check_in_place(decode_state._prefill_chunk.lower(model, chunk, params, state, start).compile(), capacity)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("tree", [(-1, 0, 1, 2), (-1, 0, 0, 1, 1, 2)], ids=["chain", "tree"])
+def test_speculative_loop(tree, capacity):
+    """The target's caches and those of a draft model of the same size, whose tokens are drawn."""
+    model, params, state = abstract(capacity, temperature=0.7)
+    decode = decoding.speculative(model, DraftModel(model, tree), ExactMatch())
+    started = jax.eval_shape(decode.start, params, params, state)
+    compiled = jax.jit(decode, donate_argnums=2).lower(params, params, started).compile()
+    check_in_place(compiled, capacity, num_caches=2 * LAYERS)
 
 
 def skipping_loop(model, *, count_depends_on_reads=True):

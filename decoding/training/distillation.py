@@ -1,0 +1,114 @@
+"""Teaching a small model to predict what a large one predicts, and measuring how often it would be believed.
+
+DistillSpec, arXiv 2310.08461: what counts for a draft is its distance to the target's law, not to the text, so the loss
+is the forward Kullback-Leibler divergence from target to draft over the whole vocabulary, at every position of windows
+of text. The target is read only: it runs in the same compiled step and gets no gradient. Departs from the paper in
+that the windows are given text alone (FastDraft, arXiv 2411.11055, likewise trains on text first), none of it written
+by the models.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from decodax.models.model import Model, Params
+
+
+def window_logits(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Next-token logits after every token of windows that begin at position 0."""
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return model.logits(params, model.apply(params, tokens, position).hidden)
+
+
+def kl_divergence(target: Float[Array, "*N V"], draft: Float[Array, "*N V"]) -> Float[Array, "*N"]:
+    """KL(target || draft) in nats of the laws that two sets of logits stand for.
+
+    >>> float(kl_divergence(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))))  # ln(2) - ln(3) / 2
+    0.14384...
+    """
+    target_log, draft_log = jax.nn.log_softmax(target), jax.nn.log_softmax(draft)
+    return jnp.sum(jnp.exp(target_log) * (target_log - draft_log), axis=-1)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of a draft against a target on windows of text: mean KL(target || draft) per position, in nats."""
+
+    target: Model
+    draft: Model
+
+    def loss(
+        self, draft_params: Params, target_params: Params, rows: Int[Array | np.ndarray, "B T_plus_1"]
+    ) -> Float[Array, ""]:
+        """Reads all tokens of a row but the last, which only rows of labels would need."""
+        tokens = jnp.asarray(rows)[:, :-1]
+        target = jax.lax.stop_gradient(window_logits(self.target, target_params, tokens))
+        return kl_divergence(target, window_logits(self.draft, draft_params, tokens)).mean()
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How a draft fares against its target on given text, each position with the text before it (teacher forced).
+
+    greedy: share of positions at which both find the same token likeliest. sampling: mean over positions of 1 - the
+    total variation distance of the two laws = sum of min(p, q), the chance that speculative sampling (arXiv 2211.17192)
+    accepts a drafted token at temperature 1. kl: mean KL(target || draft) in nats. tokens: positions measured.
+    """
+
+    greedy: float
+    sampling: float
+    kl: float
+    tokens: int
+
+    def as_numbers(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def tokens_per_forward(acceptance: float, draft_tokens: int) -> float:
+    """Expected tokens per target forward if each drafted token is accepted with this chance, independently.
+
+    (1 - a^(C + 1)) / (1 - a): 1 to C accepted tokens, and one from the target.
+
+    >>> tokens_per_forward(0.5, 4), tokens_per_forward(1.0, 4)
+    (1.9375, 5.0)
+    """
+    return float(sum(acceptance**i for i in range(draft_tokens + 1)))
+
+
+@dataclass(frozen=True)
+class AcceptanceMeter:
+    """Measures `Acceptance` over windows [W, T + 1], a few at a time, compiled once."""
+
+    target: Model
+    draft: Model
+
+    def __call__(
+        self, target_params: Params, draft_params: Params, windows: Int[np.ndarray, "W T_plus_1"], *, batch: int = 4
+    ) -> Acceptance:
+        sums = np.zeros(4)
+        for start in range(0, len(windows), batch):
+            piece = windows[start : start + batch, :-1]
+            counted = np.arange(batch) < len(piece)  # the last piece is filled up, so that one shape is compiled
+            padded = np.pad(piece, ((0, batch - len(piece)), (0, 0)))
+            sums += np.asarray(_sums(self, target_params, draft_params, padded, counted), np.float64)
+        greedy, sampling, kl = sums[:3] / sums[3]
+        return Acceptance(float(greedy), float(sampling), float(kl), int(sums[3]))
+
+
+def _acceptance_sums(
+    meter: AcceptanceMeter, target_params: Params, draft_params: Params, tokens: Any, counted: Any
+) -> Float[Array, "4"]:
+    target = window_logits(meter.target, target_params, tokens)
+    draft = window_logits(meter.draft, draft_params, tokens)
+    agree = (jnp.argmax(target, axis=-1) == jnp.argmax(draft, axis=-1)).astype(jnp.float32)
+    overlap = jnp.sum(jnp.minimum(jax.nn.softmax(target), jax.nn.softmax(draft)), axis=-1)
+    weight = jnp.broadcast_to(counted[:, None], tokens.shape).astype(jnp.float32)
+    values = (agree, overlap, kl_divergence(target, draft), jnp.ones_like(overlap))
+    return jnp.stack([jnp.sum(value * weight) for value in values])
+
+
+_sums = jax.jit(_acceptance_sums, static_argnums=0)

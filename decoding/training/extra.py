@@ -1,0 +1,13 @@
+"""Imports the packages that only training needs, and says how to get them."""
+
+import importlib
+from types import ModuleType
+
+
+def need(name: str) -> ModuleType:
+    """The module of this name; ImportError with the command that installs it when it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise ImportError(f"training needs {package}, which is not installed: pip install 'decodax[train]'") from error

@@ -1,0 +1,191 @@
+"""The training loop: one jitted step, a progress bar, a log, checkpoints, and a clean stop when it is asked to end.
+
+The loop knows no model. A task says what is trained, what stays as it is, which rows a step reads and what the loss of
+them is; whether that trains a whole draft model or three prompt vectors makes no difference here.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from decodax.decoding.training.checkpoint import Log, load_tree, read_progress, save_checkpoint
+from decodax.decoding.training.optimizer import make_optimizer
+from decodax.decoding.training.plan import Plan
+
+Params = dict[str, Any]
+Loss = Callable[[Params, Any, Int[Array, "B T_plus_1"]], Float[Array, ""]]
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+MOVABLE = ("steps", "decay_from", "long_from")  # fields of a plan that may change while the run is under way
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains.
+
+    loss: (trained, frozen, rows) -> mean loss, differentiated with respect to `trained` alone.
+    trained: the parameters at step 0. frozen: arrays that the loss reads and nothing changes.
+    rows: the rows of any step, from the step alone. measure: (trained) -> named numbers for the log, on held-out text.
+    about: what else a resumed run must agree with (sizes, the text's fingerprint), as JSON values.
+    """
+
+    loss: Loss
+    trained: Params
+    rows: Callable[[int], Int[np.ndarray, "B T_plus_1"]]
+    frozen: Any = None
+    measure: Callable[[Params], dict[str, float]] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parameters after `step` steps; `finished` is false when the run was asked to stop before its last."""
+
+    params: Params
+    step: int
+    finished: bool
+
+
+def resumed_plan(folder: Path, plan: AnyPlan) -> AnyPlan:
+    """The plan of the folder's checkpoint, moved to the last step of `plan`; `plan` itself where nothing was begun.
+
+    Raises:
+        ValueError: the checkpoint's plan differs in something else, or the run is already past that step.
+    """
+    progress = read_progress(folder)
+    if progress is None:
+        return plan
+    _refuse_changes(folder, progress.plan, asdict(plan), MOVABLE)
+    stored = type(plan)(**progress.plan)
+    return stored if stored.steps == plan.steps else stored.finishing_by(plan.steps, progress.step)
+
+
+def _refuse_changes(folder: Path, stored: Mapping, given: Mapping, movable: tuple[str, ...] = ()) -> None:
+    changed = [
+        f"{name} was {stored.get(name)!r}, now {given.get(name)!r}"
+        for name in sorted({*stored, *given} - {*movable})
+        if stored.get(name) != given.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run under way that was started otherwise: {'; '.join(changed)}. Give what it was "
+            "started with to go on, or another run folder to start anew"
+        )
+
+
+def make_step(loss: Loss, optimizer: Any) -> Callable:
+    """`step(trained, state, frozen, rows, rate) -> (trained, state, loss)`, jitted; reuses the first two's memory."""
+
+    def step(trained, state, frozen, rows, rate):
+        value, gradient = jax.value_and_grad(loss)(trained, frozen, rows)
+        update, state = optimizer.update(gradient, state, trained)
+        trained = jax.tree.map(lambda leaf, change: leaf + (rate * change).astype(leaf.dtype), trained, update)
+        return trained, state, value
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def train(
+    folder: Path,
+    plan: Plan,
+    task: Task,
+    *,
+    report_every: int = 20,
+    measure_every: int = 200,
+    checkpoint_seconds: float = 150.0,
+) -> Trained:
+    """Trains to the plan's last step, from the folder's checkpoint where there is one.
+
+    Reports go to `log.jsonl` in the folder and to stderr, as a progress bar or, without a terminal, as lines. A
+    checkpoint is written every `checkpoint_seconds`, at the end, and when the process is asked to end (SIGTERM, Ctrl-C;
+    the step under way is finished first).
+
+    Raises:
+        ValueError: the checkpoint belongs to another task.
+        FloatingPointError: the loss is no longer a number; the last checkpoint is kept.
+    """
+    optimizer = make_optimizer(plan)
+    trained = jax.tree.map(lambda leaf: leaf.copy(), task.trained)  # the step gives its arguments' memory away
+    state, step = optimizer.init(trained), 0
+    if progress := read_progress(folder):
+        _refuse_changes(folder, progress.about, task.about)
+        step, (trained, state) = progress.step, load_tree(folder, (trained, state))
+    update, log = make_step(task.loss, optimizer), Log(folder / "log.jsonl", step)
+
+    def report(losses: list[Array], tokens: int, seconds: float) -> None:
+        mean = float(np.mean(jax.device_get(losses)))
+        if not np.isfinite(mean):
+            raise FloatingPointError(f"the loss became {mean} near step {step}; start again with a lower learning rate")
+        entry = {
+            "step": step,
+            "loss": mean,
+            "learning_rate": plan.learning_rate(step - 1),
+            "tokens/s": tokens / seconds,
+        }
+        if task.measure is not None and (step % measure_every == 0 or step == plan.steps):
+            entry |= task.measure(trained)
+        log.write(entry)
+        bar.update(bar.task_ids[0], completed=step, loss=mean, speed=entry["tokens/s"])
+        if not bar.console.is_terminal:
+            print(" ".join(f"{name} {value:.5g}" for name, value in entry.items()), file=sys.stderr, flush=True)
+
+    saved_at = reported_at = time.perf_counter()
+    losses: list[Array] = []
+    tokens = 0
+    with _stop_requests() as asked_to_stop, _progress_bar(plan.steps, step) as bar:
+        while step < plan.steps and not asked_to_stop:
+            rows = task.rows(step)
+            trained, state, loss = update(trained, state, task.frozen, rows, np.float32(plan.learning_rate(step)))
+            losses.append(loss)
+            tokens += rows.size - len(rows)
+            step += 1
+            if step % report_every == 0 or step == plan.steps:
+                jax.block_until_ready(loss)
+                report(losses, tokens, time.perf_counter() - reported_at)
+                losses, tokens, reported_at = [], 0, time.perf_counter()
+            if time.perf_counter() - saved_at > checkpoint_seconds:
+                save_checkpoint(folder, step, asdict(plan), task.about, (trained, state))
+                saved_at = time.perf_counter()
+        save_checkpoint(folder, step, asdict(plan), task.about, (trained, state))
+    return Trained(trained, step, step == plan.steps)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects the signals that ask the process to end, instead of ending it; a second Ctrl-C ends it at once."""
+    received: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield received
+        return
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _progress_bar(steps: int, done: int) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    numbers = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s")
+    progress = Progress(*columns, numbers, console=Console(stderr=True))
+    progress.disable = not progress.console.is_terminal
+    progress.add_task("training", total=steps, completed=done, loss=float("nan"), speed=0.0)
+    return progress

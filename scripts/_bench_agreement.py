@@ -1,0 +1,144 @@
+"""The gate of the decoding benchmark: does a scheme give plain decoding's tokens, and where not, how close was it?
+
+At every step of plain decoding the gap between the two best logits is kept. Two programs that compute the same in
+another order may choose differently only where that gap is within what rounding can move, and `Steps` holds both.
+
+**The bound.** One forward rounds the residual stream to its dtype after each of the 2L additions of its L layers, by at
+most u|h_i| in coordinate i, where u = eps / 2 (2**-8 in bfloat16). If the layers behind pass on what they are given,
+two runs end at most  2 x 2u x sum over layers of |h_i|  apart in coordinate i (two runs, two additions per layer). The
+difference of the two best logits has the gradient g with respect to the last hidden state, so to first order it moves
+by at most
+
+    bound = 4 u x sum over i of |g_i| x (sum over layers of |h_i|).
+
+What the norm and the head round comes on top, and errors of one sign everywhere, which the sum allows for, do not
+happen: of the two the second is by far the larger. The share of all steps whose gap is below the bound tells how much
+it says.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from decodax.decoding.state import DecodeState
+from decodax.models.model import Model, Params
+from decodax.scripts._bench_runs import Batch, Runner
+
+TIE = 1e-5  # of the largest logit: closer than this, float32 leaves the choice open
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Plain decoding of some rows: tokens, and at each the gap of the two best logits, the largest, and the bound."""
+
+    new: Int[np.ndarray, "B A"]
+    gap: Float[np.ndarray, "B A"]
+    largest: Float[np.ndarray, "B A"]
+    bound: Float[np.ndarray, "B A"]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Steps"]) -> "Steps":
+        """The rows of all parts, one after the other."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How a scheme's rows compare with plain decoding's.
+
+    same_rows: identical throughout. ties: rows that part from it where plain decoding's best two are closer than TIE of
+    the largest (what follows is another text). wrong_rows: those that part elsewhere. same_tokens: share of all tokens
+    that stand before the row parts. gaps, bounds: at each first difference.
+    """
+
+    rows: int
+    same_rows: int
+    ties: int
+    wrong_rows: int
+    same_tokens: float
+    gaps: tuple[float, ...]
+    bounds: tuple[float, ...]
+
+    @property
+    def passes(self) -> bool:
+        return self.wrong_rows == 0
+
+    @property
+    def within_bound(self) -> bool:
+        return all(gap <= bound for gap, bound in zip(self.gaps, self.bounds, strict=True))
+
+    def as_numbers(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "same_rows": self.same_rows,
+            "ties": self.ties,
+            "wrong_rows": self.wrong_rows,
+            "same_tokens": self.same_tokens,
+        }
+
+
+def compare(new: Int[np.ndarray, "B A"], plain: Steps) -> Agreement:
+    """The scheme's tokens against plain decoding's, row by row, up to the first difference of each.
+
+    Raises ValueError for another number of rows or tokens.
+    """
+    if new.shape != plain.new.shape:
+        raise ValueError(f"expected tokens of shape {plain.new.shape} (rows, new tokens), got {new.shape}")
+    differs = new != plain.new
+    row = np.flatnonzero(differs.any(axis=1))
+    first = np.argmax(differs, axis=1)
+    at = (row, first[row])
+    is_tie = plain.gap[at] < TIE * plain.largest[at]
+    before = np.where(differs.any(axis=1), first, new.shape[1])
+    return Agreement(
+        rows=len(new),
+        same_rows=len(new) - len(row),
+        ties=int(is_tie.sum()),
+        wrong_rows=int((~is_tie).sum()),
+        same_tokens=float(before.sum() / new.size),
+        gaps=tuple(map(float, plain.gap[at])),
+        bounds=tuple(map(float, plain.bound[at])),
+    )
+
+
+def rounding_bound(
+    gradient: Float[Array, "B D"], streams: Sequence[Float[Array, "B D"]], unit_roundoff: float
+) -> Float[Array, " B"]:
+    """4 u sum |g| sum |h|: see the head of this file; `streams` are the hidden states after each layer."""
+    total = sum(jnp.abs(stream.astype(jnp.float32)) for stream in streams)
+    return 4 * unit_roundoff * jnp.sum(jnp.abs(gradient.astype(jnp.float32)) * total, axis=-1)
+
+
+def _look(model: Model, params: Params, state: DecodeState) -> tuple[Array, Array, Array]:
+    """Gap, largest logit and bound at the step that plain decoding is about to take."""
+    layers = tuple(range(1, model.config.num_layers + 1))
+    out = model.apply(params, state.pending()[:, None], state.length[:, None] - 1, state.caches, capture=layers)
+    logits, pull_back = jax.vjp(lambda hidden: model.logits(params, hidden), out.hidden)
+    best, token = jax.lax.top_k(logits[:, 0], 2)
+    signs = jnp.asarray([1.0, 0.0], jnp.float32)[None, :, None]
+    towards = jnp.sum(jax.nn.one_hot(token, logits.shape[-1]) * signs, axis=1)
+    (gradient,) = pull_back(towards[:, None])
+    roundoff = float(jnp.finfo(out.hidden.dtype).eps) / 2
+    bound = rounding_bound(gradient[:, 0], [out.captured[index][:, 0] for index in layers], roundoff)
+    return best[:, 0] - best[:, 1], jnp.max(jnp.abs(logits[:, 0]), axis=1), bound
+
+
+_look_jitted = jax.jit(_look, static_argnums=0)
+
+
+def plain_steps(runner: Runner, prompts: Batch) -> Steps:
+    """Plain greedy decoding of a batch, with what it was about to choose from at every step."""
+    seen: list[list[np.ndarray]] = []
+
+    def look(state: DecodeState) -> None:
+        seen.append([np.asarray(value) for value in _look_jitted(runner.model, runner.params, state)])
+
+    trace = runner.trace(prompts, look=look)
+    gap, largest, bound = (np.stack(values, axis=1) for values in zip(*seen, strict=True))
+    return Steps(trace.new, gap, largest, bound)

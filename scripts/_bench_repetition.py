@@ -1,0 +1,64 @@
+"""Where a text begins to repeat itself, so that repetitions, which are easy to draft, can be left out of an acceptance.
+
+A row loops if one run of four tokens stands at least four times within 64 consecutive new tokens. What counts of such a
+row ends with the first of the four: the rounds (forwards of the target) that ended by then, and their tokens. A row
+that does not loop counts whole.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+RUN_TOKENS, TIMES, WITHIN_TOKENS = 4, 4, 64
+
+
+class PerForward(NamedTuple):
+    """Tokens, rounds as each row saw them, and rows, summed over rows; and how many of these rows loop."""
+
+    tokens: int
+    rounds: int
+    rows: int
+    looping_rows: int
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        return self.tokens / self.rounds if self.rounds else None
+
+
+def loop_start(tokens: Sequence[int] | Int[np.ndarray, " A"]) -> int | None:
+    """How many tokens stand before the row repeats itself, None where it does not.
+
+    >>> loop_start([9, 8] + [1, 2, 3, 4] * 4), loop_start([1, 2, 3, 4] * 3)
+    (6, None)
+    """
+    ends: dict[tuple[int, ...], deque[int]] = defaultdict(deque)
+    ids = [int(token) for token in tokens]
+    for end in range(RUN_TOKENS, len(ids) + 1):
+        seen = ends[tuple(ids[end - RUN_TOKENS : end])]
+        seen.append(end)
+        while seen[0] - RUN_TOKENS < end - WITHIN_TOKENS:
+            seen.popleft()
+        if len(seen) >= TIMES:
+            return seen[0]
+    return None
+
+
+def counted(new: Int[np.ndarray, "B A"], ends: Int[np.ndarray, "rounds B"], *, without_loops: bool) -> PerForward:
+    """Sums over the rows of a trace (`ends[r, b]`: new tokens of row b after round r)."""
+    tokens = rounds = looping = 0
+    for row, ids in enumerate(new):
+        start = loop_start(ids)
+        looping += start is not None
+        last = len(ids) if start is None or not without_loops else start
+        own = np.unique(ends[:, row])  # a row that is done takes no further part
+        own = own[own <= last]
+        tokens += int(own[-1])
+        rounds += len(own) - 1
+    return PerForward(tokens, rounds, len(new), looping)
+
+
+def summed(parts: Sequence[PerForward]) -> PerForward:
+    return PerForward(*(sum(values) for values in zip(*parts, strict=True)))

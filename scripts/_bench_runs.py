@@ -1,0 +1,157 @@
+"""Runs one way of decoding for a benchmark: compiled once and its compile time known, started, traced round by round.
+
+Every way has the same signature here, plain decoding included, so that all are prepared, timed and counted alike.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from decodax import decoding
+from decodax.decoding.drafters import Drafter
+from decodax.decoding.state import DecodeState
+from decodax.decoding.verifiers import Verifier
+from decodax.models.model import Model, Params
+
+Batch = Sequence[np.ndarray]  # token ids of each row's prompt
+TO_THE_END = np.int32(np.iinfo(np.int32).max)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scheme:
+    """A way of decoding; plain decoding has neither drafter nor verifier. `lossless`: what its verifier says of itself.
+
+    trained: whether `draft_params` are weights that had to be trained.
+    """
+
+    name: str
+    drafter: Drafter | None = None
+    verifier: Verifier | None = None
+    draft_params: Any = None
+    trained: bool = False
+
+    @property
+    def lossless(self) -> bool:
+        return self.verifier is None or self.verifier.lossless
+
+
+class Trace(NamedTuple):
+    """new[b, i]: the i-th new token of a row. ends[r, b]: new tokens of a row after round r, zeros for r = 0.
+
+    state: that at the end.
+    """
+
+    new: Int[np.ndarray, "B A"]
+    ends: Int[np.ndarray, "rounds B"]
+    state: DecodeState
+
+
+class Runner:
+    """A scheme compiled for batches whose buffers hold `capacity` tokens, each row getting `num_new` of them.
+
+    `compile_seconds` is the loop's, lowering included, for the first batch given. Nothing ends a row early.
+    """
+
+    def __init__(self, model: Model, params: Params, scheme: Scheme, *, capacity: int, num_new: int) -> None:
+        self.model, self.params, self.scheme = model, params, scheme
+        self.capacity, self.num_new = capacity, num_new
+        if scheme.drafter is None or scheme.verifier is None:
+            plain = decoding.autoregressive(model)
+            self._start = None
+            self._loop = lambda params, draft_params, state, limit: plain(params, state, limit)
+        else:
+            speculative = decoding.speculative(model, scheme.drafter, scheme.verifier)
+            self._start = jax.jit(speculative.start, donate_argnums=2)
+            self._loop = lambda params, draft_params, state, limit: speculative(params, draft_params, state, limit)
+        self._compiled: Any = None
+        self.compile_seconds = float("nan")
+
+    def begin(self, prompts: Batch, temperature: float = 0.0) -> DecodeState:
+        """The state after every prompt has been read, by the drafter too; ready for `decode`, which uses it up.
+
+        Raises ValueError for a prompt that leaves no room for the new tokens.
+        """
+        lengths = np.array([len(ids) for ids in prompts], np.int32)
+        if lengths.max() + self.num_new > self.capacity:
+            raise ValueError(f"prompts may hold {self.capacity - self.num_new} tokens, the longest has {lengths.max()}")
+        tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+        for row, ids in enumerate(prompts):
+            tokens[row, : len(ids)] = ids
+        sampling = decoding.Sampling.create(len(prompts), self.model.config.vocab_size, temperature=temperature)
+        seed = np.arange(len(prompts), dtype=np.uint32)
+        # Buffers of one size whatever the prompts, so that one program serves all batches.
+        room = self.capacity - lengths
+        state = decoding.init(self.model, self.params, tokens, lengths, room, seed, sampling=sampling)
+        state = dataclasses.replace(state, limit=jnp.asarray(lengths + self.num_new))
+        if self._start is not None:
+            state = self._start(self.params, self.scheme.draft_params, state)
+        return jax.block_until_ready(state)
+
+    def compile(self, state: DecodeState) -> float:
+        """Compiles the loop for states like this one, anew at every call; seconds that it took."""
+        # A function of its own, as JAX remembers what it has traced.
+        loop = jax.jit(lambda *arguments: self._loop(*arguments), donate_argnums=2)
+        start = time.perf_counter()
+        self._compiled = loop.lower(self.params, self.scheme.draft_params, state, TO_THE_END).compile()
+        self.compile_seconds = time.perf_counter() - start
+        return self.compile_seconds
+
+    @property
+    def ready(self) -> bool:
+        return self._compiled is not None
+
+    def share(self, other: "Runner") -> None:
+        """Takes over the program of a runner whose drafter and verifier are equal to this one's."""
+        self._start, self._compiled, self.compile_seconds = other._start, other._compiled, other.compile_seconds
+
+    def decode(self, state: DecodeState, max_tokens: int | np.int32 = TO_THE_END) -> DecodeState:
+        if self._compiled is None:
+            self.compile(state)
+        return self._compiled(self.params, self.scheme.draft_params, state, np.int32(max_tokens))
+
+    def seconds(self, state: DecodeState) -> tuple[float, DecodeState]:
+        """Time of the loop alone, from the prompts' last tokens to the end."""
+        start = time.perf_counter()
+        state = jax.block_until_ready(self.decode(state))
+        return time.perf_counter() - start, state
+
+    def finish(self, prompts: Batch, temperature: float = 0.0) -> Int[np.ndarray, "B A"]:
+        """The new tokens of every row, decoded in one go."""
+        state = self.decode(self.begin(prompts, temperature))
+        return new_tokens(state, prompts, self.num_new)
+
+    def trace(self, prompts: Batch, temperature: float = 0.0, look: Any = None) -> Trace:
+        """Decodes one round at a time, so that it is known which tokens came together.
+
+        look: called with the state before each round.
+        """
+        state = self.begin(prompts, temperature)
+        ends = [np.asarray(state.length)]
+        while not bool(jnp.all(state.done)):
+            if look is not None:
+                look(state)
+            state = self.decode(state, 1)
+            ends.append(np.asarray(state.length))
+        return Trace(new_tokens(state, prompts, self.num_new), np.stack(ends) - ends[0], state)
+
+
+def new_tokens(state: DecodeState, prompts: Batch, num_new: int) -> Int[np.ndarray, "B A"]:
+    tokens = np.asarray(state.tokens)
+    return np.stack([row[len(ids) : len(ids) + num_new] for row, ids in zip(tokens, prompts, strict=True)])
+
+
+def row_rounds(state: DecodeState) -> int:
+    """Forwards of the target as each row saw them, summed over rows: what new tokens are divided by."""
+    assert state.counts is not None
+    return int(np.sum(np.asarray(state.counts.accepted_lengths)))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays in it."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if isinstance(leaf, Array | np.ndarray))

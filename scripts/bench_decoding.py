@@ -1,0 +1,211 @@
+"""What every way of decoding gains over plain decoding, in one run: tokens per forward, speed, memory, compile time.
+
+    python -m decodax.scripts.bench_decoding                       # all parts, about ten minutes on two cores
+    python -m decodax.scripts.bench_decoding --part loop           # one part; the others stay in the result file
+    python -m decodax.scripts.bench_decoding --quick --draft FOLDER
+
+- `schemes`: the embedded model on prompts held out from all training. First the gate: a lossless scheme has to give
+  plain decoding's greedy tokens (float32, highest precision; ties of the two best logits within 1e-5 are counted), or
+  it gets no speed. Then tokens per target forward (`_bench_repetition.py` says what is left out as a loop), tokens per
+  second, memory, and compile time, batch 1 and 8, greedy and at temperature 1.
+- `trees`: trees and chains of equal size.
+- `loop`: what the loop itself costs, on a larger model with random weights and a drafter that costs nothing. On a GPU
+  it takes the 8-billion shape in bfloat16 by itself.
+- `bfloat16`: how often a scheme leaves plain decoding's text in bfloat16, and whether rounding explains it.
+
+Each part says when, on what and with which versions it ran. Compiled programs are not kept between runs, so that
+compile times are real.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from decodax.models.load import LanguageModel
+from decodax.scripts import _bench_common as common
+from decodax.scripts import _bench_loop as loop
+from decodax.scripts import _bench_pictures as pictures
+from decodax.scripts import _bench_precision as precision
+from decodax.scripts import _bench_schemes as schemes
+from decodax.scripts import _bench_trees as trees
+from decodax.scripts._bench_world import World, embedded
+from decodax.scripts.bench_decode import SHAPES
+from decodax.scripts.bench_gpu import SHAPES as GPU_SHAPES
+
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The settings of all parts; prompts, their longest and the held-out windows in tokens."""
+
+    num_prompts: int
+    max_prompt: int
+    num_windows: int
+    window_tokens: int
+    schemes: schemes.SchemeSetting
+    trees: trees.TreeSetting
+    loop: loop.LoopSetting
+    bfloat16: precision.PrecisionSetting
+
+
+FULL = Size(
+    64,
+    192,
+    32,
+    512,
+    schemes.SchemeSetting(128, 320, (1, 8), {1: 3, 8: 8}, 32, 5),
+    trees.TreeSetting((4, 8, 16), 32, 8, 128, 320, 32),
+    loop.LoopSetting(
+        SHAPES["full"],
+        "float32",
+        prompt=24,
+        new=128,
+        rounds=7,
+        nodes=(1, 2, 3, 5, 9),
+        acceptances=(1.0, 0.8, 0.6),
+        curve=(1, 2, 3, 4, 5, 6, 8, 9, 12, 16),
+        forwards=8,
+    ),
+    precision.PrecisionSetting(16, 8, 64, 256, 3),
+)
+QUICK = Size(
+    4,
+    24,
+    2,
+    64,
+    schemes.SchemeSetting(8, 32, (2,), {2: 2}, 2, 1),
+    trees.TreeSetting((3,), 2, 2, 8, 32, 2),
+    loop.LoopSetting(SHAPES["tiny"], "float32", 5, 11, 1, (1, 3), (1.0, 0.6), (1, 2, 3), 2),
+    precision.PrecisionSetting(2, 2, 6, 32, 1),
+)
+GPU_LOOP = dataclasses.replace(FULL.loop, shape=GPU_SHAPES["8b"], dtype="bfloat16", prompt=128)
+
+
+def run_schemes(world: World, size: Size) -> dict[str, Any]:
+    found = schemes.all_schemes(world)
+    result = schemes.measure(world, size.schemes, found)
+    result["teacher_forced"] = schemes.teacher_forced(world, found["draft_model"])
+    print_schemes(result)
+    return result
+
+
+def print_schemes(result: dict[str, Any]) -> None:
+    """One table for what a scheme is, and one per batch size and temperature for how fast it is."""
+    rows = []
+    for name, facts in result["schemes"].items():
+        gate, compiled = result["gate"][name], result["compile"].get(name)
+        verdict = "" if facts["lossless"] else "lossy, "
+        verdict += f"{gate['same_rows']}/{gate['rows']} rows" + (f", {gate['ties']} ties" if gate["ties"] else "")
+        greedy, sampled = facts["greedy"], facts["temperature 1"]
+        memory = (facts["draft_params_bytes"] + facts["draft_state_bytes"]) / 1e6
+        row = [name, verdict if gate["passes"] else f"[red]{verdict}[/red]"]
+        row += [one[key] for one in (greedy, sampled) for key in ("tokens_per_forward", "tokens_per_forward_loop_free")]
+        rows.append([*row, facts["trained_parameters"], memory, compiled["ratio"] if compiled else 1.0])
+    columns = ["scheme", "as plain", "tokens per forward", "loop-free", "at temp. 1", "loop-free"]
+    columns += ["trained", "more MB", "compile time of plain's"]
+    common.print_table("Every scheme; tokens per forward of the target", columns, rows)
+    for label, by_name in result["speed"].items():
+        rows = []
+        for name, by in by_name.items():
+            up = by["speed_up"]
+            spread = f"{up['min']:.2f} to {up['max']:.2f}"
+            rows.append([name, by["tokens_per_second"]["median"], up["median"], spread])
+        common.print_table(label, ["scheme", "tokens/s", "speed-up", "lowest to highest"], rows)
+
+
+def run_trees(world: World, size: Size) -> dict[str, Any]:
+    return trees.measure(world, size.trees, schemes.named_schemes(world)["draft_model"])
+
+
+def run_loop(world: World | None, size: Size) -> dict[str, Any]:
+    on_gpu = jax.default_backend() != "cpu" and size is FULL
+    return loop.measure(GPU_LOOP if on_gpu else size.loop)
+
+
+def run_bfloat16(world: World, size: Size) -> dict[str, Any]:
+    def rounded(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+
+    found = {
+        name: dataclasses.replace(scheme, draft_params=rounded(scheme.draft_params))
+        for name, scheme in schemes.named_schemes(world).items()
+    }
+    lm: LanguageModel = dataclasses.replace(world.lm, params=rounded(world.lm.params))
+    return precision.measure(lm, world.prompts, size.bfloat16, found)
+
+
+PARTS: dict[str, Callable[[Any, Size], dict[str, Any]]] = {
+    "schemes": run_schemes,
+    "trees": run_trees,
+    "loop": run_loop,
+    "bfloat16": run_bfloat16,
+}
+PICTURES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
+    "schemes": ("bench_decoding.png", pictures.draw_schemes),
+    "trees": ("bench_trees.png", pictures.draw_trees),
+    "loop": ("latency_curve.png", pictures.draw_latency),
+}
+
+
+def run(parts: list[str], world: World | None, size: Size, output: Path, images: Path) -> dict[str, Any]:
+    """Runs the parts and writes the result after each, beside what the file holds of other parts."""
+    result = json.loads(output.read_text()) if output.exists() else {}
+    for name in parts:
+        Console().rule(name)
+        result[name] = common.machine() | PARTS[name](world, size)
+        common.write_json(output, result)
+        if name in PICTURES:
+            file, draw = PICTURES[name]
+            draw(result[name], images / file)
+            Console().print(f"wrote {images / file}", soft_wrap=True)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few tokens of everything, to see that it works")
+    parser.add_argument("--part", choices=list(PARTS), action="append", help="only this part (default: all)")
+    parser.add_argument("--draft", type=Path, help="the draft's folder (default: the embedded model's own)")
+    parser.add_argument("--rounds", type=int, help="rounds of every timing after the warm-up")
+    parser.add_argument("--output", type=Path, help="default: results/bench_decoding_<cpu or device>.json")
+    parser.add_argument("--images", type=Path, help="folder of the pictures (default: docs/images)")
+    options = parser.parse_args(arguments)
+    if options.quick and not (options.output and options.images):
+        parser.error("--quick measures nothing worth keeping: say with --output and --images where it shall go")
+    size = QUICK if options.quick else FULL
+    if options.rounds:
+        parts = {
+            part.name: dataclasses.replace(getattr(size, part.name), rounds=options.rounds)
+            for part in dataclasses.fields(size)
+            if hasattr(getattr(size, part.name), "rounds")
+        }
+        size = dataclasses.replace(size, **parts)
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    names = options.part or list(PARTS)
+    world = None
+    if set(names) != {"loop"}:
+        world = embedded(
+            options.draft,
+            num_prompts=size.num_prompts,
+            max_prompt=size.max_prompt,
+            num_windows=size.num_windows,
+            window_tokens=size.window_tokens,
+        )
+    run(names, world, size, options.output or default_output(), options.images or IMAGES)
+
+
+def default_output() -> Path:
+    return common.RESULTS / f"bench_decoding_{jax.default_backend()}.json"
+
+
+if __name__ == "__main__":
+    main()

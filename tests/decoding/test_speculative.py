@@ -1,0 +1,426 @@
+"""The engine: whatever is drafted, the output, its logprobs and the caches are those of plain decoding.
+
+Every kind of drafter runs here with exact matching. Plain decoding itself is held against full forwards in
+test_autoregressive.py, the rules that reject are tested with the verifiers.
+"""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array, Bool, Float, Int
+
+from decodax import decoding
+from decodax.decoding.drafters import Children, Drafter, DraftModel, PromptLookup, Recording, Replay, fixed_proposal
+from decodax.decoding.tree import Tree
+from decodax.decoding.verifiers import ExactMatch
+from decodax.layers import pytree
+from decodax.layers.attention.mask import Ancestors
+from decodax.layers.kv_cache.staged import place, stage
+from decodax.models.model import Model
+from tests.speculation import (
+    CAPACITY,
+    DRAFT_PARAMS,
+    LENGTHS,
+    MODEL,
+    NEW,
+    PARAMS,
+    PROMPTS,
+    VOCABULARY,
+    forward,
+    padded,
+    plain,
+    plain_decode,
+    start,
+    texts,
+)
+
+SHALLOW = Model(dataclasses.replace(MODEL.config, blocks=MODEL.config.blocks[:1]))  # the target's own first layer
+# Logits of at most 5, rows of size about 1, made by sums in float32 whose order depends on how many tokens run at once.
+TOLERANCE = 2e-5
+
+
+@pytree.dataclass
+class Seen:
+    """What the last round brought, as `RandomTrees` remembers it."""
+
+    token: Int[Array, "B C"]
+    parent: Int[Array, "B C"]
+    is_candidate: Bool[Array, "B C"]
+    logits: Float[Array, "B C V"]
+    captured: dict[int, Float[Array, "B C D"]]
+    path: Int[Array, "B A"]
+    num_emitted: Int[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomTrees(Drafter):
+    """Every row draws its own tree in every round; a node is the recorded token of its place or any other.
+
+    Some nodes are no candidates. The state is the last round's outcome.
+    """
+
+    num_nodes: int = 7
+    max_depth: int = 6
+    capture: tuple[int, ...] = (0, 1, 2)
+
+    def start(self, params, draft_params, state):
+        batch, nodes = state.tokens.shape[0], self.num_nodes
+        whole = jnp.zeros((batch, nodes), jnp.int32)
+        hidden = jnp.zeros((batch, nodes, MODEL.config.hidden_size))
+        return Seen(
+            whole, whole, whole > 0, jnp.zeros((batch, nodes, VOCABULARY)), dict.fromkeys(self.capture, hidden),
+            jnp.zeros((batch, self.max_depth + 1), jnp.int32), jnp.zeros(batch, jnp.int32),
+        )  # fmt: skip
+
+    def propose(self, params, recorded, state):
+        def of_row(seed, length):
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), length), 4)
+            node = jnp.arange(self.num_nodes)
+            # The latest node twice as often as any other, so that some paths are long.
+            parent = jnp.minimum(jax.random.randint(keys[0], node.shape, 0, jnp.maximum(node * 2, 1)), node - 1)
+            token = jax.random.randint(keys[1], node.shape, 0, VOCABULARY)
+            return parent, token, jax.random.bernoulli(keys[2], 0.7, node.shape), jax.random.bernoulli(keys[3], 0.9, node.shape)
+
+        parent, token, is_recorded, is_candidate = jax.vmap(of_row)(state.seed, state.length)
+        tree = Tree.grown(parent)
+        place = jnp.minimum(state.length[:, None] - 1 + tree.depth, recorded.shape[1] - 1)
+        token = jnp.where(is_recorded, jnp.take_along_axis(recorded, place, axis=1), token)
+        return fixed_proposal(tree, token.at[:, 0].set(state.pending()), is_candidate), state.draft
+
+    def update(self, params, draft_params, state, outcome):
+        proposal = outcome.proposal
+        return Seen(
+            proposal.token, jnp.asarray(proposal.tree.parent), proposal.is_candidate, outcome.logits,
+            outcome.forward.captured, outcome.path, outcome.num_emitted,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ShallowExit(Drafter):
+    """The target's own first layer and head draft a chain; the target then starts from the second layer."""
+
+    num_nodes: int = 4
+    max_depth: int = 3
+
+    def propose(self, params, draft_params, state):
+        tree, base = Tree.chain(self.num_nodes), state.length[:, None] - 1
+        batch = state.tokens.shape[0]
+        token = jnp.zeros((batch, self.num_nodes), jnp.int32).at[:, 0].set(state.pending())
+        rows = MODEL.empty_rows(batch, self.num_nodes, jnp.float32)[:1]
+        vectors = []
+        for node in range(self.num_nodes):
+            staged = stage(state.caches[:1], rows, base + jnp.asarray(tree.depth))
+            allowed = jnp.concatenate([jnp.arange(self.num_nodes) < node, jnp.ones(1, bool)])
+            out = MODEL.apply(
+                params, token[:, node : node + 1], base + node, (*staged, *state.caches[1:]),
+                mask=Ancestors(allowed[None, None]), layers=(0, 1),
+            )  # fmt: skip
+            rows = place(rows, out.rows, jnp.array([node]))
+            vectors.append(out.hidden)
+            if node + 1 < self.num_nodes:
+                guess = jnp.argmax(MODEL.logits(params, out.hidden)[:, 0], axis=1)
+                token = token.at[:, node + 1].set(guess.astype(jnp.int32))
+        proposal = fixed_proposal(tree, token, jnp.ones(token.shape, bool))
+        return dataclasses.replace(proposal, vectors=jnp.concatenate(vectors, axis=1), rows=rows), state.draft
+
+
+def recorded_tokens(options="greedy"):
+    """Plain decoding's own texts; 1 token behind them, so that drafts reach over the end."""
+    return jnp.pad(plain(options).tokens, ((0, 0), (0, 1)))
+
+
+DRAFTERS = {
+    "prompt lookup": (PromptLookup(3, max_ngram=2), lambda options: None),
+    "replay": (Replay(4, VOCABULARY), lambda options: Recording.create(recorded_tokens(options), wrong_rate=0.2)),
+    "replay of nothing": (Replay(0, VOCABULARY), lambda options: Recording.create(recorded_tokens(options), wrong_rate=0)),
+    "random trees": (RandomTrees(), recorded_tokens),
+    "shallow exit": (ShallowExit(), lambda options: None),
+    "tree": (DraftModel(MODEL, (-1, 0, 0, 1, 1, 2), Children.CHOSEN), lambda options: DRAFT_PARAMS),
+    "drawn chain": (DraftModel.chain(SHALLOW, 3), lambda options: PARAMS),
+}
+# Each kind once, as compiling takes the time; more of the drafters that draw in drafters/test_draft_model.py.
+CASES = [
+    ("prompt lookup", "greedy"),
+    ("replay", "greedy"),
+    ("replay", "every option"),
+    ("replay of nothing", "greedy"),
+    ("random trees", "every option"),
+    ("shallow exit", "greedy"),
+    ("tree", "greedy"),
+    ("drawn chain", "sampled"),
+]
+ALL_TOKENS = 1000
+
+
+@cache
+def compiled(kind):
+    """The start and the loop of a drafter, compiled apart, so that all runs in one shape of buffers share them."""
+    speculative = decoding.speculative(MODEL, DRAFTERS[kind][0], ExactMatch())
+    return jax.jit(speculative.start), jax.jit(speculative, donate_argnums=2)
+
+
+def begin(kind, options="greedy", *, draft_params=None, rows=slice(None), **changes):
+    draft_params = DRAFTERS[kind][1](options) if draft_params is None else draft_params
+    state = start(rows, options=options, **changes)
+    return compiled(kind)[0](changes.get("params", PARAMS), draft_params, state), draft_params
+
+
+def run(kind, options="greedy", *, blocks=(ALL_TOKENS,), **changes):
+    state, draft_params = begin(kind, options, **changes)
+    for max_tokens in blocks:
+        state = compiled(kind)[1](changes.get("params", PARAMS), draft_params, state, max_tokens)
+    return state
+
+
+ended = cache(run)
+
+
+def assert_same(got, want, rows=(0, 1, 2)):
+    """All that plain decoding decides, in rows of `want`."""
+    index = np.array(rows)
+    for name in ("tokens", "length", "limit", "done", "failed"):
+        np.testing.assert_array_equal(getattr(got, name), np.asarray(getattr(want, name))[index], err_msg=name)
+    np.testing.assert_allclose(got.logprobs, np.asarray(want.logprobs)[index], atol=TOLERANCE)
+    for count, wanted in zip(jax.tree.leaves(got.history), jax.tree.leaves(want.history), strict=True):
+        np.testing.assert_array_equal(count, np.asarray(wanted)[index])
+    for cache_, wanted in zip(got.caches, want.caches, strict=True):
+        np.testing.assert_array_equal(cache_.length, np.asarray(wanted.length)[index])
+        # Whole buffers: nothing of a rejected node stands behind the tokens either.
+        np.testing.assert_allclose(cache_.key, np.asarray(wanted.key)[index], atol=TOLERANCE)
+        np.testing.assert_allclose(cache_.value, np.asarray(wanted.value)[index], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_equals_plain_decoding(kind, options):
+    got, want = ended(kind, options), plain(options)
+    assert_same(got, want)
+    accepted = np.asarray(got.counts.accepted_lengths)
+    if kind == "replay of nothing":
+        assert int(got.num_target_forwards) == int(want.num_target_forwards)
+    else:  # otherwise nothing was tested
+        assert accepted[1:].sum() >= 3 and accepted[0] >= 3
+        assert int(got.num_target_forwards) < int(want.num_target_forwards)
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_counts_add_up(kind, options):
+    state = ended(kind, options)
+    counts = jax.tree.map(np.asarray, state.counts)
+    lengths, depth = counts.accepted_lengths, np.arange(len(counts.offered))
+    new_tokens = (np.asarray(state.length) - LENGTHS).sum()
+    assert ((np.arange(len(lengths)) + 1) * lengths).sum() == new_tokens == NEW.sum()
+    prefills, rounds = 1, int(state.num_target_forwards) - 1
+    assert rounds <= lengths.sum() <= 3 * rounds and prefills + rounds == int(state.num_target_forwards)
+    assert (counts.accepted <= counts.offered).all()
+    assert (counts.offered[1:] <= counts.accepted[:-1]).all()
+    # The last round of a row may be cut short by its limit; every other went as far as its count says.
+    gained = np.array([lengths[one + 1 :].sum() for one in depth], int)
+    assert (gained <= counts.accepted).all() and (counts.accepted - gained <= 3).all()
+    # A forward per level that has children, and one more where some row's last token was a leaf.
+    levels = {"tree": 2, "drawn chain": 3}.get(kind, 0)
+    assert levels * rounds <= int(counts.num_draft_forwards) <= (levels + bool(levels)) * rounds
+
+
+def inside_a_block(row):
+    """A token that this row alone emits, when it stands inside a block of a draft of 4 that is right; and its place."""
+    output = [text[length:] for text, length in zip(texts(plain()), LENGTHS, strict=True)]
+    elsewhere = {*np.concatenate([prompt[:length] for prompt, length in zip(PROMPTS, LENGTHS, strict=True)])}
+    elsewhere |= {token for other in range(3) if other != row for token in output[other]}
+    firsts = {int(token): place for place, token in reversed(list(enumerate(output[row]))) if token not in elsewhere}
+    return next((place, token) for token, place in sorted(firsts.items()) if place > 5 and place % 5 in (1, 2, 3))
+
+
+def replayed(output, is_wrong, num_tokens, stops, limit):
+    """One row of the replay drafter in plain Python: emitted tokens and counts, round by round."""
+    lengths, offered, accepted = np.zeros(num_tokens + 1, int), np.zeros(num_tokens, int), np.zeros(num_tokens, int)
+    emitted = []
+    while not emitted or (emitted[-1] not in stops and len(emitted) < limit):
+        at, run = len(emitted), 0
+        while run < num_tokens and not is_wrong[at + run]:
+            offered[run] += 1
+            accepted[run] += 1
+            run += 1
+        if run < num_tokens:
+            offered[run] += 1
+        block = output[at : at + run + 1][: limit - at]
+        for index, token in enumerate(block):
+            if token in stops:
+                block = block[: index + 1]
+                break
+        emitted += list(block)
+        lengths[len(block) - 1] += 1
+    return emitted, (lengths, offered, accepted), int(lengths.sum())
+
+
+@pytest.mark.parametrize("wrong_rate", [0.0, 0.3])
+def test_stops_and_limits_inside_an_accepted_block(wrong_rate):
+    """Tokens behind a stop or a limit are dropped, their rows not committed; counted exactly."""
+    output = [text[length:] for text, length in zip(texts(plain()), LENGTHS, strict=True)]
+    (place, stop), (other_place, other_stop) = (inside_a_block(row) for row in (1, 2))
+    stops, limits = (stop, other_stop), np.array([13, 24, 33])
+    want = plain_decode(PARAMS, start(new=limits, stop_token_ids=stops))
+    recording = Recording.create(np.pad(recorded_tokens(), ((0, 0), (0, 9))), wrong_rate=wrong_rate)
+    got = run("replay", draft_params=recording, new=limits, stop_token_ids=stops)
+    assert_same(got, want)
+    totals, rounds = [np.zeros(5, int), np.zeros(4, int), np.zeros(4, int)], []
+    for row in range(3):
+        wrong = np.asarray(recording.is_wrong)[row, LENGTHS[row] :]
+        emitted, counts, num_rounds = replayed(output[row], wrong, 4, stops, limits[row])
+        np.testing.assert_array_equal(texts(got)[row][LENGTHS[row] :], emitted)
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        rounds.append(num_rounds)
+    np.testing.assert_array_equal(got.counts.accepted_lengths, totals[0])
+    np.testing.assert_array_equal(got.counts.offered, totals[1])
+    np.testing.assert_array_equal(got.counts.accepted, totals[2])
+    assert int(got.num_target_forwards) == max(rounds) + 1
+    ends = [13, place + 1, other_place + 1]
+    np.testing.assert_array_equal(np.asarray(got.length) - LENGTHS, ends)
+
+
+def test_row_alone_gives_the_same():
+    recording = Recording.create(recorded_tokens("sampled"), wrong_rate=0.2)
+    for row in range(3):
+        alone = slice(row, row + 1)
+        draft_params = Recording(recording.tokens[alone], recording.is_wrong[alone])
+        got = run("replay", "sampled", rows=alone, draft_params=draft_params)
+        assert_same(got, plain("sampled"), (row,))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("random trees", "every option"), ("drawn chain", "sampled")])
+def test_blocks_give_the_same(kind, options):
+    got, whole = run(kind, options, blocks=(1, 1, 5, 2, ALL_TOKENS)), ended(kind, options)
+    assert_same(got, plain(options))
+    for mine, other in zip(jax.tree.leaves(got.counts), jax.tree.leaves(whole.counts), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_blocks_end_after_max_tokens():
+    """At the first round in which some row has gained as many, with what that round emitted."""
+    recording = Recording.create(recorded_tokens(), wrong_rate=0)
+    for max_tokens, gained in ((1, 5), (5, 5), (6, 10)):
+        state = run("replay", draft_params=recording, blocks=(max_tokens,))
+        np.testing.assert_array_equal(np.asarray(state.length) - LENGTHS, [gained] * 3)
+
+
+def test_jitted_equals_eager():
+    kind, options = "replay", "greedy"
+    state, draft_params = begin(kind, options)
+    eager = decoding.speculative(MODEL, DRAFTERS[kind][0], ExactMatch()).step(PARAMS, draft_params, state)
+    jitted = run(kind, options, blocks=(1,))
+    for mine, other in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_allclose(mine, other, atol=TOLERANCE)
+
+
+def test_logits_at_tree_nodes_are_those_of_the_path_alone():
+    """Random topologies, another in every row and round; and `update` is told what happened."""
+    state, draft_params = begin("random trees", "every option")
+    branched = 0
+    for _ in range(3):
+        before = texts(state)
+        state = compiled("random trees")[1](PARAMS, draft_params, state, 1)
+        seen = jax.tree.map(np.asarray, state.draft)
+        after = texts(state)
+        for row in range(3):
+            paths = []
+            for node in range(RandomTrees.num_nodes):
+                parent = seen.parent[row, node]
+                paths.append([*paths[parent], node] if node else [0])
+            branched += len(set(seen.parent[row])) < RandomTrees.num_nodes
+            nodes = [np.concatenate([before[row][:-1], seen.token[row][path]]) for path in paths]
+            out, logits = forward(PARAMS, padded(nodes))
+            for node, text in enumerate(nodes):
+                at = len(text) - 1
+                np.testing.assert_allclose(seen.logits[row, node], logits[node, at], atol=TOLERANCE)
+                for index in (0, 1, 2):
+                    want = out.captured[index][node, at]
+                    np.testing.assert_allclose(seen.captured[index][row, node], want, atol=TOLERANCE)
+            emitted = seen.num_emitted[row]
+            assert emitted == len(after[row]) - len(before[row]) > 0
+            path = seen.path[row, :emitted]
+            np.testing.assert_array_equal(path, paths[path[-1]])
+            assert seen.is_candidate[row, path[1:]].all()
+            np.testing.assert_array_equal(seen.token[row, path], after[row][len(before[row]) - 1 : -1])
+    assert branched >= 6
+
+
+def broken_at(token):
+    return {**PARAMS, "embedding": PARAMS["embedding"].at[token].set(jnp.nan)}
+
+
+@pytest.mark.parametrize("end", ["fails", "stops", "limit"])
+def test_a_row_that_breaks_inside_a_draft_fails_alone(end):
+    """One token's embedding is NaN. The row that drafts and emits it keeps what plain decoding keeps: that token too.
+
+    Where the row ends with that very token it has not failed, whatever its draft went on with.
+    """
+    row = 1
+    place, bad = inside_a_block(row)
+    params, new = broken_at(bad), NEW.copy()
+    new[row] = place + 1 if end == "limit" else NEW[row]
+    stops = (bad, -1) if end == "stops" else (-1, -1)
+    want = plain_decode(params, start(params=params, new=new, stop_token_ids=stops))
+    np.testing.assert_array_equal(want.failed, [False, end == "fails", False])
+    recording = Recording.create(recorded_tokens(), wrong_rate=0)
+    got = run("replay", draft_params=recording, params=params, new=new, stop_token_ids=stops)
+    assert len(texts(got)[row]) == LENGTHS[row] + place + 1
+    assert_same(got, want)
+
+
+def test_a_broken_token_that_is_only_drafted_harms_nobody():
+    bad = next(token for token in range(VOCABULARY) if not any(token in text for text in texts(plain())))
+    params = broken_at(bad)
+    recording = Recording(jnp.full((3, CAPACITY), bad), jnp.zeros((3, CAPACITY), bool))
+    assert_same(run("replay", draft_params=recording, params=params), plain_decode(params, start(params=params)))
+
+
+@pytest.mark.parametrize("broken", ["everywhere", "at one token"])
+@pytest.mark.parametrize("kind", ["tree", "drawn chain"])
+def test_a_broken_draft_harms_nobody(kind, broken):
+    options = dict(CASES)[kind]
+    token = int(texts(plain(options))[1][20])
+    sound = DRAFTERS[kind][1](options)
+    embedding = sound["embedding"]
+    embedding = jnp.full_like(embedding, jnp.nan) if broken == "everywhere" else embedding.at[token].set(jnp.nan)
+    got = run(kind, options, draft_params={**sound, "embedding": embedding})
+    assert_same(got, plain(options))
+
+
+def test_one_compile_per_bucket():
+    """The start included; other values of the sampling options and other recordings do not compile again either."""
+    traces = []
+    drafter = Replay(2, VOCABULARY)
+
+    def counted(params, draft_params, state):
+        traces.append(state.tokens.shape)
+        return decoding.speculative(MODEL, drafter, ExactMatch())(params, draft_params, state)
+
+    decode = jax.jit(counted, donate_argnums=2)
+    for length, new, temperature in ((9, 12, 0.5), (12, 12, 1.0), (10, 11, 0.7), (11, 13, 0.9)):
+        tokens = np.random.default_rng(length).integers(0, VOCABULARY, (2, length))
+        sampling = decoding.Sampling.create(2, VOCABULARY, temperature=[temperature, 0.3])
+        state = decoding.init(
+            MODEL, PARAMS, tokens, np.full(2, length), new, np.zeros(2, int), sampling=sampling, stop_token_ids=(3,)
+        )
+        recording = Recording.create(np.zeros((2, 24), int), wrong_rate=0.5, seed=length)
+        decode(PARAMS, recording, state)
+    assert traces == [(2, 24)]
+
+
+def test_a_tree_larger_than_the_buffers():
+    with pytest.raises(ValueError, match=r"buffers of 40 tokens, got a tree of 41 nodes: draft fewer tokens or raise"):
+        decoding.speculative(MODEL, PromptLookup(40), ExactMatch())(PARAMS, None, start())
+
+
+def test_a_drafter_must_propose():
+    with pytest.raises(NotImplementedError, match="Silent must say what it proposes"):
+
+        @dataclasses.dataclass(frozen=True)
+        class Silent(Drafter):
+            num_nodes: int = 2
+            max_depth: int = 1
+
+        decoding.speculative(MODEL, Silent(), ExactMatch())(PARAMS, None, start())

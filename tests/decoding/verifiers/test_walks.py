@@ -1,0 +1,272 @@
+"""With given random numbers every rejection rule walks as a plain loop in float64 does, in every row of a batch."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax.decoding.drafters import Children, fixed_proposal
+from decodax.decoding.random import Draw, draw_keys, gumbel
+from decodax.decoding.tree import Tree
+from decodax.decoding.verifiers import (
+    ChainRejection,
+    DeterministicTree,
+    ExactMatch,
+    TreeRejection,
+    TreeRejectionWithoutReplacement,
+    TypicalAcceptance,
+)
+from decodax.decoding.verifiers._acceptance import acceptance_draws
+from decodax.decoding.verifiers._walk import walk
+from decodax.decoding.verifiers.chain_rejection import judge
+from tests.oracles import verification as oracle
+
+ROWS, VOCABULARY = 241, 7
+CHAIN = (-1, 0, 1, 2, 3)
+TREE = (-1, 0, 0, 1, 0, 2, 1, 2, 4, 1, 4)
+CASES = {
+    "chain, drawn": (ChainRejection(), Children.INDEPENDENT, CHAIN),
+    "chain, chosen": (ChainRejection(), Children.CHOSEN, CHAIN),
+    "independent": (TreeRejection(), Children.INDEPENDENT, TREE),
+    "without replacement": (TreeRejectionWithoutReplacement(), Children.WITHOUT_REPLACEMENT, TREE),
+    "chosen": (DeterministicTree(), Children.CHOSEN, TREE),
+}
+
+
+def log(probability):
+    with np.errstate(divide="ignore"):
+        return np.log(probability)
+
+
+@cache
+def drafts(kind, parents, num_rows=ROWS):
+    """Random laws p and q, and children of every node drawn from q; a few nodes hold no draft. All float64."""
+    random = np.random.default_rng(len(parents))
+    shape = (num_rows, len(parents), VOCABULARY)
+    p = np.exp(1.5 * random.normal(size=shape)) * (random.random(shape) > 0.2)
+    p[..., 0] += 1e-3
+    q = np.exp(np.log(p + 0.01) + random.normal(size=shape))
+    q /= q.sum(axis=2, keepdims=True)
+    p /= p.sum(axis=2, keepdims=True)
+    token = np.zeros(shape[:2], np.int32)
+    for row in range(num_rows):
+        for node in range(len(parents)):
+            children = np.flatnonzero(np.array(parents) == node)
+            replace = kind is Children.INDEPENDENT
+            if kind is Children.CHOSEN:
+                drawn = np.argsort(-q[row, node])[: len(children)]
+            else:
+                drawn = random.choice(VOCABULARY, len(children), replace=replace, p=q[row, node])
+            token[row, children] = drawn
+    is_candidate = random.random(shape[:2]) < 0.9
+    is_candidate[:, 0] = False
+    if kind is Children.WITHOUT_REPLACEMENT:
+        # Of siblings only the last may be missing, as those behind were drawn with it left out.
+        for node in range(len(parents)):
+            children = np.flatnonzero(np.array(parents) == node)
+            is_candidate[:, children] = np.cumprod(is_candidate[:, children], axis=1)
+    return p, q, token, is_candidate
+
+
+def proposal_of(kind, parents, rows=slice(None)):
+    p, q, token, is_candidate = (array[rows] for array in drafts(kind, parents))
+    law = None if kind is Children.CHOSEN else jnp.asarray(log(q), jnp.float32)
+    proposal = fixed_proposal(Tree.fixed(parents), jnp.asarray(token), jnp.asarray(is_candidate), law=law)
+    return proposal, jnp.asarray(log(p), jnp.float32)
+
+
+def positions(parents, rows):
+    """Rows that stand at different places."""
+    return jnp.asarray(Tree.fixed(parents).depth + np.arange(3, 3 + ROWS)[rows, None], jnp.int32)
+
+
+SEED = jnp.arange(ROWS, dtype=jnp.uint32) + 5
+MORE_CASES = {
+    "exact match": (ExactMatch(), Children.CHOSEN, TREE),
+    "typical": (TypicalAcceptance(), Children.CHOSEN, TREE),
+}
+uniform_numbers = jax.jit(acceptance_draws)
+
+
+@jax.jit
+def noise_at(position):
+    return gumbel(draw_keys(SEED, position, Draw.TOKEN), (VOCABULARY,))
+
+
+@partial(jax.jit, static_argnums=0)
+def end(rule, proposal, logits, uniform):
+    if isinstance(rule, ChainRejection):
+        return judge(proposal, logits, uniform)
+    return walk(rule, proposal, logits, uniform)[:2]
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def verify(rule, proposal, logits, draws, seed, position):
+    return rule.verify(proposal, logits, draws, seed, position)
+
+
+def greedy(logits):
+    """The law of a row at temperature 0."""
+    best = np.argmax(np.asarray(logits), axis=2)[:, :, None] == np.arange(VOCABULARY)
+    return jnp.where(jnp.asarray(best), 0.0, -jnp.inf).astype(jnp.float32)
+
+
+def assert_same(got, want, rows=slice(None)):
+    for field in ("node", "token"):
+        np.testing.assert_array_equal(np.asarray(getattr(got, field))[rows], np.asarray(getattr(want, field))[rows])
+
+
+@pytest.mark.parametrize("name", [*CASES, "independent, a chain"])
+def test_the_walk_and_the_law_after_it(name):
+    rule, kind, parents = (CASES | {"independent, a chain": (TreeRejection(), Children.INDEPENDENT, CHAIN)})[name]
+    uniform = np.random.default_rng(9).random((ROWS, len(parents))).astype(np.float32)
+    node, law = end(rule, *proposal_of(kind, parents), jnp.asarray(uniform))
+    p, q, token, is_candidate = drafts(kind, parents)
+    for row in range(ROWS):
+        want, wanted, margin, smallest = oracle.walk(
+            parents, token[row], is_candidate[row], p[row], q[row], uniform[row], kind.value
+        )
+        # Laws are good to 1e-6 in float32 (logarithms up to 10, rounded at 6e-8), a difference of laws that sums to
+        # `smallest` to 1e-6 over that. The seed has no row that is nearer to a threshold.
+        error = 1e-6 / smallest
+        assert margin > error
+        assert node[row] == want
+        np.testing.assert_allclose(law[row], wanted, atol=error)
+        np.testing.assert_array_equal(np.asarray(law[row])[p[row, want] == 0], 0)
+    depths = Tree.fixed(parents).depth[0][np.asarray(node)]
+    assert set(depths.tolist()) == set(range(max(Tree.fixed(parents).depth[0]) + 1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_token_behind_the_path_is_drawn_with_the_noise_of_its_position(name):
+    rule, kind, parents = CASES[name]
+    proposal, logits = proposal_of(kind, parents)
+    position = positions(parents, slice(None))
+    verdict = verify(rule, proposal, logits, True, SEED, position)
+    node, law = end(rule, proposal, logits, uniform_numbers(proposal, SEED, position))
+    np.testing.assert_array_equal(verdict.node, node)
+    behind = jnp.asarray(np.asarray(position)[np.arange(ROWS), np.asarray(node)])
+    noise = np.asarray(noise_at(behind))
+    np.testing.assert_array_equal(verdict.token, np.argmax(log(np.asarray(law)) + noise, axis=1))
+
+
+def test_acceptance_draws_are_uniform_and_independent():
+    proposal, _ = proposal_of(Children.CHOSEN, TREE)
+    position = positions(TREE, slice(None))
+    uniform = np.asarray(uniform_numbers(proposal, SEED, position))
+    assert uniform.dtype == np.float32 and uniform.min() >= 0 and uniform.max() < 1
+    assert len(np.unique(uniform)) > 0.999 * uniform.size
+    # 2,651 numbers in ten bins; the largest correlation of 55 pairs of columns of 241 is below 4 / sqrt(241).
+    counts = np.histogram(uniform, 10, (0, 1))[0]
+    assert np.square(counts - uniform.size / 10).sum() / (uniform.size / 10) < 27.9  # chi-square, 9 degrees, 0.001
+    assert np.abs(np.corrcoef(uniform.T) - np.eye(len(TREE))).max() < 4 / np.sqrt(ROWS)
+    # A node's number depends on where it stands, which is where the token after its parent does, and on its own row.
+    moved = uniform_numbers(proposal, SEED, position.at[:, 3].add(1))
+    np.testing.assert_array_equal(moved, uniform)  # node 3 has no children
+    moved = np.asarray(uniform_numbers(proposal, SEED, position.at[:, 4].add(1)))
+    np.testing.assert_array_equal((moved != uniform).any(axis=0), np.array(TREE) == 4)
+
+
+@pytest.mark.parametrize("name", ["chain, drawn", "without replacement", "typical"])
+def test_rows_alone_decide_the_same(name):
+    rule, kind, parents = (CASES | MORE_CASES)[name]
+    together = verify(rule, *proposal_of(kind, parents), True, SEED, positions(parents, slice(None)))
+    for row in range(0, ROWS, 24):
+        one = slice(row, row + 1)
+        alone = verify(rule, *proposal_of(kind, parents, one), True, SEED[one], positions(parents, one))
+        assert (alone.node[0], alone.token[0]) == (together.node[row], together.token[row])
+
+
+@pytest.mark.parametrize("name", ["chain, drawn", "without replacement", "typical"])
+def test_eager_calls_decide_the_same(name):
+    rule, kind, parents = (CASES | MORE_CASES)[name]
+    arguments = *proposal_of(kind, parents), True, SEED, positions(parents, slice(None))
+    assert_same(rule.verify(*arguments), verify(rule, *arguments))
+
+
+def test_greedy_matching_follows_the_largest_logits():
+    p, q, token, is_candidate = drafts(Children.CHOSEN, TREE)
+    proposal, logits = proposal_of(Children.CHOSEN, TREE)
+    got = verify(ExactMatch(), proposal, logits, False, SEED, positions(TREE, slice(None)))
+    certain = np.eye(VOCABULARY)[np.argmax(p, axis=2)]
+    half = np.full(len(TREE), 0.5)
+    for row in range(ROWS):
+        node, law, _, _ = oracle.walk(TREE, token[row], is_candidate[row], certain[row], q[row], half, "chosen")
+        assert (got.node[row], got.token[row]) == (node, np.argmax(law))
+    assert len(set(np.asarray(got.node).tolist())) > 5
+
+
+@pytest.mark.parametrize("name", [*CASES, *MORE_CASES])
+def test_where_nothing_is_drawn_every_rule_is_greedy_matching(name):
+    rule, kind, parents = (CASES | MORE_CASES)[name]
+    proposal, logits = proposal_of(kind, parents)
+    position = positions(parents, slice(None))
+    assert_same(
+        verify(rule, proposal, logits, False, SEED, position),
+        verify(ExactMatch(), proposal, logits, False, SEED, position),
+    )
+    code = str(jax.make_jaxpr(partial(rule.verify, draws=False))(proposal, logits, seed=SEED, position=position))
+    assert "random" not in code and "while" not in code
+
+
+@pytest.mark.parametrize("name", [*CASES, *MORE_CASES])
+def test_greedy_rows_among_sampled_ones_match_greedily(name):
+    rule, kind, parents = (CASES | MORE_CASES)[name]
+    proposal, logits = proposal_of(kind, parents)
+    position = positions(parents, slice(None))
+    is_greedy = np.arange(ROWS) % 2 == 0
+    where_greedy = jnp.asarray(is_greedy)[:, None, None]
+    if proposal.law is not None:
+        # The draft's law is one token as well; it is the first child, and the others do not come about.
+        first_child = np.array([parents.index(node) if node in parents else 0 for node in range(len(parents))])
+        certain = jnp.where(jax.nn.one_hot(proposal.token, VOCABULARY, dtype=bool), 0.0, -jnp.inf)[:, first_child]
+        keeps = jnp.asarray(np.isin(np.arange(len(parents)), first_child)[None, :] | ~is_greedy[:, None])
+        proposal = dataclasses.replace(
+            proposal,
+            law=jnp.where(where_greedy, certain, proposal.law),
+            is_candidate=proposal.is_candidate & keeps,
+        )
+    mixed = verify(rule, proposal, jnp.where(where_greedy, greedy(logits), logits), True, SEED, position)
+    assert_same(mixed, verify(ExactMatch(), proposal, logits, False, SEED, position), rows=is_greedy)
+
+
+@pytest.mark.parametrize("name", [*CASES, *MORE_CASES])
+def test_with_nothing_drafted_the_token_is_plain_decoding_s(name):
+    rule, kind, parents = (CASES | MORE_CASES)[name]
+    proposal, logits = proposal_of(kind, parents)
+    position = positions(parents, slice(None))
+    want = np.argmax(np.asarray(logits[:, 0] + noise_at(position[:, 0])), axis=1)
+    nothing = dataclasses.replace(proposal, is_candidate=jnp.zeros_like(proposal.is_candidate))
+    cases = [(nothing, len(parents))]
+    if name in ("chain, drawn", "without replacement"):  # a tree of the root alone, too
+        law = proposal.law[:, :1]
+        cases += [(fixed_proposal(Tree.fixed([-1]), proposal.token[:, :1], nothing.is_candidate[:, :1], law=law), 1)]
+    for empty, width in cases:
+        verdict = verify(rule, empty, logits[:, :width], True, SEED, position[:, :width])
+        np.testing.assert_array_equal(verdict.node, 0)
+        np.testing.assert_array_equal(verdict.token, want)
+
+
+@pytest.mark.parametrize("name", ["chain, drawn", "independent"])
+def test_a_draft_that_is_the_target_is_always_taken(name):
+    rule, kind, parents = CASES[name]
+    proposal, _ = proposal_of(kind, parents)
+    every = jnp.ones(proposal.token.shape, bool).at[:, 0].set(False)
+    same = dataclasses.replace(proposal, is_candidate=every)
+    verdict = verify(rule, same, proposal.law, True, SEED, positions(parents, slice(None)))
+    first_leaf = {CHAIN: 4, TREE: 3}[parents]  # the first child of the first child ...
+    np.testing.assert_array_equal(verdict.node, first_leaf)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_that_is_not_finite_harms_no_other(name):
+    rule, kind, parents = CASES[name]
+    proposal, logits = proposal_of(kind, parents)
+    position = positions(parents, slice(None))
+    broken = verify(rule, proposal, logits.at[1].set(jnp.nan), True, SEED, position)
+    whole = verify(rule, proposal, logits, True, SEED, position)
+    assert_same(broken, whole, rows=np.arange(ROWS) != 1)
+    assert broken.node[1] == 0 and 0 <= broken.token[1] < VOCABULARY

@@ -1,0 +1,90 @@
+"""What the tests of speculative decoding share: a target, a draft that often agrees with it, prompts, plain decoding."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decodax import decoding
+from tests.tiny import tiny_model
+
+MODEL, PARAMS = tiny_model()
+VOCABULARY = MODEL.config.vocab_size
+LENGTHS = np.array([5, 13, 1])
+PROMPTS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13))
+NEW = np.array([29, 24, 33])  # so that each row alone has buffers of the same size as all three
+CAPACITY = 40
+NO_STOPS = (-1, -1)  # always two stop tokens, so that runs with and without share compiled code
+OPTIONS = {
+    "greedy": {},
+    "sampled": {"temperature": [0.0, 0.7, 1.3]},
+    "every option": {
+        "temperature": [0.0, 0.7, 1.3],
+        "top_k": [0, 30, 11],
+        "top_p": [1.0, 0.9, 0.95],
+        "min_p": 0.001,
+        "typical_p": 0.98,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.3,
+        "frequency_penalty": [0.2, 0.1, -0.2],
+        "logit_bias": {5: 1.5, 7: -2.0},
+        "min_new_tokens": [7, 0, 11],
+        "end_token_ids": (13, 30),
+    },
+}
+
+
+def disturbed(params, amount, seed=7):
+    """Parameters with noise on each: a draft that mostly agrees."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [leaf + amount * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+DRAFT_PARAMS = disturbed(PARAMS, 0.03)
+
+
+def start(rows=slice(None), *, new=NEW, params=PARAMS, options="greedy", stop_token_ids=NO_STOPS, **init_options):
+    """The state of some of the three prompts."""
+    index = np.arange(3)[rows]
+    per_row = {
+        name: [value[i] for i in index] if isinstance(value, list) else value for name, value in OPTIONS[options].items()
+    }
+    sampling = decoding.Sampling.create(len(index), VOCABULARY, **per_row)
+    new = np.broadcast_to(new, 3)[rows]
+    return decoding.init(
+        MODEL, params, PROMPTS[rows], LENGTHS[rows], new, index, sampling=sampling, stop_token_ids=stop_token_ids,
+        **init_options,
+    )  # fmt: skip
+
+
+plain_decode = jax.jit(decoding.autoregressive(MODEL), donate_argnums=1)
+
+
+@cache
+def plain(options="greedy"):
+    """The state in which plain decoding of all three prompts ends."""
+    return plain_decode(PARAMS, start(options=options))
+
+
+def texts(state):
+    """Prompt and output of every row."""
+    return [np.asarray(row)[:length] for row, length in zip(state.tokens, np.asarray(state.length), strict=True)]
+
+
+@jax.jit
+def forward(params, tokens):
+    """Hidden states, rows and logits of texts, without a cache."""
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    out = MODEL.apply(params, tokens, position, capture=(0, 1, 2))
+    return out, MODEL.logits(params, out.hidden)
+
+
+def padded(rows, width=CAPACITY + 8):
+    """Texts as one array, zeros behind them."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    for row, text in enumerate(rows):
+        tokens[row, : len(text)] = text
+    return jnp.asarray(tokens)
