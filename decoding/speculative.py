@@ -67,7 +67,8 @@ class Speculative:
 
     def step(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
         """One round."""
-        assert state.counts is not None
+        counts = state.counts
+        assert counts is not None
         self.verifier.check(state.sampling)
         with jax.named_scope(type(self.drafter).__name__):
             proposal, draft = self.drafter.propose(params, draft_params, state)
@@ -97,9 +98,7 @@ class Speculative:
             done=state.done | failed,
             num_target_forwards=state.num_target_forwards + 1,
             draft=draft,
-            counts=state.counts.add(
-                tree, proposal.is_candidate, path, num_accepted, taken, proposal.num_draft_forwards
-            ),
+            counts=counts.add(tree, proposal.is_candidate, path, num_accepted, taken, proposal.num_draft_forwards),
         )
         outcome = Outcome(proposal, logits, forward, path, taken)
         return dataclasses.replace(state, draft=self.drafter.update(params, draft_params, state, outcome))

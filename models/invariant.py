@@ -107,8 +107,8 @@ def _run_tile(
     def as_rows(per_token: Array) -> Array:
         return _pad(per_token.reshape(batch * num_tokens, 1, *per_token.shape[2:]), 0, size)
 
-    arguments = jax.lax.optimization_barrier((as_rows(inputs), as_rows(position), as_rows(row_length)))
-    out = jax.lax.optimization_barrier(run(*arguments, tiles, mask))
+    inputs, at, in_row = jax.lax.optimization_barrier((as_rows(inputs), as_rows(position), as_rows(row_length)))
+    out = jax.lax.optimization_barrier(run(inputs, at, in_row, tiles, mask))
 
     def as_tokens(rows: Array) -> Array:
         return rows[: batch * num_tokens].reshape(batch, num_tokens, rows.shape[-1])
@@ -119,9 +119,9 @@ def _run_tile(
 
 def _unstage(caches: tuple[Any, ...]) -> tuple[tuple[KVCache | None, ...], tuple[KVRows | None, ...], Array | None]:
     """The caches, what is staged with them, and where that stands."""
-    bare = tuple(cache.cache if isinstance(cache, Staged) else cache for cache in caches)
+    bare: tuple[Any, ...] = tuple(cache.cache if isinstance(cache, Staged) else cache for cache in caches)
     for cache in bare:
-        if not isinstance(cache, KVCache | None):
+        if cache is not None and type(cache) is not KVCache:
             raise ValueError(
                 "the invariant mode needs caches that give rows back as they were committed (KVCache), got "
                 f"{type(cache).__name__}: use the default cache policy, or a model with invariant=False"

@@ -12,8 +12,12 @@ by at most
     bound = 4 u x sum over i of |g_i| x (sum over layers of |h_i|).
 
 What the norm and the head round comes on top, and errors of one sign everywhere, which the sum allows for, do not
-happen: of the two the second is by far the larger. The share of all steps whose gap is below the bound tells how much
-it says.
+happen: of the two the second is by far the larger. Were the roundings independent and even within u|h_i|, the gap would
+move by a standard deviation of
+
+    spread = u x sqrt(4 / 3 x sum over i and layers of (g_i h_i)^2),
+
+which is the scale on which to see the gaps where texts do part.
 """
 
 import dataclasses
@@ -34,12 +38,13 @@ TIE = 1e-5  # of the largest logit: closer than this, float32 leaves the choice 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Plain decoding of some rows: tokens, and at each the gap of the two best logits, the largest, and the bound."""
+    """Plain decoding of some rows: tokens, and at each the gap of the best two logits, the largest, bound, spread."""
 
     new: Int[np.ndarray, "B A"]
     gap: Float[np.ndarray, "B A"]
     largest: Float[np.ndarray, "B A"]
     bound: Float[np.ndarray, "B A"]
+    spread: Float[np.ndarray, "B A"]
 
     @classmethod
     def joined(cls, parts: Sequence["Steps"]) -> "Steps":
@@ -54,7 +59,7 @@ class Agreement:
 
     same_rows: identical throughout. ties: rows that part from it where plain decoding's best two are closer than TIE of
     the largest (what follows is another text). wrong_rows: those that part elsewhere. same_tokens: share of all tokens
-    that stand before the row parts. gaps, bounds: at each first difference.
+    that stand before the row parts. gaps, bounds, spreads: at each first difference.
     """
 
     rows: int
@@ -64,6 +69,7 @@ class Agreement:
     same_tokens: float
     gaps: tuple[float, ...]
     bounds: tuple[float, ...]
+    spreads: tuple[float, ...]
 
     @property
     def passes(self) -> bool:
@@ -104,29 +110,32 @@ def compare(new: Int[np.ndarray, "B A"], plain: Steps) -> Agreement:
         same_tokens=float(before.sum() / new.size),
         gaps=tuple(map(float, plain.gap[at])),
         bounds=tuple(map(float, plain.bound[at])),
+        spreads=tuple(map(float, plain.spread[at])),
     )
 
 
-def rounding_bound(
+def rounding(
     gradient: Float[Array, "B D"], streams: Sequence[Float[Array, "B D"]], unit_roundoff: float
-) -> Float[Array, " B"]:
-    """4 u sum |g| sum |h|: see the head of this file; `streams` are the hidden states after each layer."""
-    total = sum(jnp.abs(stream.astype(jnp.float32)) for stream in streams)
-    return 4 * unit_roundoff * jnp.sum(jnp.abs(gradient.astype(jnp.float32)) * total, axis=-1)
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Bound and spread of the head of this file; `streams` are the hidden states after each layer."""
+    wide = gradient.astype(jnp.float32)
+    moved = jnp.stack([jnp.abs(wide * stream.astype(jnp.float32)) for stream in streams])
+    bound = 4 * unit_roundoff * jnp.sum(moved, axis=(0, 2))
+    return bound, unit_roundoff * jnp.sqrt(4 / 3 * jnp.sum(moved**2, axis=(0, 2)))
 
 
-def _look(model: Model, params: Params, state: DecodeState) -> tuple[Array, Array, Array]:
-    """Gap, largest logit and bound at the step that plain decoding is about to take."""
+def _look(model: Model, params: Params, state: DecodeState) -> tuple[Array, Array, Array, Array]:
+    """Gap, largest logit, bound and spread at the step that plain decoding is about to take."""
     layers = tuple(range(1, model.config.num_layers + 1))
     out = model.apply(params, state.pending()[:, None], state.length[:, None] - 1, state.caches, capture=layers)
     logits, pull_back = jax.vjp(lambda hidden: model.logits(params, hidden), out.hidden)
     best, token = jax.lax.top_k(logits[:, 0], 2)
-    signs = jnp.asarray([1.0, 0.0], jnp.float32)[None, :, None]
+    signs = jnp.asarray([1.0, -1.0], jnp.float32)[None, :, None]
     towards = jnp.sum(jax.nn.one_hot(token, logits.shape[-1]) * signs, axis=1)
     (gradient,) = pull_back(towards[:, None])
     roundoff = float(jnp.finfo(out.hidden.dtype).eps) / 2
-    bound = rounding_bound(gradient[:, 0], [out.captured[index][:, 0] for index in layers], roundoff)
-    return best[:, 0] - best[:, 1], jnp.max(jnp.abs(logits[:, 0]), axis=1), bound
+    bound, spread = rounding(gradient[:, 0], [out.captured[index][:, 0] for index in layers], roundoff)
+    return best[:, 0] - best[:, 1], jnp.max(jnp.abs(logits[:, 0]), axis=1), bound, spread
 
 
 _look_jitted = jax.jit(_look, static_argnums=0)
@@ -140,5 +149,4 @@ def plain_steps(runner: Runner, prompts: Batch) -> Steps:
         seen.append([np.asarray(value) for value in _look_jitted(runner.model, runner.params, state)])
 
     trace = runner.trace(prompts, look=look)
-    gap, largest, bound = (np.stack(values, axis=1) for values in zip(*seen, strict=True))
-    return Steps(trace.new, gap, largest, bound)
+    return Steps(trace.new, *(np.stack(values, axis=1) for values in zip(*seen, strict=True)))

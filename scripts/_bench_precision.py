@@ -75,27 +75,31 @@ def divergence(
         one = runner(lm, model, schemes[name], setting)
         agreement = compare(np.concatenate([one.finish(prompts) for prompts in batches]), plain)
         found[name] = facts(agreement)
-        rows.append([name, *(found[name][key] for key in ("divergence_rate", "largest_gap", "largest_gap_of_bound"))])
-    columns = ["", "rows that part", "largest gap there", "of the bound"]
+        keys = ("divergence_rate", "largest_gap", "largest_gap_of_bound", "largest_gap_in_spreads")
+        rows.append([name, *(found[name][key] for key in keys)])
+    columns = ["", "rows that part", "largest gap there", "of the bound", "in spreads"]
     common.print_table(f"bfloat16: {below:.1%} of all steps have a gap below the bound", columns, rows)
     return {
         "steps_below_bound": below,
         "median_gap": float(np.median(plain.gap)),
         "median_bound": float(np.median(plain.bound)),
+        "median_spread": float(np.median(plain.spread)),
         "all_within_bound": all(one["within_bound"] for one in found.values()),
         "schemes": found,
     }
 
 
 def facts(agreement: Agreement) -> dict[str, Any]:
-    pairs = list(zip(agreement.gaps, agreement.bounds, strict=True))
+    places = list(zip(agreement.gaps, agreement.bounds, agreement.spreads, strict=True))
     return {
         "rows": agreement.rows,
         "divergence_rate": 1 - agreement.same_rows / agreement.rows,
         "same_tokens": agreement.same_tokens,
         "within_bound": agreement.within_bound,
         "largest_gap": max(agreement.gaps, default=0.0),
-        "largest_gap_of_bound": max((gap / bound for gap, bound in pairs), default=0.0),
+        "largest_gap_of_bound": max((gap / bound for gap, bound, _ in places), default=0.0),
+        "largest_gap_in_spreads": max((gap / spread for gap, _, spread in places), default=0.0),
         "gaps": agreement.gaps,
         "bounds": agreement.bounds,
+        "spreads": agreement.spreads,
     }

@@ -228,4 +228,4 @@ def teacher_forced(world: World, scheme: Scheme) -> dict[str, Any]:
     """How often the draft's token would be believed on held-out text, each position behind the text itself."""
     assert isinstance(scheme.drafter, DraftModel)
     meter = AcceptanceMeter(world.lm.model, scheme.drafter.model)
-    return meter(world.lm.params, scheme.draft_params, world.heldout, batch=4).as_numbers()
+    return dataclasses.asdict(meter(world.lm.params, scheme.draft_params, world.heldout, batch=4))

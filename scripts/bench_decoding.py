@@ -98,20 +98,25 @@ def run_schemes(world: World, size: Size) -> dict[str, Any]:
 
 
 def print_schemes(result: dict[str, Any]) -> None:
-    """One table for what a scheme is, and one per batch size and temperature for how fast it is."""
-    rows = []
+    """Tables: what a forward gives, what a scheme takes, and how fast it is at each batch size and temperature."""
+    rows, costs = [], []
     for name, facts in result["schemes"].items():
         gate, compiled = result["gate"][name], result["compile"].get(name)
-        verdict = "" if facts["lossless"] else "lossy, "
-        verdict += f"{gate['same_rows']}/{gate['rows']} rows" + (f", {gate['ties']} ties" if gate["ties"] else "")
-        greedy, sampled = facts["greedy"], facts["temperature 1"]
-        memory = (facts["draft_params_bytes"] + facts["draft_state_bytes"]) / 1e6
-        row = [name, verdict if gate["passes"] else f"[red]{verdict}[/red]"]
-        row += [one[key] for one in (greedy, sampled) for key in ("tokens_per_forward", "tokens_per_forward_loop_free")]
-        rows.append([*row, facts["trained_parameters"], memory, compiled["ratio"] if compiled else 1.0])
-    columns = ["scheme", "as plain", "tokens per forward", "loop-free", "at temp. 1", "loop-free"]
-    columns += ["trained", "more MB", "compile time of plain's"]
-    common.print_table("Every scheme; tokens per forward of the target", columns, rows)
+        verdict = f"{gate['same_rows']}/{gate['rows']}" + (f", {gate['ties']} ties" if gate["ties"] else "")
+        verdict += "" if facts["lossless"] else " (lossy)"
+        numbers = [
+            facts[law][key]
+            for law in ("greedy", "temperature 1")
+            for key in ("tokens_per_forward", "tokens_per_forward_loop_free")
+        ]
+        rows.append([name, verdict if gate["passes"] else f"[red]{verdict}[/red]", *numbers])
+        memory = [facts[key] / 1e6 for key in ("draft_params_bytes", "draft_state_bytes")]
+        times = [compiled["seconds"], compiled["ratio"]] if compiled else ["", ""]
+        costs.append([name, facts["trained_parameters"], *memory, *times])
+    columns = ["scheme", "rows as plain", "greedy", "loop-free", "temp. 1", "loop-free"]
+    common.print_table("Tokens per forward of the target", columns, rows)
+    columns = ["scheme", "trained", "draft MB", "its state, MB", "compile s", "of plain's"]
+    common.print_table("What it takes", columns, costs)
     for label, by_name in result["speed"].items():
         rows = []
         for name, by in by_name.items():

@@ -1,7 +1,7 @@
 """Trains the draft of the embedded model on the standard library's source, and writes it as a Hugging Face folder.
 
     python -m decodax.scripts.train_demo_draft                   # the same command resumes an interrupted run
-    python -m decodax.scripts.train_demo_draft --steps 4000      # resume, with another last step
+    python -m decodax.scripts.train_demo_draft --steps 3000      # resume, with another last step
 
 The functions are those of `decodax train draft`; what differs is the text: the split on which the embedded model was
 trained and judged, so that the packages held out there are held out here too. About an hour on two cores.
@@ -41,7 +41,7 @@ def demo_texts(target: LanguageModel) -> Texts:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Trains and writes the draft of the embedded model.")
-    parser.add_argument("--steps", type=int, default=6000, help="of 4,096 tokens each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2250, help="of 4,096 tokens each (default: %(default)s)")
     parser.add_argument("--run", type=Path, default=RUN_FOLDER, help="working folder (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=DRAFT_FOLDER, help="the draft's folder (default: %(default)s)")
     parser.add_argument("--image", type=Path, default=LOSS_IMAGE, help="the loss curve (default: %(default)s)")

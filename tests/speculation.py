@@ -1,4 +1,4 @@
-"""What the tests of speculative decoding share: a target, a draft that often agrees with it, prompts, plain decoding."""
+"""What the tests of speculation share: a target, a draft that often agrees with it, prompts, plain decoding."""
 
 from functools import cache
 
@@ -50,7 +50,8 @@ def start(rows=slice(None), *, new=NEW, params=PARAMS, options="greedy", stop_to
     """The state of some of the three prompts."""
     index = np.arange(3)[rows]
     per_row = {
-        name: [value[i] for i in index] if isinstance(value, list) else value for name, value in OPTIONS[options].items()
+        name: [value[i] for i in index] if isinstance(value, list) else value
+        for name, value in OPTIONS[options].items()
     }
     sampling = decoding.Sampling.create(len(index), VOCABULARY, **per_row)
     new = np.broadcast_to(new, 3)[rows]

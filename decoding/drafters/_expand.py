@@ -23,17 +23,23 @@ def draw_children(
     largest logits after one common Gumbel noise (Gumbel-top-k, arXiv 1903.06059), which is drawing one after the other.
     """
 
-    def of_node(logits: Float32[Array, "B V"], position: Int[Array, " B"]) -> tuple[Array, Array]:
-        if kind is Children.INDEPENDENT:
-            noise = gumbel(draw_keys(seed, position, Draw.DRAFT), (num_children, logits.shape[1]))
-            scores = logits[:, None, :] + noise
-            token = jax.vmap(largest_token, in_axes=1, out_axes=1)(scores)
-            return token, jnp.max(scores, axis=2) > -jnp.inf  # false for NaN
-        if kind is Children.WITHOUT_REPLACEMENT:
-            logits = logits + gumbel(draw_keys(seed, position, Draw.DRAFT), (logits.shape[1],))
-        return largest_tokens(logits, num_children)
+    batch, width, vocab_size = logits.shape
+    # All nodes along one axis: random bits over two nested ones take XLA several times as long to compile.
+    flat = logits.reshape(batch * width, vocab_size)
 
-    return jax.vmap(of_node, in_axes=1, out_axes=1)(logits, position)
+    def noise(*shape: int) -> Float32[Array, "..."]:
+        keys = draw_keys(jnp.repeat(seed, width), position.reshape(-1), Draw.DRAFT)
+        return gumbel(keys, (*shape, vocab_size))
+
+    if kind is Children.INDEPENDENT:
+        scores = flat[:, None, :] + noise(num_children)
+        token = jax.vmap(largest_token, in_axes=1, out_axes=1)(scores)
+        is_possible = jnp.max(scores, axis=2) > -jnp.inf  # false for NaN
+    else:
+        if kind is Children.WITHOUT_REPLACEMENT:
+            flat = flat + noise()
+        token, is_possible = largest_tokens(flat, num_children)
+    return token.reshape(batch, width, num_children), is_possible.reshape(batch, width, num_children)
 
 
 def largest_tokens(logits: Float32[Array, "B V"], count: int) -> tuple[Int[Array, "B I"], Bool[Array, "B I"]]:

@@ -158,7 +158,7 @@ class DraftModel(Drafter):
         reads_before = lacks_two[:, None] & (node < num_nodes)[None, :]
         above = above.at[:, :, -1].set(reads_before)
         themselves = jnp.broadcast_to(jnp.eye(level.shape[0], dtype=bool), (*above.shape[:2], level.shape[0]))
-        depth = jnp.asarray(np.append(tree.depth, [[-1]], axis=1))
+        depth = jnp.pad(jnp.asarray(tree.depth), ((0, 0), (0, 1)), constant_values=-1)
         position = jnp.maximum(state.length[:, None] - 1 + depth, 0)
         staged = stage(caches, draft.rows, position)
         mask = Ancestors(jnp.concatenate([above, themselves], axis=2))

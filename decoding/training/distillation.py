@@ -7,7 +7,7 @@ that the windows are given text alone (FastDraft, arXiv 2411.11055, likewise tra
 by the models.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from decodax.models.model import Model, Params
+
+RANKS = 8  # guesses of a draft that are told apart
 
 
 def window_logits(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -57,15 +59,15 @@ class Acceptance:
     greedy: share of positions at which both find the same token likeliest. sampling: mean over positions of 1 - the
     total variation distance of the two laws = sum of min(p, q), the chance that speculative sampling (arXiv 2211.17192)
     accepts a drafted token at temperature 1. kl: mean KL(target || draft) in nats. tokens: positions measured.
+    rank_acceptance[r]: share of positions at which the target's likeliest token is the draft's r-th, from 0; it decides
+    the shape of trees (`decoding/tree_choice.py`).
     """
 
     greedy: float
     sampling: float
     kl: float
     tokens: int
-
-    def as_numbers(self) -> dict[str, float | int]:
-        return asdict(self)
+    rank_acceptance: tuple[float, ...]
 
 
 def tokens_per_forward(acceptance: float, draft_tokens: int) -> float:
@@ -89,25 +91,31 @@ class AcceptanceMeter:
     def __call__(
         self, target_params: Params, draft_params: Params, windows: Int[np.ndarray, "W T_plus_1"], *, batch: int = 4
     ) -> Acceptance:
-        sums = np.zeros(4)
+        sums = np.zeros(3 + RANKS)
         for start in range(0, len(windows), batch):
             piece = windows[start : start + batch, :-1]
             counted = np.arange(batch) < len(piece)  # the last piece is filled up, so that one shape is compiled
             padded = np.pad(piece, ((0, batch - len(piece)), (0, 0)))
             sums += np.asarray(_sums(self, target_params, draft_params, padded, counted), np.float64)
-        greedy, sampling, kl = sums[:3] / sums[3]
-        return Acceptance(float(greedy), float(sampling), float(kl), int(sums[3]))
+        sampling, kl, *ranks = sums[1:] / sums[0]
+        return Acceptance(float(ranks[0]), float(sampling), float(kl), int(sums[0]), tuple(map(float, ranks)))
 
 
 def _acceptance_sums(
     meter: AcceptanceMeter, target_params: Params, draft_params: Params, tokens: Any, counted: Any
-) -> Float[Array, "4"]:
+) -> Float[Array, " sums"]:
+    """Over all positions counted: their number, overlap, KL, and how often each guess of the draft is right."""
     target = window_logits(meter.target, target_params, tokens)
     draft = window_logits(meter.draft, draft_params, tokens)
-    agree = (jnp.argmax(target, axis=-1) == jnp.argmax(draft, axis=-1)).astype(jnp.float32)
+    # The rank of the target's likeliest token: how many tokens the draft finds likelier (of equals, those before it).
+    best = jnp.argmax(target, axis=-1)[..., None]
+    score = jnp.take_along_axis(draft, best, axis=-1)
+    is_before = jnp.arange(draft.shape[-1])[None, None, :] < best
+    rank = jnp.sum((draft > score) | ((draft == score) & is_before), axis=-1)
     overlap = jnp.sum(jnp.minimum(jax.nn.softmax(target), jax.nn.softmax(draft)), axis=-1)
     weight = jnp.broadcast_to(counted[:, None], tokens.shape).astype(jnp.float32)
-    values = (agree, overlap, kl_divergence(target, draft), jnp.ones_like(overlap))
+    is_rank = [(rank == wanted).astype(jnp.float32) for wanted in range(RANKS)]
+    values = (jnp.ones_like(overlap), overlap, kl_divergence(target, draft), *is_rank)
     return jnp.stack([jnp.sum(value * weight) for value in values])
 
 

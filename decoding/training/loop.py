@@ -122,43 +122,53 @@ def train(
         _refuse_changes(folder, progress.about, task.about)
         step, (trained, state) = progress.step, load_tree(folder, (trained, state))
     update, log = make_step(task.loss, optimizer), Log(folder / "log.jsonl", step)
-
-    def report(losses: list[Array], tokens: int, seconds: float) -> None:
-        mean = float(np.mean(jax.device_get(losses)))
-        if not np.isfinite(mean):
-            raise FloatingPointError(f"the loss became {mean} near step {step}; start again with a lower learning rate")
-        entry = {
-            "step": step,
-            "loss": mean,
-            "learning_rate": plan.learning_rate(step - 1),
-            "tokens/s": tokens / seconds,
-        }
-        if task.measure is not None and (step % measure_every == 0 or step == plan.steps):
-            entry |= task.measure(trained)
-        log.write(entry)
-        bar.update(bar.task_ids[0], completed=step, loss=mean, speed=entry["tokens/s"])
-        if not bar.console.is_terminal:
-            print(" ".join(f"{name} {value:.5g}" for name, value in entry.items()), file=sys.stderr, flush=True)
-
-    saved_at = reported_at = time.perf_counter()
-    losses: list[Array] = []
-    tokens = 0
+    saved_at = time.perf_counter()
     with _stop_requests() as asked_to_stop, _progress_bar(plan.steps, step) as bar:
+        reports = _Reports(plan, task, log, bar)
         while step < plan.steps and not asked_to_stop:
             rows = task.rows(step)
             trained, state, loss = update(trained, state, task.frozen, rows, np.float32(plan.learning_rate(step)))
-            losses.append(loss)
-            tokens += rows.size - len(rows)
             step += 1
+            reports.add(loss, rows.size - len(rows))
             if step % report_every == 0 or step == plan.steps:
-                jax.block_until_ready(loss)
-                report(losses, tokens, time.perf_counter() - reported_at)
-                losses, tokens, reported_at = [], 0, time.perf_counter()
+                reports.write(step, trained, measure=step % measure_every == 0 or step == plan.steps)
             if time.perf_counter() - saved_at > checkpoint_seconds:
                 save_checkpoint(folder, step, asdict(plan), task.about, (trained, state))
                 saved_at = time.perf_counter()
         save_checkpoint(folder, step, asdict(plan), task.about, (trained, state))
     return Trained(trained, step, step == plan.steps)
+
+
+@dataclass
+class _Reports:
+    """Collects the losses between two reports, and writes each report to the log, the bar and, without one, stderr."""
+
+    plan: Plan
+    task: Task
+    log: Log
+    bar: Progress
+    losses: list[Array] = field(default_factory=list)
+    tokens: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss: Array, tokens: int) -> None:
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.bar.advance(self.bar.task_ids[0])
+
+    def write(self, step: int, trained: Params, *, measure: bool) -> None:
+        mean = float(np.mean(jax.device_get(self.losses)))
+        if not np.isfinite(mean):
+            raise FloatingPointError(f"the loss became {mean} near step {step}; start again with a lower learning rate")
+        speed = self.tokens / (time.perf_counter() - self.since)
+        entry = {"step": step, "loss": mean, "learning_rate": self.plan.learning_rate(step - 1), "tokens/s": speed}
+        if measure and self.task.measure is not None:
+            entry |= self.task.measure(trained)
+        self.log.write(entry)
+        self.bar.update(self.bar.task_ids[0], loss=mean, speed=speed)
+        if not self.bar.console.is_terminal:
+            print(" ".join(f"{name} {value:.5g}" for name, value in entry.items()), file=sys.stderr, flush=True)
+        self.losses, self.tokens, self.since = [], 0, time.perf_counter()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ def draw_loss(
     axes.plot([e["step"] for e in judged], [e["heldout_loss"] for e in judged], "o-", ms=3, label="held out")
     axes.set(xlabel="step", ylabel=unit, title=title, yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(need("matplotlib.ticker").LogLocator(subs=(2, 3, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

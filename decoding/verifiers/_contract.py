@@ -57,7 +57,7 @@ class Verifier:
 def node_keys(seed: UInt32[Array, " B"], position: Int[Array, "B C"], kind: Draw) -> Key[Array, "B C"]:
     """The key of a draw for the token that follows each node.
 
-    Made for all rows and nodes along one axis: random bits over two nested ones take XLA three to eight times as long
+    Made for all rows and nodes along one axis: random bits over two nested ones take XLA four to eight times as long
     to compile.
     """
     keys = draw_keys(jnp.repeat(seed, position.shape[1]), position.reshape(-1), kind)

@@ -20,7 +20,7 @@ from decodax.decoding.verifiers import ExactMatch
 from decodax.layers import pytree
 from decodax.layers.kv_cache._contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache
-from tests.speculation import CAPACITY, LENGTHS, MODEL, PARAMS, VOCABULARY, plain, plain_decode, start, texts
+from tests.speculation import CAPACITY, MODEL, PARAMS, VOCABULARY, plain, plain_decode, start, texts
 
 SOURCE = Path(__file__).parent / "outside"
 DECAY = 0.5

@@ -20,9 +20,7 @@ def example(with_counts=True):
     limit = random.integers(2, CAPACITY + 1, ROWS)
     done = random.random(ROWS) < 0.2
     length = np.where(done, random.integers(1, limit + 1), random.integers(1, limit))
-    history = History.start(
-        jnp.asarray(tokens), jnp.asarray(length), vocab_size=VOCABULARY, with_counts=with_counts
-    )
+    history = History.start(jnp.asarray(tokens), jnp.asarray(length), vocab_size=VOCABULARY, with_counts=with_counts)
     state = DecodeState(
         tokens=jnp.asarray(tokens, jnp.int32), logprobs=jnp.zeros((ROWS, CAPACITY)),
         length=jnp.asarray(length, jnp.int32), limit=jnp.asarray(limit, jnp.int32), done=jnp.asarray(done),

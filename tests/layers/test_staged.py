@@ -1,4 +1,4 @@
-"""Tokens staged in front of a cache are read like the tokens they are: as if committed, or as if of the same forward."""
+"""Tokens staged in front of a cache are read like the tokens they are: as if committed, or of the same forward."""
 
 import jax
 import jax.numpy as jnp

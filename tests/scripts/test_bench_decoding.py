@@ -135,12 +135,14 @@ def test_gaps_are_those_of_a_full_forward(world, plain):
         np.testing.assert_allclose(plain.largest[row], np.abs(logits).max(axis=1), atol=1e-4)
 
 
-def test_rounding_bound_by_hand():
-    """u = 2**-8, |g| = (1, 2), layers (3, 5) and (7, 11): 4 u (1 x 10 + 2 x 16) = 0.65625."""
+def test_rounding_by_hand():
+    """u = 2**-8, |g| = (1, 2), layers (3, 5) and (7, 11): 4 u (3 + 10 + 7 + 22), u sqrt(4/3 (9 + 100 + 49 + 484))."""
     gradient = jnp.array([[-1.0, 2.0]], jnp.bfloat16)
     streams = [jnp.array([[3.0, -5.0]], jnp.bfloat16), jnp.array([[-7.0, 11.0]], jnp.bfloat16)]
     assert float(jnp.finfo(jnp.bfloat16).eps) / 2 == 2**-8
-    np.testing.assert_array_equal(agreement.rounding_bound(gradient, streams, 2**-8), [0.65625])
+    bound, spread = agreement.rounding(gradient, streams, 2**-8)
+    np.testing.assert_array_equal(bound, [0.65625])
+    np.testing.assert_allclose(spread, [(4 / 3 * 642) ** 0.5 / 256], rtol=1e-6)
 
 
 def test_bound_uses_gradient_of_the_best_two(world, plain):
@@ -198,7 +200,8 @@ def test_rank_shares_add_up_and_are_right_where_they_are_known():
     drafted = jnp.array([[9.0, 6.0, 7.0, 8.0, *[-50.0] * 8]])  # its order: tokens 0, 3, 2, 1
     found = trees.rank_shares(Children.CHOSEN, False, ranked, drafted, key)
     np.testing.assert_allclose(found[:4], [0.4, 0.1, 0.2, 0.3], atol=1e-6)
-    np.testing.assert_array_equal(trees.rank_shares(Children.CHOSEN, True, ranked, drafted, key), np.eye(8)[0])
+    ranked = jnp.roll(ranked, 2, axis=1)  # now token 2 is the likeliest, the third of the draft's
+    np.testing.assert_array_equal(trees.rank_shares(Children.CHOSEN, True, ranked, drafted, key), np.eye(8)[2])
 
 
 def test_rank_shares_without_replacement_against_drawing_it():

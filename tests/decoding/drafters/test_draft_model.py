@@ -1,4 +1,4 @@
-"""The draft model: its tokens come from its own law at each node, and its cache holds what was accepted, nothing else."""
+"""The draft model: its tokens follow its own law at each node, and its cache holds what was accepted, nothing else."""
 
 import dataclasses
 from functools import cache
@@ -116,7 +116,7 @@ def laws_along(state, token, parents):
 
 
 def proposed(drafter, options):
-    """A state in which the draft's cache lacks one token of some rows and two of others, and what was proposed there."""
+    """A state in which the cache lacks one token of some rows and two of others, and what was proposed there."""
     begin, decode = compiled(drafter)
     state, lacking = begin(PARAMS, DRAFT_PARAMS, start(options=options)), set()
     while lacking != {1, 2}:

@@ -19,9 +19,10 @@ WIDTH = 17
 def example():
     random = np.random.default_rng(3)
     tokens = random.integers(0, VOCABULARY, (3, WIDTH))
-    tokens[:, 13] = VOCABULARY - 1  # the last token's wrong one is the first
+    is_wrong = random.random((3, WIDTH)) < 0.5
+    tokens[:, 13], is_wrong[:, 13] = VOCABULARY - 1, True  # the last token's wrong one is the first
     state = dataclasses.replace(start(), length=jnp.asarray(LENGTHS), draft=())
-    return state, tokens, Recording(jnp.asarray(tokens), jnp.asarray(random.random((3, WIDTH)) < 0.5))
+    return state, tokens, Recording(jnp.asarray(tokens), jnp.asarray(is_wrong))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 6])

@@ -100,7 +100,9 @@ class Int8Cache:
     def commit(self, rows, count, path=None):
         new = (*quantised(rows.key), *quantised(rows.value))
         if path is not None:
-            new = tuple(jnp.take_along_axis(x, path.reshape(len(path), 1, -1, *[1] * (x.ndim - 3)), axis=2) for x in new)
+            new = tuple(
+                jnp.take_along_axis(x, path.reshape(len(path), 1, -1, *[1] * (x.ndim - 3)), axis=2) for x in new
+            )
         offset = jnp.arange(new[0].shape[2])[None, :]
         slot = jnp.where(offset < count[:, None], self.length[:, None] + offset, self.capacity)
         row = jnp.arange(len(count))[:, None]

@@ -73,12 +73,15 @@ def test_no_gradient_reaches_the_target(target, draft_params):
 def test_acceptance_is_the_oracle_s_whatever_the_batch(target, draft_params, logits):
     p, q = map(law, logits)
     greedy = np.mean(p.argmax(axis=-1) == q.argmax(axis=-1))
+    order = np.argsort(-q, axis=-1, kind="stable")
+    ranks = [np.mean(order[..., rank] == p.argmax(axis=-1)) for rank in range(8)]
     sampling = np.mean(1 - np.abs(p - q).sum(axis=-1) / 2)
     meter = AcceptanceMeter(target.model, target.model)
     for batch in (2, 5):  # in the first the last piece is half full
         found = meter(target.params, draft_params, ROWS, batch=batch)
         assert found.tokens == 55
         assert found.greedy == pytest.approx(greedy, abs=1e-6)  # a count
+        assert found.rank_acceptance == pytest.approx(ranks, abs=1e-6) and found.rank_acceptance[0] == found.greedy
         assert found.sampling == pytest.approx(sampling, rel=RTOL)
         assert found.kl == pytest.approx(kl_oracle(*logits).mean(), rel=RTOL)
     itself = meter(target.params, target.params, ROWS, batch=5)

@@ -34,6 +34,12 @@ def test_a_pass_reads_every_token_about_once():
     assert missing.min() >= 0 and missing.sum() <= PLAN.tokens_per_step
 
 
+def test_windows_follow_one_another_and_share_only_the_target_of_the_last_token():
+    assert cut(np.arange(8), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
+    assert cut(np.arange(7), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
+    assert cut(np.arange(6), 3).tolist() == [[0, 1, 2, 3]]
+
+
 def test_rows_have_the_plan_s_shape_and_overlap_by_their_targets():
     rows = windows()
     short, long = rows.at(PLAN.long_from - 1), rows.at(PLAN.long_from)
