@@ -12,8 +12,9 @@ import typer
 
 import decodax
 from decodax.cli import session
-from decodax.decoding.generation import STRATEGIES, Generation, Stats
+from decodax.decoding.generation import Generation, Stats
 from decodax.decoding.options import GenerateOptions
+from decodax.decoding.strategies import METHODS as STRATEGIES
 
 _DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(GenerateOptions)}
 
@@ -27,6 +28,7 @@ def generate(
     ] = None,
     model: session.ModelName = None,
     dtype: session.Dtype = None,
+    invariant: session.Invariant = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to each prompt.")] = _DEFAULT[
         "max_new_tokens"
     ],
@@ -94,7 +96,7 @@ def generate(
         texts = _read_prompts(prompts or [], file or [])
         if compilation_cache:
             session.use_compilation_cache()
-        lm = decodax.load(model, dtype=dtype)
+        lm = decodax.load(model, dtype=dtype, invariant=invariant)
         _check_values(lm, options, len(texts))
         if as_json:
             out = _generate_quietly(lm, texts, options)
@@ -211,9 +213,7 @@ def _bold(text: str) -> str:
 
 def _summary(stats: Stats, finish_reasons: list[str]) -> str:
     reasons = ", ".join(f"{finish_reasons.count(reason)} x {reason}" for reason in dict.fromkeys(finish_reasons))
-    drafted = (
-        f" ({stats.strategy}: {stats.tokens_per_forward:.2f} tokens per forward)" if stats.accepted_lengths else ""
-    )
+    drafted = f"; {stats.strategy}, {stats.tokens_per_forward:.2f} tokens per forward" if stats.accepted_lengths else ""
     return (
         f"{stats.num_new_tokens} new tokens in {stats.decode_seconds:.2f} s "
         f"({stats.tokens_per_second:.0f} tokens/s{drafted}); "

@@ -34,6 +34,13 @@ Dtype = Annotated[
     ),
 ]
 
+Invariant = Annotated[
+    bool,
+    typer.Option(
+        "--invariant", help="Give a token the same logits, to the last bit, whatever is run beside it. Slower."
+    ),
+]
+
 
 @contextmanager
 def reported_errors(debug: bool) -> Iterator[None]:

@@ -30,7 +30,7 @@ def best_tree(acceptance: Sequence[Sequence[float]] | Sequence[float], num_token
     if table.ndim != 2 or not np.all((table >= 0) & (table <= 1)) or np.any(table.sum(axis=1) > 1 + 1e-6):
         raise ValueError(f"acceptance must be probabilities of the guesses of a node, at most 1 in all, got {table}")
     # Paths as tuples of ranks; the heap holds those whose parent has been taken.
-    frontier = [(-value, (rank,)) for rank, value in enumerate(table[0])]
+    frontier: list[tuple[float, tuple[int, ...]]] = [(-value, (rank,)) for rank, value in enumerate(table[0])]
     heapq.heapify(frontier)
     taken: list[tuple[int, ...]] = []
     while frontier and len(taken) < num_tokens:

@@ -46,7 +46,7 @@ def _bars(axes: Any, names: list[str], series: dict[str, list[float | None]], la
     axes.axvline(1, color="0.3", lw=1)
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # clear of the bars
 
 
 def draw_trees(part: dict[str, Any], path: Path) -> None:

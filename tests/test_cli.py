@@ -43,6 +43,8 @@ PASSED_ON = {
     "stop_token_ids": (["--stop-token-ids", "3,11"], [3, 11]),
     "seed": (["--seed", "13"], 13),
     "strategy": (["--strategy", "autoregressive"], "autoregressive"),
+    "draft": (["--draft", "some/folder"], "some/folder"),
+    "draft_tokens": (["--draft-tokens", "6"], 6),
     "block_tokens": (["--block-tokens", "5"], 5),
 }
 
@@ -74,7 +76,7 @@ def recorded(monkeypatch):
 
     def record(lm, prompts, **options):
         calls.append((lm, prompts, options))
-        stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125)
+        stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125, "autoregressive")
         rows = [np.zeros(0, np.int32) for _ in prompts]
         return Generation(rows, ["" for _ in prompts], rows, ["length" for _ in prompts], stats)
 
@@ -83,7 +85,7 @@ def recorded(monkeypatch):
 
 
 def test_the_command_has_every_option_of_the_library_and_no_other():
-    own = {"prompts", "file", "model", "dtype", "compilation_cache", "as_json", "debug"}
+    own = {"prompts", "file", "model", "dtype", "invariant", "compilation_cache", "as_json", "debug"}
     parameters = set(inspect.signature(generate_command).parameters)
     assert parameters - own == {field.name for field in dataclasses.fields(GenerateOptions)} - {"on_text"}
     assert parameters - own == set(PASSED_ON)
@@ -143,6 +145,23 @@ def test_one_prompt_is_streamed_and_the_json_says_the_same_as_the_library(folder
     assert document["versions"]["decodax"] == decodax.__version__
 
 
+def test_a_strategy_with_a_draft(folder):
+    plain = generate(folder, "abc", "--max-new-tokens", 9)
+    arguments = ("--max-new-tokens", 9, "--strategy", "draft_model", "--draft", folder, "--draft-tokens", 2)
+    drafted = generate(folder, "abc", *arguments)
+    assert drafted.stdout == plain.stdout
+    assert "draft_model, 3.00 tokens per forward" in drafted.stderr
+    stats = json.loads(generate(folder, "abc", *arguments, "--json").stdout)["stats"]
+    assert stats["accepted_lengths"] == [0, 0, 3] and stats["acceptance_per_position"] == [1, 1]
+    result = generate(folder, "abc", "--strategy", "draft_model")
+    assert result.exit_code == 1 and "needs a draft for tiny" in result.stderr
+
+
+def test_the_invariant_mode_writes_the_same(folder):
+    plain = generate(folder, "abc", "--max-new-tokens", 9)
+    assert generate(folder, "abc", "--max-new-tokens", 9, "--invariant").stdout == plain.stdout
+
+
 def test_several_prompts_follow_one_another(folder):
     expected = decodax.generate(decodax.load(folder), ["abc", "d"], max_new_tokens=5)
     printed = generate(folder, "abc", "d", "--max-new-tokens", 5)
@@ -157,6 +176,7 @@ def test_several_prompts_follow_one_another(folder):
         (["ab", "--max-new-tokens", "0"], "max_new_tokens"),
         (["ab", "--top-p", "1.5"], "top_p"),
         (["ab", "--strategy", "magic"], "autoregressive"),
+        (["ab", "--draft-tokens", "many"], "a whole number or auto"),
         (["ab", "--stop-token-ids", "one"], "whole numbers"),
         (["ab", "--logit-bias", "5"], "7=-2.5"),
         (["ab", "--no-such-option"], "--no-such-option"),
@@ -201,7 +221,7 @@ def test_debug_shows_where_it_failed():
 
 def test_rows_that_became_nan_end_with_1(folder, monkeypatch):
     rows = [np.zeros(0, np.int32)] * 3
-    stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125)
+    stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125, "autoregressive")
     out = Generation(rows, ["", "", ""], rows, ["length", "failed", "stop"], stats)
     monkeypatch.setattr(decodax, "generate", lambda *_, **__: out)
     result = generate(folder, "a", "b", "c")
@@ -270,7 +290,13 @@ def test_every_method_s_file_and_test_exist():
 def test_rows_say_what_stands_beside_the_method():
     rows = {(row.kind, row.name): row for row in catalogue()}
     assert rows["strategy", "autoregressive"].lossless
-    assert rows["strategy", "autoregressive"].test == "tests/decoding/test_autoregressive.py"
+    assert rows["strategy", "draft_model"].paper == (
+        "Fast Inference from Transformers via Speculative Decoding (arXiv 2211.17192)"
+    )
+    assert rows["strategy", "draft_model"].trained_part is not None
+    assert rows["strategy", "prompt_lookup"].trained_part is None
+    assert rows["verifier", "chain_rejection"].lossless and not rows["verifier", "typical_acceptance"].lossless
+    assert rows["drafter", "prompt_lookup"].test == "tests/decoding/drafters/test_prompt_lookup.py"
     assert not rows["logits processor", "top_k"].lossless
     assert rows["logits processor", "top_k"].paper == "Hierarchical Neural Story Generation (arXiv 1805.04833)"
     assert rows["family", "llama"].folder == "models/families"

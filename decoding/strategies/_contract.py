@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.drafters import Drafter
 from decodax.decoding.verifiers import Verifier
 
@@ -29,8 +30,8 @@ class Strategy:
     trained_part: ClassVar[str | None] = None
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
-        """The strategy for this model.
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation | DraftChoice:
+        """The strategy for this model; a `DraftChoice` of 0 tokens where plain decoding is faster, with the reason.
 
         draft: the trained part, a folder or what it holds; None for what comes with the model.
         draft_tokens: tokens per draft, None for the strategy's default, "auto" to choose them for this machine.

@@ -1,4 +1,4 @@
-"""Imports the packages that only training needs, and says how to get them."""
+"""Imports the packages that only training and pictures need, and says how to get them."""
 
 import importlib
 from types import ModuleType
@@ -10,4 +10,4 @@ def need(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         package = name.partition(".")[0]
-        raise ImportError(f"training needs {package}, which is not installed: pip install 'decodax[train]'") from error
+        raise ImportError(f"{package} is needed and not installed: pip install 'decodax[train]'") from error

@@ -65,6 +65,9 @@ def attend(
         key_position = jnp.concatenate([cache.position, position], axis=1)
         cache = cache.cache
 
+    if key.shape[2] > 1:
+        key, value = _contained(key, value)
+
     def scores(
         packed: Float[Array, "B K Q H"], keys: Float[Array, "B K S H"], allowed: Bool[Array, "#B #K T S"]
     ) -> Float[Array, "B K Q S"]:
@@ -99,6 +102,15 @@ def attend(
     output = (seen.output / seen.total[..., None]).astype(value.dtype)
     output = output.reshape(batch, num_kv_heads, num_queries, -1, head_size)
     return jnp.moveaxis(output, 1, 2).reshape(query.shape)
+
+
+def _contained(key: Float[Array, "B K T H"], value: Float[Array, "B K T H"]) -> tuple[Array, Array]:
+    """New tokens whose values are not finite as NaN keys and zero values: who reads them breaks, and nobody else.
+
+    A masked token has weight 0, and 0 x NaN is NaN, so a broken draft token would break its whole row.
+    """
+    is_sound = jnp.all(jnp.isfinite(value), axis=3, keepdims=True)
+    return jnp.where(is_sound, key, jnp.nan), jnp.where(is_sound, value, 0.0)
 
 
 def _absorb_cache(seen, scores, absorb, queries: Tokens, mask: Mask, cache: Cache, block_tokens: int | None):

@@ -18,7 +18,8 @@ class Cache(Protocol):
     `length` Int[B]: tokens written so far. `capacity`: slots, which is what `read` may ask for.
     """
 
-    length: Any
+    @property
+    def length(self) -> Int[Array, " B"]: ...
 
     @property
     def capacity(self) -> int: ...

@@ -161,5 +161,5 @@ def test_the_loss_curve_is_drawn(tmp_path):
 
 def test_a_missing_package_is_named_with_its_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "optax", None)
-    with pytest.raises(ImportError, match=r"training needs optax, .* pip install 'decodax\[train\]'"):
+    with pytest.raises(ImportError, match=r"optax is needed and not installed: pip install 'decodax\[train\]'"):
         need("optax")
