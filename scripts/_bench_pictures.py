@@ -52,16 +52,18 @@ def _bars(axes: Any, names: list[str], series: dict[str, list[float | None]], la
 def draw_trees(part: dict[str, Any], path: Path) -> None:
     """Tokens per target forward over the number of drafted tokens, a panel per temperature, a line per shape."""
     heats = sorted({point["temperature"] for point in part["points"]})
-    figure, axes = _new(len(heats), (4.5 * len(heats), 3.6))
+    figure, axes = _new(len(heats), (5.5 * len(heats), 4.2))
     for panel, heat in zip(axes[0], heats, strict=True):
         points = [point for point in part["points"] if point["temperature"] == heat]
         for shape in dict.fromkeys(point["shape"] for point in points):
-            line = [(p["nodes"], p["tokens_per_forward"]) for p in points if p["shape"] == shape]
-            panel.plot(*zip(*line, strict=True), "o-", ms=4, label=shape)
+            for key, style, which in (("", "o-", ""), ("_loop_free", "o:", ", loops left out")):
+                line = [(p["nodes"], p[f"tokens_per_forward{key}"]) for p in points if p["shape"] == shape]
+                colour = panel.lines[-1].get_color() if key else None
+                panel.plot(*zip(*line, strict=True), style, ms=4, color=colour, label=shape + which)
         title = f"temperature {heat:g}" if heat else "greedy"
         panel.set(xlabel="drafted tokens per forward", ylabel="tokens per target forward", title=title)
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend(fontsize="small")
     _save(figure, path)
 
 

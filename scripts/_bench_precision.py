@@ -38,9 +38,7 @@ def measure(
     batches = deal(prompts[: setting.rows], setting.batch)
     lossless = {name: scheme for name, scheme in schemes.items() if scheme.lossless and name != PLAIN}
     result: dict[str, Any] = {"setting": dataclasses.asdict(setting)}
-    modes = {"as it is": lm.model}
-    if any(field.name == "invariant" for field in dataclasses.fields(Model)):
-        modes["invariant"] = dataclasses.replace(lm.model, invariant=True)
+    modes = {"as it is": lm.model, "invariant": dataclasses.replace(lm.model, invariant=True)}
     for mode, model in modes.items():
         Console().print(f"bfloat16, {mode}: {len(lossless)} schemes, {len(batches) * setting.batch} rows")
         result[mode] = divergence(lm, model, batches, setting, lossless)

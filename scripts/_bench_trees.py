@@ -1,29 +1,34 @@
 """Trees against chains of as many nodes: what does a forward over n drafted tokens bring, by the shape of the draft?
 
 A tree's shape is chosen for each n by `best_tree`, from how often a node's first, second, ... child is accepted. That
-is measured on text of the training split, each position behind the text itself, and never on what is judged here.
+is never measured on what is judged here: for sampling it is measured on text of the training split, each position
+behind the text itself; for greedy decoding, whose text is unlike that, on what the target itself writes behind pieces
+of it, where it does not repeat itself.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
+import decodax
 from decodax.decoding.drafters import Children, DraftModel
 from decodax.decoding.training.distillation import window_logits
 from decodax.decoding.tree import Tree
 from decodax.decoding.tree_choice import best_tree, expected_tokens
 from decodax.decoding.verifiers import METHODS as VERIFIERS
 from decodax.scripts import _bench_common as common
-from decodax.scripts._bench_runs import Runner, Scheme, row_rounds
+from decodax.scripts._bench_repetition import counted, loop_start, summed
+from decodax.scripts._bench_runs import Runner, Scheme
 from decodax.scripts._bench_schemes import busy
 from decodax.scripts._bench_world import World, deal
 
 RANKS = 8  # children of a node that are considered
-POSITIONS = 128  # of a batch of windows whose laws are looked at together
+POSITIONS = 64  # the last of each text, at which acceptance is measured
 # Per temperature: what is drawn, as (how the children come about, verifier, whether it is a tree).
 SHAPES = {
     0.0: {"chain": (Children.INDEPENDENT, "exact_match", False), "tree": (Children.CHOSEN, "exact_match", True)},
@@ -79,25 +84,38 @@ def _scaled(weights: Float[Array, "I V"]) -> Float[Array, "I V"]:
     return weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1e-30)
 
 
+def own_texts(world: World, windows: int) -> list[Int[np.ndarray, " T"]]:
+    """The target's greedy continuations of first halves of training windows, with these, where they do not loop."""
+    half = (world.train.shape[1] - 1) // 2
+    prompts = [row[:half] for row in world.train[:windows]]
+    written = decodax.generate(world.lm, prompts, max_new_tokens=min(half, POSITIONS), stop_token_ids=[]).tokens
+    texts = [np.append(row, ids) for row, ids in zip(prompts, written, strict=True) if loop_start(ids) is None]
+    if not texts:
+        raise ValueError(f"all {windows} continuations repeat themselves: give more windows of the training split")
+    return texts
+
+
 def measured_ranks(world: World, chain: Scheme, windows: int) -> dict[tuple[Children, bool], list[float]]:
-    """`rank_shares` on text of the training split, for each kind of tree that is drawn here, by (kind, greedy)."""
+    """`rank_shares` for each kind of tree that is drawn here, by (kind, greedy)."""
     assert isinstance(chain.drafter, DraftModel)
     draft = chain.drafter.model
+
+    @partial(jax.jit, static_argnums=0)
+    def of_text(kind: tuple[Children, bool], params: tuple[Any, Any], tokens: Array, key: Key[Array, ""]) -> Array:
+        both = zip((world.lm.model, draft), params, strict=True)
+        target, drafted = (window_logits(model, weights, tokens)[0, -POSITIONS:] for model, weights in both)
+        return rank_shares(*kind, target, drafted, key)
+
+    texts = {True: own_texts(world, windows), False: list(world.train[:windows])}
     kinds = [(kind, not heat) for heat, shapes in SHAPES.items() for kind, _, is_tree in shapes.values() if is_tree]
-
-    @jax.jit
-    def of_window(target_params: Any, draft_params: Any, tokens: Array, key: Key[Array, ""]) -> list[Array]:
-        both = ((world.lm.model, target_params), (draft, draft_params))
-        target, drafted = (window_logits(model, params, tokens)[0, -POSITIONS:] for model, params in both)
-        return [rank_shares(*kind, target, drafted, key) for kind in kinds]
-
-    found = []
-    for index, row in enumerate(busy(list(world.train[:windows]), "acceptance by rank, training split")):
-        tokens = jnp.asarray(row[None, :-1])
-        found.append(of_window(world.lm.params, chain.draft_params, tokens, jax.random.key(index)))
-    return {
-        kind: np.mean([np.asarray(one[place]) for one in found], axis=0).tolist() for place, kind in enumerate(kinds)
-    }
+    params, shares = (world.lm.params, chain.draft_params), {}
+    for kind in kinds:
+        found = [
+            of_text(kind, params, jnp.asarray(text[None, :-1]), jax.random.key(index))
+            for index, text in enumerate(busy(texts[kind[1]], "acceptance by rank, training split"))
+        ]
+        shares[kind] = np.mean(np.asarray(found), axis=0).tolist()
+    return shares
 
 
 def measure(world: World, setting: TreeSetting, chain: Scheme) -> dict[str, Any]:
@@ -114,20 +132,25 @@ def measure(world: World, setting: TreeSetting, chain: Scheme) -> dict[str, Any]
         drafter = DraftModel(chain.drafter.model, parents, kind)
         scheme = Scheme(name, drafter, VERIFIERS[verifier](), chain.draft_params)
         one = Runner(world.lm.model, world.lm.params, scheme, capacity=setting.capacity, num_new=setting.num_new)
-        rounds = sum(row_rounds(one.decode(one.begin(prompts, heat))) for prompts in batches)
+        traces = [one.trace(prompts, heat) for prompts in batches]
+        whole, loop_free = (
+            summed([counted(trace.new, trace.ends, without_loops=left_out) for trace in traces])
+            for left_out in (False, True)
+        )
         points.append(
             {
                 "temperature": heat,
                 "shape": name,
                 "nodes": nodes,
                 "depth": int(Tree.fixed(parents).depth.max()),
-                "tokens_per_forward": sum(map(len, batches)) * setting.num_new / rounds,
+                "tokens_per_forward": whole.tokens_per_forward,
+                "tokens_per_forward_loop_free": loop_free.tokens_per_forward,
                 "expected_by_the_choice": expected_tokens(acceptance, parents) if is_tree else None,
             }
         )
-    keys = ("shape", "nodes", "depth", "tokens_per_forward")
+    keys = ("shape", "nodes", "depth", "tokens_per_forward", "tokens_per_forward_loop_free")
     rows = [[f"{point['temperature']:g}", *(point[key] for key in keys)] for point in points]
-    columns = ["temperature", "shape", "drafted tokens", "depth", "tokens per forward"]
+    columns = ["temperature", "shape", "drafted tokens", "depth", "tokens per forward", "loop-free"]
     common.print_table("Trees and chains of equal size", columns, rows)
     shares = {f"{kind.value}, {'greedy' if greedy else 'sampled'}": found for (kind, greedy), found in ranks.items()}
-    return {"setting": dataclasses.asdict(setting), "rank_acceptance_on_training_text": shares, "points": points}
+    return {"setting": dataclasses.asdict(setting), "rank_acceptance": shares, "points": points}

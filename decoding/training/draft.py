@@ -201,7 +201,7 @@ class DraftTraining:
             "target_vocab_size": self.target.config.vocab_size,
             "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "trained_tokens": step * self.plan.tokens_per_step,
-            "heldout": asdict(found),
+            "heldout": asdict(found) | {"rank_acceptance": list(found.rank_acceptance)},
             f"tokens_per_forward_at_{DRAFT_TOKENS}": {
                 "greedy": tokens_per_forward(found.greedy, DRAFT_TOKENS),
                 "sampling": tokens_per_forward(found.sampling, DRAFT_TOKENS),

@@ -53,7 +53,7 @@ def test_a_key_is_seed_then_position_then_kind():
 
 
 def test_the_number_of_a_kind_never_changes():
-    assert {kind.name: kind.value for kind in Draw} == {"TOKEN": 0}
+    assert {kind.name: kind.value for kind in Draw} == {"TOKEN": 0, "DRAFT": 1, "ACCEPT": 2}
 
 
 def test_a_seed_means_the_same_whatever_generator_is_the_default():
