@@ -76,7 +76,8 @@ def test_a_wheel_holds_the_model_and_runs_elsewhere(tmp_path):
     (wheel,) = (tmp_path / "wheels").glob("decodax-*.whl")
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True, timeout=600)
-    arguments = ["decodax", "generate", "def f(x):", "--max-new-tokens", "3", "--json", "--no-compilation-cache"]
+    arguments = ["decodax", "generate", "def f(x):", "--strategy", "draft_model", "--max-new-tokens", "3", "--json"]
+    arguments.append("--no-compilation-cache")
     code = f"import decodax, sys; sys.argv = {arguments}; import decodax.cli; decodax.cli.main()"
     done = in_process(code, folder=tmp_path, path=[target])
     assert done.returncode == 0, done.stderr
