@@ -55,7 +55,7 @@ class Method:
 KINDS = (
     Kind("strategy", STRATEGIES, "decoding.strategies", True, "tests/decoding/test_strategies.py"),
     Kind("drafter", DRAFTERS, "decoding.drafters", True, "tests/decoding/drafters/test_{file}.py"),
-    Kind("verifier", VERIFIERS, "decoding.verifiers", True, "tests/decoding/verifiers/test_exact_laws.py"),
+    Kind("verifier", VERIFIERS, "decoding.verifiers", True, "tests/decoding/verifiers/test_walks.py"),
     Kind(
         "logits processor",
         LOGITS_PROCESSORS,

@@ -7,7 +7,7 @@ plain decoding, the choice is 0, and says so.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,14 +47,22 @@ def latency_curve(
     length = jnp.full(batch_size, cached_tokens, jnp.int32)
     caches = jax.tree.map(lambda leaf: length if leaf.ndim == 1 else leaf, caches)
 
+    return _alternating(forwards(model, params, caches, cached_tokens, num_tokens))
+
+
+def forwards(
+    model: Model, params: Params, caches: Any, cached_tokens: int, num_tokens: Iterable[int]
+) -> dict[int, Callable[[], Any]]:
+    """For each N a function that runs a forward over N tokens as a loop runs it: logits and rows, nothing chosen."""
+
     @jax.jit
     def forward(params: Params, tokens: Int[Array, "B T"], caches: Any) -> Any:
         position = cached_tokens + jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         out = model.apply(params, tokens, position, caches)
-        return jnp.argmax(model.logits(params, out.hidden), axis=-1), out.rows
+        return model.logits(params, out.hidden), out.rows
 
-    inputs = {size: jnp.zeros((batch_size, size), jnp.int32) for size in num_tokens}
-    return _alternating({size: lambda size=size: forward(params, inputs[size], caches) for size in num_tokens})
+    inputs = {size: jnp.zeros((caches[0].length.shape[0], size), jnp.int32) for size in num_tokens}
+    return {size: lambda tokens=tokens: forward(params, tokens, caches) for size, tokens in inputs.items()}
 
 
 def _alternating(calls: dict[int, Callable[[], Any]]) -> dict[int, float]:

@@ -53,7 +53,8 @@ class Speculative:
     def start(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
         """The state with the drafter's own, which has read the prompts, and with counts at zero.
 
-        Raises ValueError when the drafter's tree is larger than the cache, or what the two are given does not fit.
+        Raises ValueError when the drafter's tree is larger than the cache, what the drafter is given does not fit, or
+        the verifier cannot honour a sampling option.
         """
         drafter, capacity = self.drafter, state.tokens.shape[1]
         if drafter.num_nodes > capacity:
@@ -62,6 +63,7 @@ class Speculative:
                 "draft fewer tokens or raise max_new_tokens"
             )
         drafter.check(self.model, draft_params)
+        self.verifier.check(state.sampling)
         draft = drafter.start(params, draft_params, state)
         return dataclasses.replace(state, draft=draft, counts=DraftCounts.zero(drafter.max_depth))
 
@@ -69,7 +71,6 @@ class Speculative:
         """One round."""
         counts = state.counts
         assert counts is not None
-        self.verifier.check(state.sampling)
         with jax.named_scope(type(self.drafter).__name__):
             proposal, draft = self.drafter.propose(params, draft_params, state)
         tree = proposal.tree
@@ -109,9 +110,14 @@ class Speculative:
         """The target over all nodes, from the first layer that the drafter has not run."""
         inputs = proposal.token if proposal.vectors is None else proposal.vectors
         first, last = len(proposal.rows), self.model.config.num_layers
-        capture = tuple(index for index in self.drafter.capture if index >= first)
         out = self.model.apply(
-            params, inputs, position, caches, mask=proposal.tree.mask(), layers=(first, last), capture=capture
+            params,
+            inputs,
+            position,
+            caches,
+            mask=proposal.tree.mask(),
+            layers=(first, last),
+            capture=self.drafter.capture,
         )
         return out._replace(rows=(*proposal.rows, *out.rows))
 

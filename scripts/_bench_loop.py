@@ -8,7 +8,7 @@ rest goes into choosing tokens, verifying, writing the cache and the loop's own 
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from decodax.decoding.draft_length import forwards
 from decodax.decoding.drafters import Recording, Replay
 from decodax.decoding.verifiers import ExactMatch
-from decodax.models.model import Model, Params
+from decodax.models.model import Model
 from decodax.scripts import _bench_common as common
 from decodax.scripts._bench_runs import Runner, Scheme, row_rounds
 
@@ -40,27 +41,14 @@ class LoopSetting:
     forwards: int
 
 
-def forwards(
-    model: Model, params: Params, caches: Any, cached_tokens: int, sizes: Sequence[int], count: int
-) -> dict[int, Callable[[], dict[str, float]]]:
-    """For each N, a contestant that times a forward over N tokens as the loop runs it: logits and rows, no choice."""
-
-    @jax.jit
-    def forward(params: Params, tokens: Any, caches: Any) -> Any:
-        position = cached_tokens + jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        out = model.apply(params, tokens, position, caches)
-        return model.logits(params, out.hidden), out.rows
-
-    def timed(tokens: Any) -> dict[str, float]:
-        seconds = []
-        for _ in range(count):
-            start = time.perf_counter()
-            jax.block_until_ready(forward(params, tokens, caches))
-            seconds.append(time.perf_counter() - start)
-        return {"seconds": float(np.median(seconds))}
-
-    inputs = {size: jnp.ones((caches[0].length.shape[0], size), jnp.int32) for size in sizes}
-    return {size: lambda tokens=tokens: timed(tokens) for size, tokens in inputs.items()}
+def timed(call: Callable[[], Any], count: int) -> dict[str, float]:
+    """The median of `count` calls."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": float(np.median(seconds))}
 
 
 def measure(setting: LoopSetting) -> dict[str, Any]:
@@ -86,7 +74,7 @@ def measure(setting: LoopSetting) -> dict[str, Any]:
     gate = check(runners, prompt, expected, setting.dtype)
     half = plain.decode(plain.begin(prompt), setting.new // 2)
     cached = setting.prompt + setting.new // 2 - 1
-    curve = forwards(model, params, half.caches, cached, sorted({*setting.curve, *setting.nodes}), setting.forwards)
+    curve = forwards(model, params, half.caches, cached, sorted({*setting.curve, *setting.nodes}))
     rounds_of: dict[str, int] = {}
 
     def run(name: str) -> dict[str, float]:
@@ -96,7 +84,7 @@ def measure(setting: LoopSetting) -> dict[str, Any]:
         return {"seconds": seconds}
 
     contestants = {name: lambda name=name: run(name) for name in runners}
-    contestants |= {f"L({size})": contestant for size, contestant in curve.items()}
+    contestants |= {f"L({size})": lambda call=call: timed(call, setting.forwards) for size, call in curve.items()}
     measured = common.summarise(common.alternate(contestants, setting.rounds))
     return report(measured, rounds_of, setting) | {"gate": gate, "measured": measured}
 

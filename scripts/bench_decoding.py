@@ -11,6 +11,7 @@
 - `trees`: trees and chains of equal size.
 - `loop`: what the loop itself costs, on a larger model with random weights and a drafter that costs nothing. On a GPU
   it takes the 8-billion shape in bfloat16 by itself.
+- `length`: the draft length that `draft_tokens="auto"` chooses, and the times that it rests on.
 - `bfloat16`: how often a scheme leaves plain decoding's text in bfloat16, and whether rounding explains it.
 
 Each part says when, on what and with which versions it ran. Compiled programs are not kept between runs, so that
@@ -28,6 +29,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from decodax.decoding.draft_length import choose_for
+from decodax.decoding.strategies._drafts import find_draft
 from decodax.models.load import LanguageModel
 from decodax.scripts import _bench_common as common
 from decodax.scripts import _bench_loop as loop
@@ -147,10 +150,18 @@ def run_bfloat16(world: World, size: Size) -> dict[str, Any]:
     return precision.measure(lm, world.prompts, size.bfloat16, found)
 
 
+def run_length(world: World, size: Size) -> dict[str, Any]:
+    """What `draft_tokens="auto"` finds for the embedded model here."""
+    choice = choose_for(world.lm, find_draft("draft_model", world.lm, world.draft))
+    Console().print(f"draft {choice.num_tokens} tokens, expecting {choice.speed_up:.2f}x: {choice.reason}")
+    return dataclasses.asdict(choice)
+
+
 PARTS: dict[str, Callable[[Any, Size], dict[str, Any]]] = {
     "schemes": run_schemes,
     "trees": run_trees,
     "loop": run_loop,
+    "length": run_length,
     "bfloat16": run_bfloat16,
 }
 PICTURES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {

@@ -30,6 +30,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 install_import_hook("decodax", f"{annotation_checker.__name__}.{annotation_checker.check.__name__}")
 
 
+@pytest.fixture
+def optax_may_promote():
+    """optax's bias correction multiplies float32 by an integer count, a mixture that this session forbids elsewhere."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
     """Each program that XLA compiles on CPU holds memory maps, of which Linux gives a process 65,530 by default."""

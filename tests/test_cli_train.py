@@ -17,28 +17,13 @@ from decodax.decoding.training.export import write_model
 from decodax.decoding.training.text_windows import TextWindows
 from decodax.models.hf_config import read_config
 from decodax.models.model import Model
+from tests.tiny import TINY_LLAMA
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ():\n"
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 37,
-    "hidden_size": 22,
-    "intermediate_size": 29,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "eos_token_id": 5,
-}
+CONFIG = TINY_LLAMA | {"max_position_embeddings": 64, "eos_token_id": 5}
 SIZES = ["--hidden-size=12", "--layers=1", "--heads=2", "--kv-heads=1", "--head-size=6", "--feed-forward=17"]
 TEN_STEPS = ["--batch=3", "--window=14", "--short-window=14", "--tokens=420", "--optimizer=adamw", "--heldout=0.2"]
-
-
-@pytest.fixture(autouse=True)
-def optax_may_promote():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_may_promote")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,18 @@ from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 
 NORM = RMSNormConfig(1e-5)
+# A config.json of one layer, for what starts from files.
+TINY_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 37,
+    "hidden_size": 22,
+    "intermediate_size": 29,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
 
 
 def tiny_config(*, vocab_size: int = 37, max_position_embeddings: int = 512) -> ModelConfig:

@@ -76,7 +76,8 @@ class Drafter:
     """What `speculative` asks of a drafter; only `propose` has to be written.
 
     num_nodes: C, nodes in every proposal, the root included. max_depth: edges on the longest path.
-    children: how they come about. capture: after how many of the target's layers `update` wants the hidden states.
+    children: how they come about. capture: after how many of the target's layers `update` wants the hidden states; not
+    of layers that the drafter runs itself.
     """
 
     num_nodes: int

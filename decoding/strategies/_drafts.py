@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from decodax.models.load import LanguageModel, find_folder, load
+from decodax.models.tokenizer import Tokenizer
 
 FACTS_FILE = "draft.json"
 # Of a draft about which nothing is known: shares of positions at which its r-th guess is the target's token.
@@ -67,10 +68,15 @@ def _check_vocabulary(lm: LanguageModel, draft: LanguageModel) -> None:
         )
     if lm.tokenizer is None or draft.tokenizer is None:
         return
-    of_model, of_draft = (tokenizer.backend.id_to_token for tokenizer in (lm.tokenizer, draft.tokenizer))
-    other = next((token for token in range(wanted) if of_model(token) != of_draft(token)), None)
+    other = _first_difference(lm.tokenizer, draft.tokenizer, wanted)
     if other is not None:
         raise ValueError(
             f"a draft must have the model's tokenizer, but token {other} is another one in {draft.path.name}: choose a "
             "draft made for this model, or train one with `decodax train draft`"
         )
+
+
+@lru_cache(maxsize=4)  # a vocabulary of 100,000 takes long to compare, and `generate` asks at every call
+def _first_difference(of_model: Tokenizer, of_draft: Tokenizer, vocab_size: int) -> int | None:
+    one, other = of_model.backend, of_draft.backend
+    return next((token for token in range(vocab_size) if one.id_to_token(token) != other.id_to_token(token)), None)

@@ -66,7 +66,7 @@ def attend(
         cache = cache.cache
 
     if key.shape[2] > 1:
-        key, value = _contained(key, value)
+        key, value = contained(key, value)
 
     def scores(
         packed: Float[Array, "B K Q H"], keys: Float[Array, "B K S H"], allowed: Bool[Array, "#B #K T S"]
@@ -104,7 +104,7 @@ def attend(
     return jnp.moveaxis(output, 1, 2).reshape(query.shape)
 
 
-def _contained(key: Float[Array, "B K T H"], value: Float[Array, "B K T H"]) -> tuple[Array, Array]:
+def contained(key: Float[Array, "B K T H"], value: Float[Array, "B K T H"]) -> tuple[Array, Array]:
     """New tokens whose values are not finite as NaN keys and zero values: who reads them breaks, and nobody else.
 
     A masked token has weight 0, and 0 x NaN is NaN, so a broken draft token would break its whole row.

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.layers import pytree
+from decodax.layers.attention.attend import contained
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.kv_cache.full import KVCache, KVRows
 
@@ -155,6 +156,7 @@ def _new_tokens(tile: Tile, own: KVRows, position: Int[Array, "B T"]) -> _New:
     parts = [own] if tile.rows is None else [tile.rows, own]
     key = jnp.concatenate([rows.key.astype(dtype) for rows in parts], axis=2)
     value = jnp.concatenate([rows.value.astype(dtype) for rows in parts], axis=2)
+    key, value = contained(key, value)
     return _New(key, value, position if tile.position is None else jnp.concatenate([tile.position, position], axis=1))
 
 

@@ -36,7 +36,12 @@ class KVRows:
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def place(self, new: "KVRows", slot: Int[Array, " T"]) -> "KVRows":
-        """These rows with `new` ones at the given slots; a slot beyond them is dropped."""
+        """These rows with `new` ones at the given slots; a slot beyond them is dropped.
+
+        Raises ValueError for rows that mark tokens as not kept: attention reads every staged row that the mask allows.
+        """
+        if new.kept is not None:
+            raise ValueError("rows marked by `kept` cannot be staged: stage only layers that ran for every token")
 
         def write(rows: Array, fresh: Array) -> Array:
             return rows.at[:, :, slot].set(fresh.astype(rows.dtype), mode="drop")

@@ -23,10 +23,6 @@ class Staged:
     rows: KVRows
     position: Int[Array, "B U"]
 
-    @property
-    def length(self) -> Int[Array, " B"]:
-        return self.cache.length
-
 
 def stage(caches: tuple[Any, ...], rows: tuple[Any, ...], position: Int[Array, "B U"]) -> tuple[Staged, ...]:
     """Every layer's cache with its staged rows."""

@@ -1,5 +1,7 @@
 """Tokens staged in front of a cache are read like the tokens they are: as if committed, or of the same forward."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,11 +82,19 @@ def test_place_writes_slots_and_drops_those_beyond(apply):
     np.testing.assert_array_equal(got.value[:, :, :3], staged.value[:, :, :3])
 
 
+def test_rows_that_mark_tokens_are_refused():
+    """Staged, the mark would be lost, and a token that the layer did not run for would be read."""
+    _, new, staged, _ = example()
+    marked = dataclasses.replace(new, kept=jnp.ones((new.key.shape[0], new.key.shape[2]), bool))
+    with pytest.raises(ValueError, match="cannot be staged"):
+        place((staged,), (marked,), jnp.arange(new.key.shape[2]))
+
+
 def test_stage_pairs_every_layer_with_its_rows():
     _, new, staged, cache = example()
     position = positions(0, STAGED)
     first, second = stage((cache, cache), (staged, new), position)
     assert first.rows is staged and second.rows is new and first.cache is second.cache is cache
-    np.testing.assert_array_equal(first.length, LENGTHS)
+    np.testing.assert_array_equal(first.cache.length, LENGTHS)
     with pytest.raises(ValueError, match="argument 2 is longer"):
         stage((cache,), (staged, new), position)

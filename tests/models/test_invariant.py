@@ -225,6 +225,24 @@ def test_speculative_tokens_are_those_of_plain_decoding_in_bfloat16():
     assert (decoded(normal, params, chain) != decoded(normal, params)).any()
 
 
+def test_a_broken_token_breaks_only_those_that_read_it():
+    """A draft token that becomes NaN leaves the tokens before it, and other branches, as they are."""
+    model, params = built("tiny", "float32")
+    caches = filled(model, "float32", LENGTHS[0])
+    tree = Tree.fixed([-1, 0, 0, 1, 2])
+    for shape, reads_it in ((CHAIN, [2, 3, 4]), (tree, [2, 4])):
+        tokens = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (3, 5))
+        position = caches[0].length[:, None] + jnp.asarray(shape.depth)
+        broken = {**params, "embedding": params["embedding"].at[2].set(jnp.nan)}
+        whole, damaged = (
+            np.asarray(model.logits(weights, model.apply(weights, tokens, position, caches, mask=shape.mask()).hidden))
+            for weights in (params, broken)
+        )
+        assert np.isnan(damaged[:, reads_it]).all()
+        others = [node for node in range(5) if node not in reads_it]
+        np.testing.assert_array_equal(damaged[:, others], whole[:, others])
+
+
 def test_models_of_both_modes_are_told_apart_and_loaded():
     assert decodax.load(invariant=True).model == dataclasses.replace(decodax.load().model, invariant=True)
     assert decodax.load().model != decodax.load(invariant=True).model

@@ -45,13 +45,7 @@ def documents(seed, count):
 
 
 CODE, TESTS = documents(0, 5), documents(1, 7)
-
-
-@pytest.fixture(autouse=True)
-def optax_may_promote():
-    """optax's bias correction multiplies float32 by an integer count; the rest of the suite forbids such mixtures."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_may_promote")
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,7 @@ from decodax.scripts.demo_corpus import HELDOUT_PACKAGES, Corpus, Document
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def optax_may_promote():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_may_promote")
 
 
 def test_the_texts_follow_the_split_of_the_embedded_model(monkeypatch):
