@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from decodax.decoding.depth import METHODS as DEPTHS
 from decodax.decoding.drafters import METHODS as DRAFTERS
 from decodax.decoding.logits_processors import METHODS as LOGITS_PROCESSORS
 from decodax.decoding.strategies import METHODS as STRATEGIES
@@ -56,6 +57,7 @@ KINDS = (
     Kind("strategy", STRATEGIES, "decoding.strategies", True, "tests/decoding/test_strategies.py"),
     Kind("drafter", DRAFTERS, "decoding.drafters", True, "tests/decoding/drafters/test_{file}.py"),
     Kind("verifier", VERIFIERS, "decoding.verifiers", True, "tests/decoding/verifiers/test_walks.py"),
+    Kind("depth", DEPTHS, "decoding.depth", False, "tests/decoding/depth/test_{file}.py"),
     Kind(
         "logits processor",
         LOGITS_PROCESSORS,

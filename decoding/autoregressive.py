@@ -40,6 +40,7 @@ def autoregressive(model: Model) -> Decode:
             failed=state.failed | failed,
             done=state.done | failed,
             num_target_forwards=state.num_target_forwards + 1,
+            layer_counts=state.layer_counts.add(model.config.num_layers, model.config.num_layers, taken > 0),
         )
 
     def decode(params: Params, state: DecodeState, max_tokens: Int[Array, ""] | int | None = None) -> DecodeState:

@@ -18,6 +18,7 @@ import numpy as np
 from decodax.decoding import state as decode_state
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.compile_clock import compile_seconds
+from decodax.decoding.depth import Depth
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.drafters import Drafter
 from decodax.decoding.options import GenerateOptions
@@ -46,6 +47,8 @@ class Stats:
     accepted_lengths[n]: how often one forward of the model gave a row n draft tokens and one of its own; a stop token
         or the row's limit cuts a round short, and the last token then counts as the model's. So new tokens are exactly
         the sum of (n + 1) accepted_lengths[n].
+    num_layers: of the model. layer_forwards: runs of single layers of it in the loop, whoever ran them; a layer that
+        one row of a batch asks for is run for all. row_layers: those that each row asked for, summed over the rows.
     offered[d], accepted[d]: how often a row came to judge the draft token at position d + 1 of a draft (those before it
         having been accepted), and how often it took it (in a tree: one of them).
     """
@@ -58,6 +61,9 @@ class Stats:
     decode_seconds: float
     compile_seconds: float
     strategy: str
+    num_layers: int
+    layer_forwards: int
+    row_layers: int
     fallback: str | None = None
     draft_forwards: int = 0
     accepted_lengths: tuple[int, ...] = ()
@@ -69,6 +75,11 @@ class Stats:
         """New tokens per row and forward of the model; 1 for plain decoding."""
         rounds = sum(self.accepted_lengths)
         return self.num_new_tokens / rounds if rounds else 1.0
+
+    @property
+    def tokens_per_full_depth(self) -> float:
+        """New tokens per row for as many layers as one forward through all of them runs; 1 for plain decoding."""
+        return self.num_new_tokens * self.num_layers / self.row_layers if self.row_layers else 1.0
 
     @property
     def acceptance_per_position(self) -> tuple[float | None, ...]:
@@ -122,25 +133,26 @@ class _Plan:
         if isinstance(chosen, DraftChoice):
             self.fallback, chosen = chosen.reason, autoregressive
             warnings.warn(f"{self.name} falls back to plain decoding: {self.fallback}", stacklevel=4)
-        self.draft_params = None
+        self.params, self.draft_params, self.depth = lm.params, None, None
         if isinstance(chosen, Speculation):
-            self.draft_params = chosen.draft_params
+            self.draft_params, self.depth = chosen.draft_params, chosen.depth
+            self.params = lm.params if chosen.params is None else chosen.params
             if not isinstance(options.strategy, str):
                 self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"
-            self._start, self._decode = _compiled_speculation(lm.model, chosen.drafter, chosen.verifier)
+            self._start, self._decode = _compiled_speculation(lm.model, chosen.drafter, chosen.verifier, chosen.depth)
         elif callable(chosen):
             self._start, self._decode = None, _compiled_plain(chosen, lm.model)
         else:
             raise ValueError(f"strategy must be a name, a Speculation or a function from a model, got {chosen!r}")
 
-    def start(self, params: Any, state: DecodeState) -> DecodeState:
+    def start(self, state: DecodeState) -> DecodeState:
         """Lets the drafter read the prompts."""
-        return state if self._start is None else self._start(params, self.draft_params, state)
+        return state if self._start is None else self._start(self.params, self.draft_params, state)
 
-    def decode(self, params: Any, state: DecodeState, max_tokens: np.int32) -> DecodeState:
+    def decode(self, state: DecodeState, max_tokens: np.int32) -> DecodeState:
         if self._start is None:
-            return self._decode(params, state, max_tokens)
-        return self._decode(params, self.draft_params, state, max_tokens)
+            return self._decode(self.params, state, max_tokens)
+        return self._decode(self.params, self.draft_params, state, max_tokens)
 
 
 @cache
@@ -150,9 +162,9 @@ def _compiled_plain(make_decode: Any, model: Model) -> Any:
 
 
 @cache
-def _compiled_speculation(model: Model, drafter: Drafter, verifier: Verifier) -> tuple[Any, Any]:
+def _compiled_speculation(model: Model, drafter: Drafter, verifier: Verifier, depth: Depth) -> tuple[Any, Any]:
     """The same for a drafter and a verifier: what starts it, and the loop."""
-    decode = speculative(model, drafter, verifier)
+    decode = speculative(model, drafter, verifier, depth)
     return jax.jit(decode.start, donate_argnums=2), jax.jit(decode, donate_argnums=2)
 
 
@@ -202,20 +214,21 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     clock = _Clock()
     state = decode_state.init(
         lm.model,
-        lm.params,
+        plan.params,
         tokens,
         lengths,
         limits,
         options.seeds(len(rows)),
         sampling=sampling,
         stop_token_ids=ends,
+        depth=plan.depth,
     )
-    state = plan.start(lm.params, state)
+    state = plan.start(state)
     jax.block_until_ready(state)
     prefill_seconds = clock.lap()
     prefill_forwards = int(state.num_target_forwards)
     watcher = TextWatcher(lm, options, rows)
-    state = _decode(plan, lm.params, state, watcher)
+    state = _decode(plan, state, watcher)
     jax.block_until_ready(state.length)
     decode_seconds = clock.lap()
     return _result(lm, state, watcher, plan, clock, (prefill_seconds, decode_seconds, prefill_forwards))
@@ -236,11 +249,11 @@ class _Clock:
         return max(wall - compiled, 0.0)
 
 
-def _decode(plan: _Plan, params: Any, state: DecodeState, watcher: TextWatcher) -> DecodeState:
+def _decode(plan: _Plan, state: DecodeState, watcher: TextWatcher) -> DecodeState:
     """Runs the loop to its end, at once or in blocks with a look at the text after each."""
     block = watcher.options.block_tokens if watcher.needed else np.iinfo(np.int32).max
     while not bool(jnp.all(state.done)):
-        state = plan.decode(params, state, np.int32(block))
+        state = plan.decode(state, np.int32(block))
         state = dataclasses.replace(state, done=state.done | jnp.asarray(watcher.look(state)))
     watcher.finish()
     return state
@@ -275,6 +288,9 @@ def _result(
         decode_seconds=decode_seconds,
         compile_seconds=clock.compiled,
         strategy=plan.name,
+        num_layers=lm.config.num_layers,
+        layer_forwards=int(state.layer_counts.batch),
+        row_layers=int(np.sum(np.asarray(state.layer_counts.row))),
         fallback=plan.fallback,
         **_draft_counts(state),
     )

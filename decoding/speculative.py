@@ -18,17 +18,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int
 
+from decodax.decoding.depth import Depth, FullDepth, Reached
 from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal
 from decodax.decoding.loop import run_until_done
 from decodax.decoding.node_laws import node_history, node_logits
 from decodax.decoding.sampling import token_logprob
-from decodax.decoding.state import DecodeState
+from decodax.decoding.state import DecodeState, LayerCounts
 from decodax.decoding.verifiers._contract import Verifier, check_pair
 from decodax.models.model import Model, Params, commit
-from decodax.models.transformer import Forward
+
+FULL_DEPTH = FullDepth()
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Speculative:
     model: Model
     drafter: Drafter
     verifier: Verifier
+    depth: Depth = FULL_DEPTH
 
     def __call__(
         self, params: Params, draft_params: Any, state: DecodeState, max_tokens: Int[Array, ""] | int | None = None
@@ -75,7 +78,9 @@ class Speculative:
             proposal, draft = self.drafter.propose(params, draft_params, state)
         tree = proposal.tree
         depth = jnp.broadcast_to(jnp.asarray(tree.depth), proposal.token.shape)
-        forward = self._forward(params, proposal, state.length[:, None] - 1 + depth, state.caches)
+        position = state.length[:, None] - 1 + depth
+        reached = self.depth.forward(self.model, params, state, proposal, position, self.drafter.capture)
+        forward = reached.forward
         logits = self.model.logits(params, forward.hidden)
         with jax.named_scope(type(self.verifier).__name__):
             law = node_logits(state.sampling, logits, node_history(state.history, tree, proposal.token))
@@ -98,37 +103,34 @@ class Speculative:
             failed=state.failed | failed,
             done=state.done | failed,
             num_target_forwards=state.num_target_forwards + 1,
+            layer_counts=_layer_counts(state, proposal, reached, taken > 0),
+            depth=reached.state,
             draft=draft,
             counts=counts.add(tree, proposal.is_candidate, path, num_accepted, taken, proposal.num_draft_forwards),
         )
         outcome = Outcome(proposal, logits, forward, path, taken)
         return dataclasses.replace(state, draft=self.drafter.update(params, draft_params, state, outcome))
 
-    def _forward(
-        self, params: Params, proposal: Proposal, position: Int[Array, "B C"], caches: tuple[Any, ...]
-    ) -> Forward:
-        """The target over all nodes, from the first layer that the drafter has not run."""
-        inputs = proposal.token if proposal.vectors is None else proposal.vectors
-        first, last = len(proposal.rows), self.model.config.num_layers
-        out = self.model.apply(
-            params,
-            inputs,
-            position,
-            caches,
-            mask=proposal.tree.mask(),
-            layers=(first, last),
-            capture=self.drafter.capture,
-        )
-        return out._replace(rows=(*proposal.rows, *out.rows))
 
-
-def speculative(model: Model, drafter: Drafter, verifier: Verifier) -> Speculative:
+def speculative(model: Model, drafter: Drafter, verifier: Verifier, depth: Depth = FULL_DEPTH) -> Speculative:
     """A decoding function in which `drafter` guesses and `verifier` decides what the target stands by.
+
+    depth: which of the target's layers run, all by default; one that is not `FullDepth` needs a state that was made
+    with it (`decoding.init(..., depth=)`).
 
     Raises ValueError when the verifier's rule does not hold for this drafter's proposals.
     """
     check_pair(drafter, verifier)
-    return Speculative(model, drafter, verifier)
+    return Speculative(model, drafter, verifier, depth)
+
+
+def _layer_counts(
+    state: DecodeState, proposal: Proposal, reached: Reached, took_part: Bool[Array, " B"]
+) -> LayerCounts:
+    """Those of the target's forward, and those that the drafter ran."""
+    drafted = proposal.layers_run if proposal.row_layers is None else proposal.row_layers
+    batch, row = proposal.layers_run + reached.layers_run, drafted + reached.row_layers
+    return state.layer_counts.add(batch, row, took_part)
 
 
 def _block(

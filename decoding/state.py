@@ -8,7 +8,7 @@ after it).
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,33 @@ MAX_CHUNK_TOKENS = 512  # prompt tokens per prefill forward, so that rows waitin
 
 
 @pytree.dataclass
+class LayerCounts:
+    """Runs of single layers of the model in the loop. batch: for all rows at once. row[b]: those that row b asked for.
+
+    A layer that some row of a batch asks for is run for all.
+    """
+
+    batch: Int[Array, ""]
+    row: Int[Array, " B"]
+
+    @classmethod
+    def zero(cls, batch_size: int) -> "LayerCounts":
+        return cls(jnp.int32(0), jnp.zeros(batch_size, jnp.int32))
+
+    def add(
+        self, batch: Int[Array, ""] | int, row: Int[Array, " #B"] | int, took_part: Bool[Array, " B"]
+    ) -> "LayerCounts":
+        """After a forward; rows that took no part, being done, asked for nothing."""
+        return LayerCounts(self.batch + batch, self.row + jnp.where(took_part, row, 0))
+
+
+@pytree.dataclass
 class DecodeState:
     """Everything about B rows that are being continued; `tokens` holds prompt and output, filled up to `length`.
 
     `limit` is the length at which a row is finished. `failed` marks rows whose logits became NaN or infinite: they are
     `done`, and nothing was written for the step that failed. `logprobs` stands beside `tokens`, zero in the prompt.
+    `depth` is what a depth that varies carries (`decoding/depth`), and `layer_counts` the layers that the loop ran.
     `draft` is whatever a drafter carries from round to round, and `counts` what its drafts came to; both are None until
     a strategy that drafts has started.
     """
@@ -51,6 +73,8 @@ class DecodeState:
     history: History
     sampling: Sampling
     num_target_forwards: Int[Array, ""]
+    layer_counts: LayerCounts
+    depth: Any = ()
     draft: Any = None
     counts: DraftCounts | None = None
 
@@ -85,6 +109,19 @@ class DecodeState:
         return state, taken
 
 
+class PromptReader(Protocol):
+    """What reading prompts asks of a depth (`decoding/depth/_contract.py`)."""
+
+    @property
+    def cache_policy(self) -> CachePolicy: ...
+
+    def check(self, model: Model, params: Params) -> None: ...
+
+    def start(self, model: Model, params: Params, batch_size: int) -> Any: ...
+
+    def read_prompt(self, model: Model, params: Params, state: Any, start: Int[Array, ""], chunk: int) -> Any: ...
+
+
 def init(
     model: Model,
     params: Params,
@@ -96,13 +133,15 @@ def init(
     sampling: Sampling | None = None,
     stop_token_ids: Sequence[int] = (),
     cache_dtype: DTypeLike | None = None,
-    cache_policy: CachePolicy = KVCache,
+    cache_policy: CachePolicy | None = None,
+    depth: PromptReader | None = None,
 ) -> DecodeState:
     """The state after reading the prompts: row b's prompt is `tokens[b, :length[b]]`, the rest of the row is padding.
 
     The prompt is run in chunks of bucketed size, each committed to the cache, and buffers are bucketed too, so prompts
     of similar length share compiled code. `sampling` is greedy by default; `stop_token_ids` end a row after they are
-    emitted; the cache has the parameters' dtype unless told otherwise, and keeps what `cache_policy` keeps.
+    emitted; the cache has the parameters' dtype unless told otherwise, and keeps what `cache_policy` keeps, by default
+    what `depth` needs. `depth` says which layers read the prompts, all by default (`decoding/depth`).
 
     Raises ValueError for an empty row, token ids outside the vocabulary or shapes that do not match, MemoryError when
     the cache would not fit on the device.
@@ -113,7 +152,8 @@ def init(
     batch, longest = tokens.shape[0], int(length.max())
     capacity = bucket(int(limit.max()))
     dtype = cache_dtype or jax.tree.leaves(params)[0].dtype
-    check_cache_fits(model, batch, capacity, dtype, cache_policy)
+    policy = cache_policy or (KVCache if depth is None else depth.cache_policy)
+    check_cache_fits(model, batch, capacity, dtype, policy)
     sampling = Sampling.create(batch, model.config.vocab_size) if sampling is None else sampling
     width = min(tokens.shape[1], capacity)
     padded = np.zeros((batch, capacity), np.int32)
@@ -128,12 +168,15 @@ def init(
         jnp.asarray(seed, jnp.uint32),
         jnp.asarray(stops),
         sampling,
-        cache_policy,
+        policy,
     )
+    if depth is not None:
+        depth.check(model, params)
+        state = dataclasses.replace(state, depth=depth.start(model, params, batch))
     start = 0
     while start < longest - 1:  # the last token stays pending
         chunk = min(bucket(longest - 1 - start), MAX_CHUNK_TOKENS)
-        state = _prefill_chunk(model, chunk, params, state, start)
+        state = _prefill_chunk(model, depth, chunk, params, state, start)
         start += chunk
     return state
 
@@ -174,13 +217,26 @@ def _empty_state(
         history=history,
         sampling=sampling,
         num_target_forwards=jnp.int32(0),
+        layer_counts=LayerCounts.zero(batch),
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _prefill_chunk(model: Model, chunk: int, params: Params, state: DecodeState, start: Int[Array, ""]) -> DecodeState:
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _prefill_chunk(
+    model: Model, depth: PromptReader | None, chunk: int, params: Params, state: DecodeState, start: Int[Array, ""]
+) -> DecodeState:
     """Runs prompt tokens start .. start + chunk - 1 of every row and commits those before the row's last token."""
+    return (read_prompt if depth is None else depth.read_prompt)(model, params, state, start, chunk)
+
+
+def read_prompt(model: Model, params: Params, state: DecodeState, start: Int[Array, ""], chunk: int) -> DecodeState:
+    """The state after a chunk of every prompt, run through all layers."""
     caches, sound = read_chunk(model, params, state.caches, state.tokens, state.length, start, chunk, skip=state.failed)
+    return after_prompt_chunk(state, caches, sound)
+
+
+def after_prompt_chunk(state: DecodeState, caches: tuple[Any, ...], sound: Bool[Array, " B"]) -> DecodeState:
+    """The state with the caches of a chunk that has been read; rows that are not sound have failed."""
     return dataclasses.replace(
         state,
         caches=caches,

@@ -131,6 +131,14 @@ class Model:
             return logits_in_tiles(lambda tile: self._run(params, "logits", tile), hidden)
         return self._run(params, "logits", hidden)
 
+    def normed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The final norm alone: what the head reads, and what heads trained beside it read."""
+        return self._run(params, "normed", hidden)
+
+    def read_out(self, params: Params, normed: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The head and the soft-cap alone: logits in float32 of states that have been normed (`normed`)."""
+        return self._run(params, "read_out", normed)
+
     def _run(self, params: Params, method: str, *arguments: Any) -> Any:
         return self.module.apply({"params": params}, *arguments, method=method)
 

@@ -92,11 +92,17 @@ class Transformer(nn.Module):
                 captured[index + 1] = hidden
         return Forward(hidden, tuple(rows), captured)
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def normed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.final_norm(hidden)
+
+    def read_out(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         with jax.named_scope("logits"):
-            logits = linear(self.final_norm(hidden), self.head, output_dtype=jnp.float32)
+            logits = linear(normed, self.head, output_dtype=jnp.float32)
             cap = self.config.logit_softcap
             return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return self.read_out(self.normed(hidden))
 
     def __call__(self, tokens, position, row_length, mask):
         layers = (0, self.config.num_layers)

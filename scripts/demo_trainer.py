@@ -57,7 +57,7 @@ def make_task(
         return {"heldout_loss": float(np.mean(jax.device_get(parts)))}
 
     return Task(
-        loss=lambda params, frozen, rows: mean_loss(forward, head, params, rows),
+        loss=lambda params, frozen, rows, step: mean_loss(forward, head, params, rows),
         trained=params,
         rows=rows,
         measure=None if heldout is None else measure,

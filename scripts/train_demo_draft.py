@@ -11,9 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
-from decodax.decoding.training.draft import DraftShape, DraftTraining, Texts
+from decodax.decoding.training.draft import DraftShape, DraftTraining
 from decodax.decoding.training.loop import resumed_plan
 from decodax.decoding.training.plan import Plan
+from decodax.decoding.training.texts import Texts
 from decodax.models.load import LanguageModel, load
 from decodax.scripts import demo_corpus
 from decodax.scripts.train_demo import encode, split

@@ -76,7 +76,7 @@ def recorded(monkeypatch):
 
     def record(lm, prompts, **options):
         calls.append((lm, prompts, options))
-        stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125, "autoregressive")
+        stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125, "autoregressive", 8, 0, 0)
         rows = [np.zeros(0, np.int32) for _ in prompts]
         return Generation(rows, ["" for _ in prompts], rows, ["length" for _ in prompts], stats)
 
@@ -221,7 +221,7 @@ def test_debug_shows_where_it_failed():
 
 def test_rows_that_became_nan_end_with_1(folder, monkeypatch):
     rows = [np.zeros(0, np.int32)] * 3
-    stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125, "autoregressive")
+    stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125, "autoregressive", 8, 0, 0)
     out = Generation(rows, ["", "", ""], rows, ["length", "failed", "stop"], stats)
     monkeypatch.setattr(decodax, "generate", lambda *_, **__: out)
     result = generate(folder, "a", "b", "c")

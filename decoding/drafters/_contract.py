@@ -45,6 +45,10 @@ class Proposal:
     vectors, rows: where the tokens' embeddings are not what the target shall start from. `vectors` are hidden states
         after the target's first `len(rows)` layers, and `rows` what those layers gave, so that a drafter made of them
         need not have them run twice.
+    first_layer: where only the round says how many layers the drafter has run; `rows` then has an entry for every layer
+        of the target, of which those from `first_layer` on are overwritten.
+    layers_run, row_layers: runs of the target's layers that the draft took, for the batch, and those that each row
+        asked for (None: all of them).
     """
 
     token: Int[Array, "B C"]
@@ -54,6 +58,9 @@ class Proposal:
     num_draft_forwards: Int[Array, ""]
     vectors: Float[Array, "B C D"] | None = None
     rows: tuple[Any, ...] = ()
+    first_layer: Int[Array, ""] | None = None
+    layers_run: Int[Array, ""] | int = 0
+    row_layers: Int[Array, " B"] | None = None
 
 
 @pytree.dataclass

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from decodax.decoding.depth import Depth
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.drafters import Drafter
+from decodax.decoding.speculative import FULL_DEPTH
 from decodax.decoding.verifiers import Verifier
 
 if TYPE_CHECKING:
@@ -13,11 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Speculation:
-    """How tokens are drafted and verified; build one by hand and pass it as `strategy=` to `decodax.generate`."""
+    """How tokens are drafted and verified; build one by hand and pass it as `strategy=` to `decodax.generate`.
+
+    depth: which of the target's layers run. params: the target's weights where the strategy changes or adds some (a
+    router of layers, a low-rank change); None for the model's own.
+    """
 
     drafter: Drafter
     verifier: Verifier
     draft_params: Any = None
+    depth: Depth = FULL_DEPTH
+    params: Any = None
 
 
 class Strategy:

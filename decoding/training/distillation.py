@@ -44,7 +44,11 @@ class Distillation:
     draft: Model
 
     def loss(
-        self, draft_params: Params, target_params: Params, rows: Int[Array | np.ndarray, "B T_plus_1"]
+        self,
+        draft_params: Params,
+        target_params: Params,
+        rows: Int[Array | np.ndarray, "B T_plus_1"],
+        step: Int[Array | np.ndarray, ""] | int = 0,
     ) -> Float[Array, ""]:
         """Reads all tokens of a row but the last, which only rows of labels would need."""
         tokens = jnp.asarray(rows)[:, :-1]

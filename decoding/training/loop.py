@@ -25,7 +25,7 @@ from decodax.decoding.training.optimizer import make_optimizer
 from decodax.decoding.training.plan import Plan
 
 Params = dict[str, Any]
-Loss = Callable[[Params, Any, Int[Array, "B T_plus_1"]], Float[Array, ""]]
+Loss = Callable[[Params, Any, Int[Array, "B T_plus_1"], Int[Array, ""]], Float[Array, ""]]
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 MOVABLE = ("steps", "decay_from", "long_from")  # fields of a plan that may change while the run is under way
 
@@ -34,7 +34,8 @@ MOVABLE = ("steps", "decay_from", "long_from")  # fields of a plan that may chan
 class Task:
     """What a run trains.
 
-    loss: (trained, frozen, rows) -> mean loss, differentiated with respect to `trained` alone.
+    loss: (trained, frozen, rows, step) -> mean loss, differentiated with respect to `trained` alone. What it draws at
+        random it draws from the step, so that a resumed run draws the same.
     trained: the parameters at step 0. frozen: arrays that the loss reads and nothing changes.
     rows: the rows of any step, from the step alone. measure: (trained) -> named numbers for the log, on held-out text.
     about: what else a resumed run must agree with (sizes, the text's fingerprint), as JSON values.
@@ -85,10 +86,13 @@ def _refuse_changes(folder: Path, stored: Mapping, given: Mapping, movable: tupl
 
 
 def make_step(loss: Loss, optimizer: Any) -> Callable:
-    """`step(trained, state, frozen, rows, rate) -> (trained, state, loss)`, jitted; reuses the first two's memory."""
+    """`step(trained, state, frozen, rows, number, rate) -> (trained, state, loss)`, jitted; `number` is the step's.
 
-    def step(trained, state, frozen, rows, rate):
-        value, gradient = jax.value_and_grad(loss)(trained, frozen, rows)
+    It reuses the memory of the first two.
+    """
+
+    def step(trained, state, frozen, rows, number, rate):
+        value, gradient = jax.value_and_grad(loss)(trained, frozen, rows, number)
         update, state = optimizer.update(gradient, state, trained)
         trained = jax.tree.map(lambda leaf, change: leaf + (rate * change).astype(leaf.dtype), trained, update)
         return trained, state, value
@@ -127,7 +131,9 @@ def train(
         reports = _Reports(plan, task, log, bar)
         while step < plan.steps and not asked_to_stop:
             rows = task.rows(step)
-            trained, state, loss = update(trained, state, task.frozen, rows, np.float32(plan.learning_rate(step)))
+            trained, state, loss = update(
+                trained, state, task.frozen, rows, np.int32(step), np.float32(plan.learning_rate(step))
+            )
             step += 1
             reports.add(loss, rows.size - len(rows))
             if step % report_every == 0 or step == plan.steps:

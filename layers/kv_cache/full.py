@@ -115,3 +115,11 @@ class KVCache:
         return dataclasses.replace(
             self, key=write(self.key, key), value=write(self.value, value), length=self.length + count, kept=new_kept
         )
+
+
+class MarkedCache:
+    """The policy of caches that mark which tokens each layer has run for, as methods need that leave out layers."""
+
+    @staticmethod
+    def empty(batch_size: int, num_kv_heads: int, capacity: int, head_size: int, dtype: DTypeLike) -> KVCache:
+        return KVCache.empty(batch_size, num_kv_heads, capacity, head_size, dtype, track_kept=True)

@@ -93,7 +93,7 @@ def test_prefill_chunk(capacity):
     model, params, state = abstract(capacity)
     chunk = 3  # with more queries than a head has coordinates, the scores alone are as large as the cache
     start = jax.ShapeDtypeStruct((), jnp.int32)
-    check_in_place(decode_state._prefill_chunk.lower(model, chunk, params, state, start).compile(), capacity)
+    check_in_place(decode_state._prefill_chunk.lower(model, None, chunk, params, state, start).compile(), capacity)
 
 
 CHAIN, TREE = (-1, 0, 1, 2), (-1, 0, 0, 1)

@@ -101,7 +101,7 @@ def test_a_second_call_does_not_compile_again():
     made = decoding.Speculation(DraftModel.chain(LM.model, 2), ExactMatch(), DRAFT.params)
     for new in (20, 21):  # within the same buffers
         generate(strategy=made, max_new_tokens=new)
-    start, decode = generation._compiled_speculation(LM.model, made.drafter, made.verifier)
+    start, decode = generation._compiled_speculation(LM.model, made.drafter, made.verifier, made.depth)
     assert (start._cache_size(), decode._cache_size()) == (1, 1)
 
 

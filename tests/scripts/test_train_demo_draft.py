@@ -11,7 +11,7 @@ import pytest
 
 import decodax
 from decodax.decoding.training.distillation import AcceptanceMeter
-from decodax.decoding.training.draft import Texts
+from decodax.decoding.training.texts import Texts
 from decodax.models.load import LanguageModel
 from decodax.models.model import Model
 from decodax.scripts import demo_corpus, train_demo_draft

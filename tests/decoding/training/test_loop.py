@@ -25,7 +25,7 @@ PLAN = Plan(
 FROZEN = {"truth": jnp.asarray(np.random.default_rng(0).normal(size=(5, 7)), jnp.float32)}
 
 
-def loss(trained, frozen, rows):
+def loss(trained, frozen, rows, step):
     """Squared distance of two linear maps of the rows, of which one is given."""
     wanted = jnp.einsum("bt,td->bd", rows.astype(jnp.float32), frozen["truth"])
     found = jnp.einsum("bt,td->bd", rows.astype(jnp.float32), trained["layer"]["matrix"]) + trained["bias"]
@@ -38,7 +38,7 @@ def rows(step):
 
 def task(**changes):
     trained = {"layer": {"matrix": jnp.zeros((5, 7))}, "bias": jnp.zeros(7)}
-    measure = lambda params: {"heldout_loss": float(loss(params, FROZEN, rows(10**6)))}
+    measure = lambda params: {"heldout_loss": float(loss(params, FROZEN, rows(10**6), 0))}
     return replace(Task(loss, trained, rows, FROZEN, measure, {"text": "abc"}), **changes)
 
 
@@ -59,10 +59,10 @@ def test_a_few_steps_lower_the_loss_and_the_update_is_scaled_by_the_rate(optimiz
     trained = jax.tree.map(jnp.copy, task().trained)
     step, state = make_step(loss, chain), chain.init(trained)
     before = jax.tree.map(np.asarray, task().trained)
-    trained, state, first = step(trained, state, FROZEN, rows(0), np.float32(0.0))
+    trained, state, first = step(trained, state, FROZEN, rows(0), np.int32(0), np.float32(0.0))
     jax.tree.map(np.testing.assert_array_equal, trained, before)
     for _ in range(30):
-        trained, state, last = step(trained, state, FROZEN, rows(0), np.float32(0.05))
+        trained, state, last = step(trained, state, FROZEN, rows(0), np.int32(0), np.float32(0.05))
     assert last < 0.7 * first
 
 

@@ -1,0 +1,103 @@
+"""What all trainings share on the command line: options, the way from them to a run, and the report."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import decodax
+from decodax.cli import session
+from decodax.decoding.training.loop import resumed_plan
+from decodax.decoding.training.part import PartTraining
+from decodax.decoding.training.plan import Plan
+from decodax.decoding.training.text_files import encode, read_texts
+from decodax.decoding.training.texts import Texts, hold_out
+
+PLAN = Plan()
+
+Text = Annotated[
+    list[Path],
+    typer.Option(help="A file to train on, or a folder of them (may be repeated): text like what is to be decoded."),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens to train on, in all passes over the text.")]
+Batch = Annotated[int, typer.Option(min=1, help="Windows per step.")]
+Window = Annotated[int | None, typer.Option(min=2, help="Tokens per window. Default: 1024, or the model's context.")]
+ShortWindow = Annotated[
+    int | None, typer.Option(min=1, help="Tokens per row until the last part of the run. Default: a quarter.")
+]
+LearningRate = Annotated[float, typer.Option(help="The highest; it warms up, and falls in the end.")]
+Optimizer = Annotated[str, typer.Option(help="muon or adamw.")]
+Heldout = Annotated[float, typer.Option(min=0.001, max=0.5, help="Share of the text to judge on, and not to train on.")]
+Seed = Annotated[int, typer.Option(min=0, help="Another seed draws other weights and another order.")]
+Run = Annotated[
+    Path | None, typer.Option(help="The folder for checkpoints and the log. Default: beside OUT, ending in .run.")
+]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much is read, in which pieces, how fast is learnt, and what is held out; options of every training."""
+
+    tokens: int
+    batch: int
+    window: int | None
+    short_window: int | None
+    learning_rate: float
+    optimizer: str
+    heldout: float
+    seed: int
+
+    def plan(self, lm: decodax.LanguageModel) -> Plan:
+        window = self.window or min(PLAN.window_tokens, lm.config.max_position_embeddings)
+        return Plan(
+            peak=self.learning_rate,
+            windows_per_step=self.batch,
+            window_tokens=window,
+            short_tokens=self.short_window or (window if window % 4 else window // 4),
+            optimizer=self.optimizer,
+            seed=self.seed,
+        ).finishing_by(max(1, self.tokens // (self.batch * window)))
+
+
+def prepare(
+    model: str | None, dtype: str | None, text: list[Path], out: Path, run: Path | None, schedule: Schedule
+) -> tuple[decodax.LanguageModel, Plan, Texts, Path]:
+    """The model, the plan (that of the run's checkpoint, where there is one), the texts, and the run's folder."""
+    run = run or out.with_name(f"{out.name}.run")
+    lm = decodax.load(model, dtype=dtype)
+    plan = schedule.plan(lm)
+    with session.progress("reading the text"):
+        texts = _texts(lm, text, schedule.heldout, schedule.seed)
+    return lm, resumed_plan(run, plan), texts, run
+
+
+def _texts(lm: decodax.LanguageModel, paths: list[Path], heldout: float, seed: int) -> Texts:
+    if lm.tokenizer is None:
+        raise ValueError(f"{lm.path} has no tokenizer.json: the text cannot be turned into the model's tokens")
+    train_ids, heldout_ids = hold_out(encode(lm.tokenizer, read_texts(paths)), heldout, seed)
+    return Texts(train_ids, heldout_ids, separator=lm.end_token_ids[:1])
+
+
+def carry_out(training: PartTraining, out: Path) -> dict[str, Any]:
+    """Trains and writes the part; gives its facts. Ends the command where the run was asked to stop."""
+    training.refuse_foreign(out)
+    trained = training.train()
+    if not trained.finished:
+        print(f"stopped at step {trained.step} of {training.plan.steps}: the same command goes on", file=sys.stderr)
+        raise typer.Exit(session.INTERRUPTED)
+    with session.progress("measuring"):
+        return training.export(out, trained.params, trained.step, out / "loss.png")
+
+
+def report(out: Path, facts: dict[str, Any], summary: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    """Prints the facts for programs, or a summary for people."""
+    if as_json:
+        print(json.dumps(facts | {"path": str(out), "versions": session.versions()}))
+        return
+    size = f"{facts['num_parameters']:,} parameters, trained on {facts['trained_tokens']:,} tokens"
+    print(f"{out}: {size}\n{summary(facts)}")

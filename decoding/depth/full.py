@@ -1,0 +1,39 @@
+"""Every layer runs, but for those that the drafter, made of the target's own first layers, has run already."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from decodax.decoding.depth._contract import Depth, Reached
+from decodax.decoding.depth._layers import run_layer
+from decodax.models.transformer import Forward
+
+
+@dataclass(frozen=True)
+class FullDepth(Depth):
+    """All layers for all tokens: the model as it is."""
+
+    lossless = True
+
+    def forward(self, model, params, state, proposal, position, capture):
+        inputs = proposal.token if proposal.vectors is None else proposal.vectors
+        num_layers, mask = model.config.num_layers, proposal.tree.mask()
+        if proposal.first_layer is None:
+            first = len(proposal.rows)
+            layers = (first, num_layers)
+            out = model.apply(params, inputs, position, state.caches, mask=mask, layers=layers, capture=capture)
+            out = out._replace(rows=(*proposal.rows, *out.rows))
+            layers_run = jnp.int32(num_layers - first)
+        else:
+            hidden, rows, captured = inputs, [], {}
+            for index in range(num_layers):
+                is_left = index >= proposal.first_layer
+                hidden, new, _ = run_layer(
+                    model, params, index, hidden, position, state.caches, mask, is_left, otherwise=proposal.rows[index]
+                )
+                rows.append(new)
+                if index + 1 in capture:
+                    captured[index + 1] = hidden
+            out = Forward(hidden, tuple(rows), captured)
+            layers_run = num_layers - proposal.first_layer
+        return Reached(out, layers_run, jnp.broadcast_to(layers_run, position.shape[:1]), state.depth)

@@ -1,0 +1,62 @@
+"""The texts of a training: what is learnt from, what is judged on, and how the two are parted."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from decodax.decoding.training.text_windows import cut
+
+MAX_HELDOUT_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids to learn from and to be judged on.
+
+    train: documents that every pass reads. heldout: documents never trained on. rotating: documents of which each pass
+    reads another `rotating_share`. separator: the ids before every document.
+    """
+
+    train: Sequence[np.ndarray]
+    heldout: Sequence[np.ndarray]
+    rotating: Sequence[np.ndarray] = ()
+    rotating_share: float = 0.0
+    separator: tuple[int, ...] = ()
+
+    def heldout_windows(self, size: int) -> Int[np.ndarray, "W T_plus_1"]:
+        """Windows of held-out text, spread evenly over it where there are more than MAX_HELDOUT_WINDOWS."""
+        stream = np.concatenate([np.concatenate([self.separator, ids]) for ids in self.heldout]).astype(np.int32)
+        try:
+            windows = cut(stream, size)
+        except ValueError as error:
+            raise ValueError(f"too little text is held out: {error}. Give more text or shorter windows") from error
+        count = min(MAX_HELDOUT_WINDOWS, len(windows))
+        return windows[np.arange(count) * len(windows) // count]
+
+    def fingerprint(self) -> str:
+        """Tells one collection of texts from another."""
+        digest = hashlib.sha256(repr((self.rotating_share, self.separator)).encode())
+        for documents in (self.train, self.heldout, self.rotating):
+            digest.update(len(documents).to_bytes(8, "little"))
+            for ids in documents:
+                digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def hold_out(documents: Sequence[np.ndarray], share: float, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Documents to train on, and documents held out: the last `share` of the tokens, documents in random order.
+
+    One document is cut where the share begins.
+    """
+    order = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+    ends = np.cumsum([len(ids) for ids in order])
+    border = int(ends[-1] * (1 - share))
+    train, heldout = [], []
+    for ids, end in zip(order, ends, strict=True):
+        inside = max(0, len(ids) - max(0, int(end) - border))
+        train += [ids[:inside]] if inside else []
+        heldout += [ids[inside:]] if inside < len(ids) else []
+    return train, heldout
