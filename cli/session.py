@@ -40,6 +40,10 @@ Invariant = Annotated[
         "--invariant", help="Give a token the same logits, to the last bit, whatever is run beside it. Slower."
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="A change of the model's weights, merged into them: what `train layer_skip` wrote."),
+]
 
 
 @contextmanager

@@ -101,6 +101,25 @@ def choose_draft_tokens(target_seconds: dict[int, float], draft_seconds: float, 
     return DraftChoice(best, speed_up(best), about)
 
 
+def choose_tree_size(target_seconds: dict[int, float], tokens: dict[int, float]) -> DraftChoice:
+    """The size of a tree whose guesses come from the target's own forward, so that only that forward takes time.
+
+    target_seconds: of a forward over N tokens, at least for 1 and every size. tokens: expected per forward, by size.
+    """
+
+    def speed_up(size: int) -> float:
+        return tokens[size] * target_seconds[1] / target_seconds[size]
+
+    best = max(tokens, key=speed_up)
+    about = (
+        f"the target takes {target_seconds[1] * 1e3:.2f} ms for 1 token and {target_seconds[best] * 1e3:.2f} ms for "
+        f"{best}, which give {tokens[best]:.2f} tokens"
+    )
+    if speed_up(best) <= 1:
+        return DraftChoice(0, 1.0, f"plain decoding is faster than any draft (best {speed_up(best):.2f}x): {about}")
+    return DraftChoice(best - 1, speed_up(best), about)
+
+
 def choose_for(lm: "LanguageModel", draft: "Draft") -> DraftChoice:
     """The draft length for this model and draft on this machine; takes seconds, most of them compiling.
 

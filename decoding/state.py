@@ -8,7 +8,7 @@ after it).
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from decodax.layers.kv_cache.full import KVCache
 from decodax.models.model import Model, Params, commit
 
 HostOrDevice = np.ndarray | Array
+DRAFT_CHUNK_TOKENS = 128  # prompt tokens that a drafter reads per forward
 MAX_CHUNK_TOKENS = 512  # prompt tokens per prefill forward, so that rows waiting for their commit stay small
 
 
@@ -109,6 +110,7 @@ class DecodeState:
         return state, taken
 
 
+@runtime_checkable
 class PromptReader(Protocol):
     """What reading prompts asks of a depth (`decoding/depth/_contract.py`)."""
 
@@ -273,3 +275,25 @@ def read_chunk(
     real = jnp.arange(chunk)[None, :] < wanted[:, None]
     sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
     return commit(caches, out.rows, jnp.where(sound & ~skip, wanted, 0)), sound
+
+
+def read_prompt_chunks(
+    model: Model,
+    params: Params,
+    caches: tuple[Any, ...],
+    tokens: Int[Array, "B S"],
+    length: Int[Array, " B"],
+    *,
+    skip: Bool[Array, " B"],
+) -> tuple[Any, ...]:
+    """The caches after reading all of every row but its last token, inside a compiled function: what drafts start with.
+
+    One loop over chunks of DRAFT_CHUNK_TOKENS, as many as the longest row needs.
+    """
+    chunk = min(DRAFT_CHUNK_TOKENS, tokens.shape[1])
+
+    def read(index: Array, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+        return read_chunk(model, params, caches, tokens, length, index * chunk, chunk, skip=skip)[0]
+
+    num_chunks = (jnp.max(length) - 1 + chunk - 1) // chunk
+    return jax.lax.fori_loop(0, num_chunks, read, caches)

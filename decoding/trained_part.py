@@ -42,6 +42,24 @@ class TrainedPart:
     def shape(self) -> dict[str, Any]:
         return self.facts["about"]["shape"]
 
+    def measured(self, name: str) -> Any:
+        """What was measured under this name on the text to choose by, or else on held-out text, or else published.
+
+        What was published may have been measured for another model. Raises ValueError where there is nothing.
+        """
+        for text in ("calibration", "heldout", "published"):
+            if name in self.facts.get(text, {}):
+                return self.facts[text][name]
+        raise ValueError(
+            f"{self.name or 'the part'} does not say its {name}, by which a draft is chosen: make a drafter by hand, "
+            "and pass it as `strategy=`"
+        )
+
+    @property
+    def rank_accuracy(self) -> list[list[float]]:
+        """For each distance, how often the first, second, ... guess was right; ValueError where nobody knows."""
+        return self.measured("rank_accuracy")
+
 
 def write_part(folder: Path, part: TrainedPart, dtype: str) -> None:
     """Writes weights, rounded to `dtype`, then facts; each file is replaced at once."""

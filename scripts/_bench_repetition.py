@@ -46,18 +46,22 @@ def loop_start(tokens: Sequence[int] | Int[np.ndarray, " A"]) -> int | None:
     return None
 
 
+def last_rounds(new: Int[np.ndarray, "B A"], ends: Int[np.ndarray, "rounds B"], *, without_loops: bool) -> list[int]:
+    """The last round of each row that counts: the first after which it has all tokens that do."""
+    found = []
+    for row, ids in enumerate(new):
+        start = loop_start(ids) if without_loops else None
+        last = len(ids) if start is None else start
+        found.append(int(np.flatnonzero(ends[:, row] <= last)[-1]))
+    return [int(np.flatnonzero(ends[:, row] == ends[end, row])[0]) for row, end in enumerate(found)]
+
+
 def counted(new: Int[np.ndarray, "B A"], ends: Int[np.ndarray, "rounds B"], *, without_loops: bool) -> PerForward:
     """Sums over the rows of a trace (`ends[r, b]`: new tokens of row b after round r)."""
-    tokens = rounds = looping = 0
-    for row, ids in enumerate(new):
-        start = loop_start(ids)
-        looping += start is not None
-        last = len(ids) if start is None or not without_loops else start
-        own = np.unique(ends[:, row])  # a row that is done takes no further part
-        own = own[own <= last]
-        tokens += int(own[-1])
-        rounds += len(own) - 1
-    return PerForward(tokens, rounds, len(new), looping)
+    rounds = last_rounds(new, ends, without_loops=without_loops)
+    tokens = sum(int(ends[end, row]) for row, end in enumerate(rounds))
+    looping = sum(loop_start(ids) is not None for ids in new)
+    return PerForward(tokens, sum(rounds), len(new), looping)
 
 
 def summed(parts: Sequence[PerForward]) -> PerForward:

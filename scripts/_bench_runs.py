@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from decodax import decoding
+from decodax.decoding.depth import Depth
 from decodax.decoding.drafters import Drafter
+from decodax.decoding.speculative import FULL_DEPTH
 from decodax.decoding.state import DecodeState
 from decodax.decoding.verifiers import Verifier
 from decodax.models.model import Model, Params
@@ -25,9 +27,10 @@ TO_THE_END = np.int32(np.iinfo(np.int32).max)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scheme:
-    """A way of decoding; plain decoding has neither drafter nor verifier. `lossless`: what its verifier says of itself.
+    """A way of decoding; plain decoding has neither drafter nor verifier.
 
-    trained: whether `draft_params` are weights that had to be trained.
+    trained: whether `draft_params` are weights that had to be trained. depth, params: as in `Speculation`. `lossless`:
+    what its verifier and its depth say of themselves.
     """
 
     name: str
@@ -35,20 +38,23 @@ class Scheme:
     verifier: Verifier | None = None
     draft_params: Any = None
     trained: bool = False
+    depth: Depth = FULL_DEPTH
+    params: Any = None
 
     @property
     def lossless(self) -> bool:
-        return self.verifier is None or self.verifier.lossless
+        return self.verifier is None or (self.verifier.lossless and self.depth.lossless)
 
 
 class Trace(NamedTuple):
     """new[b, i]: the i-th new token of a row. ends[r, b]: new tokens of a row after round r, zeros for r = 0.
 
-    state: that at the end.
+    layers[r, b]: layers of the target that the row has asked for by then. state: that at the end.
     """
 
     new: Int[np.ndarray, "B A"]
     ends: Int[np.ndarray, "rounds B"]
+    layers: Int[np.ndarray, "rounds B"]
     state: DecodeState
 
 
@@ -59,14 +65,15 @@ class Runner:
     """
 
     def __init__(self, model: Model, params: Params, scheme: Scheme, *, capacity: int, num_new: int) -> None:
-        self.model, self.params, self.scheme = model, params, scheme
+        self.model, self.scheme = model, scheme
+        self.params = params if scheme.params is None else scheme.params
         self.capacity, self.num_new = capacity, num_new
         if scheme.drafter is None or scheme.verifier is None:
             plain = decoding.autoregressive(model)
             self._start = None
             self._loop = lambda params, draft_params, state, limit: plain(params, state, limit)
         else:
-            speculative = decoding.speculative(model, scheme.drafter, scheme.verifier)
+            speculative = decoding.speculative(model, scheme.drafter, scheme.verifier, scheme.depth)
             self._start = jax.jit(speculative.start, donate_argnums=2)
             self._loop = lambda params, draft_params, state, limit: speculative(params, draft_params, state, limit)
         self._compiled: Any = None
@@ -87,7 +94,8 @@ class Runner:
         seed = np.arange(len(prompts), dtype=np.uint32)
         # Buffers of one size whatever the prompts, so that one program serves all batches.
         room = self.capacity - lengths
-        state = decoding.init(self.model, self.params, tokens, lengths, room, seed, sampling=sampling)
+        depth = None if self._start is None else self.scheme.depth
+        state = decoding.init(self.model, self.params, tokens, lengths, room, seed, sampling=sampling, depth=depth)
         state = dataclasses.replace(state, limit=jnp.asarray(lengths + self.num_new))
         if self._start is not None:
             state = self._start(self.params, self.scheme.draft_params, state)
@@ -132,13 +140,14 @@ class Runner:
         look: called with the state before each round.
         """
         state = self.begin(prompts, temperature)
-        ends = [np.asarray(state.length)]
+        ends, layers = [np.asarray(state.length)], [np.asarray(state.layer_counts.row)]
         while not bool(jnp.all(state.done)):
             if look is not None:
                 look(state)
             state = self.decode(state, 1)
             ends.append(np.asarray(state.length))
-        return Trace(new_tokens(state, prompts, self.num_new), np.stack(ends) - ends[0], state)
+            layers.append(np.asarray(state.layer_counts.row))
+        return Trace(new_tokens(state, prompts, self.num_new), np.stack(ends) - ends[0], np.stack(layers), state)
 
 
 def new_tokens(state: DecodeState, prompts: Batch, num_new: int) -> Int[np.ndarray, "B A"]:

@@ -49,10 +49,15 @@ class SchemeSetting:
 
 
 def named_schemes(world: World) -> dict[str, Scheme]:
-    """Plain decoding, and every strategy that has a name, as `decodax.generate` would build it."""
+    """Plain decoding, and the named strategies that need no trained part or a draft model, as `generate` builds them.
+
+    Those with other parts have a benchmark of their own (`_bench_parts.py`).
+    """
     found = {PLAIN: Scheme(PLAIN)}
     for name, strategy in STRATEGIES.items():
-        if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        if not (isinstance(strategy, type) and issubclass(strategy, Strategy)):
+            continue
+        if strategy.trained_part in (None, DraftModel.trained_part):
             draft = world.draft if strategy.trained_part is not None else None
             found[name] = _scheme(name, strategy.build(world.lm, draft, None))
     return found

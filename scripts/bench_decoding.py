@@ -12,6 +12,11 @@
 - `loop`: what the loop itself costs, on a larger model with random weights and a drafter that costs nothing. On a GPU
   it takes the 8-billion shape in bfloat16 by itself.
 - `length`: the draft length that `draft_tokens="auto"` chooses, and the times that it rests on.
+- `parts`: schemes with small trained parts (prompt tokens, heads, early exits) and depths that leave out layers, each
+  over its settings: tokens per forward and per full depth.
+- `depth`: time per step with half of the layers left out, on the model of the `loop` part.
+- `sizes`: the latency curve up to 256 tokens per forward, the tree sizes that it implies for prompt tokens and Medusa
+  heads, and what a replay of that size and acceptance gains. On a GPU it takes the 8-billion shape, too.
 - `bfloat16`: how often a scheme leaves plain decoding's text in bfloat16, and whether rounding explains it.
 
 Each part says when, on what and with which versions it ran. Compiled programs are not kept between runs, so that
@@ -33,10 +38,14 @@ from decodax.decoding.draft_length import choose_for
 from decodax.decoding.strategies._drafts import find_draft
 from decodax.models.load import LanguageModel
 from decodax.scripts import _bench_common as common
+from decodax.scripts import _bench_depth as depth
 from decodax.scripts import _bench_loop as loop
+from decodax.scripts import _bench_part_pictures as part_pictures
+from decodax.scripts import _bench_parts as parts
 from decodax.scripts import _bench_pictures as pictures
 from decodax.scripts import _bench_precision as precision
 from decodax.scripts import _bench_schemes as schemes
+from decodax.scripts import _bench_sizes as sizes
 from decodax.scripts import _bench_trees as trees
 from decodax.scripts._bench_world import World, embedded
 from decodax.scripts.bench_decode import SHAPES
@@ -57,6 +66,9 @@ class Size:
     trees: trees.TreeSetting
     loop: loop.LoopSetting
     bfloat16: precision.PrecisionSetting
+    parts: parts.PartSetting
+    depth: depth.DepthSetting
+    sizes: sizes.SizeSetting
 
 
 FULL = Size(
@@ -78,6 +90,20 @@ FULL = Size(
         forwards=8,
     ),
     precision.PrecisionSetting(16, 8, 64, 256, 3),
+    parts.PartSetting(
+        128,
+        320,
+        32,
+        trees=(6, 9, 12, 16, 24, 32, 48, 64),
+        confidences=(0.2, 0.4, 0.6, 0.8),
+        exits=(1, 2, 3, 4),
+        lengths=(1, 2, 3, 4, 6),
+        thresholds=(0.3, 0.5, 0.7, 0.9, 1.0),
+        min_layers=(2, 3, 4, 5, 6, 8),
+        typical=(0.3, 0.09, 0.03),
+    ),
+    depth.DepthSetting(SHAPES["full"], "float32", prompt=24, new=64, batches=(1, 8), rounds=7),
+    sizes.SizeSetting(SHAPES["full"], "float32", (2, 4, 8, 16, 32, 64, 128, 256), prompt=24, new=64, rounds=5),
 )
 QUICK = Size(
     4,
@@ -88,8 +114,16 @@ QUICK = Size(
     trees.TreeSetting((3,), 2, 2, 8, 32, 2),
     loop.LoopSetting(SHAPES["tiny"], "float32", 5, 11, 1, (1, 3), (1.0, 0.6), (1, 2, 3), 2),
     precision.PrecisionSetting(2, 2, 6, 32, 1),
+    parts.PartSetting(8, 40, 2, (6,), (0.6,), (2,), (2,), (0.5, 1.0), (4,), (0.09,)),
+    depth.DepthSetting(SHAPES["tiny"], "float32", 5, 6, (2,), 1),
+    sizes.SizeSetting(SHAPES["tiny"], "float32", (2, 8), 5, 9, 1),
 )
-GPU_LOOP = dataclasses.replace(FULL.loop, shape=GPU_SHAPES["8b"], dtype="bfloat16", prompt=128)
+ON_GPU = {"shape": GPU_SHAPES["8b"], "dtype": "bfloat16", "prompt": 128}
+
+
+def for_device(setting: Any, size: Size) -> Any:
+    """The setting of a part that takes random weights: on a GPU those of the 8-billion shape."""
+    return dataclasses.replace(setting, **ON_GPU) if jax.default_backend() != "cpu" and size is FULL else setting
 
 
 def run_schemes(world: World, size: Size) -> dict[str, Any]:
@@ -134,8 +168,19 @@ def run_trees(world: World, size: Size) -> dict[str, Any]:
 
 
 def run_loop(world: World | None, size: Size) -> dict[str, Any]:
-    on_gpu = jax.default_backend() != "cpu" and size is FULL
-    return loop.measure(GPU_LOOP if on_gpu else size.loop)
+    return loop.measure(for_device(size.loop, size))
+
+
+def run_parts(world: World, size: Size) -> dict[str, Any]:
+    return parts.measure(world, size.parts)
+
+
+def run_depth(world: World | None, size: Size) -> dict[str, Any]:
+    return depth.measure(for_device(size.depth, size))
+
+
+def run_sizes(world: World | None, size: Size) -> dict[str, Any]:
+    return sizes.measure(for_device(size.sizes, size))
 
 
 def run_bfloat16(world: World, size: Size) -> dict[str, Any]:
@@ -162,19 +207,23 @@ PARTS: dict[str, Callable[[Any, Size], dict[str, Any]]] = {
     "trees": run_trees,
     "loop": run_loop,
     "length": run_length,
+    "parts": run_parts,
+    "depth": run_depth,
+    "sizes": run_sizes,
     "bfloat16": run_bfloat16,
 }
 PICTURES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
     "schemes": ("bench_decoding.png", pictures.draw_schemes),
     "trees": ("bench_trees.png", pictures.draw_trees),
     "loop": ("latency_curve.png", pictures.draw_latency),
+    "parts": ("bench_parts.png", part_pictures.draw_parts),
 }
 
 
-def run(parts: list[str], world: World | None, size: Size, output: Path, images: Path) -> dict[str, Any]:
+def run(names: list[str], world: World | None, size: Size, output: Path, images: Path) -> dict[str, Any]:
     """Runs the parts and writes the result after each, beside what the file holds of other parts."""
     result = json.loads(output.read_text()) if output.exists() else {}
-    for name in parts:
+    for name in names:
         Console().rule(name)
         result[name] = common.machine() | PARTS[name](world, size)
         common.write_json(output, result)
@@ -198,17 +247,17 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--quick measures nothing worth keeping: say with --output and --images where it shall go")
     size = QUICK if options.quick else FULL
     if options.rounds:
-        parts = {
+        timed = {
             part.name: dataclasses.replace(getattr(size, part.name), rounds=options.rounds)
             for part in dataclasses.fields(size)
             if hasattr(getattr(size, part.name), "rounds")
         }
-        size = dataclasses.replace(size, **parts)
+        size = dataclasses.replace(size, **timed)
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_default_matmul_precision", "highest")
     names = options.part or list(PARTS)
     world = None
-    if set(names) != {"loop"}:
+    if not set(names) <= {"loop", "depth", "sizes"}:
         world = embedded(
             options.draft,
             num_prompts=size.num_prompts,

@@ -15,6 +15,8 @@ LENGTHS = np.array([5, 13, 1])
 PROMPTS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13))
 NEW = np.array([29, 24, 33])  # so that each row alone has buffers of the same size as all three
 CAPACITY = 40
+# Logits of at most 5, rows of size about 1, made by sums in float32 whose order depends on how many tokens run at once.
+TOLERANCE = 2e-5
 NO_STOPS = (-1, -1)  # always two stop tokens, so that runs with and without share compiled code
 OPTIONS = {
     "greedy": {},
@@ -89,3 +91,18 @@ def padded(rows, width=CAPACITY + 8):
     for row, text in enumerate(rows):
         tokens[row, : len(text)] = text
     return jnp.asarray(tokens)
+
+
+def assert_same(got, want, rows=(0, 1, 2)):
+    """All that plain decoding decides, in rows of `want`."""
+    index = np.array(rows)
+    for name in ("tokens", "length", "limit", "done", "failed"):
+        np.testing.assert_array_equal(getattr(got, name), np.asarray(getattr(want, name))[index], err_msg=name)
+    np.testing.assert_allclose(got.logprobs, np.asarray(want.logprobs)[index], atol=TOLERANCE)
+    for count, wanted in zip(jax.tree.leaves(got.history), jax.tree.leaves(want.history), strict=True):
+        np.testing.assert_array_equal(count, np.asarray(wanted)[index])
+    for cache_, wanted in zip(got.caches, want.caches, strict=True):
+        np.testing.assert_array_equal(cache_.length, np.asarray(wanted.length)[index])
+        # Whole buffers: nothing of a rejected node stands behind the tokens either.
+        np.testing.assert_allclose(cache_.key, np.asarray(wanted.key)[index], atol=TOLERANCE)
+        np.testing.assert_allclose(cache_.value, np.asarray(wanted.value)[index], atol=TOLERANCE)

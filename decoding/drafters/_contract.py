@@ -49,6 +49,8 @@ class Proposal:
         of the target, of which those from `first_layer` on are overwritten.
     layers_run, row_layers: runs of the target's layers that the draft took, for the batch, and those that each row
         asked for (None: all of them).
+    likely: tokens that the drafter finds likely after each node, likeliest first, whether or not they are nodes; -1 in
+        all places of a node about which it says nothing, and where it has fewer. Depths that decide by them read it.
     """
 
     token: Int[Array, "B C"]
@@ -61,6 +63,7 @@ class Proposal:
     first_layer: Int[Array, ""] | None = None
     layers_run: Int[Array, ""] | int = 0
     row_layers: Int[Array, " B"] | None = None
+    likely: Int[Array, "B C I"] | None = None
 
 
 @pytree.dataclass

@@ -55,5 +55,6 @@ def rank_accuracies(
     score = jnp.take_along_axis(logits, wanted[..., None], axis=-1)
     is_before = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < wanted[..., None]
     rank = jnp.sum((logits > score) | ((logits == score) & is_before), axis=-1)
-    is_rank = (rank[..., None] == jnp.arange(num_ranks)) & counted[..., None]
+    places = jnp.expand_dims(jnp.arange(num_ranks), tuple(range(rank.ndim)))
+    is_rank = (rank[..., None] == places) & counted[..., None]
     return jnp.sum(is_rank.reshape(-1, num_ranks).astype(jnp.float32), axis=0)

@@ -20,13 +20,11 @@ from jaxtyping import Array, Bool, Float32, Int
 from decodax.decoding.drafters._contract import Children, Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._expand import draw_children
 from decodax.decoding.node_laws import node_history, node_logits
-from decodax.decoding.state import DecodeState, read_chunk
+from decodax.decoding.state import DecodeState, read_prompt_chunks
 from decodax.decoding.tree import Tree
 from decodax.layers.attention.mask import Ancestors
 from decodax.layers.kv_cache.staged import place, stage
 from decodax.models.model import Model, commit
-
-PROMPT_CHUNK = 128  # prompt tokens that the draft reads per forward
 
 
 class _Draft(NamedTuple):
@@ -95,17 +93,8 @@ class DraftModel(Drafter):
 
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Any, ...]:
         batch, capacity = state.tokens.shape
-        chunk = min(PROMPT_CHUNK, capacity)
-
-        def read(index: Array, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-            start = index * chunk
-            return read_chunk(
-                self.model, draft_params, caches, state.tokens, state.length, start, chunk, skip=state.failed
-            )[0]
-
         caches = self.model.empty_cache(batch, capacity, jax.tree.leaves(draft_params)[0].dtype)
-        num_chunks = (jnp.max(state.length) - 1 + chunk - 1) // chunk
-        return jax.lax.fori_loop(0, num_chunks, read, caches)
+        return read_prompt_chunks(self.model, draft_params, caches, state.tokens, state.length, skip=state.failed)
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, tuple[Any, ...]]:
         tree, caches = Tree.fixed(self.parents), state.draft

@@ -7,13 +7,15 @@ that the windows are given text alone (FastDraft, arXiv 2411.11055, likewise tra
 by the models.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from decodax.models.model import Model, Params
 
@@ -95,32 +97,48 @@ class AcceptanceMeter:
     def __call__(
         self, target_params: Params, draft_params: Params, windows: Int[np.ndarray, "W T_plus_1"], *, batch: int = 4
     ) -> Acceptance:
-        sums = np.zeros(3 + RANKS)
-        for start in range(0, len(windows), batch):
-            piece = windows[start : start + batch, :-1]
-            counted = np.arange(batch) < len(piece)  # the last piece is filled up, so that one shape is compiled
-            padded = np.pad(piece, ((0, batch - len(piece)), (0, 0)))
-            sums += np.asarray(_sums(self, target_params, draft_params, padded, counted), np.float64)
-        sampling, kl, *ranks = sums[1:] / sums[0]
-        return Acceptance(float(ranks[0]), float(sampling), float(kl), int(sums[0]), tuple(map(float, ranks)))
+        return measured(partial(_sums, self, target_params, draft_params), windows, batch)
 
 
-def _acceptance_sums(
-    meter: AcceptanceMeter, target_params: Params, draft_params: Params, tokens: Any, counted: Any
+def measured(
+    sums: Callable[[Int[np.ndarray, "B T"], Bool[np.ndarray, " B"]], Float[Array, " sums"]],
+    windows: Int[np.ndarray, "W T_plus_1"],
+    batch: int = 4,
+) -> Acceptance:
+    """The acceptance over windows, `batch` at a time; `sums(tokens, counted)` gives `acceptance_sums` of a piece.
+
+    The windows of a piece that are not `counted` only fill it up.
+    """
+    total = np.zeros(3 + RANKS)
+    for start in range(0, len(windows), batch):
+        piece = windows[start : start + batch, :-1]
+        counted = np.arange(batch) < len(piece)  # the last piece is filled up, so that one shape is compiled
+        padded = np.pad(piece, ((0, batch - len(piece)), (0, 0)))
+        total += np.asarray(sums(padded, counted), np.float64)
+    sampling, kl, *ranks = total[1:] / total[0]
+    return Acceptance(float(ranks[0]), float(sampling), float(kl), int(total[0]), tuple(map(float, ranks)))
+
+
+def acceptance_sums(
+    target: Float[Array, "B T V"], draft: Float[Array, "B T V"], counted: Bool[Array | np.ndarray, " B"]
 ) -> Float[Array, " sums"]:
-    """Over all positions counted: their number, overlap, KL, and how often each guess of the draft is right."""
-    target = window_logits(meter.target, target_params, tokens)
-    draft = window_logits(meter.draft, draft_params, tokens)
+    """Over all positions counted, from logits: their number, overlap, KL, and how often each of the draft's guesses is
+    right."""
     # The rank of the target's likeliest token: how many tokens the draft finds likelier (of equals, those before it).
     best = jnp.argmax(target, axis=-1)[..., None]
     score = jnp.take_along_axis(draft, best, axis=-1)
     is_before = jnp.arange(draft.shape[-1])[None, None, :] < best
     rank = jnp.sum((draft > score) | ((draft == score) & is_before), axis=-1)
     overlap = jnp.sum(jnp.minimum(jax.nn.softmax(target), jax.nn.softmax(draft)), axis=-1)
-    weight = jnp.broadcast_to(counted[:, None], tokens.shape).astype(jnp.float32)
+    weight = jnp.broadcast_to(jnp.asarray(counted)[:, None], overlap.shape).astype(jnp.float32)
     is_rank = [(rank == wanted).astype(jnp.float32) for wanted in range(RANKS)]
     values = (jnp.ones_like(overlap), overlap, kl_divergence(target, draft), *is_rank)
     return jnp.stack([jnp.sum(value * weight) for value in values])
 
 
-_sums = jax.jit(_acceptance_sums, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
+def _sums(
+    meter: AcceptanceMeter, target_params: Params, draft_params: Params, tokens: Any, counted: Any
+) -> Float[Array, " sums"]:
+    target = window_logits(meter.target, target_params, tokens)
+    return acceptance_sums(target, window_logits(meter.draft, draft_params, tokens), counted)

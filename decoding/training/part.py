@@ -55,6 +55,10 @@ class PartTraining:
         """The part at step 0."""
         raise NotImplementedError
 
+    def frozen(self) -> Any:
+        """What `loss` reads and nothing changes: the target's parameters, and whatever else a kind of part needs."""
+        return self.target.params
+
     def loss(
         self, trained: Params, target_params: Params, rows: Int[Array, "B T_plus_1"], step: Int[Array, ""]
     ) -> Float[Array, ""]:
@@ -99,7 +103,7 @@ class PartTraining:
             rotating_share=texts.rotating_share,
             separator=texts.separator,
         )
-        task = Task(self.loss, self.initial(), rows.at, self.target.params, measure, self.about())
+        task = Task(self.loss, self.initial(), rows.at, self.frozen(), measure, self.about())
         return train(self.run, plan, task, **timing)
 
     def export(
@@ -120,6 +124,7 @@ class PartTraining:
             "trained_tokens": step * self.plan.tokens_per_step,
             "heldout": heldout,
             **self.derived(heldout),
+            **self._calibration(rounded),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "plan": asdict(self.plan),
             "about": self.about(),
@@ -128,6 +133,12 @@ class PartTraining:
         shares = dict(self.curve_shares)
         draw_loss(self.run / "log.jsonl", image, title=self.curve_title, unit=self.curve_unit, shares=shares)
         return facts
+
+    def _calibration(self, rounded: Params) -> dict[str, Any]:
+        """What was measured on the text to choose by, where there is some."""
+        if not self.texts.calibration:
+            return {}
+        return {"calibration": self.measure(rounded, self.texts.calibration_windows(self.plan.short_tokens))}
 
     def refuse_foreign(self, folder: Path) -> None:
         """Raises ValueError when the folder holds something else than this part, or files of another kind."""

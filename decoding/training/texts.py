@@ -17,7 +17,9 @@ class Texts:
     """Token ids to learn from and to be judged on.
 
     train: documents that every pass reads. heldout: documents never trained on. rotating: documents of which each pass
-    reads another `rotating_share`. separator: the ids before every document.
+    reads another `rotating_share`. separator: the ids before every document. calibration: never trained on either, and
+    most like what will be decoded (a model's own text); what a strategy chooses by is measured there, and on `heldout`
+    where there is none.
     """
 
     train: Sequence[np.ndarray]
@@ -25,10 +27,18 @@ class Texts:
     rotating: Sequence[np.ndarray] = ()
     rotating_share: float = 0.0
     separator: tuple[int, ...] = ()
+    calibration: Sequence[np.ndarray] = ()
 
     def heldout_windows(self, size: int) -> Int[np.ndarray, "W T_plus_1"]:
         """Windows of held-out text, spread evenly over it where there are more than MAX_HELDOUT_WINDOWS."""
-        stream = np.concatenate([np.concatenate([self.separator, ids]) for ids in self.heldout]).astype(np.int32)
+        return self._windows(self.heldout, size)
+
+    def calibration_windows(self, size: int) -> Int[np.ndarray, "W T_plus_1"]:
+        """The same of the text to choose by."""
+        return self._windows(self.calibration, size)
+
+    def _windows(self, documents: Sequence[np.ndarray], size: int) -> Int[np.ndarray, "W T_plus_1"]:
+        stream = np.concatenate([np.concatenate([self.separator, ids]) for ids in documents]).astype(np.int32)
         try:
             windows = cut(stream, size)
         except ValueError as error:
@@ -39,7 +49,7 @@ class Texts:
     def fingerprint(self) -> str:
         """Tells one collection of texts from another."""
         digest = hashlib.sha256(repr((self.rotating_share, self.separator)).encode())
-        for documents in (self.train, self.heldout, self.rotating):
+        for documents in (self.train, self.heldout, self.rotating, self.calibration):
             digest.update(len(documents).to_bytes(8, "little"))
             for ids in documents:
                 digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())

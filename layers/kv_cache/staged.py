@@ -17,9 +17,12 @@ from decodax.layers.kv_cache.full import KVRows
 
 @pytree.dataclass
 class Staged:
-    """`rows` of U uncommitted tokens at `position`, behind those of `cache`; the mask hides slots not yet filled."""
+    """`rows` of U uncommitted tokens at `position`, behind those of `cache`; the mask hides slots not yet filled.
 
-    cache: Cache
+    Without a cache nothing precedes them.
+    """
+
+    cache: Cache | None
     rows: KVRows
     position: Int[Array, "B U"]
 

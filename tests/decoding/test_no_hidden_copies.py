@@ -15,7 +15,8 @@ import pytest
 
 from decodax import decoding
 from decodax.decoding import state as decode_state
-from decodax.decoding.drafters import DraftModel
+from decodax.decoding.depth import SkipDecode
+from decodax.decoding.drafters import DraftModel, NoDraft
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.feed_forward import GatedMLPConfig
@@ -154,6 +155,18 @@ def skipping_loop(model, *, count_depends_on_reads=True):
 def test_loop_that_skips_layers(capacity):
     model, params, state = abstract(capacity, track_kept=True)
     check_in_place(compile_loop(skipping_loop(model), params, state), capacity)
+
+
+def test_loop_of_a_depth():
+    """A layer runs or does not by the state alone, as SkipDecode's do, and the prompt through some layers only."""
+    capacity, depth = CAPACITIES[1], SkipDecode(max_layers=3, min_layers=2, decay_tokens=7)
+    model, params, state = abstract(capacity)
+    decode = decoding.speculative(model, NoDraft(), ExactMatch(), depth)
+    started = jax.eval_shape(decode.start, params, None, state)
+    check_in_place(jax.jit(decode, donate_argnums=2).lower(params, None, started).compile(), capacity)
+    start, fewer = jax.ShapeDtypeStruct((), jnp.int32), SkipDecode(max_layers=2, min_layers=2, decay_tokens=7)
+    prefill = decode_state._prefill_chunk.lower(model, fewer, 3, params, state, start).compile()
+    check_in_place(prefill, capacity)
 
 
 def test_the_check_sees_copies():

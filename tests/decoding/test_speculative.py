@@ -25,7 +25,9 @@ from tests.speculation import (
     NEW,
     PARAMS,
     PROMPTS,
+    TOLERANCE,
     VOCABULARY,
+    assert_same,
     forward,
     padded,
     plain,
@@ -35,8 +37,6 @@ from tests.speculation import (
 )
 
 SHALLOW = Model(dataclasses.replace(MODEL.config, blocks=MODEL.config.blocks[:1]))  # the target's own first layer
-# Logits of at most 5, rows of size about 1, made by sums in float32 whose order depends on how many tokens run at once.
-TOLERANCE = 2e-5
 
 
 def recorded_tokens(options="greedy"):
@@ -91,21 +91,6 @@ def run(kind, options="greedy", *, blocks=(ALL_TOKENS,), **changes):
 
 
 ended = cache(run)
-
-
-def assert_same(got, want, rows=(0, 1, 2)):
-    """All that plain decoding decides, in rows of `want`."""
-    index = np.array(rows)
-    for name in ("tokens", "length", "limit", "done", "failed"):
-        np.testing.assert_array_equal(getattr(got, name), np.asarray(getattr(want, name))[index], err_msg=name)
-    np.testing.assert_allclose(got.logprobs, np.asarray(want.logprobs)[index], atol=TOLERANCE)
-    for count, wanted in zip(jax.tree.leaves(got.history), jax.tree.leaves(want.history), strict=True):
-        np.testing.assert_array_equal(count, np.asarray(wanted)[index])
-    for cache_, wanted in zip(got.caches, want.caches, strict=True):
-        np.testing.assert_array_equal(cache_.length, np.asarray(wanted.length)[index])
-        # Whole buffers: nothing of a rejected node stands behind the tokens either.
-        np.testing.assert_allclose(cache_.key, np.asarray(wanted.key)[index], atol=TOLERANCE)
-        np.testing.assert_allclose(cache_.value, np.asarray(wanted.value)[index], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)

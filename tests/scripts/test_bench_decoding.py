@@ -9,15 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.decoding.depth import METHODS as DEPTHS
+from decodax.decoding.depth.skip_decode import SkipDecode
 from decodax.decoding.drafters import METHODS as DRAFTERS
-from decodax.decoding.drafters import Children, Replay
+from decodax.decoding.drafters import Children, NoDraft, Replay
 from decodax.decoding.verifiers import METHODS as VERIFIERS
-from decodax.models.load import LanguageModel
+from decodax.decoding.verifiers import ExactMatch
+from decodax.models.load import LanguageModel, load
 from decodax.scripts import _bench_agreement as agreement
 from decodax.scripts import _bench_common as common
+from decodax.scripts import _bench_parts as parts
 from decodax.scripts import _bench_precision as precision
 from decodax.scripts import _bench_repetition as repetition
 from decodax.scripts import _bench_schemes as schemes
+from decodax.scripts import _bench_sizes as sizes
 from decodax.scripts import _bench_trees as trees
 from decodax.scripts import bench_decoding
 from decodax.scripts._bench_runs import Runner, Scheme, row_rounds
@@ -64,10 +69,14 @@ def full_forward(model, params, tokens):
     return out, model.logits(params, out.hidden)
 
 
-def test_every_verifier_and_drafter_takes_part(world):
+def test_every_verifier_drafter_and_depth_takes_part(world):
     found = schemes.all_schemes(world)
     assert {type(scheme.verifier) for scheme in found.values() if scheme.verifier} == set(VERIFIERS.values())
-    assert {type(scheme.drafter) for scheme in found.values() if scheme.drafter} == set(DRAFTERS.values()) - {Replay}
+    lm, skipping = load(dtype="float32"), load(dtype="float32", adapter="layer_skip")
+    tried = [scheme for _, _, scheme in parts.settings(lm, skipping, SIZE.parts)]
+    drafters = {type(scheme.drafter) for scheme in (*found.values(), *tried) if scheme.drafter}
+    assert drafters == set(DRAFTERS.values()) - {Replay}
+    assert {type(scheme.depth) for scheme in tried} == set(DEPTHS.values())
     kinds = {scheme.drafter.children for scheme in found.values() if scheme.drafter}
     assert kinds == set(Children)
 
@@ -267,3 +276,45 @@ def test_a_divergence_beyond_the_bound_is_told(plain):
 
 def test_batches_are_of_mixed_length(world):
     assert [[len(ids) for ids in prompts] for prompts in deal(world.prompts, 2)] == [[3, 7], [5, 11]]
+
+
+def test_parts_part_counts_tokens_and_layers(tmp_path, monkeypatch):
+    """On the embedded model: a lossless scheme and a lossy one, of which the second runs half the layers."""
+    lm = load(dtype="float32")
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, lm.config.vocab_size, size).astype(np.int32) for size in (7, 3, 11, 5)]
+    halved = Scheme("", NoDraft(), ExactMatch(), depth=SkipDecode(8, 4, 1))
+    tried = [("medusa", 9, parts.built(lm, "medusa", 8)), ("halved", 4, halved)]
+    monkeypatch.setattr(parts, "settings", lambda *_: iter(tried))
+    monkeypatch.setattr(parts, "report", lambda found: None)
+    found = parts.measure(World(lm, None, prompts, *[np.zeros((1, 9), np.int32)] * 2), SIZE.parts)["schemes"]
+    medusa, half = found["medusa"]["9"], found["halved"]["4"]
+    assert medusa["lossless"] and medusa["same_rows"] == 4 and not half["lossless"]
+    assert medusa["tokens_per_forward"] == medusa["tokens_per_full_depth"] > 1  # every forward runs all layers
+    new = SIZE.parts.num_new
+    assert half["tokens_per_forward"] == 1
+    assert half["tokens_per_full_depth"] == pytest.approx(8 * new / (8 + 4 * (new - 1)))  # the first runs all
+    assert half["layers_per_forward_of_a_row"] == half["layers_per_forward_of_the_batch"]
+    wrong = dataclasses.replace(tried[0][2], params=jax.tree.map(lambda leaf: 1.1 * leaf, lm.params))
+    monkeypatch.setattr(parts, "settings", lambda *_: iter([("medusa", 9, wrong)]))
+    with pytest.raises(SystemExit, match="medusa at 9 gives other tokens than plain decoding"):
+        parts.measure(World(lm, None, prompts, *[np.zeros((1, 9), np.int32)] * 2), SIZE.parts)
+
+
+def test_depth_part_times_half_the_layers(tmp_path):
+    path = tmp_path / "result.json"
+    bench_decoding.run(["depth"], None, SIZE, path, tmp_path)
+    part = json.loads(path.read_text())["depth"]
+    assert part["layers"] == [1, 2] and part["batch 2"]["half the layers / all layers"]["median"] > 0
+
+
+def test_sizes_part_chooses_by_the_curve_and_replays(tmp_path):
+    path = tmp_path / "result.json"
+    bench_decoding.run(["sizes"], None, SIZE, path, tmp_path)
+    part = json.loads(path.read_text())["sizes"]
+    assert set(part["latency_seconds"]) == {"1", "2", "8"} and set(part["chosen"]) == {"ppd", "medusa"}
+    for by in part["chosen"].values():
+        assert by["nodes"] in (1, 2, 8) and ("replay_speed_up" in by) == (by["nodes"] > 1)
+    # What Vicuna-7B was measured with: 2.4 tokens and more at about 100 tokens per forward (arXiv 2405.18628).
+    assert 2.2 < sizes.expected((105,))["ppd"][105] < 2.8
+    assert sum(sizes._acceptance(1.7, 4) ** i for i in range(5)) == pytest.approx(1.7)

@@ -1,0 +1,116 @@
+"""All layers in order, each run always, never, or for those tokens that want it: decoding and reading prompts alike."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from decodax.decoding.depth._contract import Reached
+from decodax.decoding.depth._layers import run_layer
+from decodax.decoding.drafters._contract import Proposal
+from decodax.decoding.state import DecodeState, after_prompt_chunk
+from decodax.layers import pytree
+from decodax.layers.attention.mask import Mask
+from decodax.models.model import Model, Params, commit
+from decodax.models.transformer import Forward
+
+# Who runs a layer, given its index and its input: all, nobody (without a look at the caches), or the tokens marked.
+Active = Callable[[int, Float[Array, "B T D"]], "bool | Bool[Array, '#B #T']"]
+
+
+@pytree.dataclass
+class Stack:
+    """What a run over the layers gave, how many ran, and how many each row asked for."""
+
+    forward: Forward
+    layers_run: Int[Array, ""]
+    row_layers: Int[Array, " B"]
+
+
+def run_stack(
+    model: Model,
+    params: Params,
+    inputs: Int[Array, "B T"] | Float[Array, "B T D"],
+    position: Int[Array, "B T"],
+    caches: tuple[Any, ...],
+    active: Active,
+    *,
+    mask: Mask | None = None,
+    row_length: Int[Array, "B #T"] | None = None,
+    capture: tuple[int, ...] = (),
+) -> Stack:
+    """Runs T new tokens per row through the layers that `active` names; a token passes by the others unchanged.
+
+    Every layer gives rows, so that all caches stay in step; those of tokens that did not run it hold no meaning.
+    """
+    hidden = model.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+    nothing = model.empty_rows(*position.shape, hidden.dtype)
+    rows, captured = [], {0: hidden} if 0 in capture else {}
+    layers_run, row_layers = jnp.int32(0), jnp.zeros(position.shape[0], jnp.int32)
+    for index in range(model.config.num_layers):
+        wanted = active(index, hidden)
+        if wanted is False:
+            rows.append(nothing[index])
+        elif wanted is True:
+            layers = (index, index + 1)
+            out = model.apply(params, hidden, position, caches, mask=mask, layers=layers, row_length=row_length)
+            hidden = out.hidden
+            rows += out.rows
+            layers_run, row_layers = layers_run + 1, row_layers + 1
+        else:
+            hidden, new, ran = run_layer(
+                model, params, index, hidden, position, caches, mask, wanted, row_length=row_length
+            )
+            rows.append(new)
+            layers_run = layers_run + ran.astype(jnp.int32)
+            row_layers = row_layers + jnp.any(wanted, axis=1).astype(jnp.int32)
+        if index + 1 in capture:
+            captured[index + 1] = hidden
+    return Stack(Forward(hidden, tuple(rows), captured), layers_run, row_layers)
+
+
+def forward_stack(
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    proposal: Proposal,
+    position: Int[Array, "B C"],
+    capture: tuple[int, ...],
+    active: Active,
+) -> Reached:
+    """The nodes of a proposal through the layers that `active` names; raises ValueError where the drafter ran some."""
+    if proposal.rows or proposal.first_layer is not None:
+        raise ValueError(
+            "a depth that leaves out layers needs a drafter that runs none of the target's own, "
+            "got a proposal with rows of layers: use another drafter, or FullDepth"
+        )
+    inputs = proposal.token if proposal.vectors is None else proposal.vectors
+    mask = proposal.tree.mask()
+    out = run_stack(model, params, inputs, position, state.caches, active, mask=mask, capture=capture)
+    return Reached(out.forward, out.layers_run, out.row_layers, state.depth)
+
+
+def prompt_tokens_of(state: DecodeState, start: Int[Array, ""], chunk: int) -> Bool[Array, "B T"]:
+    """Which of the tokens start .. start + chunk - 1 belong to a row's prompt and are not its last, pending one."""
+    return start + jnp.arange(chunk, dtype=jnp.int32)[None, :] < state.length[:, None] - 1
+
+
+def read_prompt_stack(
+    model: Model, params: Params, state: DecodeState, start: Int[Array, ""], chunk: int, active: Active
+) -> DecodeState:
+    """The state after a chunk of every prompt, run through the layers that `active` names and committed."""
+    offset = start + jnp.arange(chunk, dtype=jnp.int32)
+    # A chunk may reach past the buffer; those columns repeat the last one and are not committed.
+    window = jnp.take(state.tokens, jnp.minimum(offset, state.tokens.shape[1] - 1), axis=1)
+    position = jnp.broadcast_to(offset, window.shape)
+    row_length = jnp.maximum(state.length[:, None], 1)
+    last = model.config.num_layers - 1
+    out = run_stack(
+        model, params, window, position, state.caches, active, row_length=row_length, capture=(last,)
+    ).forward
+    real = prompt_tokens_of(state, start, chunk)
+    # As in `state.read_chunk`: the last layer's input tells whether the row is sound, and the count depends on it.
+    sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
+    count = jnp.where(sound & ~state.failed, jnp.sum(real, axis=1, dtype=jnp.int32), 0)
+    return after_prompt_chunk(state, commit(state.caches, out.rows, count), sound)

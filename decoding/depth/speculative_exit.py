@@ -1,0 +1,245 @@
+"""A token leaves the target's layers as soon as it is settled among the few tokens that a draft finds likely.
+
+SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting, arXiv 2504.08850. To ask after every
+layer which of all tokens is the likeliest would cost a product with the whole head each time. A draft narrows it down
+to I = 4 tokens, so that I columns of the head say enough for a small network (the predictor) to guess whether the
+answer is final. Only when it says so is the head run, and only if its likeliest token is one of the I does the token
+exit. So there is no loss where predictors are never wrong, and a threshold of 1 is decoding with all layers.
+
+The tokens are a proposal's `likely` (`drafters/hints.py`), or, where it has none, the candidate children of each node.
+Layers that a token left out have no keys and values of it: later tokens do not see it there.
+
+Departs from the paper: in a tree the nodes that decide are those on the path that the layer's own likeliest tokens
+take, instead of all paths one by one; the feature "change" is 0 at the first predictor of a token; a token that ran
+through all layers counts as an exit after the last one in the schedule's memory.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from decodax.decoding.depth._contract import Depth, Reached
+from decodax.decoding.depth._layers import run_layer
+from decodax.decoding.drafters._contract import Proposal
+from decodax.decoding.logits_processors._largest import largest_token
+from decodax.layers.kv_cache.full import KVRows, MarkedCache
+from decodax.models.model import Model, Params
+from decodax.models.transformer import Forward
+
+WEIGHTS = "exit_predictors"  # where they stand in the target's parameters
+SCHEDULES = ("all", "two_level")
+
+
+def token_logits(
+    model: Model, params: Params, normed: Float[Array, "*N D"], tokens: Int[Array, "*N I"]
+) -> Float32[Array, "*N I"]:
+    """The head's logits of a few tokens each; -1 stands for the first of them once more."""
+    head = params["embedding"] if model.config.tie_embeddings else params["head"]
+    known = jnp.maximum(jnp.where(tokens < 0, tokens[..., :1], tokens), 0)
+    logits = jnp.einsum("...d,...id->...i", normed, head[known], preferred_element_type=jnp.float32)
+    cap = model.config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def exit_features(
+    logits: Float32[Array, "*N I"], previous: Float32[Array, "*N I"]
+) -> tuple[Float32[Array, "*N F"], Float32[Array, "*N I"]]:
+    """What a predictor reads: the logits, their softmax p, and p - `previous`, the p that the last predictor saw.
+
+    `previous` is -1 where there was none; the change is then 0. Also gives p, the next one's `previous`.
+    """
+    law = jax.nn.softmax(logits, axis=-1)
+    change = jnp.where(previous < 0, 0.0, law - previous)
+    return jnp.concatenate([logits, law, change], axis=-1), law
+
+
+def exit_score(weights: Params, features: Float32[Array, "*N F"]) -> Float32[Array, "*N"]:
+    """One predictor: a network of one hidden layer with ReLU. Its sigmoid is the chance that the token is final."""
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+    bias = weights["hidden_bias"].reshape((1,) * (features.ndim - 1) + (-1,))
+    hidden = jax.nn.relu(jnp.einsum("...f,fw->...w", features, weights["hidden"]) + bias)
+    return jnp.einsum("...w,w->...", hidden, weights["out"]) + weights["out_bias"]
+
+
+@dataclass(frozen=True)
+class SpeculativeExit(Depth):
+    """Row b stops after layer l if sigmoid(predictor_l(features)) > `threshold` and argmax(logits_l) is likely.
+
+    That holds for a row when it holds for each node with likely tokens on the path from the root that the layer's own
+    likeliest tokens take; nodes without, such as the leaves of a tree that brings no `likely`, do not vote, and are
+    read after the same layer. The rule looks at the model's own logits, before sampling options.
+
+    schedule: "all" asks the predictors after every layer but the last. "two_level" asks, per row, those of `hot_layers`
+    (numbers of layers run: where most exits were on held-out text) and those at most `reach` layers from one of the
+    row's last `memory` exits. Its state is these exits, newest first; 0 for none.
+
+    The predictors stand in the target's parameters as "exit_predictors", stacked over layers (entry l - 1 is asked
+    after l layers): {"hidden": [L-1, 3I, W], "hidden_bias": [L-1, W], "out": [L-1, W], "out_bias": [L-1]}. What they
+    and the head's extra runs cost is in no count: `layers_run` and `row_layers` are layers alone. `captured` of a row
+    that has exited is what it exited with.
+    """
+
+    threshold: float = 0.5
+    schedule: str = "all"
+    hot_layers: tuple[int, ...] = ()
+    memory: int = 5
+    reach: int = 2
+
+    trained_part = "exit predictors: `decodax train specee`"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must be in 0..1 (1: no exits), got {self.threshold}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if bool(self.hot_layers) != (self.schedule == "two_level"):
+            raise ValueError(
+                f"hot_layers go with schedule 'two_level', which needs at least one; got {self.hot_layers} with "
+                f"{self.schedule!r}"
+            )
+        if self.memory < 1 or self.reach < 0:
+            raise ValueError(f"memory must be at least 1 and reach at least 0, got {self.memory} and {self.reach}")
+
+    @property
+    def cache_policy(self):
+        return MarkedCache
+
+    def check(self, model: Model, params: Params) -> None:
+        num_layers = model.config.num_layers
+        if model.invariant:
+            raise ValueError("speculative exits need caches that mark tokens, which a model with invariant=True lacks")
+        if not all(isinstance(rows, KVRows) for rows in jax.eval_shape(lambda: model.empty_rows(1, 1, jnp.float32))):
+            raise ValueError("speculative exits need a model all of whose layers keep keys and values")
+        if any(not 1 <= layer < num_layers for layer in self.hot_layers):
+            raise ValueError(f"hot_layers must be in 1..{num_layers - 1} (layers run), got {self.hot_layers}")
+        if WEIGHTS not in params:
+            raise ValueError(f"the parameters hold no {WEIGHTS!r}: add those that `decodax train specee` made")
+        shape = params[WEIGHTS]["hidden"].shape
+        if len(shape) != 3 or shape[0] != num_layers - 1 or shape[1] % 3:
+            raise ValueError(f"exit predictors must be [L-1 = {num_layers - 1}, 3 x tokens, width], got {shape}")
+
+    def start(self, model: Model, params: Params, batch_size: int) -> Int[Array, "B I"]:
+        return jnp.zeros((batch_size, self.memory), jnp.int32)
+
+    def forward(self, model, params, state, proposal, position, capture):
+        if proposal.rows or proposal.first_layer is not None or proposal.vectors is not None:
+            raise ValueError(
+                "speculative exits need a drafter with a network of its own, not one of the target's layers"
+            )
+        likely = _likely(proposal, params[WEIGHTS]["hidden"].shape[1] // 3)
+        num_layers, mask = model.config.num_layers, proposal.tree.mask()
+        hidden, rows, captured = model.embed(params, proposal.token), [], {}
+        if 0 in capture:
+            captured[0] = hidden
+        active, previous = ~state.done, jnp.full(likely.shape, -1.0, jnp.float32)
+        scheduled = self._scheduled(state.depth, num_layers)
+        layers_run, row_layers = jnp.int32(0), jnp.zeros(active.shape, jnp.int32)
+        for index in range(num_layers):
+            hidden, new, ran = run_layer(model, params, index, hidden, position, state.caches, mask, active[:, None])
+            rows.append(dataclasses.replace(new, kept=jnp.broadcast_to(active[:, None], position.shape)))
+            layers_run, row_layers = layers_run + ran.astype(jnp.int32), row_layers + active.astype(jnp.int32)
+            if index + 1 in capture:
+                captured[index + 1] = hidden
+            if index + 1 < num_layers:
+                asks = active & scheduled[:, index]
+                exits, previous = self._judge(model, params, index, hidden, proposal, likely, asks, previous)
+                active = active & ~exits
+        recent = jnp.concatenate([row_layers[:, None], state.depth[:, :-1]], axis=1)
+        return Reached(Forward(hidden, tuple(rows), captured), layers_run, row_layers, recent)
+
+    def _scheduled(self, recent: Int[Array, "B I"], num_layers: int) -> Bool[Array, "B L_minus_1"]:
+        """After which layers each row asks."""
+        layer = np.arange(1, num_layers)
+        if self.schedule == "all":
+            return jnp.ones((recent.shape[0], len(layer)), bool)
+        distance = jnp.abs(recent[:, :, None] - jnp.asarray(layer, jnp.int32)[None, None, :])
+        is_near = jnp.any((distance <= self.reach) & (recent > 0)[:, :, None], axis=1)
+        return is_near | jnp.asarray(np.isin(layer, self.hot_layers))[None, :]
+
+    def _judge(
+        self,
+        model: Model,
+        params: Params,
+        index: int,
+        hidden: Float[Array, "B C D"],
+        proposal: Proposal,
+        likely: Int[Array, "B C I"],
+        asks: Bool[Array, " B"],
+        previous: Float32[Array, "B C I"],
+    ) -> tuple[Bool[Array, " B"], Float32[Array, "B C I"]]:
+        """Which of the rows that ask exit after layer `index`, and what their next predictor compares with."""
+        votes = likely[:, :, 0] >= 0
+
+        def judge(previous: Array) -> tuple[Array, Array]:
+            normed = model.normed(params, hidden)
+            features, law = exit_features(token_logits(model, params, normed, likely), previous)
+            weights = jax.tree.map(lambda leaf: leaf[index], params[WEIGHTS])
+            fires = votes & (jax.nn.sigmoid(exit_score(weights, features)) > self.threshold)
+            hopeful = asks & _may_agree(proposal, fires, votes)
+            exits = jax.lax.cond(
+                jnp.any(hopeful),
+                lambda: hopeful & _agrees(proposal, fires, votes, likely, _likeliest(model, params, normed)),
+                lambda: jnp.zeros_like(hopeful),
+            )
+            return exits, jnp.where(asks[:, None, None], law, previous)
+
+        def skip(previous: Array) -> tuple[Array, Array]:
+            return jnp.zeros_like(asks), previous
+
+        with jax.named_scope("exit_predictor"):
+            return jax.lax.cond(jnp.any(asks), judge, skip, previous)
+
+
+def _likely(proposal: Proposal, count: int) -> Int[Array, "B C I"]:
+    """A proposal's likely tokens, or the first `count` candidate children of each node; -1 where there is none.
+
+    Raises ValueError when it brings another number of them than the predictors read.
+    """
+    if proposal.likely is not None:
+        if proposal.likely.shape[2] != count:
+            raise ValueError(
+                f"the exit predictors read {count} likely tokens, the drafter gives {proposal.likely.shape[2]}"
+            )
+        return proposal.likely
+    node = jnp.arange(proposal.token.shape[1])
+    is_child = (jnp.asarray(proposal.tree.parent)[:, None, :] == node[None, :, None]) & proposal.is_candidate[:, None]
+    rank = jnp.cumsum(is_child, axis=2) - 1
+    is_rank = is_child[..., None] & (rank[..., None] == jnp.arange(count)[None, None, None, :])
+    token = jnp.max(jnp.where(is_rank, proposal.token[:, None, :, None], -1), axis=2)
+    return token.astype(jnp.int32)
+
+
+def _may_agree(proposal: Proposal, fires: Bool[Array, "B C"], votes: Bool[Array, "B C"]) -> Bool[Array, " B"]:
+    """Rows in which some path could agree, so that it is worth to run the head.
+
+    Without `likely` of its own the walk of a proposal only agrees if it ends at a node that has no children.
+    """
+    ends = jnp.ones_like(votes) if proposal.likely is not None else ~votes
+    stands = jnp.all((fires | ~votes)[:, None, :] | ~jnp.asarray(proposal.tree.ancestors), axis=2)
+    is_reached = proposal.is_candidate.at[:, 0].set(True)
+    return fires[:, 0] & jnp.any(stands & ends & is_reached, axis=1)
+
+
+def _likeliest(model: Model, params: Params, normed: Float[Array, "B C D"]) -> Int[Array, "B C"]:
+    logits = model.read_out(params, normed)
+    return largest_token(logits.reshape(-1, logits.shape[2])).reshape(normed.shape[:2])
+
+
+def _agrees(
+    proposal: Proposal,
+    fires: Bool[Array, "B C"],
+    votes: Bool[Array, "B C"],
+    likely: Int[Array, "B C I"],
+    guess: Int[Array, "B C"],
+) -> Bool[Array, " B"]:
+    """Rows in which all voting nodes on the path that `guess` takes from the root say that they are final."""
+    parent = jnp.broadcast_to(jnp.maximum(jnp.asarray(proposal.tree.parent), 0), guess.shape)
+    follows = proposal.is_candidate & (proposal.token == jnp.take_along_axis(guess, parent, axis=1))
+    follows = follows.at[:, 0].set(True)
+    on_path = jnp.all(follows[:, None, :] | ~jnp.asarray(proposal.tree.ancestors), axis=2)
+    is_final = fires & jnp.any(likely == guess[:, :, None], axis=2)
+    return jnp.all(is_final | ~votes | ~on_path, axis=1)

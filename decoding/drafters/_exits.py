@@ -1,0 +1,68 @@
+"""What drafters made of the target's first layers share: checks, the mask of an open draft, and what an exit says."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int
+
+from decodax.decoding.logits_processors import History
+from decodax.decoding.logits_processors._largest import largest_token
+from decodax.decoding.logits_processors.min_p import MinP
+from decodax.decoding.logits_processors.temperature import Temperature
+from decodax.decoding.logits_processors.top_k import TopK
+from decodax.decoding.logits_processors.top_p import TopP
+from decodax.decoding.logits_processors.typical_p import TypicalP
+from decodax.decoding.node_laws import node_history
+from decodax.decoding.sampling import Sampling, processed_logits
+from decodax.decoding.tree import Tree
+from decodax.layers.attention.mask import Ancestors
+from decodax.models.model import Model
+
+# They shape a draw and leave the likeliest token as it is (all but the last always); some sort a whole vocabulary.
+_SHAPE_THE_DRAW = (Temperature, TopK, TopP, MinP, TypicalP)
+
+
+def check_exit(model: Model, exit_layer: int) -> None:
+    """Raises ValueError for an exit that is not between the first layer and the last."""
+    last = model.config.num_layers - 1
+    if last < 1:
+        raise ValueError("an early exit needs a model of at least 2 layers, got 1")
+    if not 1 <= exit_layer <= last:
+        raise ValueError(f"exit_layer must be in 1..{last} (layers that draft, of {last + 1}), got {exit_layer}")
+
+
+def check_draft(own: Model, target: Model, draft_params: Any) -> None:
+    """Raises ValueError when the model whose layers draft is not the one that verifies, or has other weights."""
+    if own != target:
+        raise ValueError(
+            "the layers that draft must be the target's own: make the drafter with the model it drafts for"
+        )
+    if draft_params is not None:
+        raise ValueError("early layers draft with the target's own weights: leave draft_params out (None)")
+
+
+def staged_before(node: Int[Array, ""], num_nodes: int) -> Ancestors:
+    """The mask of one node of a chain, whose earlier nodes are staged."""
+    allowed = jnp.concatenate([jnp.arange(num_nodes, dtype=jnp.int32) < node, jnp.ones(1, bool)])
+    return Ancestors(allowed[None, None])
+
+
+def history_at(history: History, token: Int[Array, "B C"], node: Int[Array, ""]) -> History:
+    """The history at one node of a chain, as if its tokens up to there had been written."""
+    of_nodes = node_history(history, Tree.chain(token.shape[1]), token)
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, node, axis=1, keepdims=False), of_nodes)
+
+
+def likeliest(
+    sampling: Sampling, logits: Float32[Array, "B V"], history: History
+) -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
+    """The likeliest token with the sampling options that move it, and how sure the exit is: its largest probability.
+
+    That is the one without options, so that it means the same in greedy rows and in sampled ones.
+    """
+    confidence = jnp.exp(jnp.max(logits, axis=1) - jax.nn.logsumexp(logits, axis=1))
+    movers = tuple(processor for processor in sampling.processors if not isinstance(processor, _SHAPE_THE_DRAW))
+    sampling = dataclasses.replace(sampling, processors=movers)
+    return largest_token(processed_logits(sampling, logits, history)), confidence

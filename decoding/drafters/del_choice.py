@@ -1,0 +1,260 @@
+"""The target's own first layers draft, and how many of them and how long a draft is chosen anew in every round.
+
+DEL: Context-Aware Dynamic Exit Layer for Efficient Self-Speculative Decoding, arXiv 2504.05598. Once a round has been
+verified, the state of the text after every layer is known, and the head says of each what it would have drafted
+(shadow tokens). How often these are the tokens that came, decayed from round to round, gives the exit layer and the
+length with the most expected tokens per layer (`decoding/exit_choice.py`), and the confidence below which a draft ends.
+
+Details that are decided here, and what departs from the paper:
+- The rows of a batch share every forward, so exit and length are those of the batch, and the counts are pooled over it.
+- A draft may have no token: where no exit pays, a round is a step of plain decoding.
+- Counted are the positions of a round whose text was verified: the pending token and the drafts accepted after it. A
+  layer's token there is right when it is the one that the target emitted.
+- A draft ends for the batch when every row that is not done is less sure of its token than the threshold; that token is
+  not proposed. Until an exit has been right and wrong at least once, it has no threshold.
+- The first counts come from the last PROMPT_TOKENS tokens of the prompts, there against the target's likeliest tokens.
+- Looking at the layers costs a pass through the head for every layer but the last, at every counted position; nothing
+  of the layers themselves is run again. `every` = n does so in each n-th round only.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from decodax.decoding.depth import run_layer
+from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
+from decodax.decoding.drafters._exits import check_draft, check_exit, history_at, likeliest, staged_before
+from decodax.decoding.exit_choice import best_exit
+from decodax.decoding.logits_processors import History
+from decodax.decoding.sampling import Sampling
+from decodax.decoding.state import DecodeState
+from decodax.decoding.tree import Tree
+from decodax.layers import pytree
+from decodax.layers.kv_cache.staged import stage
+from decodax.models.model import Model
+
+DECAY = 0.95  # of the counts, per round
+PROMPT_TOKENS = 32  # of each prompt's end, from which the first counts come
+UNSEEN = 0.5  # the agreement of an exit of which nothing is known
+
+
+@pytree.dataclass
+class ExitCounts:
+    """Of the exit after each layer but the last, decayed: right and wrong tokens, and their summed confidences."""
+
+    right: Float32[Array, " exits"]
+    wrong: Float32[Array, " exits"]
+    right_confidence: Float32[Array, " exits"]
+    wrong_confidence: Float32[Array, " exits"]
+
+    @classmethod
+    def zero(cls, num_exits: int) -> "ExitCounts":
+        return cls(*jnp.zeros((4, num_exits), jnp.float32))
+
+    def decayed(self, by: Float32[Array, ""]) -> "ExitCounts":
+        return jax.tree.map(lambda count: by * count, self)
+
+    def agreement(self) -> Float32[Array, " exits"]:
+        """The share of right tokens."""
+        total = self.right + self.wrong
+        return jnp.where(total > 0, self.right / jnp.maximum(total, 1e-9), UNSEEN)
+
+    def threshold(self) -> Float32[Array, " exits"]:
+        """Midway between the mean confidences in right and in wrong tokens; 0 where there were none of a kind."""
+        right = self.right_confidence / jnp.maximum(self.right, 1e-9)
+        wrong = self.wrong_confidence / jnp.maximum(self.wrong, 1e-9)
+        return jnp.where((self.right > 0) & (self.wrong > 0), (right + wrong) / 2, 0.0)
+
+
+class Drafted(NamedTuple):
+    """What a draft leaves to be looked at once it has been verified; it ended at `exit_layer`.
+
+    states[l - 1]: after l layers, at every node that was run; of use up to the exit. history: before the round.
+    """
+
+    exit_layer: Int[Array, ""]
+    states: Float[Array, "exits B C D"]
+    history: History
+
+
+@pytree.dataclass
+class DelState:
+    """counts: of every exit so far. round: rounds done. drafted: between a proposal and its outcome."""
+
+    counts: ExitCounts
+    round: Int[Array, ""]
+    drafted: Drafted | None = None
+
+
+class _Draft(NamedTuple):
+    """A draft under way: `node` is the next to run, of `end` that the draft will have. rows: of every layer."""
+
+    node: Int[Array, ""]
+    end: Int[Array, ""]
+    token: Int[Array, "B C"]
+    states: Float[Array, "exits B C D"]
+    vectors: Float[Array, "B C D"]
+    rows: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class DynamicExit(Drafter):
+    """A chain of at most `max_tokens` tokens from the layer of `model`, the target, that has paid best of late."""
+
+    model: Model
+    max_tokens: int = 12
+    every: int = 1
+
+    trained_part = "a model taught to exit early: `decodax train layer_skip`, or a LayerSkip checkpoint"
+
+    def __post_init__(self) -> None:
+        check_exit(self.model, 1)
+        if self.max_tokens < 1 or self.every < 1:
+            raise ValueError(f"max_tokens and every must be at least 1, got {self.max_tokens} and {self.every}")
+
+    @property
+    def num_nodes(self) -> int:
+        return self.max_tokens + 1
+
+    @property
+    def max_depth(self) -> int:
+        return self.max_tokens
+
+    @property
+    def num_exits(self) -> int:
+        return self.model.config.num_layers - 1
+
+    @property
+    def capture(self) -> tuple[int, ...]:
+        return tuple(range(1, self.num_exits + 1))
+
+    def check(self, model: Model, draft_params: Any) -> None:
+        check_draft(self.model, model, draft_params)
+
+    def start(self, params: Any, draft_params: Any, state: DecodeState) -> DelState:
+        """Runs the prompts' last tokens but the pending one once more, through all layers, to look at every exit."""
+        num_tokens = min(PROMPT_TOKENS, state.tokens.shape[1])
+        first = jnp.maximum(state.length - 1 - num_tokens, 0)
+        position = first[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+        before = tuple(dataclasses.replace(cache, length=jnp.minimum(cache.length, first)) for cache in state.caches)
+        token = jnp.take_along_axis(state.tokens, jnp.minimum(position, state.tokens.shape[1] - 1), axis=1)
+        out = self.model.apply(params, token, position, before, capture=self.capture)
+        states = jnp.stack([out.captured[layer] for layer in self.capture])
+        wanted = jnp.argmax(self.model.logits(params, out.hidden), axis=2).astype(jnp.int32)
+        count = jnp.where(state.done, 0, jnp.minimum(num_tokens, state.length - 1))
+        counts = self._look(params, Sampling((), False), states, wanted, count, lambda node: state.history)
+        return DelState(counts, jnp.int32(0))
+
+    def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, DelState]:
+        counts: ExitCounts = state.draft.counts
+        tree, pending = Tree.chain(self.num_nodes), state.pending()
+        exit_layer, length = best_exit(counts.agreement(), self.num_exits + 1, self.max_tokens)
+        threshold = counts.threshold()[exit_layer - 1]
+        dtype, shape = params["embedding"].dtype, (*pending.shape, self.num_nodes)
+        draft = _Draft(
+            jnp.int32(0),
+            length + 1,
+            jnp.zeros(shape, jnp.int32).at[:, 0].set(pending),
+            jnp.zeros((self.num_exits, *shape, self.model.config.hidden_size), dtype),
+            jnp.zeros((*shape, self.model.config.hidden_size), dtype),
+            self.model.empty_rows(*shape, dtype),
+        )
+
+        def run(draft: _Draft) -> _Draft:
+            draft, hidden = self._run_node(params, state, draft, exit_layer)
+
+            def guess() -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
+                logits = self.model.logits(params, hidden)[:, 0]
+                return likeliest(state.sampling, logits, history_at(state.history, draft.token, draft.node))
+
+            # Nothing is drafted from the last node, so the head need not read it.
+            is_last = draft.node + 1 >= draft.end
+            token, confidence = jax.lax.cond(is_last, lambda: (pending, jnp.zeros(pending.shape)), guess)
+            ends = jnp.all((confidence < threshold) | state.done)
+            token = draft.token.at[:, draft.node + 1].set(token, mode="drop")
+            end = jnp.where(ends, draft.node + 1, draft.end)
+            return draft._replace(node=draft.node + 1, end=end, token=token)
+
+        draft = jax.lax.while_loop(lambda draft: draft.node < draft.end, run, draft)
+        is_drafted = jnp.broadcast_to((jnp.arange(self.num_nodes) < draft.end)[None, :], shape)
+        proposal = dataclasses.replace(
+            fixed_proposal(tree, draft.token, is_drafted, forwards=draft.end),
+            vectors=draft.vectors,
+            rows=draft.rows,
+            first_layer=exit_layer,
+            layers_run=draft.end * exit_layer,
+        )
+        drafted = Drafted(exit_layer, draft.states, state.history)
+        return proposal, dataclasses.replace(state.draft, drafted=drafted)
+
+    def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> DelState:
+        before, drafted, taken = state.draft, state.draft.drafted, outcome.num_emitted
+        captured = jnp.stack([outcome.forward.captured[layer] for layer in self.capture])
+        was_drafted = jnp.asarray(self.capture) <= 0
+        states = jnp.where(was_drafted[:, None, None, None], drafted.states, captured)
+        place = (state.length - taken)[:, None] + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
+        emitted = jnp.take_along_axis(state.tokens, jnp.minimum(place, state.tokens.shape[1] - 1), axis=1)
+        looks = before.round % self.every == 0
+        token = outcome.proposal.token
+        new = self._look(
+            params,
+            state.sampling,
+            states,
+            emitted,
+            jnp.where(looks, taken, 0),
+            lambda node: history_at(drafted.history, token, node),
+        )
+        old = before.counts.decayed(jnp.where(looks, DECAY, 1.0))
+        return DelState(jax.tree.map(jnp.add, old, new), before.round + 1)
+
+    def _run_node(
+        self, params: Any, state: DecodeState, draft: _Draft, exit_layer: Int[Array, ""]
+    ) -> tuple[_Draft, Float[Array, "B 1 D"]]:
+        """Runs the draft's next node through the layers before the exit, of which only these are computed."""
+        tree, node = Tree.chain(self.num_nodes), draft.node
+        position = state.length[:, None] - 1 + jnp.asarray(tree.depth)
+        own = jax.lax.dynamic_slice_in_dim(position, node, 1, axis=1)
+        hidden = self.model.embed(params, jax.lax.dynamic_slice_in_dim(draft.token, node, 1, axis=1))
+        mask, staged = staged_before(node, self.num_nodes), stage(state.caches, draft.rows, position)
+        rows, states = list(draft.rows), draft.states
+        for index in range(self.num_exits):
+            hidden, new, _ = run_layer(
+                self.model, params, index, hidden, own, staged, mask, jnp.asarray(index) < exit_layer
+            )
+            rows[index] = rows[index].place(new, node[None])
+            states = jax.lax.dynamic_update_slice(states, hidden[None], (index, 0, node, 0))
+        vectors = jax.lax.dynamic_update_slice_in_dim(draft.vectors, hidden, node, axis=1)
+        return draft._replace(states=states, vectors=vectors, rows=tuple(rows)), hidden
+
+    def _look(
+        self,
+        params: Any,
+        sampling: Sampling,
+        states: Float[Array, "exits B C D"],
+        wanted: Int[Array, "B C"],
+        count: Int[Array, " B"],
+        history: Any,
+    ) -> ExitCounts:
+        """What every exit would have said at the first `count[b]` places of a row, against the `wanted` tokens.
+
+        One place after the other, as the logits of all of them at once would be large.
+        """
+
+        def add(node: Int[Array, ""], counts: ExitCounts) -> ExitCounts:
+            hidden = jax.lax.dynamic_slice_in_dim(states, node, 1, axis=2)
+            exits, batch = hidden.shape[:2]
+            logits = self.model.logits(params, hidden.reshape(exits * batch, 1, -1)).reshape(exits, batch, -1)
+            of_node = history(node)
+            token, confidence = jax.vmap(lambda logits: likeliest(sampling, logits, of_node))(logits)
+            is_right = token == jax.lax.dynamic_slice_in_dim(wanted, node, 1, axis=1).T
+            counts_here = (node < count)[None, :]
+            right, wrong = is_right & counts_here, ~is_right & counts_here
+            new = [jnp.sum(kind, axis=1, dtype=jnp.float32) for kind in (right, wrong)]
+            new += [jnp.sum(jnp.where(kind, confidence, 0.0), axis=1) for kind in (right, wrong)]
+            return jax.tree.map(jnp.add, counts, ExitCounts(*new))
+
+        return jax.lax.fori_loop(0, jnp.max(count), add, ExitCounts.zero(self.num_exits))

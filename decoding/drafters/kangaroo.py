@@ -1,0 +1,215 @@
+"""The target's own first layers, a small adapter and the target's head draft; the rest of the target verifies.
+
+Kangaroo: Lossless Self-Speculative Decoding via Double Early Exiting, arXiv 2404.18911. The first exit leaves the
+target after a few layers. The second ends a draft early: as soon as the adapter is less sure of a token than a
+threshold, no further one is drafted; that token is still verified. The hidden states and rows of the first layers are
+handed to the verification, which runs only the layers behind them.
+
+Departs from the paper in that rows of a batch draft together, for as many steps as the one that goes on longest, and
+each row verifies its own draft alone; and sampled rows draft the token that the adapter finds likeliest after the
+sampling options, which verification by exact match keeps to the target's law. The confidence is always that of the
+adapter's law before any option, so that it means the same in greedy and in sampled rows.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
+from decodax.decoding.drafters._exits import check_exit, likeliest, staged_before
+from decodax.decoding.logits_processors import History
+from decodax.decoding.state import DecodeState
+from decodax.decoding.tree import Tree
+from decodax.layers.adapters.attention_exit import AttentionExit
+from decodax.layers.kv_cache.staged import Staged, place, stage
+from decodax.models.model import Model, Params
+
+PROMPT_CHUNK = 128  # prompt tokens that the first layers and the adapter read per forward
+
+
+def exit_adapter(model: Model, exit_layer: int) -> AttentionExit:
+    """The adapter behind the first `exit_layer` layers: attention like that of the first layer left out.
+
+    Raises ValueError for an exit that is not between the first layer and the last.
+    """
+    check_exit(model, exit_layer)
+    config, block = model.config, model.config.blocks[exit_layer]
+    return AttentionExit(block.mixer, block.norm, config.final_norm, config.hidden_size)
+
+
+class _Draft(NamedTuple):
+    """A draft under way. node: the next one to run; of those before it, hidden states and rows are there.
+
+    runs: rows that want `node` run, to verify it. goes_on: those of them that want a token drafted after it.
+    num_runs: nodes run so far that the row wanted.
+    """
+
+    node: Int[Array, ""]
+    token: Int[Array, "B C"]
+    is_candidate: Bool[Array, "B C"]
+    hidden: Float[Array, "B C D"]
+    rows: tuple[Any, ...]
+    adapter_rows: Any
+    history: History
+    runs: Bool[Array, " B"]
+    goes_on: Bool[Array, " B"]
+    num_runs: Int[Array, " B"]
+
+
+@dataclass(frozen=True)
+class Kangaroo(Drafter):
+    """A chain of at most `max_tokens`, ended by the first token whose probability is below `confidence` (eta).
+
+    Its weights are {"adapter": those of `exit_adapter`}; its state is the adapter's cache, which holds all tokens of a
+    row but the pending one. A step of drafting runs `exit_layer` layers of the target for one token of each row, and
+    those are counted as layers; the adapter's attention, and the head read for each drafted token, are not layers of
+    the target and are not counted. What is verified always has max_tokens + 1 places, however few of them are filled.
+    """
+
+    model: Model
+    exit_layer: int
+    max_tokens: int = 6
+    confidence: float = 0.6
+    num_nodes: int = field(init=False)
+    max_depth: int = field(init=False)
+
+    trained_part = "an adapter between the exit layer and the head: `decodax train kangaroo`"
+
+    def __post_init__(self) -> None:
+        exit_adapter(self.model, self.exit_layer)
+        if self.max_tokens < 1:
+            raise ValueError(f"a draft must hold at least 1 token, got {self.max_tokens}")
+        if not 0 <= self.confidence <= 1:
+            raise ValueError(f"the confidence must be a probability in 0..1, got {self.confidence}")
+        object.__setattr__(self, "num_nodes", self.max_tokens + 1)
+        object.__setattr__(self, "max_depth", self.max_tokens)
+
+    @property
+    def adapter(self) -> AttentionExit:
+        return exit_adapter(self.model, self.exit_layer)
+
+    def check(self, model: Model, draft_params: Any) -> None:
+        if model != self.model:
+            raise ValueError("the first layers that draft must be the target's own: make the drafter with its model")
+        if not isinstance(draft_params, dict) or "adapter" not in draft_params:
+            raise ValueError('a Kangaroo drafter needs {"adapter": weights}: `decodax train kangaroo` makes them')
+        self.adapter.check(draft_params["adapter"])
+
+    def start(self, params: Any, draft_params: Any, state: DecodeState) -> Any:
+        """The adapter's cache; the first layers run over the prompts once more, for what the adapter reads."""
+        batch, capacity = state.tokens.shape
+        chunk = min(PROMPT_CHUNK, capacity)
+
+        def read(index: Array, cache: Any) -> Any:
+            start = index * chunk
+            offset = start + jnp.arange(chunk, dtype=jnp.int32)
+            window = jnp.take(state.tokens, jnp.minimum(offset, capacity - 1), axis=1)
+            position = jnp.broadcast_to(offset, window.shape)
+            row_length = jnp.maximum(state.length[:, None], 1)
+            # The target's caches hold the whole prompts; for this chunk they end where it begins.
+            before = tuple(dataclasses.replace(c, length=jnp.minimum(c.length, start)) for c in state.caches)
+            out = self.model.apply(params, window, position, before, row_length=row_length, layers=(0, self.exit_layer))
+            normed, rows = self.adapter.apply(
+                draft_params["adapter"], out.hidden, position, cache, row_length=row_length
+            )
+            wanted = jnp.clip(state.length - 1 - start, 0, chunk)
+            # As the count depends on what was read from the cache, it is written in place (see KVCache.commit).
+            real = jnp.arange(chunk)[None, :] < wanted[:, None]
+            sound = jnp.all(jnp.isfinite(normed) | ~real[..., None], axis=(1, 2))
+            return cache.commit(rows, jnp.where(sound & ~state.failed, wanted, 0))
+
+        cache = self.adapter.empty_cache(batch, capacity, _dtype(draft_params))
+        num_chunks = (jnp.max(state.length) - 1 + chunk - 1) // chunk
+        return jax.lax.fori_loop(0, num_chunks, read, cache)
+
+    def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, tuple[Any, Any]]:
+        def is_wanted(draft: _Draft) -> Bool[Array, ""]:
+            return (draft.node < self.num_nodes) & jnp.any(draft.runs)
+
+        def step(draft: _Draft) -> _Draft:
+            draft, normed = self._run(params, draft_params, draft, state)
+            return self._guess(params, draft, state, normed)
+
+        draft = jax.lax.while_loop(is_wanted, step, self._begin(params, draft_params, state))
+        proposal = fixed_proposal(Tree.chain(self.num_nodes), draft.token, draft.is_candidate, forwards=draft.node)
+        proposal = dataclasses.replace(
+            proposal,
+            vectors=draft.hidden,
+            rows=draft.rows,
+            layers_run=self.exit_layer * draft.node,
+            row_layers=self.exit_layer * draft.num_runs,
+        )
+        return proposal, (state.draft, draft.adapter_rows)
+
+    def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> Any:
+        """Every candidate has been run, so the accepted ones, the root first, are all there."""
+        cache, rows = state.draft
+        return cache.commit(rows, outcome.num_emitted)
+
+    def _begin(self, params: Params, draft_params: Any, state: DecodeState) -> _Draft:
+        batch, nodes = state.tokens.shape[0], self.num_nodes
+        dtype = _dtype(params)
+        return _Draft(
+            node=jnp.int32(0),
+            token=jnp.zeros((batch, nodes), jnp.int32).at[:, 0].set(state.pending()),
+            is_candidate=jnp.zeros((batch, nodes), bool),
+            hidden=jnp.zeros((batch, nodes, self.model.config.hidden_size), dtype),
+            rows=self.model.empty_rows(batch, nodes, dtype)[: self.exit_layer],
+            adapter_rows=self.adapter.empty_rows(batch, nodes, dtype),
+            history=state.history,
+            runs=~state.done,
+            goes_on=~state.done,
+            num_runs=jnp.zeros(batch, jnp.int32),
+        )
+
+    def _run(
+        self, params: Params, draft_params: Any, draft: _Draft, state: DecodeState
+    ) -> tuple[_Draft, Float[Array, "B 1 D"]]:
+        """The draft with its node run through the first layers and the adapter, and what the head reads there."""
+        node, places = draft.node, jnp.arange(self.num_nodes, dtype=jnp.int32)
+        positions = state.length[:, None] - 1 + places[None, :]
+        own = state.length[:, None] - 1 + node
+        mask = staged_before(node, self.num_nodes)
+        token = jax.lax.dynamic_slice_in_dim(draft.token, node, 1, axis=1)
+        shallow, deep = state.caches[: self.exit_layer], state.caches[self.exit_layer :]
+        caches = (*stage(shallow, draft.rows, positions), *deep)
+        out = self.model.apply(params, token, own, caches, mask=mask, layers=(0, self.exit_layer))
+        staged = Staged(state.draft, draft.adapter_rows, positions)
+        normed, adapter_rows = self.adapter.apply(draft_params["adapter"], out.hidden, own, staged, mask=mask)
+        draft = draft._replace(
+            hidden=draft.hidden.at[:, node].set(out.hidden[:, 0]),
+            rows=place(draft.rows, out.rows, node[None]),
+            adapter_rows=draft.adapter_rows.place(adapter_rows, node[None]),
+            num_runs=draft.num_runs + draft.runs.astype(jnp.int32),
+        )
+        return draft, normed
+
+    def _guess(self, params: Params, draft: _Draft, state: DecodeState, normed: Float[Array, "B 1 D"]) -> _Draft:
+        """The draft with a token after its node, in the rows that go on; the head is read only if there is one."""
+
+        asks = draft.goes_on & (draft.node + 1 < self.num_nodes)
+
+        def read() -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+            return likeliest(state.sampling, self.model.read_out(params, normed)[:, 0], draft.history)
+
+        def skip() -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+            return jnp.zeros(asks.shape, jnp.int32), jnp.zeros(asks.shape, jnp.float32)
+
+        token, confidence = jax.lax.cond(jnp.any(asks), read, skip)
+        after = draft.node + 1
+        return draft._replace(
+            node=after,
+            token=draft.token.at[:, after].set(token, mode="drop"),
+            is_candidate=draft.is_candidate.at[:, after].set(asks, mode="drop"),
+            history=draft.history.record(token[:, None], asks.astype(jnp.int32)),
+            runs=asks,
+            goes_on=asks & (confidence >= self.confidence),
+        )
+
+
+def _dtype(params: Any) -> Any:
+    return jax.tree.leaves(params)[0].dtype

@@ -1,0 +1,105 @@
+"""A draft model that itself decodes with drafts: speculation inside a drafter.
+
+As in Hardware-Aware Parallel Prompt Decoding (section 5, with speculative decoding), arXiv 2405.18628: prompt tokens of
+the draft model guess for it, so that a chain of its tokens takes fewer of its forwards. The chain is the one that the
+draft model would have written greedily alone.
+
+Rolling back is lowering a length: the draft's own cache holds what it wrote itself, of which the target may refuse the
+end. So this needs caches in which slot s holds position s, as the default one.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
+from decodax.decoding.logits_processors import History
+from decodax.decoding.loop import run_until_done
+from decodax.decoding.sampling import Sampling
+from decodax.decoding.speculative import Speculative
+from decodax.decoding.state import DecodeState, LayerCounts, read_prompt_chunks
+from decodax.decoding.tree import Tree
+from decodax.models.model import Model
+
+
+@dataclass(frozen=True)
+class NestedDraft(Drafter):
+    """`inner` decodes `num_tokens` tokens (and one more, so that its cache never lacks one) for every proposal.
+
+    `draft_params` is {"model": the draft model's, "drafter": those of the inner drafter}. The inner drafter is started
+    anew in every round, so it should be one that keeps nothing of the text (prompt tokens, heads, lookup).
+    """
+
+    inner: Speculative
+    num_tokens: int
+    num_nodes: int = field(init=False)
+    max_depth: int = field(init=False)
+
+    trained_part = "a draft model with prompt tokens of its own: `decodax train draft`, then `decodax train ppd`"
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"a draft must hold at least 1 token, got {self.num_tokens}")
+        object.__setattr__(self, "num_nodes", self.num_tokens + 1)
+        object.__setattr__(self, "max_depth", self.num_tokens)
+
+    def check(self, model: Model, draft_params: Any) -> None:
+        mine, wanted = self.inner.model.config.vocab_size, model.config.vocab_size
+        if mine != wanted:
+            raise ValueError(f"a draft must have the target's vocabulary of {wanted} tokens, got {mine}")
+        self.inner.drafter.check(self.inner.model, draft_params["drafter"])
+
+    def start(self, params: Any, draft_params: Any, state: DecodeState) -> DecodeState:
+        model, (batch, capacity) = self.inner.model, state.tokens.shape
+        vocab_size = model.config.vocab_size
+        dtype = jax.tree.leaves(draft_params["model"])[0].dtype
+        caches = read_prompt_chunks(
+            model, draft_params["model"], model.empty_cache(batch, capacity, dtype), state.tokens, state.length,
+            skip=state.failed,
+        )  # fmt: skip
+        inner = dataclasses.replace(
+            state,
+            stop_token_ids=state.stop_token_ids[:, :0],
+            caches=caches,
+            history=History.start(state.tokens, state.length, vocab_size=vocab_size, with_counts=False),
+            sampling=Sampling.create(batch, vocab_size),
+            layer_counts=LayerCounts.zero(batch),
+            depth=(),
+        )
+        return self._started(draft_params, inner, state)
+
+    def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, DecodeState]:
+        inner = self._started(draft_params, state.draft, state)
+        inner = run_until_done(
+            lambda inner: self.inner.step(draft_params["model"], draft_params["drafter"], inner), inner, None
+        )
+        place = state.length[:, None] - 1 + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
+        token = jnp.take_along_axis(inner.tokens, jnp.minimum(place, inner.tokens.shape[1] - 1), axis=1)
+        is_candidate = place < inner.length[:, None]
+        chain = Tree.chain(self.num_nodes)
+        return fixed_proposal(chain, token, is_candidate, forwards=inner.num_target_forwards), inner
+
+    def _started(self, draft_params: Any, inner: DecodeState, state: DecodeState) -> DecodeState:
+        """The inner state at the target's text: what the target refused is behind the caches' length."""
+        capacity = state.tokens.shape[1]
+        limit = jnp.minimum(state.length + self.num_tokens + 1, capacity)
+        caches = tuple(_rolled_back(cache, state.length - 1) for cache in inner.caches)
+        inner = dataclasses.replace(
+            inner,
+            tokens=state.tokens,
+            length=state.length,
+            limit=limit,
+            done=state.done | (state.length >= limit),
+            failed=jnp.zeros_like(state.done),
+            caches=caches,
+            num_target_forwards=jnp.int32(0),
+        )
+        return self.inner.start(draft_params["model"], draft_params["drafter"], inner)
+
+
+def _rolled_back(cache: Any, length: Int[Array, " B"]) -> Any:
+    return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))

@@ -1,0 +1,156 @@
+"""Trees for parallel prompt decoding: candidate tokens, and behind each of them a chain of prompt tokens.
+
+A candidate that is accepted last brings the guesses of the prompt tokens behind it, so a tree decides twice: how far
+this round goes, and how many distances the next one can guess (its state, 1 .. m). Hardware-Aware Parallel Prompt
+Decoding, arXiv 2405.18628.
+
+Static: every candidate carries m prompt tokens. Dynamic: one tree for each state, prompt tokens taken away where they
+are worth least. Departs from the authors' code in the chain of states: a round that accepts nothing lands on the root,
+whose m prompt tokens lead to state m; their model has one more, empty round there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from decodax.decoding.drafters._guesses import sibling_ranks
+from decodax.decoding.tree import Tree
+from decodax.decoding.tree_choice import best_tree
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """parents: of the candidates, as in `Tree.fixed`, the root included. prompts[i]: prompt tokens behind candidate i.
+
+    The root needs as many as any other, and each candidate at least 1, as a round without guesses drafts nothing.
+    """
+
+    parents: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        Tree.fixed(self.parents)
+        if len(self.prompts) != len(self.parents):
+            raise ValueError(
+                f"every candidate needs its number of prompt tokens: got {len(self.prompts)} for {len(self.parents)}"
+            )
+        if min(self.prompts) < 1 or self.prompts[0] < max(self.prompts):
+            raise ValueError(
+                f"each candidate needs at least 1 prompt token and the root the most, got {self.prompts}: "
+                "give the tree room for more nodes"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Distances whose guesses it uses."""
+        return int(np.max(Tree.fixed(self.parents).depth))
+
+    def num_nodes(self, ensemble: int = 1) -> int:
+        """Tokens of a forward: candidates, and `ensemble` chains of prompt tokens behind each."""
+        return len(self.parents) + ensemble * sum(self.prompts)
+
+
+def node_probabilities(
+    accuracy: Sequence[Sequence[float]], parents: Sequence[int]
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
+    """For each candidate the chance that it is accepted, and that the walk ends on it.
+
+    accuracy[d][r]: chance that the r-th guess for distance d + 1 is right, given that those before it were.
+
+    >>> accepted, ends = node_probabilities([[0.5, 0.2], [0.4]], (-1, 0, 0, 1))
+    >>> accepted.tolist(), [round(value, 2) for value in ends]
+    ([1.0, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2])
+    """
+    ranks, depth = sibling_ranks(parents), np.asarray(Tree.fixed(parents).depth)[0]
+    accepted = np.ones(len(parents))
+    for node in range(1, len(parents)):
+        shares = accuracy[depth[node] - 1] if depth[node] <= len(accuracy) else ()
+        accepted[node] = accepted[parents[node]] * (shares[ranks[node]] if ranks[node] < len(shares) else 0.0)
+    ends = accepted.copy()
+    np.subtract.at(ends, np.asarray(parents[1:], int), accepted[1:])
+    return accepted, ends
+
+
+def static_tree(accuracy: Sequence[Sequence[float]], num_candidates: int) -> PromptTree:
+    """The best tree of `num_candidates` guesses, each with prompt tokens for all distances."""
+    parents = _candidates(accuracy, len(accuracy), num_candidates)
+    return PromptTree(parents, (len(accuracy),) * len(parents))
+
+
+def stationary_law(accuracy: Sequence[Sequence[float]], trees: Sequence[PromptTree]) -> Float[np.ndarray, " m"]:
+    """How often each state occurs in the long run; state k (from 1) drafts with `trees[k - 1]`."""
+    moves = np.zeros((len(trees), len(trees)))
+    for state, tree in enumerate(trees):
+        _, ends = node_probabilities(accuracy, tree.parents)
+        np.add.at(moves[state], np.asarray(tree.prompts) - 1, ends)
+    system = np.vstack([moves.T - np.eye(len(trees)), np.ones(len(trees))])
+    return np.linalg.lstsq(system, np.append(np.zeros(len(trees)), 1.0), rcond=None)[0]
+
+
+def expected_tokens(accuracy: Sequence[Sequence[float]], trees: Sequence[PromptTree]) -> float:
+    """Tokens per forward of the target in the long run, its own included. A single tree serves every state."""
+    gains = [float(node_probabilities(accuracy, tree.parents)[0].sum()) for tree in trees]
+    return gains[0] if len(trees) == 1 else float(stationary_law(accuracy, trees) @ np.asarray(gains))
+
+
+def dynamic_trees(accuracy: Sequence[Sequence[float]], num_nodes: int, ensemble: int = 1) -> tuple[PromptTree, ...]:
+    """One tree for each state, none with more than `num_nodes` tokens in all, that together give most tokens.
+
+    Each state has the best candidates for the distances that it can guess, and prompt tokens are taken from where they
+    are worth least; how many candidates each state has is tried out.
+
+    Raises ValueError where there is no room for one candidate with its prompt tokens.
+    """
+    distances = len(accuracy)
+    root = 1 + ensemble * distances
+    most = (num_nodes - root) // (1 + ensemble)  # candidates, each with one prompt token
+    if most < 1:
+        raise ValueError(
+            f"a tree of {distances} distances needs at least {root + 1 + ensemble} nodes, got {num_nodes}: raise "
+            "draft_tokens"
+        )
+    sizes = sorted({max(1, round(most * share)) for share in (0.3, 0.4, 0.5, 0.65, 0.8, 1.0)})
+    # The gains of the states decide what a prompt token is worth, so begin with equal sizes and improve one at a time.
+    chosen = [sizes[len(sizes) // 2]] * distances
+    best = _score(accuracy, chosen, num_nodes, ensemble)
+    for _ in range(2):
+        for state in range(distances):
+            for size in sizes:
+                trial = [*chosen[:state], size, *chosen[state + 1 :]]
+                found = _score(accuracy, trial, num_nodes, ensemble)
+                if found[0] > best[0] + 1e-12:
+                    chosen, best = trial, found
+    return best[1]
+
+
+def _score(accuracy, sizes: Sequence[int], num_nodes: int, ensemble: int) -> tuple[float, tuple[PromptTree, ...]]:
+    candidates = [_candidates(accuracy, state, size) for state, size in enumerate(sizes, start=1)]
+    gains = [float(node_probabilities(accuracy, parents)[0].sum()) for parents in candidates]
+    trees = tuple(
+        _with_prompts(accuracy, parents, gains, (num_nodes - len(parents)) // ensemble) for parents in candidates
+    )
+    return expected_tokens(accuracy, trees), trees
+
+
+def _with_prompts(accuracy, parents: tuple[int, ...], gains: Sequence[float], room: int) -> PromptTree:
+    """Prompt tokens for all distances behind every candidate, then fewer until there are no more than `room`.
+
+    Taking one from a candidate costs its chance to end the walk times what the state above is worth more.
+    """
+    _, ends = node_probabilities(accuracy, parents)
+    prompts = np.full(len(parents), len(accuracy))
+    while prompts.sum() > room:
+        worth = np.array([gains[k - 1] - gains[k - 2] if k > 1 else np.inf for k in prompts])
+        loss = np.where(prompts > 1, ends * worth, np.inf)
+        loss[0] = np.inf  # a round that accepts nothing is to guess all distances next time
+        prompts[np.argmin(loss)] -= 1
+    return PromptTree(parents, tuple(map(int, prompts)))
+
+
+def _candidates(accuracy: Sequence[Sequence[float]], distances: int, count: int) -> tuple[int, ...]:
+    """The best `count` candidates no deeper than `distances`, or all that there are."""
+    ranks = len(accuracy[0])
+    table = [*map(list, accuracy[:distances]), [0.0] * ranks]
+    return best_tree(table, min(count, sum(ranks**depth for depth in range(1, distances + 1))))

@@ -1,0 +1,219 @@
+"""Reads trained parts that others have published: Medusa heads and the prompt tokens of parallel prompt decoding.
+
+The layouts are those that FasterDecoding/Medusa (`medusa/train/train_legacy.py`, `medusa/model/medusa_model.py`) and
+hmarkc/parallel-prompt-decoding (`prompt/model/model.py`, saved by the PEFT library) write. What is read is a
+`TrainedPart`, to be passed as `draft=` or kept with `write_part`. Pickled files (`.pt`, `.bin`) are read by PyTorch
+alone, if it is installed, and told to take nothing but tensors.
+
+    decodax.generate(lm, prompt, strategy="medusa", draft=load_medusa(folder, lm))
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from decodax.decoding.drafters.medusa_heads import check_heads
+from decodax.decoding.trained_part import TrainedPart
+from decodax.models.model import Params
+
+if TYPE_CHECKING:
+    from decodax.models.load import LanguageModel
+
+MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+PROMPT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# How often guesses are right at each distance, where nobody has measured it: what the published trees for PPD on
+# Vicuna-7B imply (`prompt/inference/dynamic_sparse_trees_3_vicuna_7b.py`); the last row holds for all further ones.
+PUBLISHED_ACCURACY = (
+    (0.483, 0.143, 0.074, 0.045, 0.031, 0.022, 0.017, 0.013, 0.009, 0.008),
+    (0.263, 0.146, 0.081, 0.058, 0.043, 0.032, 0.026, 0.022, 0.019, 0.016),
+    (0.164, 0.118, 0.081, 0.058, 0.046, 0.037, 0.031, 0.023, 0.024, 0.018),
+)
+
+
+def load_medusa(
+    folder: str | Path, lm: "LanguageModel", rank_accuracy: Sequence[Sequence[float]] | None = None
+) -> TrainedPart:
+    """Medusa heads: a folder with `config.json` and `medusa_lm_head.safetensors` (or `.pt`).
+
+    The file names a head's weights "{head}.{block}.linear.weight", "{head}.{block}.linear.bias" and
+    "{head}.{number of blocks}.weight". All heads that the file holds are read: published configs name fewer.
+
+    rank_accuracy: how often the r-th guess of each head is right, by which the tree is chosen
+        (`training.medusa.measured_heads` measures it); by default what was published for another model.
+    Raises FileNotFoundError for missing files, ImportError where a `.pt` file needs PyTorch, ValueError for names or
+    sizes that do not fit each other or the model.
+    """
+    path = _folder(folder)
+    config = _json(path / "config.json")
+    tensors = _tensors(path, MEDUSA_FILES)
+    num_blocks = int(config.get("medusa_num_layers", 1))
+    num_heads = 1 + max((int(name.split(".")[0]) for name in tensors if name.split(".")[0].isdigit()), default=-1)
+    named = int(config.get("medusa_num_heads", num_heads))
+    if not 1 <= named <= num_heads:
+        raise ValueError(f"{path} names {named} heads in config.json, and its weights hold {num_heads}")
+    wanted = {}
+    for head in range(num_heads):
+        for block in range(num_blocks):
+            for kind in ("weight", "bias"):
+                wanted[f"{head}.{block}.linear.{kind}"] = (f"head_{head}", f"block_{block}", kind)
+        wanted[f"{head}.{num_blocks}.weight"] = (f"head_{head}", "out")
+    _check_names(path, set(wanted), set(tensors), f"{num_heads} heads of {num_blocks} blocks")
+    dtype = jax.tree.leaves(lm.params)[0].dtype
+    heads: Params = {}
+    for name, (*nodes, leaf) in wanted.items():
+        subtree = heads
+        for node in nodes:
+            subtree = subtree.setdefault(node, {})
+        subtree[leaf] = jnp.asarray(tensors[name]).astype(dtype)
+    _check_ranks(path, heads)
+    check_heads(lm.model, heads)
+    shape = {"heads": num_heads, "blocks": num_blocks, "tied": False}
+    facts = _facts(lm, shape, config, rank_accuracy, num_heads)
+    return TrainedPart("medusa", {"heads": heads}, facts, path.name)
+
+
+def load_prompt_tokens(
+    path: str | Path, lm: "LanguageModel", rank_accuracy: Sequence[Sequence[float]] | None = None
+) -> TrainedPart:
+    """Prompt tokens: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), or such a file.
+
+    The tensor "prompt_embeddings" [m n, D] holds the n embeddings of each of m distances one after the other; the
+    config says m (`num_special_tokens`) and n (`virtual_tokens_per_special_token`). A file without a config beside it
+    is read as one embedding per distance. What the authors tried beside (a head, prefixes, weighted averages, exits
+    from several layers, ensembles that see each other) is refused.
+
+    rank_accuracy, errors: as in `load_medusa`.
+    """
+    given = Path(path).expanduser()
+    folder, files = (given.parent, (given.name,)) if given.is_file() else (_folder(given), PROMPT_FILES)
+    has_config = (folder / "adapter_config.json").is_file()
+    config = _json(folder / "adapter_config.json") if has_config or not given.is_file() else {}
+    tensors = _tensors(folder, files)
+    _check_names(folder, {"prompt_embeddings"}, set(tensors), "prompt tokens")
+    embedding = tensors["prompt_embeddings"]
+    width = lm.config.hidden_size
+    if embedding.ndim != 2 or embedding.shape[1] != width:
+        raise ValueError(
+            f"prompt tokens must have the model's hidden size, [rows, {width}], got {list(embedding.shape)} in "
+            f"{folder}: were they trained for another model?"
+        )
+    distances = int(config.get("num_special_tokens", len(embedding)))
+    ensemble = int(config.get("virtual_tokens_per_special_token", 1))
+    if min(distances, ensemble) < 1 or distances * ensemble != len(embedding):
+        raise ValueError(f"{folder} names {distances} distances of {ensemble} embeddings, and holds {len(embedding)}")
+    _refuse_variants(folder, config, ensemble)
+    dtype = jax.tree.leaves(lm.params)[0].dtype
+    params = {"embedding": jnp.asarray(embedding).astype(dtype).reshape(distances, ensemble, width)}
+    shape = {"distances": distances, "ensemble": ensemble}
+    return TrainedPart("ppd", params, _facts(lm, shape, config, rank_accuracy, distances), folder.name)
+
+
+def _refuse_variants(folder: Path, config: dict[str, Any], ensemble: int) -> None:
+    """Raises ValueError for prompt tokens that mean something only with more than their embeddings."""
+    plain: dict[str, tuple[Any, ...]] = {
+        "use_custom_lm_head": (False,),
+        "use_prefix_tuning": (False,),
+        "num_exits": (1,),
+        "aggregation_type": ("mean",),
+        # One embedding per distance sees the same in all three modes but "encoder", in which it does not see the
+        # distances before it.
+        "vt_attention_type": ("ensemble", "decoder") if ensemble == 1 else ("ensemble",),
+    }
+    for name, allowed in plain.items():
+        if name in config and config[name] not in allowed:
+            raise ValueError(f"{folder} has {name} {config[name]!r}, and only {allowed} can be decoded here")
+
+
+def _facts(
+    lm: "LanguageModel",
+    shape: dict[str, Any],
+    config: dict[str, Any],
+    rank_accuracy: Sequence[Sequence[float]] | None,
+    distances: int,
+) -> dict[str, Any]:
+    """What a part's file says, as far as it is known of a published one."""
+    table = PUBLISHED_ACCURACY if rank_accuracy is None else rank_accuracy
+    if rank_accuracy is not None and len(rank_accuracy) != distances:
+        raise ValueError(f"rank_accuracy must have one row per distance, {distances}, got {len(rank_accuracy)}")
+    rows = [list(map(float, table[min(index, len(table) - 1)])) for index in range(distances)]
+    return {
+        "target_vocab_size": lm.config.vocab_size,
+        "target_hidden_size": lm.config.hidden_size,
+        "target_layers": lm.config.num_layers,
+        "published": {"rank_accuracy": rows},
+        "about": {"shape": shape},
+        "published_for": config.get("base_model_name_or_path", ""),
+    }
+
+
+def _folder(folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}")
+    return path
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} holds no {file.name}: give the folder as it was published")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _tensors(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The tensors of the first of these files that there is."""
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}")
+    if file.suffix != ".safetensors":
+        return _unpickled(file)
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _unpickled(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a pickled file, in float32; PyTorch refuses what is no tensor, and so may not run code."""
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{file} is a pickled file, which only PyTorch may open: pip install torch, or convert it to safetensors"
+        ) from error
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: tensor.float().numpy() for name, tensor in content.items()}
+    except Exception as error:  # whatever a damaged or foreign pickle makes of it
+        raise ValueError(f"{file} cannot be read as tensors alone: {error}") from error
+
+
+def _check_names(folder: Path, wanted: set[str], found: set[str], what: str) -> None:
+    if wanted != found:
+        raise ValueError(
+            f"{folder} must hold the weights of {what}; missing: {sorted(wanted - found)}, unknown: "
+            f"{sorted(found - wanted)}"
+        )
+
+
+def _check_ranks(folder: Path, heads: Params) -> None:
+    """Raises ValueError for weights that are no matrices or biases that are no vectors."""
+    for name, head in heads.items():
+        for part, weights in head.items():
+            leaves = {"weight": weights} if part == "out" else weights
+            for kind, leaf in leaves.items():
+                if leaf.ndim != (1 if kind == "bias" else 2):
+                    raise ValueError(f"{folder}: {name}.{part}.{kind} has the shape {leaf.shape}")

@@ -1,0 +1,181 @@
+"""Trains the prompt tokens of parallel prompt decoding: a few embeddings, the model itself stays as it is.
+
+Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference, arXiv 2405.18628. Behind a
+place in the text stand m prompt tokens; the logits at the i-th shall be those that the model has i tokens further on,
+when it continues greedily by itself. The loss is the mean over i of 0.8^(i-1) KL(model || prompt token), the direction
+of the authors' code (their paper prints the other).
+
+Departs from the paper in that every window of text is cut at many places at once: the window is run once, and prompt
+tokens and greedy continuations of all places read its rows, each only those up to its own place. Windows are text as it
+comes, not the answers of conversations.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from decodax.decoding.drafters._guesses import rank_accuracies
+from decodax.decoding.training.distillation import kl_divergence
+from decodax.decoding.training.part import PartTraining
+from decodax.layers.attention.mask import Ancestors
+from decodax.layers.kv_cache.full import KVRows
+from decodax.layers.kv_cache.staged import stage
+from decodax.models.model import Model, Params
+
+RANKS = 10  # guesses per distance whose accuracy is measured
+TOKENS_PER_CUT = 8  # window tokens for each place at which a window is cut
+DISTANCE_DECAY = 0.8
+
+
+@dataclass(frozen=True)
+class PromptTokensShape:
+    """distances: m, how many tokens ahead are guessed. ensemble: n embeddings for each, whose logits are averaged."""
+
+    distances: int = 3
+    ensemble: int = 1
+
+    def __post_init__(self) -> None:
+        if self.distances < 1 or self.ensemble < 1:
+            raise ValueError(f"distances and ensemble must be at least 1, got {self.distances} and {self.ensemble}")
+
+
+class Window(NamedTuple):
+    """A window that has been run, and the places at which it is cut.
+
+    rows: every layer's, of the window's T tokens. cut[b, a]: position of the last token before a cut. first: the
+    likeliest token after it.
+    """
+
+    rows: tuple[Any, ...]
+    cut: Int[Array, "B A"]
+    first: Int[Array, "B A"]
+
+
+@dataclass(frozen=True)
+class PromptTokensTraining(PartTraining):
+    """Its trained part is {"embedding": Float[m, n, D]}; `shape` is a `PromptTokensShape`."""
+
+    shape: PromptTokensShape
+
+    kind = "ppd"
+    curve_title, curve_unit = "Distilling prompt tokens", "KL(target || prompt token), nats"
+    curve_shares: ClassVar[dict[str, str]] = {f"distance_{i}": f"{i} further on, likeliest" for i in (1, 2, 3)}
+
+    def initial(self) -> Params:
+        return {"embedding": initial_embedding(self.target.params, self.target.model, self.shape, self.plan.seed)}
+
+    def loss(self, trained, target_params, rows, step):
+        tokens = jnp.asarray(rows)[:, :-1]
+        num_cuts = max(1, tokens.shape[1] // TOKENS_PER_CUT)
+        cut = jax.random.randint(jax.random.key(step), (tokens.shape[0], num_cuts), 0, tokens.shape[1])
+        target, found = _logits(self.target.model, target_params, trained["embedding"], tokens, cut)
+        weight = jnp.asarray([DISTANCE_DECAY**i for i in range(self.shape.distances)], jnp.float32)
+        return jnp.mean(kl_divergence(target, found) * weight[None, None, :])
+
+    def measure(self, trained: Params, windows: Int[np.ndarray, "W T_plus_1"]) -> dict[str, Any]:
+        size = windows.shape[1] - 1
+        cut = np.arange(TOKENS_PER_CUT // 2, size, TOKENS_PER_CUT, dtype=np.int32) if size > TOKENS_PER_CUT else [0]
+        sums, batch = np.zeros((self.shape.distances, 1 + RANKS)), 4
+        for start in range(0, len(windows), batch):
+            piece = windows[start : start + batch, :-1]
+            counted = np.arange(batch) < len(piece)
+            padded = np.pad(piece, ((0, batch - len(piece)), (0, 0)))
+            places = np.broadcast_to(np.asarray(cut, np.int32), (batch, len(cut)))
+            found = _sums(self.target.model, self.target.params, trained["embedding"], padded, places, counted)
+            sums += np.asarray(found, np.float64)
+        count = len(windows) * len(cut)
+        accuracy = (sums[:, 1:] / count).tolist()
+        shares = {f"distance_{i}": float(ranks[0]) for i, ranks in enumerate(accuracy, start=1)}
+        return {"heldout_loss": float(np.mean(sums[:, 0]) / count), "rank_accuracy": accuracy, **shares}
+
+
+def initial_embedding(params: Params, model: Model, shape: PromptTokensShape, seed: int) -> Float[Array, "m n D"]:
+    """The embeddings of as many different tokens, drawn at random."""
+    draw = np.random.default_rng(seed)
+    count = shape.distances * shape.ensemble
+    token = draw.choice(model.config.vocab_size, count, replace=count > model.config.vocab_size).astype(np.int32)
+    vectors = model.embed(params, jnp.asarray(token)[None])[0].astype(jnp.float32)
+    return vectors.reshape(shape.distances, shape.ensemble, -1)
+
+
+def _logits(
+    model: Model, params: Params, embedding: Float[Array, "m n D"], tokens: Int[Array, "B T"], cut: Int[Array, "B A"]
+) -> tuple[Float[Array, "B A m V"], Float[Array, "B A m V"]]:
+    """What the model says 1 .. m tokens behind its own next token at every cut, and what the prompt tokens say."""
+    window = jax.lax.stop_gradient(_run_window(model, params, tokens, cut))
+    target = jax.lax.stop_gradient(_continued(model, params, window, embedding.shape[0]))
+    return target, _guessed(model, params, embedding, window)
+
+
+def _run_window(model: Model, params: Params, tokens: Int[Array, "B T"], cut: Int[Array, "B A"]) -> Window:
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    out = model.apply(params, tokens, position)
+    at_cut = jnp.take_along_axis(out.hidden, cut[:, :, None], axis=1)
+    return Window(out.rows, cut, jnp.argmax(model.logits(params, at_cut), axis=-1).astype(jnp.int32))
+
+
+def _continued(model: Model, params: Params, window: Window, num_tokens: int) -> Float[Array, "B A m V"]:
+    """Logits after each of the `num_tokens` tokens with which the model continues greedily at every cut."""
+    token, rows = window.first, window.rows
+    own = jnp.eye(token.shape[1], dtype=bool)[None]
+    allowed = jnp.concatenate([_before_cut(window), jnp.broadcast_to(own, (len(token), *own.shape[1:]))], axis=2)
+    position = jnp.broadcast_to(jnp.arange(rows[0].key.shape[2], dtype=jnp.int32), (len(token), rows[0].key.shape[2]))
+    found = []
+    for index in range(1, num_tokens + 1):
+        staged = stage((None,) * len(rows), rows, position)
+        out = model.apply(params, token, window.cut + index, staged, mask=Ancestors(allowed))
+        logits = model.logits(params, out.hidden)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        found.append(logits)
+        rows = tuple(map(_joined, rows, out.rows))
+        position = jnp.concatenate([position, window.cut + index], axis=1)
+        allowed = jnp.concatenate([allowed, jnp.broadcast_to(own, (len(token), *own.shape[1:]))], axis=2)
+    return jnp.stack(found, axis=2)
+
+
+def _guessed(model: Model, params: Params, embedding: Float[Array, "m n D"], window: Window) -> Float[Array, "B A m V"]:
+    """Logits at the prompt tokens behind every cut, averaged over the ensemble; each member reads only itself."""
+    (batch, num_cuts), (distances, ensemble, width) = window.cut.shape, embedding.shape
+    chains = num_cuts * ensemble
+    vectors = jnp.moveaxis(embedding, 1, 0).reshape(1, ensemble * distances, width)
+    vectors = jnp.broadcast_to(vectors[:, None], (batch, num_cuts, ensemble * distances, width))
+    vectors = vectors.reshape(batch, chains * distances, width).astype(window.rows[0].key.dtype)
+    of_chain = jnp.repeat(window.cut, ensemble, axis=1)
+    position = (of_chain[:, :, None] + 1 + jnp.arange(distances, dtype=jnp.int32)[None, None, :]).reshape(batch, -1)
+    before = jnp.repeat(_before_cut(window), ensemble * distances, axis=1)
+    own = np.kron(np.eye(chains, dtype=bool), np.tri(distances, dtype=bool))
+    allowed = jnp.concatenate([before, jnp.broadcast_to(jnp.asarray(own)[None], (batch, *own.shape))], axis=2)
+    text_position = jnp.broadcast_to(jnp.arange(before.shape[2], dtype=jnp.int32), (batch, before.shape[2]))
+    staged = stage((None,) * len(window.rows), window.rows, text_position)
+    out = model.apply(params, vectors, position, staged, mask=Ancestors(allowed))
+    logits = model.logits(params, out.hidden).reshape(batch, num_cuts, ensemble, distances, -1)
+    return jnp.mean(logits, axis=2)
+
+
+def _before_cut(window: Window) -> Bool[Array, "B A T"]:
+    """Which tokens of the window stand before each cut."""
+    size = window.rows[0].key.shape[2]
+    return jnp.arange(size, dtype=jnp.int32)[None, None, :] <= window.cut[:, :, None]
+
+
+def _joined(first: KVRows, second: KVRows) -> KVRows:
+    return jax.tree.map(lambda one, other: jnp.concatenate([one, other], axis=2), first, second)
+
+
+def _accuracy_sums(
+    model: Model, params: Params, embedding: Array, tokens: Array, cut: Array, counted: Array
+) -> Float[Array, "m sums"]:
+    """For each distance, over all cuts of the rows counted: KL, and how often the r-th guess is the model's token."""
+    target, found = _logits(model, params, embedding, tokens, cut)
+    divergence = jnp.sum(kl_divergence(target, found) * counted[:, None, None].astype(jnp.float32), axis=(0, 1))
+    wanted = jnp.argmax(target, axis=-1)
+    is_counted = jnp.broadcast_to(counted[:, None], cut.shape)
+    ranks = [rank_accuracies(found[:, :, i], wanted[:, :, i], is_counted, RANKS) for i in range(embedding.shape[0])]
+    return jnp.concatenate([divergence[:, None], jnp.stack(ranks)], axis=1)
+
+
+_sums = jax.jit(_accuracy_sums, static_argnums=0)

@@ -1,0 +1,201 @@
+"""Schemes with small trained parts, and depths that leave out layers, on the embedded model: what each comes to.
+
+For every setting of a scheme: tokens per forward, and tokens for as many layers as one forward through all of them,
+with and without the rows' loops. Lossless ones must give plain decoding's tokens; of the others it is measured how far
+they go along with it. Nothing is timed here: tokens and layers are counted.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from decodax.decoding.depth.routed_layers import RoutedLayers
+from decodax.decoding.depth.skip_decode import SkipDecode
+from decodax.decoding.depth.speculative_exit import SpeculativeExit
+from decodax.decoding.drafters import EarlyLayers, MedusaHeads, NoDraft, PromptTokens
+from decodax.decoding.prompt_tree import dynamic_trees, static_tree
+from decodax.decoding.strategies import METHODS as STRATEGIES
+from decodax.decoding.strategies import Speculation
+from decodax.decoding.strategies.medusa import within_depth
+from decodax.decoding.trained_part import find_part
+from decodax.decoding.training.prompt_tokens import PromptTokensShape, initial_embedding
+from decodax.decoding.tree_choice import best_tree
+from decodax.decoding.verifiers import ExactMatch, TypicalAcceptance
+from decodax.models.load import LanguageModel, load
+from decodax.scripts import _bench_common as common
+from decodax.scripts._bench_agreement import Steps, compare, plain_steps
+from decodax.scripts._bench_repetition import last_rounds
+from decodax.scripts._bench_runs import Runner, Scheme, Trace
+from decodax.scripts._bench_world import World, deal
+
+TARGETS = {"ppd": 1.8, "medusa": 1.7, "kangaroo, per full depth": 1.4, "del, per full depth": 1.4}
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSetting:
+    """num_new: tokens per row. capacity: of the buffers. batch: rows at once. The others are the settings tried.
+
+    trees: tokens of a forward. confidences: of Kangaroo. exits, lengths: the grid beside DEL. thresholds: of the exit
+    predictors and of the routers. min_layers: of SkipDecode. typical: epsilon of typical acceptance.
+    """
+
+    num_new: int
+    capacity: int
+    batch: int
+    trees: tuple[int, ...]
+    confidences: tuple[float, ...]
+    exits: tuple[int, ...]
+    lengths: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    min_layers: tuple[int, ...]
+    typical: tuple[float, ...]
+
+
+def settings(lm: LanguageModel, skipping: LanguageModel, setting: PartSetting) -> Iterator[tuple[str, Any, Scheme]]:
+    """Name of the scheme, the setting that is tried, and the scheme with it."""
+    yield from prompt_settings(lm, setting)
+    yield from head_settings(lm, setting)
+    kangaroo = built(lm, "kangaroo")
+    for confidence in setting.confidences:
+        yield "kangaroo", confidence, changed(kangaroo, confidence=confidence)
+    for exit_layer in setting.exits:
+        for length in setting.lengths:
+            drafter = EarlyLayers(lm.model, exit_layer, length)
+            yield "layer_skip", f"{exit_layer}, {length}", Scheme("", drafter, ExactMatch(), params=skipping.params)
+    yield "layer_skip as chosen", 0, dataclasses.replace(built(skipping, "layer_skip"), params=skipping.params)
+    yield "del", 0, dataclasses.replace(built(skipping, "del"), params=skipping.params)
+    yield "draft_model", 4, built(lm, "draft_model", 4)
+    yield "draft_ppd", 4, built(lm, "draft_ppd", 4)
+    yield from depth_settings(lm, setting)
+
+
+def prompt_settings(lm: LanguageModel, setting: PartSetting) -> Iterator[tuple[str, Any, Scheme]]:
+    """Prompt tokens: dynamic and static trees of several sizes, and untrained ones."""
+    part = find_part("ppd", lm, None)
+    accuracy = part.rank_accuracy
+    untrained = {"embedding": initial_embedding(lm.params, lm.model, PromptTokensShape(**part.shape), 0)}
+    for size in setting.trees:
+        if size < len(accuracy) + 3:
+            continue
+        drafter = PromptTokens(lm.model, dynamic_trees(accuracy, size))
+        yield "ppd", size, Scheme("", drafter, ExactMatch(), part.params, True)
+        yield "ppd, untrained", size, Scheme("", drafter, ExactMatch(), untrained, True)
+        candidates = (size - len(accuracy) - 1) // (len(accuracy) + 1)
+        if candidates:
+            static = PromptTokens(lm.model, (static_tree(accuracy, candidates),))
+            yield "ppd, static tree", size, Scheme("", static, ExactMatch(), part.params, True)
+
+
+def head_settings(lm: LanguageModel, setting: PartSetting) -> Iterator[tuple[str, Any, Scheme]]:
+    """Medusa heads with trees of several sizes, and with typical acceptance, which is not lossless."""
+    part = find_part("medusa", lm, None)
+    accuracy, heads = within_depth(part.rank_accuracy), part.params["heads"]
+    drafters = {size: MedusaHeads(lm.model, best_tree(accuracy, size - 1)) for size in setting.trees}
+    for size, drafter in drafters.items():
+        yield "medusa", size, Scheme("", drafter, ExactMatch(), heads, True)
+    middle = drafters[setting.trees[len(setting.trees) // 2]]
+    for epsilon in setting.typical:
+        verifier = TypicalAcceptance(epsilon, epsilon**0.5)
+        yield "medusa, typical acceptance", epsilon, Scheme("", middle, verifier, heads, True)
+
+
+def depth_settings(lm: LanguageModel, setting: PartSetting) -> Iterator[tuple[str, Any, Scheme]]:
+    """Exits by predictors, alone and on a tree; SkipDecode; routed layers."""
+    for name in ("specee", "specee_tree"):
+        scheme = built(lm, name)
+        depth = scheme.depth
+        assert isinstance(depth, SpeculativeExit)
+        for threshold in setting.thresholds:
+            yield name, threshold, dataclasses.replace(scheme, depth=dataclasses.replace(depth, threshold=threshold))
+    scheme, num_layers = built(lm, "skip_decode"), lm.config.num_layers
+    for fewest in setting.min_layers:
+        depth = SkipDecode(num_layers, fewest, setting.num_new)
+        yield "skip_decode", fewest, dataclasses.replace(scheme, depth=depth)
+        yield "skip_decode, weights unchanged", fewest, Scheme("", NoDraft(), ExactMatch(), depth=depth)
+    scheme = built(lm, "first")
+    depth = scheme.depth
+    assert isinstance(depth, RoutedLayers)
+    for threshold in setting.thresholds:
+        yield "first", threshold, dataclasses.replace(scheme, depth=dataclasses.replace(depth, threshold=threshold))
+
+
+def built(lm: LanguageModel, name: str, draft_tokens: int | None = None) -> Scheme:
+    """A named strategy as `decodax.generate` builds it."""
+    made = STRATEGIES[name].build(lm, None, draft_tokens)
+    assert isinstance(made, Speculation)
+    return Scheme(
+        name, made.drafter, made.verifier, made.draft_params, made.draft_params is not None, made.depth, made.params
+    )
+
+
+def changed(scheme: Scheme, **fields: Any) -> Scheme:
+    assert scheme.drafter is not None
+    return dataclasses.replace(scheme, drafter=dataclasses.replace(scheme.drafter, **fields))
+
+
+def measure(world: World, setting: PartSetting) -> dict[str, Any]:
+    """Every setting of every scheme over all prompts. Raises SystemExit where a lossless one is not."""
+    lm, skipping = world.lm, load(dtype="float32", adapter="layer_skip")
+    batches = deal(world.prompts, setting.batch)
+
+    def runner(scheme: Scheme) -> Runner:
+        return Runner(lm.model, lm.params, scheme, capacity=setting.capacity, num_new=setting.num_new)
+
+    plain = {
+        id(params): Steps.joined([plain_steps(runner(Scheme("plain", params=params)), rows) for rows in batches])
+        for params in (lm.params, skipping.params)
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, value, scheme in track(list(settings(lm, skipping, setting)), "settings", transient=True):
+        own = runner(scheme)
+        traces = [own.trace(rows) for rows in batches]
+        # A lossy scheme changes the weights as it likes, and is compared with the model as it was.
+        reference = plain.get(id(own.params), plain[id(lm.params)])
+        agreement = compare(np.concatenate([trace.new for trace in traces]), reference)
+        if scheme.lossless and not agreement.passes:
+            raise SystemExit(f"{name} at {value} gives other tokens than plain decoding in {agreement.wrong_rows} rows")
+        facts = summary(traces, lm.config.num_layers) | agreement.as_numbers() | {"lossless": scheme.lossless}
+        found.setdefault(name, {})[str(value)] = facts
+    report(found)
+    return {"setting": dataclasses.asdict(setting), "targets": TARGETS, "schemes": found}
+
+
+def summary(traces: Sequence[Trace], num_layers: int) -> dict[str, Any]:
+    """Per forward and per full depth, with and without loops; and what the batch ran beside what its rows asked for."""
+    facts: dict[str, Any] = {}
+    for label, without_loops in (("", False), ("_loop_free", True)):
+        tokens = rounds = layers = 0
+        for trace in traces:
+            for row, end in enumerate(last_rounds(trace.new, trace.ends, without_loops=without_loops)):
+                tokens, rounds = tokens + int(trace.ends[end, row]), rounds + end
+                layers += int(trace.layers[end, row])
+        facts[f"tokens_per_forward{label}"] = tokens / rounds
+        facts[f"tokens_per_full_depth{label}"] = tokens * num_layers / layers
+    batch = sum(int(trace.state.layer_counts.batch) for trace in traces)
+    forwards = sum(len(trace.ends) - 1 for trace in traces)
+    row_rounds = sum(int(np.sum(np.diff(trace.ends, axis=0) > 0)) for trace in traces)
+    facts["layers_per_forward_of_the_batch"] = batch / forwards
+    facts["layers_per_forward_of_a_row"] = sum(int(trace.layers[-1].sum()) for trace in traces) / row_rounds
+    drafted = [trace.state.counts for trace in traces if trace.state.counts is not None]
+    facts["draft_forwards"] = sum(int(counts.num_draft_forwards) for counts in drafted)
+    return facts
+
+
+def report(found: dict[str, dict[str, Any]]) -> None:
+    rows = []
+    for name, by_setting in found.items():
+        for value, facts in by_setting.items():
+            numbers = [
+                facts[f"tokens_per_{unit}{label}"] for unit in ("forward", "full_depth") for label in ("", "_loop_free")
+            ]
+            layers = [facts[f"layers_per_forward_of_{whose}"] for whose in ("a_row", "the_batch")]
+            rows.append([name, value, *numbers, *layers, facts["same_tokens"]])
+    columns = ["scheme", "setting", "per forward", "loop-free", "per full depth", "loop-free"]
+    common.print_table("Tokens", [*columns, "layers, row", "batch", "as plain"], rows)
+    best = max(facts["tokens_per_full_depth"] for facts in found["layer_skip"].values())
+    own = found["del"]["0"]["tokens_per_full_depth"]
+    Console().print(f"DEL reaches {own / best:.3f} of the best fixed exit and length")

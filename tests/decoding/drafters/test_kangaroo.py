@@ -1,0 +1,213 @@
+"""Kangaroo: drafts against plain forwards over whole texts, layers counted by hand, output and caches as without it."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax import decoding
+from decodax.decoding.depth import FullDepth
+from decodax.decoding.drafters import Kangaroo
+from decodax.decoding.drafters import kangaroo as kangaroo_file
+from decodax.decoding.training.kangaroo import initial_adapter
+from decodax.decoding.verifiers import ExactMatch
+from decodax.models.model import Model
+from tests.speculation import (
+    LENGTHS,
+    MODEL,
+    NEW,
+    PARAMS,
+    TOLERANCE,
+    assert_same,
+    forward,
+    padded,
+    plain,
+    plain_decode,
+    start,
+    texts,
+)
+
+PART = {"adapter": initial_adapter(MODEL, PARAMS, 1)}
+MOST = 3
+SOMETIMES = 0.13  # the adapter is surer than this of about half of its tokens
+ALL_TOKENS = 1000
+
+
+@cache
+def compiled(confidence=SOMETIMES):
+    """The start and the loop, so that all runs in one shape of buffers share them."""
+    decode = decoding.speculative(MODEL, Kangaroo(MODEL, 1, MOST, confidence), ExactMatch())
+    return jax.jit(decode.start), jax.jit(decode, donate_argnums=2)
+
+
+def run(options="greedy", *, confidence=SOMETIMES, part=PART, blocks=(ALL_TOKENS,), rows=slice(None), **changes):
+    begin, decode = compiled(confidence)
+    state = begin(PARAMS, part, start(rows, options=options, **changes))
+    for max_tokens in blocks:
+        state = decode(PARAMS, part, state, max_tokens)
+    return state
+
+
+ended = cache(run)
+
+
+@jax.jit
+def exit_of(tokens):
+    """The target's captured states, the adapter's rows and its logits over whole texts, without any cache."""
+    out, _ = forward(PARAMS, tokens)
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    normed, rows = Kangaroo(MODEL, 1).adapter.apply(PART["adapter"], out.captured[1], position)
+    return out.captured, rows, MODEL.read_out(PARAMS, normed)
+
+
+def assert_adapter_cache(state, cache_):
+    """It holds every token of a text but the pending one, read in one piece, and nothing behind them."""
+    rows = exit_of(padded(texts(state)))[1]
+    np.testing.assert_array_equal(cache_.length, np.asarray(state.length) - 1)
+    for row, length in enumerate(np.asarray(state.length) - 1):
+        for got, want in ((cache_.key, rows.key), (cache_.value, rows.value)):
+            np.testing.assert_allclose(got[row, :, :length], want[row, :, :length], atol=TOLERANCE)
+            assert not np.any(got[row, :, length:])
+
+
+@pytest.mark.parametrize("options", ["greedy", "every option"])
+def test_output_and_caches_are_those_of_plain_decoding(options):
+    state = ended(options)
+    assert_same(state, plain(options))
+    assert_adapter_cache(state, state.draft)
+    assert int(state.num_target_forwards) < int(plain(options).num_target_forwards)
+    assert np.asarray(state.counts.accepted)[1] > 0  # beyond the first drafted token
+
+
+def test_a_row_alone_gives_the_same_and_asks_for_the_same_layers():
+    for row in range(3):
+        alone = run(rows=slice(row, row + 1))
+        assert_same(alone, plain(), (row,))
+        assert int(alone.layer_counts.row[0]) == int(alone.layer_counts.batch) == int(ended().layer_counts.row[row])
+
+
+def test_stops_inside_a_draft_leave_nothing_behind():
+    """Wherever a stop cuts: of what was accepted behind it, nothing is in any cache."""
+    output = texts(plain())[2][LENGTHS[2] :]
+    for place in (5, 8, 11, 14):
+        stops = (int(output[place]), -1)
+        state = run(stop_token_ids=stops)
+        assert_same(state, plain_decode(PARAMS, start(stop_token_ids=stops)))
+        assert_adapter_cache(state, state.draft)
+
+
+def test_prompts_read_in_many_chunks_give_the_same_cache(monkeypatch):
+    monkeypatch.setattr(kangaroo_file, "PROMPT_CHUNK", 5)  # neither the buffer nor a prompt is a multiple of it
+    state = start()
+    cache_ = jax.jit(Kangaroo(MODEL, 1).start)(PARAMS, PART, state)
+    assert_adapter_cache(state, cache_)
+
+
+def expected_draft(text):
+    """One row's draft in plain Python, from whole texts: its tokens; all hidden states of what was run."""
+    drafted, unsure = [], False
+    while len(drafted) < MOST and not unsure:
+        logits = np.asarray(exit_of(padded([[*text, *drafted]]))[2], np.float64)[0, len(text) + len(drafted) - 1]
+        law = np.exp(logits - logits.max())
+        drafted.append(int(np.argmax(logits)))
+        unsure = law.max() / law.sum() < SOMETIMES
+    captured = exit_of(padded([[*text, *drafted]]))[0]
+    return drafted, [np.asarray(captured[layer])[0, len(text) - 1 : len(text) + len(drafted)] for layer in (1, 2)]
+
+
+@jax.jit
+def proposed(state):
+    """What is proposed, and what the other layers make of it."""
+    proposal, _ = Kangaroo(MODEL, 1, MOST, SOMETIMES).propose(PARAMS, PART, state)
+    position = state.length[:, None] - 1 + jnp.arange(MOST + 1)[None, :]
+    return proposal, FullDepth().forward(MODEL, PARAMS, state, proposal, position, ())
+
+
+def test_drafts_end_when_unsure_and_no_layer_runs_twice():
+    met = set()
+    at = [
+        ((), NEW),
+        ((1,), NEW),
+        ((1, 1), NEW),
+        ((26,), NEW),
+        ((8,), np.array([3, 24, 33])),
+    ]  # in the last a row is done
+    for blocks, new in at:
+        state = run(blocks=blocks, new=new)
+        proposal, reached = proposed(state)
+        deep = np.asarray(reached.forward.hidden)
+        assert int(reached.layers_run) == 1 and np.isfinite(deep).all()
+        runs = []
+        for row, text in enumerate(texts(state)):
+            drafted, (shallow, whole) = ([], ([], [])) if state.done[row] else expected_draft(text)
+            runs.append(len(shallow))
+            is_drafted = (np.arange(MOST + 1) > 0) & (np.arange(MOST + 1) <= len(drafted))
+            np.testing.assert_array_equal(proposal.is_candidate[row], is_drafted)
+            np.testing.assert_array_equal(proposal.token[row][: len(drafted) + 1], [text[-1], *drafted])
+            if runs[-1]:
+                np.testing.assert_allclose(proposal.vectors[row, : runs[-1]], shallow, atol=TOLERANCE)
+                np.testing.assert_allclose(deep[row, : runs[-1]], whole, atol=TOLERANCE)
+        np.testing.assert_array_equal(proposal.row_layers, runs)
+        assert int(proposal.num_draft_forwards) == int(proposal.layers_run) == max(runs)
+        assert not np.any(proposal.vectors[:, max(runs) :])
+        met |= set(runs)
+    assert met == {0, 2, 3, 4}
+
+
+@pytest.mark.parametrize(("confidence", "drafted"), [(1.0, 1), (0.0, MOST)])
+def test_layers_are_counted_exactly_at_the_extremes(confidence, drafted):
+    """Never sure: one token per draft. Always: as many as there may be. One layer for each and for the pending one."""
+    state = run(confidence=confidence)
+    assert_same(state, plain())
+    rounds, row_rounds = int(state.num_target_forwards) - 1, int(state.counts.accepted_lengths.sum())
+    assert int(state.counts.num_draft_forwards) == (1 + drafted) * rounds
+    assert int(state.layer_counts.batch) == 1 * (1 + drafted) * rounds + (2 - 1) * rounds
+    assert int(state.layer_counts.row.sum()) == 1 * (1 + drafted) * row_rounds + (2 - 1) * row_rounds
+    assert int(state.counts.offered[0]) == row_rounds
+    assert (np.asarray(state.counts.offered)[1:] > 0).all() == (drafted > 1)
+
+
+def test_ending_when_unsure_gives_more_tokens_per_layer_than_drafts_of_full_length():
+    def per_layer(state):
+        return NEW.sum() / int(state.layer_counts.row.sum())
+
+    assert per_layer(ended()) > per_layer(run(confidence=0.0))
+
+
+def test_jitted_equals_eager():
+    state = run(blocks=())
+    eager, _ = Kangaroo(MODEL, 1, MOST, SOMETIMES).propose(PARAMS, PART, state)
+    for mine, other in zip(jax.tree.leaves(eager), jax.tree.leaves(proposed(state)[0]), strict=True):
+        np.testing.assert_allclose(mine, other, atol=TOLERANCE)
+
+
+def test_a_broken_adapter_costs_speed_and_nothing_else():
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), PART)
+    state = run(part=broken)
+    assert_same(state, plain())
+    assert not np.any(state.failed)
+
+
+def test_what_does_not_fit_is_refused():
+    for exit_layer in (0, 2, -1):
+        with pytest.raises(ValueError, match=rf"exit_layer must be in 1\.\.1 .* got {exit_layer}"):
+            Kangaroo(MODEL, exit_layer)
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        Kangaroo(MODEL, 1, 0)
+    with pytest.raises(ValueError, match=r"probability in 0\.\.1, got 1.5"):
+        Kangaroo(MODEL, 1, confidence=1.5)
+    drafter, other = Kangaroo(MODEL, 1), Model(dataclasses.replace(MODEL.config, logit_softcap=None))
+    drafter.check(MODEL, PART)
+    with pytest.raises(ValueError, match="must be the target's own"):
+        drafter.check(other, PART)
+    for part in (None, {}, PART["adapter"]):
+        with pytest.raises(ValueError, match="decodax train kangaroo"):
+            drafter.check(MODEL, part)
+    norm = {"weight": jnp.ones(22)}
+    with pytest.raises(ValueError, match=r"mixer_norm.weight must have shape \(23,\), got \(22,\)"):
+        drafter.check(MODEL, {"adapter": PART["adapter"] | {"mixer_norm": norm}})
+    with pytest.raises(ValueError, match=r"post_norm.weight must have shape none, got \(22,\)"):
+        drafter.check(MODEL, {"adapter": PART["adapter"] | {"post_norm": norm}})

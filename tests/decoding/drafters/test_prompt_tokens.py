@@ -1,0 +1,137 @@
+"""Prompt tokens: plain decoding's output whatever they guess, guesses from the right places, nothing left behind."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax import decoding
+from decodax.decoding.drafters import PromptTokens
+from decodax.decoding.drafters.nested import NestedDraft
+from decodax.decoding.prompt_tree import PromptTree, dynamic_trees
+from decodax.decoding.verifiers import ExactMatch
+from tests.speculation import DRAFT_PARAMS, MODEL, PARAMS, assert_same, plain, start, texts
+
+WIDTH = MODEL.config.hidden_size
+ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.2, 0.1], [0.3, 0.2, 0.1]]
+DYNAMIC = dynamic_trees(ACCURACY, 12)
+STATIC = (PromptTree((-1, 0, 0, 1), (2, 2, 1, 2)),)
+
+
+def embedding(distances, ensemble=1):
+    return {"embedding": jax.random.normal(jax.random.key(3), (distances, ensemble, WIDTH))}
+
+
+KINDS = {
+    "dynamic": (PromptTokens(MODEL, DYNAMIC), embedding(3)),
+    "ensemble": (PromptTokens(MODEL, STATIC, ensemble=2), embedding(2, 2)),
+}
+
+
+def run(kind, options="greedy", rows=slice(None)):
+    drafter, draft_params = KINDS[kind]
+    decode = jax.jit(decoding.speculative(MODEL, drafter, ExactMatch()))
+    return decode(PARAMS, draft_params, start(rows, options=options))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("dynamic", "greedy"), ("ensemble", "every option")])
+def test_output_and_caches_are_those_of_plain_decoding(kind, options):
+    state = run(kind, options)
+    assert_same(state, plain(options))
+    assert int(state.counts.accepted.sum()) > 0  # some guesses were right, so that caches were written from a tree
+
+
+def test_a_row_alone_decodes_alike():
+    whole, alone = run("dynamic"), run("dynamic", rows=slice(1, 2))
+    assert_same(alone, whole, (1,))
+    np.testing.assert_array_equal(alone.draft.token[0], whole.draft.token[1])
+
+
+def likeliest(logits, count):
+    return np.argsort(-np.asarray(logits, np.float64), kind="stable")[:count]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guesses_are_those_of_prompt_tokens_behind_the_text(kind):
+    """Round by round against a forward without cache over the text, with the prompt tokens put behind it."""
+    drafter, draft_params = KINDS[kind]
+    decode = decoding.speculative(MODEL, drafter, ExactMatch())
+    step = jax.jit(decode.step)
+    state = jax.jit(decode.start)(PARAMS, draft_params, start())
+    seen, vectors = set(), np.asarray(draft_params["embedding"])
+    for _ in range(9):
+        state = step(PARAMS, draft_params, state)
+        for row, text in enumerate(texts(state)):
+            if state.done[row]:
+                continue
+            number = int(state.draft.distances[row])
+            seen.add(number)
+            read = np.asarray(MODEL.embed(PARAMS, jnp.asarray(text[None, :-1])))[0]  # all but the new pending token
+            logits = []
+            for member in range(drafter.ensemble):
+                whole = np.concatenate([read, vectors[:number, member]])[None]
+                position = jnp.arange(whole.shape[1], dtype=jnp.int32)[None]
+                hidden = MODEL.apply(PARAMS, jnp.asarray(whole), position).hidden
+                logits.append(np.asarray(MODEL.logits(PARAMS, hidden))[0, -number:])
+            for distance, scores in enumerate(np.mean(logits, axis=0)):
+                want = likeliest(scores, drafter.num_ranks)
+                np.testing.assert_array_equal(state.draft.token[row, distance], want)
+    assert seen == {*np.concatenate([tree.prompts for tree in drafter.trees])}
+
+
+def test_a_row_drafts_with_the_tree_of_its_state():
+    drafter, draft_params = KINDS["dynamic"]
+    state = jax.jit(drafter.propose)
+    begun = dataclasses.replace(start(), draft=drafter.start(PARAMS, draft_params, start()))
+    nothing, _ = state(PARAMS, draft_params, begun)
+    assert not nothing.is_candidate.any()  # no guesses yet
+    guesses = jnp.arange(3 * 3 * drafter.num_ranks, dtype=jnp.int32).reshape(3, 3, -1)
+    draft = dataclasses.replace(begun.draft, token=guesses, distances=jnp.array([1, 2, 3], jnp.int32))
+    proposal, _ = state(PARAMS, draft_params, dataclasses.replace(begun, draft=draft))
+    for row, tree in enumerate(DYNAMIC):
+        count = len(tree.parents)
+        np.testing.assert_array_equal(proposal.tree.parent[row, :count], tree.parents)
+        np.testing.assert_array_equal(np.flatnonzero(proposal.is_candidate[row]), np.arange(1, count))
+        children = [node for node in range(1, count) if tree.parents[node] == 0]
+        np.testing.assert_array_equal(proposal.token[row, np.array(children)], guesses[row, 0, : len(children)])
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"embeddings of shape \(3, 1, 23\) .* got \(3, 1, 24\): train them"):
+        KINDS["dynamic"][0].check(MODEL, {"embedding": jnp.zeros((3, 1, WIDTH + 1))})
+    with pytest.raises(ValueError, match=r"got \(2, 1, 23\)"):
+        KINDS["dynamic"][0].check(MODEL, embedding(2))
+    with pytest.raises(ValueError, match="one tree for each of the 3 states, or one for all, got 2"):
+        PromptTokens(MODEL, DYNAMIC[1:])
+    with pytest.raises(ValueError, match="must not be deeper, got depth 2"):
+        PromptTokens(MODEL, (PromptTree((-1, 0, 1), (2, 1, 1)), STATIC[0]))
+
+
+class TestNested:
+    """The draft model of the draft scheme, itself sped up by prompt tokens."""
+
+    INNER = decoding.speculative(MODEL, KINDS["dynamic"][0], ExactMatch())
+    DRAFTER = NestedDraft(INNER, 3)
+    DRAFT: ClassVar = {"model": DRAFT_PARAMS, "drafter": embedding(3)}
+
+    def test_output_is_plain_decoding_s(self):
+        state = jax.jit(decoding.speculative(MODEL, self.DRAFTER, ExactMatch()))(PARAMS, self.DRAFT, start())
+        assert_same(state, plain())
+        assert int(state.counts.accepted.sum()) > 0
+
+    def test_the_chain_is_what_the_draft_model_would_write(self):
+        decode = decoding.speculative(MODEL, self.DRAFTER, ExactMatch())
+        state = jax.jit(decode.start)(PARAMS, self.DRAFT, start())
+        propose, step = jax.jit(self.DRAFTER.propose), jax.jit(decode.step)
+        alone = jax.jit(decoding.autoregressive(MODEL))
+        for _ in range(3):
+            proposal, _ = propose(PARAMS, self.DRAFT, state)
+            lengths = np.asarray(state.length)
+            fresh = decoding.init(MODEL, DRAFT_PARAMS, state.tokens, lengths, 3, np.zeros(3, np.uint32))
+            written = alone(DRAFT_PARAMS, fresh).tokens
+            for row, length in enumerate(lengths):
+                np.testing.assert_array_equal(proposal.token[row], written[row, length - 1 : length + 3])
+            state = step(PARAMS, self.DRAFT, state)

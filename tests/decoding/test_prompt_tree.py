@@ -1,0 +1,87 @@
+"""Prompt trees against a simulation of the rounds, and against every way of dealing out prompt tokens."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from decodax.decoding.prompt_tree import (
+    PromptTree,
+    dynamic_trees,
+    expected_tokens,
+    node_probabilities,
+    static_tree,
+    stationary_law,
+)
+
+ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.15, 0.1], [0.3, 0.1, 0.05]]
+
+
+def simulate(trees, rounds=40_000, seed=0):
+    """Tokens per round and the share of each state, guesses being right as the table says, independently."""
+    random, state, tokens, seen = np.random.default_rng(seed), len(trees), 0, np.zeros(len(trees))
+    for _ in range(rounds):
+        tree = trees[state - 1]
+        seen[state - 1] += 1
+        node, depth = 0, 0
+        while True:
+            children = [child for child, parent in enumerate(tree.parents) if parent == node]
+            right = random.choice(4, p=[*ACCURACY[depth], 1 - sum(ACCURACY[depth])]) if depth < 3 else 3
+            if right >= len(children):
+                break
+            node, depth = children[right], depth + 1
+        tokens += depth + 1
+        state = tree.prompts[node]
+    return tokens / rounds, seen / rounds
+
+
+@pytest.mark.parametrize("num_nodes", [9, 17])
+def test_expected_tokens_and_states_are_those_of_a_simulation(num_nodes):
+    trees = dynamic_trees(ACCURACY, num_nodes)
+    tokens, states = simulate(trees)
+    assert expected_tokens(ACCURACY, trees) == pytest.approx(tokens, abs=0.02)  # four standard errors
+    np.testing.assert_allclose(stationary_law(ACCURACY, trees), states, atol=0.015)
+
+
+def test_probabilities_of_nodes():
+    accepted, ends = node_probabilities(ACCURACY, (-1, 0, 0, 1, 3))
+    np.testing.assert_allclose(accepted, [1, 0.5, 0.2, 0.2, 0.06])
+    np.testing.assert_allclose(ends, [0.3, 0.3, 0.2, 0.14, 0.06])
+    assert node_probabilities(ACCURACY, (-1, 0, 0, 0, 0))[0][4] == 0  # a fourth guess, of which nothing is known
+
+
+@pytest.mark.parametrize("num_nodes", [8, 12, 24, 40])
+def test_dynamic_trees_are_at_least_as_good_as_static_ones(num_nodes):
+    trees = dynamic_trees(ACCURACY, num_nodes)
+    assert all(tree.num_nodes() <= num_nodes and tree.depth <= state for state, tree in enumerate(trees, start=1))
+    fitting = [static_tree(ACCURACY, count) for count in range(1, 12)]
+    best = max(expected_tokens(ACCURACY, [tree]) for tree in fitting if tree.num_nodes() <= max(num_nodes, 8))
+    assert expected_tokens(ACCURACY, trees) >= best - 1e-9
+
+
+def test_prompt_tokens_are_dealt_out_nearly_as_well_as_possible():
+    """All numbers of prompt tokens on the trees' own candidates."""
+    trees = dynamic_trees(ACCURACY, 12)
+    best = 0.0
+    options = []
+    for tree in trees:
+        room = 12 - len(tree.parents)
+        dealt = itertools.product((1, 2, 3), repeat=len(tree.parents) - 1)
+        options.append([PromptTree(tree.parents, (3, *rest)) for rest in dealt if 3 + sum(rest) <= room])
+    for choice in itertools.islice(itertools.product(*options), 4000):
+        best = max(best, expected_tokens(ACCURACY, choice))
+    assert expected_tokens(ACCURACY, trees) >= 0.98 * best
+
+
+def test_an_ensemble_takes_room():
+    for tree in dynamic_trees(ACCURACY, 30, ensemble=2):
+        assert tree.num_nodes(2) <= 30 and tree.num_nodes(2) == len(tree.parents) + 2 * sum(tree.prompts)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"3 distances needs at least 6 nodes, got 5: raise draft_tokens"):
+        dynamic_trees(ACCURACY, 5)
+    with pytest.raises(ValueError, match="at least 1 prompt token and the root the most"):
+        PromptTree((-1, 0), (1, 2))
+    with pytest.raises(ValueError, match="got 1 for 2"):
+        PromptTree((-1, 0), (2,))

@@ -1,0 +1,143 @@
+"""Training of prompt tokens on a tiny target: the loss against plain forwards, and a part that is read back."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax import decoding
+from decodax.decoding.drafters import PromptTokens
+from decodax.decoding.prompt_tree import static_tree
+from decodax.decoding.trained_part import find_part, read_part
+from decodax.decoding.training.plan import Plan
+from decodax.decoding.training.prompt_tokens import RANKS, PromptTokensShape, PromptTokensTraining, _logits
+from decodax.decoding.training.texts import Texts
+from decodax.decoding.verifiers import ExactMatch
+
+SHAPE = PromptTokensShape(distances=2, ensemble=3)
+PLAN = Plan(
+    steps=40, decay_from=30, long_from=40, peak=0.1, windows_per_step=3, window_tokens=16, short_tokens=16,
+    optimizer="adamw", weight_decay=0.0, seed=2,
+)  # fmt: skip
+
+
+def documents(seed, count):
+    draw = np.random.default_rng(seed)
+    return [draw.integers(1, 37, size=draw.integers(20, 40)).astype(np.int32) for _ in range(count)]
+
+
+TEXTS = Texts(documents(0, 7), documents(1, 3), separator=(0,))
+
+
+@pytest.fixture(scope="module")
+def finished(target, tmp_path_factory):
+    folder, before = tmp_path_factory.mktemp("ppd"), jax.tree.map(np.array, target.params)
+    training = PromptTokensTraining(target, SHAPE, PLAN, TEXTS, folder / "run")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        trained = training.train(report_every=10, measure_every=10)
+    facts = training.export(folder / "out", trained.params, trained.step, folder / "out" / "loss.png", dtype="float32")
+    return training, trained, folder / "out", facts, before
+
+
+def logits_after(target, vectors):
+    """Plain forward over vectors, without a cache: logits behind the last; filled up, so that one shape is compiled."""
+    filled = np.zeros((1, 12, vectors.shape[1]), np.float32)
+    filled[0, : len(vectors)] = vectors
+    return np.asarray(forward(target.model, target.params, jnp.asarray(filled)))[0, len(vectors) - 1]
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(model, params, vectors):
+    return model.logits(params, model.apply(params, vectors, jnp.arange(12, dtype=jnp.int32)[None]).hidden)
+
+
+def law(logits):
+    weights = np.exp(np.asarray(logits, np.float64) - np.max(logits))
+    return weights / weights.sum()
+
+
+def test_the_loss_is_that_of_forwards_one_by_one(target):
+    embedding = np.asarray(jax.random.normal(jax.random.key(0), (2, 3, target.config.hidden_size)), np.float32)
+    tokens = np.stack([documents(3, 1)[0][:9], documents(4, 1)[0][:9]])
+    cut = np.array([[0, 4, 8], [2, 2, 7]], np.int32)
+    logits = jax.jit(_logits, static_argnums=0)
+    got = logits(target.model, target.params, jnp.asarray(embedding), jnp.asarray(tokens), jnp.asarray(cut))
+    table = np.asarray(target.model.embed(target.params, jnp.arange(37, dtype=jnp.int32)[None]))[0]
+    for row, text in enumerate(tokens):
+        for index, end in enumerate(cut[row]):
+            seen = table[text[: end + 1]]
+            written = [*seen]
+            for distance in range(2):
+                written.append(table[np.argmax(logits_after(target, np.stack(written)))])
+                np.testing.assert_allclose(
+                    got[0][row, index, distance], logits_after(target, np.stack(written)), atol=1e-4
+                )
+                found = [
+                    logits_after(target, np.concatenate([seen, embedding[: distance + 1, member]]))
+                    for member in range(3)
+                ]
+                np.testing.assert_allclose(got[1][row, index, distance], np.mean(found, axis=0), atol=1e-4)
+    training = PromptTokensTraining(target, SHAPE, PLAN, TEXTS, Path("unused"))
+    measured = training.measure({"embedding": jnp.asarray(embedding)}, np.pad(tokens, ((0, 0), (0, 1))))
+    places = np.broadcast_to(np.array([4], np.int32), (2, 1))
+    model_logits, found = logits(
+        target.model, target.params, jnp.asarray(embedding), jnp.asarray(tokens), jnp.asarray(places)
+    )
+    divergence = [
+        np.sum(law(one) * np.log(law(one) / law(other)))
+        for one, other in zip(np.asarray(model_logits).reshape(-1, 37), np.asarray(found).reshape(-1, 37), strict=True)
+    ]
+    assert measured["heldout_loss"] == pytest.approx(np.mean(divergence), rel=1e-4)
+    order = np.argsort(-np.asarray(found[:, 0, 1]), axis=1)[:, :RANKS]
+    is_right = order == np.argmax(np.asarray(model_logits[:, 0, 1]), axis=1)[:, None]
+    np.testing.assert_allclose(measured["rank_accuracy"][1], is_right.mean(axis=0), atol=1e-6)
+
+
+def test_prompt_tokens_learn_and_the_target_stays_as_it_was(target, finished):
+    training, _, _, _, before = finished
+    jax.tree.map(np.testing.assert_array_equal, target.params, before)
+    entries = [json.loads(line) for line in (training.run / "log.jsonl").read_text().splitlines()]
+    assert entries[-1]["loss"] < 0.9 * entries[0]["loss"]
+    assert entries[-1]["heldout_loss"] < entries[0]["heldout_loss"]
+
+
+def test_the_part_is_read_back_and_drafts(target, finished):
+    _, trained, out, facts, _ = finished
+    part = find_part("ppd", target, out)
+    np.testing.assert_array_equal(part.params["embedding"], trained.params["embedding"])
+    assert part.rank_accuracy == facts["heldout"]["rank_accuracy"] and len(part.rank_accuracy) == 2
+    assert part.shape == {"distances": 2, "ensemble": 3}
+    drafter = PromptTokens(target.model, (static_tree(part.rank_accuracy, 3),), ensemble=3)
+    decode = jax.jit(decoding.speculative(target.model, drafter, ExactMatch()))
+    plain = jax.jit(decoding.autoregressive(target.model))
+    prompts = [np.stack([ids[:7] for ids in TEXTS.heldout]), np.full(3, 7), 20, np.zeros(3, np.uint32)]
+    got = decode(target.params, part.params, decoding.init(target.model, target.params, *prompts))
+    want = plain(target.params, decoding.init(target.model, target.params, *prompts))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+def test_parts_of_other_models_and_kinds_are_refused(target, finished, tmp_path):
+    out = finished[2]
+    facts = json.loads((out / "part.json").read_text())
+    for change, message in (
+        ({"kind": "medusa"}, "needs a part of that kind, .* holds 'medusa'"),
+        ({"target_hidden_size": 24}, "hidden size is 24, and that of tiny is 22: train one .* `decodax train ppd`"),
+        ({"target_layers": 3}, "number of layers is 3, and that of tiny is 1"),
+    ):
+        (tmp_path / "part.json").write_text(json.dumps(facts | change))
+        (tmp_path / "part.safetensors").write_bytes((out / "part.safetensors").read_bytes())
+        with pytest.raises(ValueError, match=message):
+            find_part("ppd", target, tmp_path)
+    with pytest.raises(ValueError, match=r"needs a part trained for tiny: pass draft=FOLDER \(`decodax train ppd`"):
+        find_part("ppd", target, None)
+    (tmp_path / "part.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read as a trained part"):
+        read_part(tmp_path, jnp.float32)
+    with pytest.raises(FileNotFoundError, match=r"holds no part\.json"):
+        read_part(tmp_path / "none", jnp.float32)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 1"):
+        PromptTokensShape(0)

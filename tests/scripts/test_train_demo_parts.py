@@ -1,0 +1,87 @@
+"""The script that made the shipped parts, on a tiny target; and the parts themselves beside the embedded model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import decodax
+from decodax.decoding.strategies import METHODS as STRATEGIES
+from decodax.decoding.trained_part import find_part, read_part
+from decodax.decoding.training.prompt_tokens import PromptTokensShape, PromptTokensTraining
+from decodax.decoding.training.texts import Texts
+from decodax.models.load import LanguageModel
+from decodax.scripts import train_demo_parts
+from decodax.scripts.train_demo_parts import PARTS, own_text, part, part_texts
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("optax_may_promote")
+SHIPPED = sorted({*PARTS} - {"first_routers"})
+
+
+@pytest.fixture(scope="module")
+def target():
+    model, params = tiny_model()
+    return LanguageModel(model, model.config, params, None, Path("tiny"), (0,))
+
+
+def documents(count):
+    return [np.random.default_rng(i).integers(1, 37, size=60).astype(np.int32) for i in range(count)]
+
+
+def test_own_text_is_written_once_and_parted_from_what_is_chosen_by(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_demo_parts, "OWN_DOCUMENTS", 4)
+    monkeypatch.setattr(train_demo_parts, "CALIBRATION_DOCUMENTS", 2)
+    given = Texts(documents(3), documents(1), rotating=documents(5)[3:])
+    monkeypatch.setattr(train_demo_parts, "demo_texts", lambda target: given)
+    texts = part_texts(target, tmp_path)
+    assert (len(texts.train), len(texts.calibration), len(texts.rotating)) == (6, 2, 5)
+    monkeypatch.setattr(train_demo_parts, "self_distilled", lambda *_, **__: pytest.fail("written again"))
+    again = own_text(target, [], tmp_path)
+    np.testing.assert_array_equal(np.concatenate(again[1:4]), np.concatenate(texts.train[:3]))
+    np.testing.assert_array_equal(again[0], texts.calibration[0])
+    assert all(
+        any(np.array_equal(ids[:32], seed[i : i + 32]) for seed in documents(5) for i in range(29)) for ids in again
+    )
+
+
+def test_the_script_trains_writes_and_goes_on(target, tmp_path, monkeypatch, capsys):
+    ids = documents(4)
+    monkeypatch.setattr(train_demo_parts, "load", lambda dtype: target)
+    monkeypatch.setattr(
+        train_demo_parts, "part_texts", lambda target, runs: Texts(ids[:3], ids[3:], calibration=ids[3:])
+    )
+    plan = replace(train_demo_parts.PLAN, window_tokens=14, short_tokens=14)
+    monkeypatch.setattr(train_demo_parts, "PLAN", plan)
+    monkeypatch.setitem(PARTS, "ppd", part(PromptTokensTraining, PromptTokensShape(2), peak=0.1))
+    folders = ["ppd", "--runs", str(tmp_path), "--out", str(tmp_path / "out"), "--image", str(tmp_path / "loss.png")]
+    for steps in (2, 3):
+        train_demo_parts.main([*folders, "--steps", str(steps)])
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["trained_tokens"] == steps * 14
+        found = read_part(tmp_path / "out", "float32")
+        assert found.params["embedding"].shape == (2, 1, target.config.hidden_size)
+        assert found.rank_accuracy == facts["calibration"]["rank_accuracy"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", SHIPPED)
+def test_a_shipped_part_fits_the_embedded_model(kind):
+    lm = decodax.load(dtype="float32")
+    found = find_part(kind, lm, None)
+    assert kind in STRATEGIES and found.facts["heldout"] and found.facts["calibration"]
+    assert found.facts["num_parameters"] == sum(leaf.size for leaf in _leaves(found.params)) or kind == "first"
+
+
+def test_shipped_parts_are_a_few_megabytes_and_read_the_same():
+    folder = train_demo_parts.DEMO
+    assert sum(file.stat().st_size for kind in SHIPPED for file in (folder / kind).iterdir()) < 5e6
+    facts = [json.loads((folder / kind / "part.json").read_text()) for kind in SHIPPED]
+    assert len({one["trained_tokens"] for one in facts}) == 1
+    assert len({one["about"]["text"] for one in facts}) == 1
+
+
+def _leaves(tree):
+    return [leaf for part in tree.values() for leaf in (_leaves(part) if isinstance(part, dict) else [part])]

@@ -1,0 +1,49 @@
+"""`decodax train medusa`: heads alone, then together with the model on its own words, and how it fails."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import decodax
+from decodax.cli import app
+from decodax.decoding.trained_part import read_part
+from tests.test_cli_train import model, text  # noqa: F401  (fixtures)
+
+STEPS = ["--batch=3", "--window=14", "--short-window=14", "--tokens=420", "--optimizer=adamw", "--heldout=0.2"]
+pytestmark = pytest.mark.usefixtures("optax_may_promote")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", "medusa", *map(str, arguments)])
+
+
+def test_heads_alone_then_with_the_model(model, text, tmp_path):  # noqa: F811
+    usual = ["--model", model, "--text", text, *STEPS]
+    alone = run(*usual, "-o", tmp_path / "heads", "--heads=2", "--blocks=2", "--stride=2", "--json")
+    assert alone.exit_code == 0, alone.output
+    facts = json.loads(alone.stdout)
+    assert facts["about"]["shape"] == {"heads": 2, "blocks": 2, "tied": True} and facts["about"]["stride"] == 2
+    assert len(facts["heldout"]["rank_accuracy"]) == 2
+
+    together = run(*usual, "-o", tmp_path / "both", "--joint", tmp_path / "heads", "--rank=3", "--self-distill=40")
+    assert together.exit_code == 0, together.output
+    assert "the changed model's likeliest token is the original's" in together.stdout
+    part = read_part(tmp_path / "both", "float32")
+    assert part.shape["rank"] == 3 and set(part.params) == {"heads", "low_rank"}
+    assert part.facts["about"]["text"] != facts["about"]["text"]
+
+    lm = decodax.load(model)
+    found = decodax.generate(lm, "def a", max_new_tokens=20, strategy="medusa", draft=tmp_path / "heads")
+    np.testing.assert_array_equal(found.tokens, decodax.generate(lm, "def a", max_new_tokens=20).tokens)
+
+    for arguments, message in (
+        (["--rank=3"], "--rank is that of the model's change: give --joint FOLDER with it"),
+        (["--joint", tmp_path / "heads", "--heads=2"], "with --joint the heads have the shape that they were trained"),
+        (["--joint", tmp_path / "both"], "starts from Medusa heads that were trained alone"),
+        (["--joint", tmp_path / "nowhere"], "holds no part.json"),
+        (["--labels=truth"], "labels must be one of ('model', 'text'), got 'truth'"),
+    ):
+        failed = run(*usual, "-o", tmp_path / "new", *arguments)
+        assert failed.exit_code == 1 and message in failed.stderr, failed.output
