@@ -1,19 +1,52 @@
 """The functions most users need: load a model, generate with it, read its logits."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from decodax.decoding.adapted import with_adapter
 from decodax.decoding.generation import Generation
 from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
-from decodax.models.load import LanguageModel, load
+from decodax.decoding.trained_part import TrainedPart
+from decodax.models.load import LanguageModel
+from decodax.models.load import load as _load
 from decodax.models.model import Model, Params
 
 __all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
+
+
+def load(
+    path_or_id: str | Path | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    invariant: bool = False,
+    adapter: str | Path | TrainedPart | None = None,
+) -> LanguageModel:
+    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
+
+    path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
+        small model that decodax carries.
+    dtype: "float32", "bfloat16" or "float16", in which the weights are kept; by default float32 on CPU (where bfloat16
+        is many times slower) and bfloat16 on accelerators.
+    mesh: a JAX mesh with an axis "tensor", over which the weights are split (`sharding.rules.TENSOR`); by default they
+        lie on the first device.
+    invariant: have a token get the same logits, to the last bit, alone and in a draft, so that speculative decoding
+        gives plain decoding's tokens in every dtype; slower (`Model.invariant`).
+    adapter: a change of the weights that `decodax train layer_skip` made, to be merged into them: its folder, or the
+        name of one inside the model's folder.
+    Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
+    and not possible, ValueError for files that do not fit or are not understood.
+    """
+    lm = _load(path_or_id, dtype=dtype, mesh=mesh, invariant=invariant)
+    return lm if adapter is None else with_adapter(lm, adapter)
 
 
 def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:

@@ -62,8 +62,11 @@ def first(
         _refuse_mixture(routers, regulariser, decisiveness, rank)
         lm, plan, texts, run = option.prepare(model, dtype, text, out, run, schedule)
         if routers is None:
-            chosen = {"regulariser": regulariser, "decisiveness": decisiveness}
-            shape = RoutedShape(**{name: value for name, value in chosen.items() if value is not None})
+            usual = RoutedShape()
+            shape = RoutedShape(
+                usual.regulariser if regulariser is None else regulariser,
+                usual.decisiveness if decisiveness is None else decisiveness,
+            )
             facts = option.carry_out(RouterTraining(lm, shape, plan, texts, run), out)
         else:
             found = find_part("first", lm, routers)

@@ -78,8 +78,8 @@ def medusa(
                     "with --joint the heads have the shape that they were trained in: leave out their sizes"
                 )
             start = find_part("medusa", lm, joint)
-            sizes = {name: start.shape[name] for name in ("heads", "blocks", "tied")}
-            shape = MedusaJointShape(**sizes, **({} if rank is None else {"rank": rank}))
+            sizes = (start.shape[name] for name in ("heads", "blocks", "tied"))
+            shape = MedusaJointShape(*sizes, rank=MedusaJointShape.rank if rank is None else rank)
             training = MedusaJointTraining(lm, shape, plan, texts, run, labels, stride, start=start)
         facts = option.carry_out(training, out)
         option.report(out, facts, _summary, as_json)

@@ -8,7 +8,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,6 @@ from decodax.sharding.rules import TENSOR, place
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from decodax.decoding.trained_part import TrainedPart
-
 _DTYPES = ("float32", "bfloat16", "float16")
 _SILENT_SECONDS = 1.0  # a progress bar for less only flickers
 _HUB_FILES = ["*.json", "*.safetensors"]
@@ -42,7 +40,7 @@ class LanguageModel:
 
     model: its pure functions. params: nested dictionary of arrays. tokenizer: None when the folder has none, which
     leaves token ids as input. path: the folder it came from. end_token_ids: the ids that end a text. adapter: the
-    trained change that its weights hold, None where they are those of the folder.
+    `TrainedPart` whose change its weights hold, None where they are those of the folder.
     """
 
     model: Model
@@ -51,7 +49,7 @@ class LanguageModel:
     tokenizer: Tokenizer | None
     path: Path
     end_token_ids: tuple[int, ...]
-    adapter: "TrainedPart | None" = field(default=None, repr=False)
+    adapter: Any = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +63,6 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     invariant: bool = False,
-    adapter: "str | Path | TrainedPart | None" = None,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
 
@@ -77,8 +74,6 @@ def load(
         lie on the first device.
     invariant: have a token get the same logits, to the last bit, alone and in a draft, so that speculative decoding
         gives plain decoding's tokens in every dtype; slower (`Model.invariant`).
-    adapter: a change of the weights that `decodax train layer_skip` made, to be merged into them: its folder, or the
-        name of one inside the model's folder.
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
     and not possible, ValueError for files that do not fit or are not understood.
     """
@@ -90,12 +85,7 @@ def load(
     put = None if mesh is None else partial(_put, mesh)
     with _progress(f"loading {folder.name}") as progress:
         params = load_params(folder, family, config, dtype=kind, put=put, progress=progress)
-    lm = LanguageModel(Model(config, invariant), config, params, tokenizer, folder, end_token_ids)
-    if adapter is None:
-        return lm
-    from decodax.decoding.adapted import with_adapter  # late: what decodes imports this file
-
-    return with_adapter(lm, adapter)
+    return LanguageModel(Model(config, invariant), config, params, tokenizer, folder, end_token_ids)
 
 
 def _put(mesh: Mesh, array: np.ndarray, weight: Weight, path: tuple[str, ...]) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+import decodax
 from decodax.decoding.depth.routed_layers import RoutedLayers
 from decodax.decoding.depth.skip_decode import SkipDecode
 from decodax.decoding.depth.speculative_exit import SpeculativeExit
@@ -25,7 +26,7 @@ from decodax.decoding.trained_part import find_part
 from decodax.decoding.training.prompt_tokens import PromptTokensShape, initial_embedding
 from decodax.decoding.tree_choice import best_tree
 from decodax.decoding.verifiers import ExactMatch, TypicalAcceptance
-from decodax.models.load import LanguageModel, load
+from decodax.models.load import LanguageModel
 from decodax.scripts import _bench_common as common
 from decodax.scripts._bench_agreement import Steps, compare, plain_steps
 from decodax.scripts._bench_repetition import last_rounds
@@ -139,7 +140,7 @@ def changed(scheme: Scheme, **fields: Any) -> Scheme:
 
 def measure(world: World, setting: PartSetting) -> dict[str, Any]:
     """Every setting of every scheme over all prompts. Raises SystemExit where a lossless one is not."""
-    lm, skipping = world.lm, load(dtype="float32", adapter="layer_skip")
+    lm, skipping = world.lm, decodax.load(dtype="float32", adapter="layer_skip")
     batches = deal(world.prompts, setting.batch)
 
     def runner(scheme: Scheme) -> Runner:

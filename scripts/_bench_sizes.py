@@ -25,7 +25,7 @@ from decodax.scripts._bench_runs import Runner, Scheme, row_rounds
 
 @dataclasses.dataclass(frozen=True)
 class SizeSetting:
-    """shape: of the model. sizes: tokens of a forward that is timed. prompt, new: of each row. rounds: of the timing."""
+    """shape: of the model. sizes: tokens of a forward that is timed. prompt, new: of a row. rounds: of the timing."""
 
     shape: common.Shape
     dtype: str

@@ -61,6 +61,12 @@ def exit_predictors(target: LanguageModel, texts: Texts, run: Path) -> PartTrain
     return part(ExitPredictorTraining, ExitPredictorShape(), peak=3e-3, draft=draft)(target, texts, run)
 
 
+def draft_prompts(target: LanguageModel, texts: Texts, run: Path) -> PartTraining:
+    """Prompt tokens for the draft of the embedded model, on the same texts."""
+    draft = load(DEMO / "draft", dtype="float32")
+    return part(PromptTokensTraining, PromptTokensShape(), peak=0.1)(draft, texts, run)
+
+
 def routed_layers(target: LanguageModel, texts: Texts, run: Path) -> PartTraining:
     """The second stage, with the routers that the first one left in the folder of the runs."""
     routers = read_part(run.parent / "first_routers_part", "float32")
@@ -70,14 +76,17 @@ def routed_layers(target: LanguageModel, texts: Texts, run: Path) -> PartTrainin
 
 PARTS: dict[str, Make] = {
     "ppd": part(PromptTokensTraining, PromptTokensShape(), peak=0.1),
-    "medusa": part(MedusaTraining, MedusaShape(heads=4, blocks=2), peak=2e-2, optimizer="muon"),
+    "medusa": part(MedusaTraining, MedusaShape(heads=4), peak=1e-2, optimizer="muon"),
     "kangaroo": part(KangarooTraining, KangarooShape(exit_layer=1), peak=0.03, optimizer="muon"),
     "layer_skip": part(LayerSkipTraining, LayerSkipShape(), peak=3e-3, optimizer="muon"),
     "specee": exit_predictors,
     "skip_decode": part(SkipDecodeTraining, SkipDecodeShape(min_layers=4), peak=2e-3),
     "first_routers": part(RouterTraining, RoutedShape(), peak=0.02),
     "first": routed_layers,
+    "draft_ppd": draft_prompts,
 }
+# Parts that do not lie beside the embedded model under their own name: routers alone are only half of a part.
+FOLDERS = {"first_routers": RUNS / "first_routers_part", "draft_ppd": DEMO / "draft" / "ppd"}
 
 
 def own_text(target: LanguageModel, given: Sequence[np.ndarray], folder: Path) -> list[np.ndarray]:
@@ -125,9 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     training = PARTS[options.kind](target, part_texts(target, options.runs), options.runs / options.kind)
     plan = resumed_plan(training.run, training.plan.finishing_by(options.steps))
     training = dataclasses.replace(training, plan=plan)
-    # Routers alone are only half of a part.
-    usual = options.runs / "first_routers_part" if options.kind == "first_routers" else DEMO / options.kind
-    out, image = options.out or usual, options.image or IMAGES / f"{options.kind}_loss.png"
+    out = options.out or FOLDERS.get(options.kind, DEMO / options.kind)
+    image = options.image or IMAGES / f"{options.kind}_loss.png"
     training.refuse_foreign(out)
     trained = training.train()
     if not trained.finished:

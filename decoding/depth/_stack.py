@@ -45,7 +45,7 @@ def run_stack(
     Every layer gives rows, so that all caches stay in step; those of tokens that did not run it hold no meaning.
     """
     hidden = model.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
-    nothing = model.empty_rows(*position.shape, hidden.dtype)
+    nothing = model.empty_rows(position.shape[0], position.shape[1], hidden.dtype)
     rows, captured = [], {0: hidden} if 0 in capture else {}
     layers_run, row_layers = jnp.int32(0), jnp.zeros(position.shape[0], jnp.int32)
     for index in range(model.config.num_layers):

@@ -18,7 +18,7 @@ Details that are decided here, and what departs from the paper:
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +108,9 @@ class DynamicExit(Drafter):
     model: Model
     max_tokens: int = 12
     every: int = 1
+    num_nodes: int = field(init=False)
+    max_depth: int = field(init=False)
+    capture: tuple[int, ...] = field(init=False)
 
     trained_part = "a model taught to exit early: `decodax train layer_skip`, or a LayerSkip checkpoint"
 
@@ -115,22 +118,13 @@ class DynamicExit(Drafter):
         check_exit(self.model, 1)
         if self.max_tokens < 1 or self.every < 1:
             raise ValueError(f"max_tokens and every must be at least 1, got {self.max_tokens} and {self.every}")
-
-    @property
-    def num_nodes(self) -> int:
-        return self.max_tokens + 1
-
-    @property
-    def max_depth(self) -> int:
-        return self.max_tokens
+        object.__setattr__(self, "num_nodes", self.max_tokens + 1)
+        object.__setattr__(self, "max_depth", self.max_tokens)
+        object.__setattr__(self, "capture", tuple(range(1, self.num_exits + 1)))
 
     @property
     def num_exits(self) -> int:
         return self.model.config.num_layers - 1
-
-    @property
-    def capture(self) -> tuple[int, ...]:
-        return tuple(range(1, self.num_exits + 1))
 
     def check(self, model: Model, draft_params: Any) -> None:
         check_draft(self.model, model, draft_params)
@@ -194,7 +188,7 @@ class DynamicExit(Drafter):
     def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> DelState:
         before, drafted, taken = state.draft, state.draft.drafted, outcome.num_emitted
         captured = jnp.stack([outcome.forward.captured[layer] for layer in self.capture])
-        was_drafted = jnp.asarray(self.capture) <= 0
+        was_drafted = jnp.asarray(self.capture) <= drafted.exit_layer
         states = jnp.where(was_drafted[:, None, None, None], drafted.states, captured)
         place = (state.length - taken)[:, None] + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
         emitted = jnp.take_along_axis(state.tokens, jnp.minimum(place, state.tokens.shape[1] - 1), axis=1)

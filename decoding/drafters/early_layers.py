@@ -10,7 +10,7 @@ in that a draft always has its full length; the paper's code ends one early at t
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,8 @@ class EarlyLayers(Drafter):
     model: Model
     exit_layer: int
     max_tokens: int
+    num_nodes: int = field(init=False)
+    max_depth: int = field(init=False)
 
     trained_part = "a model taught to exit early: `decodax train layer_skip`, or a LayerSkip checkpoint"
 
@@ -47,14 +49,8 @@ class EarlyLayers(Drafter):
         check_exit(self.model, self.exit_layer)
         if self.max_tokens < 1:
             raise ValueError(f"a draft must hold at least 1 token, got {self.max_tokens}")
-
-    @property
-    def num_nodes(self) -> int:
-        return self.max_tokens + 1
-
-    @property
-    def max_depth(self) -> int:
-        return self.max_tokens
+        object.__setattr__(self, "num_nodes", self.max_tokens + 1)
+        object.__setattr__(self, "max_depth", self.max_tokens)
 
     def check(self, model: Model, draft_params: Any) -> None:
         check_draft(self.model, model, draft_params)

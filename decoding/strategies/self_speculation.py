@@ -32,16 +32,14 @@ class LayerSkip(Strategy):
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
-        _refuse_part("layer_skip", draft, draft_tokens)
+        wanted = _number("layer_skip", draft, draft_tokens)
         if lm.adapter is None:
             exit_layer, tokens = max(1, lm.config.num_layers // 4), FIXED_TOKENS
         else:
             agreement = np.asarray(lm.adapter.measured("exit_agreement"))
-            shortest, longest = (1, FIXED_TOKENS) if draft_tokens is None else (max(1, draft_tokens),) * 2
+            shortest, longest = (1, FIXED_TOKENS) if wanted is None else (max(1, wanted),) * 2
             exit_layer, tokens = map(int, best_exit(agreement, lm.config.num_layers, longest, shortest))
-        return Speculation(
-            EarlyLayers(lm.model, exit_layer, tokens if draft_tokens is None else draft_tokens), ExactMatch()
-        )
+        return Speculation(EarlyLayers(lm.model, exit_layer, tokens if wanted is None else wanted), ExactMatch())
 
 
 class Del(Strategy):
@@ -54,13 +52,12 @@ class Del(Strategy):
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
-        _refuse_part("del", draft, draft_tokens)
-        return Speculation(
-            DynamicExit(lm.model, DYNAMIC_TOKENS if draft_tokens is None else draft_tokens), ExactMatch()
-        )
+        wanted = _number("del", draft, draft_tokens)
+        return Speculation(DynamicExit(lm.model, DYNAMIC_TOKENS if wanted is None else wanted), ExactMatch())
 
 
-def _refuse_part(name: str, draft: Any, draft_tokens: int | str | None) -> None:
+def _number(name: str, draft: Any, draft_tokens: int | str | None) -> int | None:
+    """The number of tokens asked for, if any; ValueError for what these strategies do not take."""
     if draft is not None:
         raise ValueError(
             f"{name} drafts with the model's own layers, got draft={draft!r}: leave it out. What `decodax train "
@@ -68,3 +65,4 @@ def _refuse_part(name: str, draft: Any, draft_tokens: int | str | None) -> None:
         )
     if isinstance(draft_tokens, str):
         raise ValueError(f"{name} does not choose by this machine's times (draft_tokens='auto'): give it a number")
+    return draft_tokens

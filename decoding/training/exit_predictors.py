@@ -93,7 +93,8 @@ class ExampleReader:
     def __call__(self, params: Params, tokens: Int[Array, "B T"], key: Array) -> Examples:
         """`shape.positions` places of each window, drawn by `key`; those of all windows stand along one axis."""
         target, of_target, of_draft = self.target, params["target"], params["draft"]
-        place = places(*tokens.shape, self.shape.positions, key)
+        batch, size = tokens.shape
+        place = places(batch, size, self.shape.positions, key)
         position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
         def at_places(states: Array) -> Array:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import decodax
 from decodax.decoding.depth import METHODS as DEPTHS
 from decodax.decoding.depth.skip_decode import SkipDecode
 from decodax.decoding.drafters import METHODS as DRAFTERS
 from decodax.decoding.drafters import Children, NoDraft, Replay
 from decodax.decoding.verifiers import METHODS as VERIFIERS
 from decodax.decoding.verifiers import ExactMatch
-from decodax.models.load import LanguageModel, load
+from decodax.models.load import LanguageModel
 from decodax.scripts import _bench_agreement as agreement
 from decodax.scripts import _bench_common as common
 from decodax.scripts import _bench_parts as parts
@@ -72,7 +73,7 @@ def full_forward(model, params, tokens):
 def test_every_verifier_drafter_and_depth_takes_part(world):
     found = schemes.all_schemes(world)
     assert {type(scheme.verifier) for scheme in found.values() if scheme.verifier} == set(VERIFIERS.values())
-    lm, skipping = load(dtype="float32"), load(dtype="float32", adapter="layer_skip")
+    lm, skipping = decodax.load(dtype="float32"), decodax.load(dtype="float32", adapter="layer_skip")
     tried = [scheme for _, _, scheme in parts.settings(lm, skipping, SIZE.parts)]
     drafters = {type(scheme.drafter) for scheme in (*found.values(), *tried) if scheme.drafter}
     assert drafters == set(DRAFTERS.values()) - {Replay}
@@ -280,7 +281,7 @@ def test_batches_are_of_mixed_length(world):
 
 def test_parts_part_counts_tokens_and_layers(tmp_path, monkeypatch):
     """On the embedded model: a lossless scheme and a lossy one, of which the second runs half the layers."""
-    lm = load(dtype="float32")
+    lm = decodax.load(dtype="float32")
     random = np.random.default_rng(0)
     prompts = [random.integers(0, lm.config.vocab_size, size).astype(np.int32) for size in (7, 3, 11, 5)]
     halved = Scheme("", NoDraft(), ExactMatch(), depth=SkipDecode(8, 4, 1))

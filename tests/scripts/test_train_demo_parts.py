@@ -18,7 +18,7 @@ from decodax.scripts.train_demo_parts import PARTS, own_text, part, part_texts
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("optax_may_promote")
-SHIPPED = sorted({*PARTS} - {"first_routers"})
+SHIPPED = sorted({*PARTS} - {*train_demo_parts.FOLDERS})
 
 
 @pytest.fixture(scope="module")
