@@ -64,19 +64,7 @@ def load(
     mesh: Mesh | None = None,
     invariant: bool = False,
 ) -> LanguageModel:
-    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
-
-    path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
-        small model that decodax carries.
-    dtype: "float32", "bfloat16" or "float16", in which the weights are kept; by default float32 on CPU (where bfloat16
-        is many times slower) and bfloat16 on accelerators.
-    mesh: a JAX mesh with an axis "tensor", over which the weights are split (`sharding.rules.TENSOR`); by default they
-        lie on the first device.
-    invariant: have a token get the same logits, to the last bit, alone and in a draft, so that speculative decoding
-        gives plain decoding's tokens in every dtype; slower (`Model.invariant`).
-    Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
-    and not possible, ValueError for files that do not fit or are not understood.
-    """
+    """A model folder in Hugging Face format, as it is; arguments and errors are those of `decodax.load`."""
     kind = _dtype(dtype)
     folder = find_folder(path_or_id)
     family, config = load_config(folder)

@@ -40,8 +40,8 @@ def measure(setting: DepthSetting) -> dict[str, Any]:
     result: dict[str, Any] = {"setting": dataclasses.asdict(setting), "target": TARGET, "layers": [half, num_layers]}
     schemes = {
         "plain decoding": Scheme("plain"),
-        "all layers": Scheme("all", NoDraft(), ExactMatch(), depth=SkipDecode(num_layers, num_layers, 1)),
-        "half the layers": Scheme("half", NoDraft(), ExactMatch(), depth=SkipDecode(num_layers, half, 1)),
+        "all layers": Scheme("all", NoDraft(), ExactMatch(), depth=SkipDecode(num_layers, num_layers, 1, 0)),
+        "half the layers": Scheme("half", NoDraft(), ExactMatch(), depth=SkipDecode(num_layers, half, 1, 0)),
     }
     for batch in setting.batches:
         draw = np.random.default_rng(0)

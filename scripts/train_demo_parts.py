@@ -78,7 +78,7 @@ PARTS: dict[str, Make] = {
     "ppd": part(PromptTokensTraining, PromptTokensShape(), peak=0.1),
     "medusa": part(MedusaTraining, MedusaShape(heads=4), peak=1e-2, optimizer="muon"),
     "kangaroo": part(KangarooTraining, KangarooShape(exit_layer=1), peak=0.03, optimizer="muon"),
-    "layer_skip": part(LayerSkipTraining, LayerSkipShape(), peak=3e-3, optimizer="muon"),
+    "layer_skip": part(LayerSkipTraining, LayerSkipShape(), peak=4e-3, optimizer="muon"),
     "specee": exit_predictors,
     "skip_decode": part(SkipDecodeTraining, SkipDecodeShape(min_layers=4), peak=2e-3),
     "first_routers": part(RouterTraining, RoutedShape(), peak=0.02),

@@ -66,7 +66,7 @@ class NestedDraft(Drafter):
             stop_token_ids=state.stop_token_ids[:, :0],
             caches=caches,
             history=History.start(state.tokens, state.length, vocab_size=vocab_size, with_counts=False),
-            sampling=Sampling.create(batch, vocab_size),
+            sampling=Sampling((), False),
             layer_counts=LayerCounts.zero(batch),
             depth=(),
         )

@@ -7,7 +7,7 @@ import pytest
 
 from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import Sampling
-from decodax.decoding.state import DecodeState
+from decodax.decoding.state import DecodeState, LayerCounts
 
 ROWS, CAPACITY, BLOCK, VOCABULARY = 199, 13, 5, 11
 STOPS = (3, 7)
@@ -22,6 +22,7 @@ def example(with_counts=True):
     length = np.where(done, random.integers(1, limit + 1), random.integers(1, limit))
     history = History.start(jnp.asarray(tokens), jnp.asarray(length), vocab_size=VOCABULARY, with_counts=with_counts)
     state = DecodeState(
+        layer_counts=LayerCounts.zero(ROWS),
         tokens=jnp.asarray(tokens, jnp.int32), logprobs=jnp.zeros((ROWS, CAPACITY)),
         length=jnp.asarray(length, jnp.int32), limit=jnp.asarray(limit, jnp.int32), done=jnp.asarray(done),
         failed=jnp.zeros(ROWS, bool), seed=jnp.zeros(ROWS, jnp.uint32), stop_token_ids=jnp.asarray([STOPS] * ROWS),

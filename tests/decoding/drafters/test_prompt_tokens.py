@@ -1,7 +1,6 @@
 """Prompt tokens: plain decoding's output whatever they guess, guesses from the right places, nothing left behind."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,9 @@ import pytest
 
 from decodax import decoding
 from decodax.decoding.drafters import PromptTokens
-from decodax.decoding.drafters.nested import NestedDraft
 from decodax.decoding.prompt_tree import PromptTree, dynamic_trees
 from decodax.decoding.verifiers import ExactMatch
-from tests.speculation import DRAFT_PARAMS, MODEL, PARAMS, assert_same, plain, start, texts
+from tests.speculation import CAPACITY, MODEL, PARAMS, VOCABULARY, assert_same, plain, start, texts
 
 WIDTH = MODEL.config.hidden_size
 ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.2, 0.1], [0.3, 0.2, 0.1]]
@@ -50,6 +48,16 @@ def test_a_row_alone_decodes_alike():
     np.testing.assert_array_equal(alone.draft.token[0], whole.draft.token[1])
 
 
+EMBEDDED = np.asarray(MODEL.embed(PARAMS, jnp.arange(VOCABULARY, dtype=jnp.int32)[None]))[0]
+
+
+@jax.jit
+def logits_of(vectors):
+    """Of one row, filled up to one length so that one program serves all; what follows does not change it."""
+    position = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None]
+    return MODEL.logits(PARAMS, MODEL.apply(PARAMS, vectors, position).hidden)
+
+
 def likeliest(logits, count):
     return np.argsort(-np.asarray(logits, np.float64), kind="stable")[:count]
 
@@ -69,13 +77,12 @@ def test_guesses_are_those_of_prompt_tokens_behind_the_text(kind):
                 continue
             number = int(state.draft.distances[row])
             seen.add(number)
-            read = np.asarray(MODEL.embed(PARAMS, jnp.asarray(text[None, :-1])))[0]  # all but the new pending token
+            read = EMBEDDED[text[:-1]]  # all but the new pending token
             logits = []
             for member in range(drafter.ensemble):
-                whole = np.concatenate([read, vectors[:number, member]])[None]
-                position = jnp.arange(whole.shape[1], dtype=jnp.int32)[None]
-                hidden = MODEL.apply(PARAMS, jnp.asarray(whole), position).hidden
-                logits.append(np.asarray(MODEL.logits(PARAMS, hidden))[0, -number:])
+                whole = np.concatenate([read, vectors[:number, member]])
+                filled = np.pad(whole, ((0, CAPACITY + 8 - len(whole)), (0, 0)))[None]
+                logits.append(np.asarray(logits_of(filled))[0, len(whole) - number : len(whole)])
             for distance, scores in enumerate(np.mean(logits, axis=0)):
                 want = likeliest(scores, drafter.num_ranks)
                 np.testing.assert_array_equal(state.draft.token[row, distance], want)
@@ -108,30 +115,3 @@ def test_what_does_not_fit_is_refused():
         PromptTokens(MODEL, DYNAMIC[1:])
     with pytest.raises(ValueError, match="must not be deeper, got depth 2"):
         PromptTokens(MODEL, (PromptTree((-1, 0, 1), (2, 1, 1)), STATIC[0]))
-
-
-class TestNested:
-    """The draft model of the draft scheme, itself sped up by prompt tokens."""
-
-    INNER = decoding.speculative(MODEL, KINDS["dynamic"][0], ExactMatch())
-    DRAFTER = NestedDraft(INNER, 3)
-    DRAFT: ClassVar = {"model": DRAFT_PARAMS, "drafter": embedding(3)}
-
-    def test_output_is_plain_decoding_s(self):
-        state = jax.jit(decoding.speculative(MODEL, self.DRAFTER, ExactMatch()))(PARAMS, self.DRAFT, start())
-        assert_same(state, plain())
-        assert int(state.counts.accepted.sum()) > 0
-
-    def test_the_chain_is_what_the_draft_model_would_write(self):
-        decode = decoding.speculative(MODEL, self.DRAFTER, ExactMatch())
-        state = jax.jit(decode.start)(PARAMS, self.DRAFT, start())
-        propose, step = jax.jit(self.DRAFTER.propose), jax.jit(decode.step)
-        alone = jax.jit(decoding.autoregressive(MODEL))
-        for _ in range(3):
-            proposal, _ = propose(PARAMS, self.DRAFT, state)
-            lengths = np.asarray(state.length)
-            fresh = decoding.init(MODEL, DRAFT_PARAMS, state.tokens, lengths, 3, np.zeros(3, np.uint32))
-            written = alone(DRAFT_PARAMS, fresh).tokens
-            for row, length in enumerate(lengths):
-                np.testing.assert_array_equal(proposal.token[row], written[row, length - 1 : length + 3])
-            state = step(PARAMS, self.DRAFT, state)

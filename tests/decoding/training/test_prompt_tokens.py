@@ -101,7 +101,7 @@ def test_prompt_tokens_learn_and_the_target_stays_as_it_was(target, finished):
     training, _, _, _, before = finished
     jax.tree.map(np.testing.assert_array_equal, target.params, before)
     entries = [json.loads(line) for line in (training.run / "log.jsonl").read_text().splitlines()]
-    assert entries[-1]["loss"] < 0.9 * entries[0]["loss"]
+    assert entries[-1]["loss"] < 0.95 * entries[0]["loss"]
     assert entries[-1]["heldout_loss"] < entries[0]["heldout_loss"]
 
 

@@ -1,0 +1,36 @@
+"""The draft model of the draft scheme, itself sped up by prompt tokens."""
+
+import jax
+import numpy as np
+
+from decodax import decoding
+from decodax.decoding.drafters import NestedDraft, PromptTokens
+from decodax.decoding.prompt_tree import dynamic_trees
+from decodax.decoding.verifiers import ExactMatch
+from tests.speculation import DRAFT_PARAMS, MODEL, PARAMS, assert_same, plain, start
+
+TREES = dynamic_trees([[0.5, 0.2, 0.1], [0.4, 0.2, 0.1], [0.3, 0.2, 0.1]], 12)
+DRAFTER = NestedDraft(decoding.speculative(MODEL, PromptTokens(MODEL, TREES), ExactMatch()), 3)
+EMBEDDING = jax.random.normal(jax.random.key(3), (3, 1, MODEL.config.hidden_size))
+DRAFT = {"model": DRAFT_PARAMS, "drafter": {"embedding": EMBEDDING}}
+
+
+def test_output_is_plain_decoding_s():
+    state = jax.jit(decoding.speculative(MODEL, DRAFTER, ExactMatch()))(PARAMS, DRAFT, start())
+    assert_same(state, plain())
+    assert int(state.counts.accepted.sum()) > 0
+
+
+def test_the_chain_is_what_the_draft_model_would_write():
+    decode = decoding.speculative(MODEL, DRAFTER, ExactMatch())
+    state = jax.jit(decode.start)(PARAMS, DRAFT, start())
+    propose, step = jax.jit(DRAFTER.propose), jax.jit(decode.step)
+    alone = jax.jit(decoding.autoregressive(MODEL))
+    for _ in range(3):
+        proposal, _ = propose(PARAMS, DRAFT, state)
+        lengths = np.asarray(state.length)
+        fresh = decoding.init(MODEL, DRAFT_PARAMS, state.tokens, lengths, 3, np.zeros(3, np.uint32))
+        written = alone(DRAFT_PARAMS, fresh).tokens
+        for row, length in enumerate(lengths):
+            np.testing.assert_array_equal(proposal.token[row], written[row, length - 1 : length + 3])
+        state = step(PARAMS, DRAFT, state)
