@@ -155,7 +155,7 @@ class DynamicExit(Drafter):
             jnp.zeros(shape, jnp.int32).at[:, 0].set(pending),
             jnp.zeros((self.num_exits, *shape, self.model.config.hidden_size), dtype),
             jnp.zeros((*shape, self.model.config.hidden_size), dtype),
-            self.model.empty_rows(*shape, dtype),
+            self.model.empty_rows(shape[0], shape[1], dtype),
         )
 
         def run(draft: _Draft) -> _Draft:
