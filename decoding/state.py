@@ -18,15 +18,15 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.logits_processors import History
+from decodax.decoding.prompt_reading import PromptRun, all_layers, read_chunk
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.sizes import bucket, check_cache_fits
 from decodax.layers import pytree
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
-from decodax.models.model import Model, Params, commit
+from decodax.models.model import Model, Params
 
 HostOrDevice = np.ndarray | Array
-DRAFT_CHUNK_TOKENS = 128  # prompt tokens that a drafter reads per forward
 MAX_CHUNK_TOKENS = 512  # prompt tokens per prefill forward, so that rows waiting for their commit stay small
 
 
@@ -112,16 +112,24 @@ class DecodeState:
 
 @runtime_checkable
 class PromptReader(Protocol):
-    """What reading prompts asks of a depth (`decoding/depth/_contract.py`)."""
+    """A depth that leaves out layers of prompts, too."""
+
+    def read_prompt(self, model: Model, params: Params, state: Any, start: Int[Array, ""], chunk: int) -> Any: ...
+
+
+@runtime_checkable
+class StartingDepth(Protocol):
+    """What beginning a run asks of a depth (`decoding/depth/_contract.py`)."""
 
     @property
     def cache_policy(self) -> CachePolicy: ...
 
+    @property
+    def prompt_reader(self) -> PromptReader | None: ...
+
     def check(self, model: Model, params: Params) -> None: ...
 
     def start(self, model: Model, params: Params, batch_size: int) -> Any: ...
-
-    def read_prompt(self, model: Model, params: Params, state: Any, start: Int[Array, ""], chunk: int) -> Any: ...
 
 
 def init(
@@ -136,7 +144,7 @@ def init(
     stop_token_ids: Sequence[int] = (),
     cache_dtype: DTypeLike | None = None,
     cache_policy: CachePolicy | None = None,
-    depth: PromptReader | None = None,
+    depth: StartingDepth | None = None,
 ) -> DecodeState:
     """The state after reading the prompts: row b's prompt is `tokens[b, :length[b]]`, the rest of the row is padding.
 
@@ -175,10 +183,12 @@ def init(
     if depth is not None:
         depth.check(model, params)
         state = dataclasses.replace(state, depth=depth.start(model, params, batch))
+    # Not the depth itself: those that read prompts alike share the compiled code.
+    reader = None if depth is None else depth.prompt_reader
     start = 0
     while start < longest - 1:  # the last token stays pending
         chunk = min(bucket(longest - 1 - start), MAX_CHUNK_TOKENS)
-        state = _prefill_chunk(model, depth, chunk, params, state, start)
+        state = _prefill_chunk(model, reader, chunk, params, state, start)
         start += chunk
     return state
 
@@ -225,20 +235,20 @@ def _empty_state(
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _prefill_chunk(
-    model: Model, depth: PromptReader | None, chunk: int, params: Params, state: DecodeState, start: Int[Array, ""]
+    model: Model, reader: PromptReader | None, chunk: int, params: Params, state: DecodeState, start: Int[Array, ""]
 ) -> DecodeState:
     """Runs prompt tokens start .. start + chunk - 1 of every row and commits those before the row's last token."""
-    return (read_prompt if depth is None else depth.read_prompt)(model, params, state, start, chunk)
+    return (read_prompt if reader is None else reader.read_prompt)(model, params, state, start, chunk)
 
 
 def read_prompt(model: Model, params: Params, state: DecodeState, start: Int[Array, ""], chunk: int) -> DecodeState:
     """The state after a chunk of every prompt, run through all layers."""
-    caches, sound = read_chunk(model, params, state.caches, state.tokens, state.length, start, chunk, skip=state.failed)
-    return after_prompt_chunk(state, caches, sound)
+    return read_prompt_by(all_layers(model, params), state, start, chunk)
 
 
-def after_prompt_chunk(state: DecodeState, caches: tuple[Any, ...], sound: Bool[Array, " B"]) -> DecodeState:
-    """The state with the caches of a chunk that has been read; rows that are not sound have failed."""
+def read_prompt_by(run: PromptRun, state: DecodeState, start: Int[Array, ""], chunk: int) -> DecodeState:
+    """The state after `run` has read a chunk of every prompt; rows that are not sound have failed."""
+    caches, sound = read_chunk(run, state.caches, state.tokens, state.length, start, chunk, skip=state.failed)
     return dataclasses.replace(
         state,
         caches=caches,
@@ -246,54 +256,3 @@ def after_prompt_chunk(state: DecodeState, caches: tuple[Any, ...], sound: Bool[
         done=state.done | ~sound,
         num_target_forwards=state.num_target_forwards + 1,
     )
-
-
-def read_chunk(
-    model: Model,
-    params: Params,
-    caches: tuple[Any, ...],
-    tokens: Int[Array, "B S"],
-    length: Int[Array, " B"],
-    start: Int[Array, ""],
-    chunk: int,
-    *,
-    skip: Bool[Array, " B"],
-) -> tuple[tuple[Any, ...], Bool[Array, " B"]]:
-    """The caches after tokens start .. start + chunk - 1 of every row, of which those before its last are committed.
-
-    Also says which rows are sound (finite); the others, and those to `skip`, get nothing written.
-    """
-    offset = start + jnp.arange(chunk, dtype=jnp.int32)
-    # A chunk may reach past the buffer; those columns repeat the last one and are not committed.
-    window = jnp.take(tokens, jnp.minimum(offset, tokens.shape[1] - 1), axis=1)
-    position = jnp.broadcast_to(offset, window.shape)
-    last = model.config.num_layers - 1
-    out = model.apply(params, window, position, caches, row_length=jnp.maximum(length[:, None], 1), capture=(last,))
-    wanted = jnp.clip(length - 1 - start, 0, chunk)
-    # The last layer's output is not needed, so its input tells whether the row is sound; and as the count depends on
-    # it, the caches are written in place (see KVCache.commit).
-    real = jnp.arange(chunk)[None, :] < wanted[:, None]
-    sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
-    return commit(caches, out.rows, jnp.where(sound & ~skip, wanted, 0)), sound
-
-
-def read_prompt_chunks(
-    model: Model,
-    params: Params,
-    caches: tuple[Any, ...],
-    tokens: Int[Array, "B S"],
-    length: Int[Array, " B"],
-    *,
-    skip: Bool[Array, " B"],
-) -> tuple[Any, ...]:
-    """The caches after reading all of every row but its last token, inside a compiled function: what drafts start with.
-
-    One loop over chunks of DRAFT_CHUNK_TOKENS, as many as the longest row needs.
-    """
-    chunk = min(DRAFT_CHUNK_TOKENS, tokens.shape[1])
-
-    def read(index: Array, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-        return read_chunk(model, params, caches, tokens, length, index * chunk, chunk, skip=skip)[0]
-
-    num_chunks = (jnp.max(length) - 1 + chunk - 1) // chunk
-    return jax.lax.fori_loop(0, num_chunks, read, caches)

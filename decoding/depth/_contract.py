@@ -1,7 +1,6 @@
 """The contract of a depth: which layers of the target a forward runs, when prompts are read and when tokens are found.
 
     depth.start(model, params, batch_size)                               -> its state, before the prompts are read
-    depth.read_prompt(model, params, state, start, chunk)                -> the decoding state after a chunk of prompts
     depth.forward(model, params, state, proposal, position, capture)     -> Reached
 
 A depth is a frozen, hashable object; whatever changes stands in its state (`state.depth`). What is trained for it are
@@ -14,7 +13,7 @@ from typing import Any, ClassVar
 from jaxtyping import Array, Int
 
 from decodax.decoding.drafters._contract import Proposal
-from decodax.decoding.state import DecodeState, read_prompt
+from decodax.decoding.state import DecodeState, PromptReader
 from decodax.layers import pytree
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
@@ -50,18 +49,17 @@ class Depth:
     def cache_policy(self) -> CachePolicy:
         return KVCache
 
+    @property
+    def prompt_reader(self) -> PromptReader | None:
+        """What reads the prompts; None where they run all layers."""
+        return None
+
     def check(self, model: Model, params: Params) -> None:
         """Raises ValueError when the target cannot be run so."""
 
     def start(self, model: Model, params: Params, batch_size: int) -> Any:
         """The depth's state before the prompts are read."""
         return ()
-
-    def read_prompt(
-        self, model: Model, params: Params, state: DecodeState, start: Int[Array, ""], chunk: int
-    ) -> DecodeState:
-        """The state after tokens start .. start + chunk - 1 of every row have been run and committed, at full depth."""
-        return read_prompt(model, params, state, start, chunk)
 
     def forward(
         self,

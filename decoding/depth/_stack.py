@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 from decodax.decoding.depth._contract import Reached
 from decodax.decoding.depth._layers import run_layer
 from decodax.decoding.drafters._contract import Proposal
-from decodax.decoding.state import DecodeState, after_prompt_chunk
+from decodax.decoding.state import DecodeState, read_prompt_by
 from decodax.layers import pytree
 from decodax.layers.attention.mask import Mask
-from decodax.models.model import Model, Params, commit
+from decodax.models.model import Model, Params
 from decodax.models.transformer import Forward
 
 # Who runs a layer, given its index and its input: all, nobody (without a look at the caches), or the tokens marked.
@@ -91,26 +91,14 @@ def forward_stack(
     return Reached(out.forward, out.layers_run, out.row_layers, state.depth)
 
 
-def prompt_tokens_of(state: DecodeState, start: Int[Array, ""], chunk: int) -> Bool[Array, "B T"]:
-    """Which of the tokens start .. start + chunk - 1 belong to a row's prompt and are not its last, pending one."""
-    return start + jnp.arange(chunk, dtype=jnp.int32)[None, :] < state.length[:, None] - 1
-
-
 def read_prompt_stack(
     model: Model, params: Params, state: DecodeState, start: Int[Array, ""], chunk: int, active: Active
 ) -> DecodeState:
     """The state after a chunk of every prompt, run through the layers that `active` names and committed."""
-    offset = start + jnp.arange(chunk, dtype=jnp.int32)
-    # A chunk may reach past the buffer; those columns repeat the last one and are not committed.
-    window = jnp.take(state.tokens, jnp.minimum(offset, state.tokens.shape[1] - 1), axis=1)
-    position = jnp.broadcast_to(offset, window.shape)
-    row_length = jnp.maximum(state.length[:, None], 1)
     last = model.config.num_layers - 1
-    out = run_stack(
-        model, params, window, position, state.caches, active, row_length=row_length, capture=(last,)
-    ).forward
-    real = prompt_tokens_of(state, start, chunk)
-    # As in `state.read_chunk`: the last layer's input tells whether the row is sound, and the count depends on it.
-    sound = jnp.all(jnp.isfinite(out.captured[last]) | ~real[..., None], axis=(1, 2))
-    count = jnp.where(sound & ~state.failed, jnp.sum(real, axis=1, dtype=jnp.int32), 0)
-    return after_prompt_chunk(state, commit(state.caches, out.rows, count), sound)
+
+    def run(caches, tokens, position, row_length):
+        out = run_stack(model, params, tokens, position, caches, active, row_length=row_length, capture=(last,)).forward
+        return out.rows, out.captured[last]
+
+    return read_prompt_by(run, state, start, chunk)

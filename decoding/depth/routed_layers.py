@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from decodax.decoding.depth._contract import Depth
-from decodax.decoding.depth._stack import forward_stack, prompt_tokens_of, read_prompt_stack
+from decodax.decoding.depth._stack import forward_stack, read_prompt_stack
+from decodax.decoding.prompt_reading import is_read
+from decodax.decoding.state import PromptReader
 from decodax.models.model import Model, Params
 
 
@@ -69,12 +71,16 @@ class RoutedLayers(Depth):
                 "train routers for this model (`decodax train first`)"
             )
 
+    @property
+    def prompt_reader(self) -> PromptReader:
+        return self
+
     def start(self, model: Model, params: Params, batch_size: int) -> Bool[Array, "B L"]:
         return jnp.ones((batch_size, model.config.num_layers), bool)
 
     def read_prompt(self, model, params, state, start, chunk):
         """The first chunk decides layer by layer, each on what the decisions before it made of the prompt."""
-        total, real = model.config.num_layers, prompt_tokens_of(state, start, chunk)
+        total, real = model.config.num_layers, is_read(state.length, start, chunk)
         decided: list[Any] = [state.depth[:, index] for index in range(total)]
 
         def active(index, hidden):

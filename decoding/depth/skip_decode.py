@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from decodax.decoding.depth._contract import Depth
 from decodax.decoding.depth._stack import forward_stack, read_prompt_stack
+from decodax.decoding.state import PromptReader
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class SkipDecode(Depth):
         if index < total - self.max_layers + self.warmup:
             return False
         return index >= total - num_layers + self.warmup
+
+    @property
+    def prompt_reader(self) -> PromptReader:
+        return self
 
     def check(self, model, params):
         if self.max_layers > model.config.num_layers:

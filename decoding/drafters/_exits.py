@@ -14,9 +14,7 @@ from decodax.decoding.logits_processors.temperature import Temperature
 from decodax.decoding.logits_processors.top_k import TopK
 from decodax.decoding.logits_processors.top_p import TopP
 from decodax.decoding.logits_processors.typical_p import TypicalP
-from decodax.decoding.node_laws import node_history
 from decodax.decoding.sampling import Sampling, processed_logits
-from decodax.decoding.tree import Tree
 from decodax.layers.attention.mask import Ancestors
 from decodax.models.model import Model
 
@@ -47,12 +45,6 @@ def staged_before(node: Int[Array, ""], num_nodes: int) -> Ancestors:
     """The mask of one node of a chain, whose earlier nodes are staged."""
     allowed = jnp.concatenate([jnp.arange(num_nodes, dtype=jnp.int32) < node, jnp.ones(1, bool)])
     return Ancestors(allowed[None, None])
-
-
-def history_at(history: History, token: Int[Array, "B C"], node: Int[Array, ""]) -> History:
-    """The history at one node of a chain, as if its tokens up to there had been written."""
-    of_nodes = node_history(history, Tree.chain(token.shape[1]), token)
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, node, axis=1, keepdims=False), of_nodes)
 
 
 def likeliest(

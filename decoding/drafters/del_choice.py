@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from decodax.decoding.depth import run_layer
 from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
-from decodax.decoding.drafters._exits import check_draft, check_exit, history_at, likeliest, staged_before
+from decodax.decoding.drafters._exits import check_draft, check_exit, likeliest, staged_before
+from decodax.decoding.drafters._size import set_chain
 from decodax.decoding.exit_choice import best_exit
 from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import Sampling
@@ -91,11 +92,15 @@ class DelState:
 
 
 class _Draft(NamedTuple):
-    """A draft under way: `node` is the next to run, of `end` that the draft will have. rows: of every layer."""
+    """A draft under way: `node` is the next to run, of `end` that the draft will have. rows: of every layer.
+
+    history: as if the tokens had been written.
+    """
 
     node: Int[Array, ""]
     end: Int[Array, ""]
     token: Int[Array, "B C"]
+    history: History
     states: Float[Array, "exits B C D"]
     vectors: Float[Array, "B C D"]
     rows: tuple[Any, ...]
@@ -116,10 +121,9 @@ class DynamicExit(Drafter):
 
     def __post_init__(self) -> None:
         check_exit(self.model, 1)
-        if self.max_tokens < 1 or self.every < 1:
-            raise ValueError(f"max_tokens and every must be at least 1, got {self.max_tokens} and {self.every}")
-        object.__setattr__(self, "num_nodes", self.max_tokens + 1)
-        object.__setattr__(self, "max_depth", self.max_tokens)
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1 (rounds between looks at the layers), got {self.every}")
+        set_chain(self, self.max_tokens)
         object.__setattr__(self, "capture", tuple(range(1, self.num_exits + 1)))
 
     @property
@@ -140,7 +144,7 @@ class DynamicExit(Drafter):
         states = jnp.stack([out.captured[layer] for layer in self.capture])
         wanted = jnp.argmax(self.model.logits(params, out.hidden), axis=2).astype(jnp.int32)
         count = jnp.where(state.done, 0, jnp.minimum(num_tokens, state.length - 1))
-        counts = self._look(params, Sampling((), False), states, wanted, count, lambda node: state.history)
+        counts = self._look(params, Sampling((), False), states, wanted, count, state.history)
         return DelState(counts, jnp.int32(0))
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, DelState]:
@@ -153,6 +157,7 @@ class DynamicExit(Drafter):
             jnp.int32(0),
             length + 1,
             jnp.zeros(shape, jnp.int32).at[:, 0].set(pending),
+            state.history,
             jnp.zeros((self.num_exits, *shape, self.model.config.hidden_size), dtype),
             jnp.zeros((*shape, self.model.config.hidden_size), dtype),
             self.model.empty_rows(shape[0], shape[1], dtype),
@@ -163,15 +168,18 @@ class DynamicExit(Drafter):
 
             def guess() -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
                 logits = self.model.logits(params, hidden)[:, 0]
-                return likeliest(state.sampling, logits, history_at(state.history, draft.token, draft.node))
+                return likeliest(state.sampling, logits, draft.history)
 
             # Nothing is drafted from the last node, so the head need not read it.
             is_last = draft.node + 1 >= draft.end
             token, confidence = jax.lax.cond(is_last, lambda: (pending, jnp.zeros(pending.shape)), guess)
             ends = jnp.all((confidence < threshold) | state.done)
-            token = draft.token.at[:, draft.node + 1].set(token, mode="drop")
-            end = jnp.where(ends, draft.node + 1, draft.end)
-            return draft._replace(node=draft.node + 1, end=end, token=token)
+            return draft._replace(
+                node=draft.node + 1,
+                end=jnp.where(ends, draft.node + 1, draft.end),
+                token=draft.token.at[:, draft.node + 1].set(token, mode="drop"),
+                history=draft.history.record(token[:, None], jnp.ones_like(token)),
+            )
 
         draft = jax.lax.while_loop(lambda draft: draft.node < draft.end, run, draft)
         is_drafted = jnp.broadcast_to((jnp.arange(self.num_nodes) < draft.end)[None, :], shape)
@@ -193,15 +201,7 @@ class DynamicExit(Drafter):
         place = (state.length - taken)[:, None] + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
         emitted = jnp.take_along_axis(state.tokens, jnp.minimum(place, state.tokens.shape[1] - 1), axis=1)
         looks = before.round % self.every == 0
-        token = outcome.proposal.token
-        new = self._look(
-            params,
-            state.sampling,
-            states,
-            emitted,
-            jnp.where(looks, taken, 0),
-            lambda node: history_at(drafted.history, token, node),
-        )
+        new = self._look(params, state.sampling, states, emitted, jnp.where(looks, taken, 0), drafted.history)
         old = before.counts.decayed(jnp.where(looks, DECAY, 1.0))
         return DelState(jax.tree.map(jnp.add, old, new), before.round + 1)
 
@@ -231,24 +231,26 @@ class DynamicExit(Drafter):
         states: Float[Array, "exits B C D"],
         wanted: Int[Array, "B C"],
         count: Int[Array, " B"],
-        history: Any,
+        history: History,
     ) -> ExitCounts:
         """What every exit would have said at the first `count[b]` places of a row, against the `wanted` tokens.
 
-        One place after the other, as the logits of all of them at once would be large.
+        One place after the other, as the logits of all of them at once would be large; `history` is that of the first.
         """
 
-        def add(node: Int[Array, ""], counts: ExitCounts) -> ExitCounts:
+        def add(node: Int[Array, ""], carry: tuple[ExitCounts, History]) -> tuple[ExitCounts, History]:
+            counts, history = carry
             hidden = jax.lax.dynamic_slice_in_dim(states, node, 1, axis=2)
             exits, batch = hidden.shape[:2]
             logits = self.model.logits(params, hidden.reshape(exits * batch, 1, -1)).reshape(exits, batch, -1)
-            of_node = history(node)
-            token, confidence = jax.vmap(lambda logits: likeliest(sampling, logits, of_node))(logits)
-            is_right = token == jax.lax.dynamic_slice_in_dim(wanted, node, 1, axis=1).T
+            token, confidence = jax.vmap(lambda logits: likeliest(sampling, logits, history))(logits)
+            came = jax.lax.dynamic_slice_in_dim(wanted, node, 1, axis=1)
+            is_right = token == came.T
             counts_here = (node < count)[None, :]
             right, wrong = is_right & counts_here, ~is_right & counts_here
             new = [jnp.sum(kind, axis=1, dtype=jnp.float32) for kind in (right, wrong)]
             new += [jnp.sum(jnp.where(kind, confidence, 0.0), axis=1) for kind in (right, wrong)]
-            return jax.tree.map(jnp.add, counts, ExitCounts(*new))
+            after = history.record(came, jnp.ones(batch, jnp.int32))
+            return jax.tree.map(jnp.add, counts, ExitCounts(*new)), after
 
-        return jax.lax.fori_loop(0, jnp.max(count), add, ExitCounts.zero(self.num_exits))
+        return jax.lax.fori_loop(0, jnp.max(count), add, (ExitCounts.zero(self.num_exits), history))[0]

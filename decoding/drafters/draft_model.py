@@ -19,8 +19,10 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from decodax.decoding.drafters._contract import Children, Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._expand import draw_children
+from decodax.decoding.drafters._size import set_tree
 from decodax.decoding.node_laws import node_history, node_logits
-from decodax.decoding.state import DecodeState, read_prompt_chunks
+from decodax.decoding.prompt_reading import all_layers, read_prompt_chunks
+from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.layers.attention.mask import Ancestors
 from decodax.layers.kv_cache.staged import place, stage
@@ -56,11 +58,7 @@ class DraftModel(Drafter):
     trained_part = "a small language model with the target's vocabulary: `decodax train draft`"
 
     def __post_init__(self) -> None:
-        tree = Tree.fixed(self.parents)
-        if tree.num_nodes < 2:
-            raise ValueError("a draft must hold at least 1 token, got 0: for none, use the strategy 'autoregressive'")
-        object.__setattr__(self, "num_nodes", tree.num_nodes)
-        object.__setattr__(self, "max_depth", int(np.max(tree.depth)))
+        set_tree(self, self.parents)
 
     @classmethod
     def chain(cls, model: Model, num_tokens: int) -> "DraftModel":
@@ -94,7 +92,8 @@ class DraftModel(Drafter):
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Any, ...]:
         batch, capacity = state.tokens.shape
         caches = self.model.empty_cache(batch, capacity, jax.tree.leaves(draft_params)[0].dtype)
-        return read_prompt_chunks(self.model, draft_params, caches, state.tokens, state.length, skip=state.failed)
+        run = all_layers(self.model, draft_params)
+        return read_prompt_chunks(run, caches, state.tokens, state.length, skip=state.failed)
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, tuple[Any, ...]]:
         tree, caches = Tree.fixed(self.parents), state.draft

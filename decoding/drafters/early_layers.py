@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
-from decodax.decoding.drafters._exits import check_draft, check_exit, history_at, likeliest, staged_before
+from decodax.decoding.drafters._exits import check_draft, check_exit, likeliest, staged_before
+from decodax.decoding.drafters._size import set_chain
+from decodax.decoding.logits_processors import History
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.layers.kv_cache.staged import place, stage
@@ -26,9 +28,13 @@ from decodax.models.model import Model
 
 
 class _Draft(NamedTuple):
-    """A draft under way: tokens so far, what stands after the first layers at the nodes run, and these layers' rows."""
+    """A draft under way: tokens so far, what stands after the first layers at the nodes run, and these layers' rows.
+
+    history: as if the tokens had been written.
+    """
 
     token: Int[Array, "B C"]
+    history: History
     vectors: Float[Array, "B C D"]
     rows: tuple[Any, ...]
 
@@ -47,10 +53,7 @@ class EarlyLayers(Drafter):
 
     def __post_init__(self) -> None:
         check_exit(self.model, self.exit_layer)
-        if self.max_tokens < 1:
-            raise ValueError(f"a draft must hold at least 1 token, got {self.max_tokens}")
-        object.__setattr__(self, "num_nodes", self.max_tokens + 1)
-        object.__setattr__(self, "max_depth", self.max_tokens)
+        set_chain(self, self.max_tokens)
 
     def check(self, model: Model, draft_params: Any) -> None:
         check_draft(self.model, model, draft_params)
@@ -61,6 +64,7 @@ class EarlyLayers(Drafter):
         dtype, batch = params["embedding"].dtype, pending.shape[0]
         draft = _Draft(
             jnp.zeros(position.shape, jnp.int32).at[:, 0].set(pending),
+            state.history,
             jnp.zeros((*position.shape, self.model.config.hidden_size), dtype),
             self.model.empty_rows(batch, self.num_nodes, dtype)[:exit_layer],
         )
@@ -80,11 +84,13 @@ class EarlyLayers(Drafter):
 
             def guess() -> Int[Array, " B"]:
                 logits = self.model.logits(params, out.hidden)[:, 0]
-                return likeliest(state.sampling, logits, history_at(state.history, draft.token, node))[0]
+                return likeliest(state.sampling, logits, draft.history)[0]
 
             # Nothing is drafted from the last node, so the head need not read it.
             drafted = jax.lax.cond(node < self.max_tokens, guess, lambda: pending)
-            return draft._replace(token=draft.token.at[:, node + 1].set(drafted, mode="drop"))
+            token = draft.token.at[:, node + 1].set(drafted, mode="drop")
+            history = draft.history.record(drafted[:, None], jnp.ones_like(pending))
+            return draft._replace(token=token, history=history)
 
         draft = jax.lax.fori_loop(0, self.num_nodes, run, draft)
         proposal = fixed_proposal(tree, draft.token, jnp.ones(position.shape, bool), forwards=self.num_nodes)

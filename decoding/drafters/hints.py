@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from decodax.decoding.drafters._contract import Children, Drafter, Outcome, Proposal, fixed_proposal
+from decodax.decoding.drafters._size import set_size
 from decodax.decoding.drafters.draft_model import DraftModel
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
@@ -46,8 +47,7 @@ class Hints(Drafter):
                 f"{self.num_likely}"
             )
         tree = Tree.fixed(self.parents)
-        object.__setattr__(self, "num_nodes", tree.num_nodes)
-        object.__setattr__(self, "max_depth", int(np.max(tree.depth)))
+        set_size(self, tree.num_nodes, int(np.max(tree.depth)))
 
     @property
     def draft(self) -> DraftModel:

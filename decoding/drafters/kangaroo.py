@@ -21,14 +21,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._exits import check_exit, likeliest, staged_before
+from decodax.decoding.drafters._size import set_chain
 from decodax.decoding.logits_processors import History
+from decodax.decoding.prompt_reading import read_prompt_chunks
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.layers.adapters.attention_exit import AttentionExit
 from decodax.layers.kv_cache.staged import Staged, place, stage
 from decodax.models.model import Model, Params
-
-PROMPT_CHUNK = 128  # prompt tokens that the first layers and the adapter read per forward
 
 
 def exit_adapter(model: Model, exit_layer: int) -> AttentionExit:
@@ -81,12 +81,9 @@ class Kangaroo(Drafter):
 
     def __post_init__(self) -> None:
         exit_adapter(self.model, self.exit_layer)
-        if self.max_tokens < 1:
-            raise ValueError(f"a draft must hold at least 1 token, got {self.max_tokens}")
         if not 0 <= self.confidence <= 1:
             raise ValueError(f"the confidence must be a probability in 0..1, got {self.confidence}")
-        object.__setattr__(self, "num_nodes", self.max_tokens + 1)
-        object.__setattr__(self, "max_depth", self.max_tokens)
+        set_chain(self, self.max_tokens)
 
     @property
     def adapter(self) -> AttentionExit:
@@ -101,30 +98,20 @@ class Kangaroo(Drafter):
 
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> Any:
         """The adapter's cache; the first layers run over the prompts once more, for what the adapter reads."""
-        batch, capacity = state.tokens.shape
-        chunk = min(PROMPT_CHUNK, capacity)
 
-        def read(index: Array, cache: Any) -> Any:
-            start = index * chunk
-            offset = start + jnp.arange(chunk, dtype=jnp.int32)
-            window = jnp.take(state.tokens, jnp.minimum(offset, capacity - 1), axis=1)
-            position = jnp.broadcast_to(offset, window.shape)
-            row_length = jnp.maximum(state.length[:, None], 1)
+        def run(caches, tokens, position, row_length):
             # The target's caches hold the whole prompts; for this chunk they end where it begins.
+            start = position[:, 0]
             before = tuple(dataclasses.replace(c, length=jnp.minimum(c.length, start)) for c in state.caches)
-            out = self.model.apply(params, window, position, before, row_length=row_length, layers=(0, self.exit_layer))
+            out = self.model.apply(params, tokens, position, before, row_length=row_length, layers=(0, self.exit_layer))
             normed, rows = self.adapter.apply(
-                draft_params["adapter"], out.hidden, position, cache, row_length=row_length
+                draft_params["adapter"], out.hidden, position, caches[0], row_length=row_length
             )
-            wanted = jnp.clip(state.length - 1 - start, 0, chunk)
-            # As the count depends on what was read from the cache, it is written in place (see KVCache.commit).
-            real = jnp.arange(chunk)[None, :] < wanted[:, None]
-            sound = jnp.all(jnp.isfinite(normed) | ~real[..., None], axis=(1, 2))
-            return cache.commit(rows, jnp.where(sound & ~state.failed, wanted, 0))
+            return (rows,), normed
 
+        batch, capacity = state.tokens.shape
         cache = self.adapter.empty_cache(batch, capacity, _dtype(draft_params))
-        num_chunks = (jnp.max(state.length) - 1 + chunk - 1) // chunk
-        return jax.lax.fori_loop(0, num_chunks, read, cache)
+        return read_prompt_chunks(run, (cache,), state.tokens, state.length, skip=state.failed)[0]
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, tuple[Any, Any]]:
         def is_wanted(draft: _Draft) -> Bool[Array, ""]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._guesses import best_guesses, sibling_ranks, tree_tokens
+from decodax.decoding.drafters._size import set_tree
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.layers import pytree
@@ -109,11 +110,7 @@ class MedusaHeads(Drafter):
     trained_part = "medusa"
 
     def __post_init__(self) -> None:
-        tree = Tree.fixed(self.parents)
-        if tree.num_nodes < 2:
-            raise ValueError("a draft must hold at least 1 token, got 0: for none, use the strategy 'autoregressive'")
-        object.__setattr__(self, "num_nodes", tree.num_nodes)
-        object.__setattr__(self, "max_depth", int(np.max(tree.depth)))
+        set_tree(self, self.parents)
 
     @property
     def ranks(self) -> Int[np.ndarray, " C"]:

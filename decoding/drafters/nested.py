@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
+from decodax.decoding.drafters._size import set_chain
 from decodax.decoding.logits_processors import History
 from decodax.decoding.loop import run_until_done
+from decodax.decoding.prompt_reading import all_layers, read_prompt_chunks
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.speculative import Speculative
-from decodax.decoding.state import DecodeState, LayerCounts, read_prompt_chunks
+from decodax.decoding.state import DecodeState, LayerCounts
 from decodax.decoding.tree import Tree
 from decodax.models.model import Model
 
@@ -42,10 +44,7 @@ class NestedDraft(Drafter):
     trained_part = "a draft model with prompt tokens of its own: `decodax train draft`, then `decodax train ppd`"
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"a draft must hold at least 1 token, got {self.num_tokens}")
-        object.__setattr__(self, "num_nodes", self.num_tokens + 1)
-        object.__setattr__(self, "max_depth", self.num_tokens)
+        set_chain(self, self.num_tokens)
 
     def check(self, model: Model, draft_params: Any) -> None:
         mine, wanted = self.inner.model.config.vocab_size, model.config.vocab_size
@@ -57,10 +56,8 @@ class NestedDraft(Drafter):
         model, (batch, capacity) = self.inner.model, state.tokens.shape
         vocab_size = model.config.vocab_size
         dtype = jax.tree.leaves(draft_params["model"])[0].dtype
-        caches = read_prompt_chunks(
-            model, draft_params["model"], model.empty_cache(batch, capacity, dtype), state.tokens, state.length,
-            skip=state.failed,
-        )  # fmt: skip
+        run, caches = all_layers(model, draft_params["model"]), model.empty_cache(batch, capacity, dtype)
+        caches = read_prompt_chunks(run, caches, state.tokens, state.length, skip=state.failed)
         inner = dataclasses.replace(
             state,
             stop_token_ids=state.stop_token_ids[:, :0],

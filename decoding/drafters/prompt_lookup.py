@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
+from decodax.decoding.drafters._size import set_chain
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 
@@ -32,14 +33,11 @@ class PromptLookup(Drafter):
     max_depth: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"a draft must hold at least 1 token, got num_tokens {self.num_tokens}")
+        set_chain(self, self.num_tokens)
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(
                 f"n-grams need 1 <= min_ngram <= max_ngram (tokens), got {self.min_ngram} and {self.max_ngram}"
             )
-        object.__setattr__(self, "num_nodes", self.num_tokens + 1)
-        object.__setattr__(self, "max_depth", self.num_tokens)
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, Any]:
         num_matching, end = latest_match(state.tokens, state.length, self.max_ngram)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Int
 
 from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._guesses import best_guesses, sibling_ranks, tree_tokens
+from decodax.decoding.drafters._size import set_size
 from decodax.decoding.prompt_tree import PromptTree
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
@@ -78,8 +79,9 @@ class PromptTokens(Drafter):
         for state, tree in enumerate(self.trees, start=1 if len(self.trees) > 1 else self.distances):
             if tree.depth > state:
                 raise ValueError(f"a tree for guesses at {state} distances must not be deeper, got depth {tree.depth}")
-        object.__setattr__(self, "num_nodes", max(tree.num_nodes(self.ensemble) for tree in self.trees))
-        object.__setattr__(self, "max_depth", max(tree.depth for tree in self.trees))
+        set_size(
+            self, max(tree.num_nodes(self.ensemble) for tree in self.trees), max(tree.depth for tree in self.trees)
+        )
 
     @property
     def distances(self) -> int:

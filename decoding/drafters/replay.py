@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
+from decodax.decoding.drafters._size import set_size
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.layers import pytree
@@ -57,8 +58,7 @@ class Replay(Drafter):
     def __post_init__(self) -> None:
         if self.num_tokens < 0:
             raise ValueError(f"num_tokens must be 0 or more, got {self.num_tokens}")
-        object.__setattr__(self, "num_nodes", self.num_tokens + 1)
-        object.__setattr__(self, "max_depth", self.num_tokens)
+        set_size(self, self.num_tokens + 1, self.num_tokens)
 
     def check(self, model: Model, draft_params: Any) -> None:
         if not isinstance(draft_params, Recording):

@@ -9,6 +9,7 @@ import pytest
 
 from decodax import decoding
 from decodax.decoding import state as decode_state
+from decodax.decoding.depth import FullDepth
 from decodax.decoding.sizes import bucket
 from tests.tiny import tiny_model
 
@@ -134,6 +135,13 @@ def test_one_compile_per_bucket():
         run(PARAMS, decoding.init(MODEL, PARAMS, tokens, np.full(2, length), new, np.zeros(2, int)))
     assert traces == [(2, 24)]
     assert decode_state._prefill_chunk._cache_size() == prefills + 1
+
+
+def test_all_layers_read_a_prompt_with_the_same_compiled_code():
+    start()
+    prefills = decode_state._prefill_chunk._cache_size()
+    start(depth=FullDepth())
+    assert decode_state._prefill_chunk._cache_size() == prefills
 
 
 def test_other_sampling_values_do_not_recompile():

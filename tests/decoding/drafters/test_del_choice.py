@@ -228,9 +228,9 @@ def test_counts_of_nothing():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="at least 1, got 0 and 1"):
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
         DynamicExit(MODEL, 0)
-    with pytest.raises(ValueError, match="at least 1, got 12 and 0"):
+    with pytest.raises(ValueError, match="every must be at least 1 .*, got 0"):
         DynamicExit(MODEL, every=0)
     with pytest.raises(ValueError, match="needs a model of at least 2 layers"):
         DynamicExit(Model(dataclasses.replace(MODEL.config, blocks=BLOCKS[:1])))

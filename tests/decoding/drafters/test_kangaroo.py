@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from decodax import decoding
+from decodax.decoding import prompt_reading
 from decodax.decoding.depth import FullDepth
 from decodax.decoding.drafters import Kangaroo
-from decodax.decoding.drafters import kangaroo as kangaroo_file
 from decodax.decoding.training.kangaroo import initial_adapter
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
@@ -100,7 +100,7 @@ def test_stops_inside_a_draft_leave_nothing_behind():
 
 
 def test_prompts_read_in_many_chunks_give_the_same_cache(monkeypatch):
-    monkeypatch.setattr(kangaroo_file, "PROMPT_CHUNK", 5)  # neither the buffer nor a prompt is a multiple of it
+    monkeypatch.setattr(prompt_reading, "DRAFT_CHUNK_TOKENS", 5)  # neither the buffer nor a prompt is a multiple of it
     state = start()
     cache_ = jax.jit(Kangaroo(MODEL, 1).start)(PARAMS, PART, state)
     assert_adapter_cache(state, cache_)

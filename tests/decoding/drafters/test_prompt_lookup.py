@@ -75,7 +75,7 @@ def test_the_example():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((0,), "at least 1 token, got num_tokens 0"),
+        ((0,), "at least 1 token, got 0"),
         ((3, 2, 0), "1 <= min_ngram <= max_ngram .* got 0 and 2"),
         ((3, 2, 3), "got 3 and 2"),
     ],
