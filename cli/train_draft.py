@@ -5,17 +5,24 @@ from typing import Annotated, Any
 import typer
 
 import decodax
-from decodax.cli import session
-from decodax.cli import train_options as option
+from decodax.cli.train_command import training
+from decodax.cli.train_options import PLAN, Ready
 from decodax.decoding.training.draft import DRAFT_TOKENS, DraftShape, DraftTraining
 
 
+def _summary(facts: dict[str, Any]) -> str:
+    found, per_forward = facts["heldout"], facts[f"tokens_per_forward_at_{DRAFT_TOKENS}"]
+    return (
+        f"on {found['tokens']:,} held-out tokens the draft finds the model's likeliest token at "
+        f"{found['greedy']:.1%} of the positions;\nspeculative sampling would accept {found['sampling']:.1%}. With "
+        f"{DRAFT_TOKENS} drafted tokens that is {per_forward['greedy']:.2f} tokens per forward of the model when "
+        f"greedy, {per_forward['sampling']:.2f} at temperature 1"
+    )
+
+
+@training(summary=_summary, tokens=20_000_000, learning_rate=PLAN.peak, optimizer=PLAN.optimizer)
 def draft(
-    text: option.Text,
-    out: option.Out,
-    model: session.ModelName = None,
-    dtype: session.Dtype = None,
-    tokens: option.Tokens = 20_000_000,
+    ready: Ready,
     hidden_size: Annotated[
         int | None, typer.Option(min=2, help="Width. Default: half the model's, 512 at most.")
     ] = None,
@@ -24,17 +31,7 @@ def draft(
     kv_heads: Annotated[int, typer.Option(min=1, help="Key-value heads.")] = 2,
     head_size: Annotated[int | None, typer.Option(min=2, help="Default: about the width over the heads.")] = None,
     feed_forward: Annotated[int | None, typer.Option(min=1, help="Default: two and a half times the width.")] = None,
-    batch: option.Batch = option.PLAN.windows_per_step,
-    window: option.Window = None,
-    short_window: option.ShortWindow = None,
-    learning_rate: option.LearningRate = option.PLAN.peak,
-    optimizer: option.Optimizer = option.PLAN.optimizer,
-    heldout: option.Heldout = 0.02,
-    seed: option.Seed = 0,
-    run: option.Run = None,
-    as_json: session.Json = False,
-    debug: session.Debug = False,
-) -> None:
+) -> DraftTraining:
     """Train a small draft model for a model, on your text.
 
     The draft learns to predict what the model predicts. It is written as a Hugging Face folder, with what was measured
@@ -43,12 +40,8 @@ def draft(
 
     Example: decodax train draft --model ./my-model --text ./my-code -o ./my-draft
     """
-    with session.reported_errors(debug):
-        schedule = option.Schedule(tokens, batch, window, short_window, learning_rate, optimizer, heldout, seed)
-        lm, plan, texts, run = option.prepare(model, dtype, text, out, run, schedule)
-        shape = _shape(lm, hidden_size, layers, heads, kv_heads, head_size, feed_forward)
-        facts = option.carry_out(DraftTraining(lm, shape, plan, texts, run), out)
-        option.report(out, facts, _summary, as_json)
+    shape = _shape(ready.lm, hidden_size, layers, heads, kv_heads, head_size, feed_forward)
+    return DraftTraining(ready.lm, shape, ready.plan, ready.texts, ready.run)
 
 
 def _shape(
@@ -64,13 +57,3 @@ def _shape(
     width = hidden_size or max(2, min(512, lm.config.hidden_size // 2))
     head_size = head_size or max(2, width // heads // 2 * 2)  # even: RoPE turns pairs
     return DraftShape(width, layers, heads, kv_heads, head_size, feed_forward or 5 * width // 2)
-
-
-def _summary(facts: dict[str, Any]) -> str:
-    found, per_forward = facts["heldout"], facts[f"tokens_per_forward_at_{DRAFT_TOKENS}"]
-    return (
-        f"on {found['tokens']:,} held-out tokens the draft finds the model's likeliest token at "
-        f"{found['greedy']:.1%} of the positions;\nspeculative sampling would accept {found['sampling']:.1%}. With "
-        f"{DRAFT_TOKENS} drafted tokens that is {per_forward['greedy']:.2f} tokens per forward of the model when "
-        f"greedy, {per_forward['sampling']:.2f} at temperature 1"
-    )

@@ -4,19 +4,27 @@ from typing import Annotated, Any
 
 import typer
 
-from decodax.cli import session
-from decodax.cli import train_options as option
+from decodax.cli.train_command import training
+from decodax.cli.train_options import PLAN, Ready
 from decodax.decoding.training.layer_skip import LayerSkipShape, LayerSkipTraining
 
 SHAPE = LayerSkipShape()
 
 
+def _summary(facts: dict[str, Any]) -> str:
+    found, best = facts["heldout"], facts["best"]
+    agreement = ", ".join(f"{share:.1%}" for share in found["exit_agreement"])
+    return (
+        f"on {found['tokens']:,} held-out tokens the changed model finds the model's likeliest token at "
+        f"{found['greedy']:.1%} of the positions;\nits exits find its own at {agreement}. "
+        f"{best['draft_tokens']} tokens drafted after {best['exit_layer']} layers: about "
+        f"{best['tokens_per_full_depth']:.2f} tokens for as many layers as one forward runs"
+    )
+
+
+@training(summary=_summary, tokens=2_000_000, learning_rate=3e-3, optimizer=PLAN.optimizer)
 def layer_skip(
-    text: option.Text,
-    out: option.Out,
-    model: session.ModelName = None,
-    dtype: session.Dtype = None,
-    tokens: option.Tokens = 2_000_000,
+    ready: Ready,
     rank: Annotated[int, typer.Option(min=1, help="Of the change of every matrix.")] = SHAPE.rank,
     max_dropout: Annotated[
         float, typer.Option(min=0, max=1, help="Chance that a row leaves out the last layer; less for those before.")
@@ -31,17 +39,7 @@ def layer_skip(
         float, typer.Option(help="Exits are trained after up to this share of the layers.")
     ] = SHAPE.exit_share,
     exits_per_step: Annotated[int, typer.Option(min=1, help="Early exits that a step trains.")] = SHAPE.exits_per_step,
-    batch: option.Batch = option.PLAN.windows_per_step,
-    window: option.Window = None,
-    short_window: option.ShortWindow = None,
-    learning_rate: option.LearningRate = 3e-3,
-    optimizer: option.Optimizer = option.PLAN.optimizer,
-    heldout: option.Heldout = 0.02,
-    seed: option.Seed = 0,
-    run: option.Run = None,
-    as_json: session.Json = False,
-    debug: session.Debug = False,
-) -> None:
+) -> LayerSkipTraining:
     """Teach a model to exit early, on your text, so that its own first layers can draft for it.
 
     What is written is a small change of the weights, with what was measured in part.json and the loss curve in
@@ -50,20 +48,5 @@ def layer_skip(
     Example: decodax train layer_skip --model ./my-model --text ./my-code -o ./my-change, then decodax generate --model
     ./my-model --adapter ./my-change --strategy del "def fibonacci(n):"
     """
-    with session.reported_errors(debug):
-        schedule = option.Schedule(tokens, batch, window, short_window, learning_rate, optimizer, heldout, seed)
-        lm, plan, texts, run = option.prepare(model, dtype, text, out, run, schedule)
-        shape = LayerSkipShape(rank, max_dropout, exit_scale, depth_power, exit_share, exits_per_step)
-        facts = option.carry_out(LayerSkipTraining(lm, shape, plan, texts, run), out)
-        option.report(out, facts, _summary, as_json)
-
-
-def _summary(facts: dict[str, Any]) -> str:
-    found, best = facts["heldout"], facts["best"]
-    agreement = ", ".join(f"{share:.1%}" for share in found["exit_agreement"])
-    return (
-        f"on {found['tokens']:,} held-out tokens the changed model finds the model's likeliest token at "
-        f"{found['greedy']:.1%} of the positions;\nits exits find its own at {agreement}. "
-        f"{best['draft_tokens']} tokens drafted after {best['exit_layer']} layers: about "
-        f"{best['tokens_per_full_depth']:.2f} tokens for as many layers as one forward runs"
-    )
+    shape = LayerSkipShape(rank, max_dropout, exit_scale, depth_power, exit_share, exits_per_step)
+    return LayerSkipTraining(ready.lm, shape, ready.plan, ready.texts, ready.run)

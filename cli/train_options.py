@@ -1,18 +1,14 @@
-"""What all trainings share on the command line: options, the way from them to a run, and the report."""
+"""The options that all trainings share on the command line, and the way from them to what a training starts from."""
 
-import json
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import decodax
 from decodax.cli import session
 from decodax.decoding.training.loop import resumed_plan
-from decodax.decoding.training.part import PartTraining
 from decodax.decoding.training.plan import Plan
 from decodax.decoding.training.text_files import encode, read_texts
 from decodax.decoding.training.texts import Texts, hold_out
@@ -37,6 +33,16 @@ Seed = Annotated[int, typer.Option(min=0, help="Another seed draws other weights
 Run = Annotated[
     Path | None, typer.Option(help="The folder for checkpoints and the log. Default: beside OUT, ending in .run.")
 ]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What every training starts from: the model, the plan, the texts, and the folder that keeps the run."""
+
+    lm: decodax.LanguageModel
+    plan: Plan
+    texts: Texts
+    run: Path
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,14 @@ class Schedule:
 
 def prepare(
     model: str | None, dtype: str | None, text: list[Path], out: Path, run: Path | None, schedule: Schedule
-) -> tuple[decodax.LanguageModel, Plan, Texts, Path]:
-    """The model, the plan (that of the run's checkpoint, where there is one), the texts, and the run's folder."""
+) -> Ready:
+    """Loads the model and reads the text; the plan is that of the run's checkpoint, where there is one."""
     run = run or out.with_name(f"{out.name}.run")
     lm = decodax.load(model, dtype=dtype)
     plan = schedule.plan(lm)
     with session.progress("reading the text"):
         texts = _texts(lm, text, schedule.heldout, schedule.seed)
-    return lm, resumed_plan(run, plan), texts, run
+    return Ready(lm, resumed_plan(run, plan), texts, run)
 
 
 def _texts(lm: decodax.LanguageModel, paths: list[Path], heldout: float, seed: int) -> Texts:
@@ -81,23 +87,3 @@ def _texts(lm: decodax.LanguageModel, paths: list[Path], heldout: float, seed: i
         raise ValueError(f"{lm.path} has no tokenizer.json: the text cannot be turned into the model's tokens")
     train_ids, heldout_ids = hold_out(encode(lm.tokenizer, read_texts(paths)), heldout, seed)
     return Texts(train_ids, heldout_ids, separator=lm.end_token_ids[:1])
-
-
-def carry_out(training: PartTraining, out: Path) -> dict[str, Any]:
-    """Trains and writes the part; gives its facts. Ends the command where the run was asked to stop."""
-    training.refuse_foreign(out)
-    trained = training.train()
-    if not trained.finished:
-        print(f"stopped at step {trained.step} of {training.plan.steps}: the same command goes on", file=sys.stderr)
-        raise typer.Exit(session.INTERRUPTED)
-    with session.progress("measuring"):
-        return training.export(out, trained.params, trained.step, out / "loss.png")
-
-
-def report(out: Path, facts: dict[str, Any], summary: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    """Prints the facts for programs, or a summary for people."""
-    if as_json:
-        print(json.dumps(facts | {"path": str(out), "versions": session.versions()}))
-        return
-    size = f"{facts['num_parameters']:,} parameters, trained on {facts['trained_tokens']:,} tokens"
-    print(f"{out}: {size}\n{summary(facts)}")

@@ -4,50 +4,9 @@ from typing import Annotated, Any
 
 import typer
 
-from decodax.cli import session
-from decodax.cli import train_options as option
+from decodax.cli.train_command import training
+from decodax.cli.train_options import Ready
 from decodax.decoding.training.skip_decode import SkipDecodeShape, SkipDecodeTraining
-
-
-def skip_decode(
-    text: option.Text,
-    out: option.Out,
-    model: session.ModelName = None,
-    dtype: session.Dtype = None,
-    tokens: option.Tokens = 2_000_000,
-    min_layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers that the last tokens run. Default: half the model's.")
-    ] = None,
-    max_layers: Annotated[int | None, typer.Option(min=1, help="Layers of the prompt. Default: all.")] = None,
-    warmup: Annotated[
-        int, typer.Option(min=0, help="How many of them are the model's first; the others, its last.")
-    ] = 1,
-    rank: Annotated[int, typer.Option(min=1, help="Of the change of every matrix.")] = 16,
-    batch: option.Batch = option.PLAN.windows_per_step,
-    window: option.Window = None,
-    short_window: option.ShortWindow = None,
-    learning_rate: option.LearningRate = 0.002,
-    heldout: option.Heldout = 0.02,
-    seed: option.Seed = 0,
-    run: option.Run = None,
-    as_json: session.Json = False,
-    debug: session.Debug = False,
-) -> None:
-    """Train a model to run fewer layers the longer its text gets, on your text.
-
-    What is written is a small change of the layers; the model itself stays as it is. The same command goes on with a
-    run that was interrupted; more or fewer --tokens move its end.
-
-    Example: decodax train skip_decode --model ./my-model --text ./my-code -o ./my-change
-    Then: decodax generate "Once" --model ./my-model --strategy skip_decode --draft ./my-change
-    """
-    with session.reported_errors(debug):
-        schedule = option.Schedule(tokens, batch, window, short_window, learning_rate, "adamw", heldout, seed)
-        lm, plan, texts, run = option.prepare(model, dtype, text, out, run, schedule)
-        least = min_layers or max(warmup + 1, lm.config.num_layers // 2)
-        shape = SkipDecodeShape(least, max_layers, warmup, rank)
-        facts = option.carry_out(SkipDecodeTraining(lm, shape, plan, texts, run), out)
-        option.report(out, facts, _summary, as_json)
 
 
 def _summary(facts: dict[str, Any]) -> str:
@@ -57,3 +16,28 @@ def _summary(facts: dict[str, Any]) -> str:
         f"on held-out text, with layers falling, {found['greedy']:.1%} of the tokens are the model's own likeliest;\n"
         f"by the number of layers: {by_layers}"
     )
+
+
+@training(summary=_summary, tokens=2_000_000, learning_rate=0.002)
+def skip_decode(
+    ready: Ready,
+    min_layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers that the last tokens run. Default: half the model's.")
+    ] = None,
+    max_layers: Annotated[int | None, typer.Option(min=1, help="Layers of the prompt. Default: all.")] = None,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="How many of them are the model's first; the others, its last.")
+    ] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Of the change of every matrix.")] = 16,
+) -> SkipDecodeTraining:
+    """Train a model to run fewer layers the longer its text gets, on your text.
+
+    What is written is a small change of the layers; the model itself stays as it is. The same command goes on with a
+    run that was interrupted; more or fewer --tokens move its end.
+
+    Example: decodax train skip_decode --model ./my-model --text ./my-code -o ./my-change
+    Then: decodax generate "Once" --model ./my-model --strategy skip_decode --draft ./my-change
+    """
+    least = min_layers or max(warmup + 1, ready.lm.config.num_layers // 2)
+    shape = SkipDecodeShape(least, max_layers, warmup, rank)
+    return SkipDecodeTraining(ready.lm, shape, ready.plan, ready.texts, ready.run)

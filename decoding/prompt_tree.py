@@ -142,7 +142,7 @@ def _with_prompts(accuracy, parents: tuple[int, ...], gains: Sequence[float], ro
     _, ends = node_probabilities(accuracy, parents)
     prompts = np.full(len(parents), len(accuracy))
     while prompts.sum() > room:
-        worth = np.array([gains[k - 1] - gains[k - 2] if k > 1 else np.inf for k in prompts])
+        worth = np.array([gains[k - 1] - gains[k - 2] if k > 1 else 0.0 for k in prompts])
         loss = np.where(prompts > 1, ends * worth, np.inf)
         loss[0] = np.inf  # a round that accepts nothing is to guess all distances next time
         prompts[np.argmin(loss)] -= 1
@@ -152,5 +152,6 @@ def _with_prompts(accuracy, parents: tuple[int, ...], gains: Sequence[float], ro
 def _candidates(accuracy: Sequence[Sequence[float]], distances: int, count: int) -> tuple[int, ...]:
     """The best `count` candidates no deeper than `distances`, or all that there are."""
     ranks = len(accuracy[0])
-    table = [*map(list, accuracy[:distances]), [0.0] * ranks]
+    # Only what lies too deep is worth nothing at all: a guess that has never been right still comes before it.
+    table = [*([max(share, 1e-9) for share in shares] for shares in accuracy[:distances]), [0.0] * ranks]
     return best_tree(table, min(count, sum(ranks**depth for depth in range(1, distances + 1))))

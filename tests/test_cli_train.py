@@ -1,7 +1,8 @@
-"""`decodax train draft` from a folder of text to a folder with a draft, interrupted or not, and how it fails."""
+"""`decodax train draft` from a folder of text to a draft, interrupted or not, how it fails; what all kinds share."""
 
 import json
 import os
+import re
 import signal
 
 import jax
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import decodax
 from decodax.cli import app
+from decodax.cli.train import train
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.text_windows import TextWindows
 from decodax.models.hf_config import read_config
@@ -23,6 +25,12 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz ():\n"
 CONFIG = TINY_LLAMA | {"max_position_embeddings": 64, "eos_token_id": 5}
 SIZES = ["--hidden-size=12", "--layers=1", "--heads=2", "--kv-heads=1", "--head-size=6", "--feed-forward=17"]
 TEN_STEPS = ["--batch=3", "--window=14", "--short-window=14", "--tokens=420", "--optimizer=adamw", "--heldout=0.2"]
+# What every kind of part is trained with, in the order of --help: a kind's own options stand between the two.
+SHARED_BEFORE = ["--text", "--out", "--model", "--dtype", "--tokens"]
+SHARED_AFTER = ["--batch", "--window", "--short-window", "--learning-rate", "--optimizer", "--heldout", "--seed"]
+SHARED_AFTER += ["--run", "--json", "--debug", "--help"]
+WITHOUT_OPTIMIZER = {"ppd", "skip_decode", "first_routers", "first"}  # always adamw
+KINDS = [command.name for command in train.registered_commands]
 pytestmark = pytest.mark.usefixtures("optax_may_promote")
 
 
@@ -143,3 +151,23 @@ def test_help_names_the_options_and_a_wrong_one_is_refused():
     assert shown.exit_code == 0 and "--hidden-size" in shown.stdout and "--text" in shown.stdout
     assert run("--tekst", "x").exit_code == 2
     assert CliRunner().invoke(app, ["train"]).exit_code in (0, 2)  # shows the help; the code depends on typer's version
+
+
+def test_there_is_a_command_for_every_kind():
+    assert sorted(KINDS) == [
+        "draft", "first", "first_routers", "kangaroo", "layer_skip", "medusa", "medusa_joint", "ppd", "skip_decode",
+        "specee",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_offers_the_shared_options(kind):
+    shown = CliRunner().invoke(app, ["train", kind, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0 and f"Example: decodax train {kind} --model" in shown.stdout, shown.output
+    options = re.findall(r"^[│ *]+(--[a-z-]+)", shown.stdout, re.MULTILINE)
+    after = [name for name in SHARED_AFTER if name != "--optimizer" or kind not in WITHOUT_OPTIMIZER]
+    assert options[:5] == SHARED_BEFORE and options[-len(after) :] == after
+    own = options[5 : -len(after)]
+    assert own and not set(own) & {*SHARED_BEFORE, *SHARED_AFTER}
+    required = re.findall(r"^│ \*\s+(--[a-z-]+)", shown.stdout, re.MULTILINE)
+    assert required == ["--text", "--out", *{"first": ["--routers"], "medusa_joint": ["--heads"]}.get(kind, [])]

@@ -1,7 +1,8 @@
-"""`decodax train skip_decode` and both stages of `decodax train first`: from a text to a part that decodes."""
+"""`decodax train` for skip_decode, specee, first_routers and first: from a text to a part that decodes."""
 
 import json
 
+import jax
 import pytest
 import tokenizers
 from typer.testing import CliRunner
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 from decodax.cli import app
 from decodax.decoding.training.export import write_model
 from decodax.models.hf_config import read_config
+from decodax.models.model import Model
 from tests.decoding.training.depths import deep_target
 from tests.tiny import TINY_LLAMA
 
@@ -54,16 +56,43 @@ def test_skip_decode(given, tmp_path):
     decodes("skip_decode", given, tmp_path / "out")
 
 
+@pytest.fixture
+def draft(tmp_path):
+    """The folder of a draft of one layer, which has the model's vocabulary."""
+    write_model(tmp_path / "draft", TINY_LLAMA, Model(read_config(TINY_LLAMA)[1]).init(jax.random.key(7)), "float32")
+    return tmp_path / "draft"
+
+
+def test_specee(given, draft, tmp_path):
+    out, sizes = tmp_path / "out", ["--hidden-size=5", "--likely-tokens=3", "--positions=7"]
+    facts = trained("specee", given, out, "--draft", draft, *sizes)
+    assert facts["about"]["shape"] == {"hidden_size": 5, "likely_tokens": 3, "positions": 7}
+    assert (facts["trained_tokens"], facts["target_layers"], facts["plan"]["optimizer"]) == (84, 3, "adamw")
+    for name in ("config.json", "model.safetensors"):
+        assert (out / "draft" / name).read_bytes() == (draft / name).read_bytes()
+    decodes("specee", given, out)
+    for options, message in (
+        ([], "needs a draft for"),
+        (["--draft", draft, "--positions=7", "--hidden-size=6"], "already holds another model"),
+    ):
+        result = run("train", "specee", *given, "-o", out, *SHORT, *options)
+        assert result.exit_code == 1 and message in result.stderr, (message, result.output)
+
+
 def test_first_in_two_stages(given, tmp_path):
-    facts = trained("first", given, tmp_path / "routers", "--regulariser=9", "--decisiveness=0.5")
+    facts = trained("first_routers", given, tmp_path / "routers", "--regulariser=9", "--decisiveness=0.5")
     assert (facts["about"]["shape"]["regulariser"], facts["about"]["shape"]["decisiveness"]) == (9, 0.5)
+    assert facts["plan"]["peak"] == 0.02
+    decodes("first", given, tmp_path / "routers")
     facts = trained("first", given, tmp_path / "out", "--routers", tmp_path / "routers", "--rank=2")
     assert facts["about"]["shape"]["rank"] == 2 and facts["about"]["shape"]["regulariser"] == 9
+    assert facts["plan"]["peak"] == 0.002
     decodes("first", given, tmp_path / "out")
-    for options, message in (
-        (["--rank=2"], "--rank belongs to the second stage"),
-        (["--routers", tmp_path / "routers", "--regulariser=1"], "belong to the first stage"),
-        (["--routers", tmp_path / "nowhere"], "holds no part.json"),
+    for kind, options, code, message in (
+        ("first_routers", ["--rank=2"], 2, "No such option: --rank"),
+        ("first", ["--routers", tmp_path / "routers", "--regulariser=1"], 2, "No such option: --regulariser"),
+        ("first", [], 2, "Missing option '--routers'"),
+        ("first", ["--routers", tmp_path / "nowhere"], 1, "holds no part.json"),
     ):
-        result = run("train", "first", *given, "-o", tmp_path / "new", *SHORT, *options)
-        assert result.exit_code == 1 and message in result.stderr, (message, result.output)
+        result = run("train", kind, *given, "-o", tmp_path / "new", *SHORT, *options)
+        assert result.exit_code == code and message in result.stderr, (message, result.output)

@@ -1,4 +1,4 @@
-"""`decodax train medusa`: heads alone, then together with the model on its own words, and how it fails."""
+"""`decodax train medusa`, then `medusa_joint` with the model on its own words, and how they fail."""
 
 import json
 
@@ -15,19 +15,20 @@ STEPS = ["--batch=3", "--window=14", "--short-window=14", "--tokens=420", "--opt
 pytestmark = pytest.mark.usefixtures("optax_may_promote")
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["train", "medusa", *map(str, arguments)])
+def run(kind, *arguments):
+    return CliRunner().invoke(app, ["train", kind, *map(str, arguments)])
 
 
 def test_heads_alone_then_with_the_model(model, text, tmp_path):  # noqa: F811
     usual = ["--model", model, "--text", text, *STEPS]
-    alone = run(*usual, "-o", tmp_path / "heads", "--heads=2", "--blocks=2", "--stride=2", "--json")
+    alone = run("medusa", *usual, "-o", tmp_path / "heads", "--heads=2", "--blocks=2", "--stride=2", "--json")
     assert alone.exit_code == 0, alone.output
     facts = json.loads(alone.stdout)
     assert facts["about"]["shape"] == {"heads": 2, "blocks": 2, "tied": True} and facts["about"]["stride"] == 2
     assert len(facts["heldout"]["rank_accuracy"]) == 2
 
-    together = run(*usual, "-o", tmp_path / "both", "--joint", tmp_path / "heads", "--rank=3", "--self-distill=40")
+    joint = ["--heads", tmp_path / "heads", "--rank=3", "--self-distill=40"]
+    together = run("medusa_joint", *usual, "-o", tmp_path / "both", *joint)
     assert together.exit_code == 0, together.output
     assert "the changed model's likeliest token is the original's" in together.stdout
     part = read_part(tmp_path / "both", "float32")
@@ -38,12 +39,13 @@ def test_heads_alone_then_with_the_model(model, text, tmp_path):  # noqa: F811
     found = decodax.generate(lm, "def a", max_new_tokens=20, strategy="medusa", draft=tmp_path / "heads")
     np.testing.assert_array_equal(found.tokens, decodax.generate(lm, "def a", max_new_tokens=20).tokens)
 
-    for arguments, message in (
-        (["--rank=3"], "--rank is that of the model's change: give --joint FOLDER with it"),
-        (["--joint", tmp_path / "heads", "--heads=2"], "with --joint the heads have the shape that they were trained"),
-        (["--joint", tmp_path / "both"], "starts from Medusa heads that were trained alone"),
-        (["--joint", tmp_path / "nowhere"], "holds no part.json"),
-        (["--labels=truth"], "labels must be one of ('model', 'text'), got 'truth'"),
+    for kind, arguments, code, message in (
+        ("medusa", ["--rank=3"], 2, "No such option: --rank"),
+        ("medusa", ["--labels=truth"], 1, "labels must be one of ('model', 'text'), got 'truth'"),
+        ("medusa_joint", ["--heads", tmp_path / "heads", "--blocks=2"], 2, "No such option: --blocks"),
+        ("medusa_joint", [], 2, "Missing option '--heads'"),
+        ("medusa_joint", ["--heads", tmp_path / "both"], 1, "starts from Medusa heads that were trained alone"),
+        ("medusa_joint", ["--heads", tmp_path / "nowhere"], 1, "holds no part.json"),
     ):
-        failed = run(*usual, "-o", tmp_path / "new", *arguments)
-        assert failed.exit_code == 1 and message in failed.stderr, failed.output
+        failed = run(kind, *usual, "-o", tmp_path / "new", *arguments)
+        assert failed.exit_code == code and message in failed.stderr, failed.output

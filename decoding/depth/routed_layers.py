@@ -49,7 +49,7 @@ class RoutedLayers(Depth):
     kept_first: int = 1
     kept_last: int = 1
 
-    trained_part = "routers, and a low-rank change of the layers: `decodax train first`"
+    trained_part = "routers, `decodax train first_routers`, and a low-rank change of the layers, `decodax train first`"
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -68,7 +68,7 @@ class RoutedLayers(Depth):
         if found != {"weight": shape, "bias": shape[:1]}:
             raise ValueError(
                 f"params['routers'] must hold weight {shape} and bias {shape[:1]}, got {found}: "
-                "train routers for this model (`decodax train first`)"
+                "train routers for this model (`decodax train first_routers`)"
             )
 
     @property

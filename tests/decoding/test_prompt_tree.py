@@ -73,6 +73,13 @@ def test_prompt_tokens_are_dealt_out_nearly_as_well_as_possible():
     assert expected_tokens(ACCURACY, trees) >= 0.98 * best
 
 
+def test_guesses_that_were_never_right_do_not_make_a_tree_deeper():
+    never = [[0.3, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    trees = dynamic_trees(never, 32)
+    assert [tree.depth <= state for state, tree in enumerate(trees, start=1)] == [True] * 3
+    assert expected_tokens(never, trees) == pytest.approx(1.3)
+
+
 def test_an_ensemble_takes_room():
     for tree in dynamic_trees(ACCURACY, 30, ensemble=2):
         assert tree.num_nodes(2) <= 30 and tree.num_nodes(2) == len(tree.parents) + 2 * sum(tree.prompts)

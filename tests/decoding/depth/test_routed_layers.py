@@ -129,7 +129,7 @@ def test_a_skipped_layer_leaves_no_trace():
 )
 def test_routers_that_do_not_fit_are_refused(routers):
     params = PARAMS if routers is None else PARAMS | {"routers": routers}
-    with pytest.raises(ValueError, match=r"must hold weight \(4, 23\) and bias \(4,\), got .*decodax train first"):
+    with pytest.raises(ValueError, match=r"must hold weight \(4, 23\) and bias \(4,\), got .*decodax train first_routers"):
         start(DEPTH, params)
 
 

@@ -230,7 +230,7 @@ def test_counts_of_nothing():
 def test_bad_input():
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         DynamicExit(MODEL, 0)
-    with pytest.raises(ValueError, match="every must be at least 1 .*, got 0"):
+    with pytest.raises(ValueError, match=r"every must be at least 1 .*, got 0"):
         DynamicExit(MODEL, every=0)
     with pytest.raises(ValueError, match="needs a model of at least 2 layers"):
         DynamicExit(Model(dataclasses.replace(MODEL.config, blocks=BLOCKS[:1])))
