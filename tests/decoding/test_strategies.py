@@ -13,7 +13,13 @@ import decodax
 from decodax import decoding
 from decodax.decoding import draft_length, generation, strategies
 from decodax.decoding.drafters import DraftModel
-from decodax.decoding.strategies import draft_model
+from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
+from decodax.decoding.prompt_tree import dynamic_trees
+from decodax.decoding.prompt_tree import expected_tokens as expected_of_prompts
+from decodax.decoding.strategies import draft_model, medusa, ppd
+from decodax.decoding.trained_part import TrainedPart
+from decodax.decoding.tree_choice import best_tree
+from decodax.decoding.tree_choice import expected_tokens as expected_of_tree
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.load import LanguageModel
 from tests.decoding.test_generation import LM, PROMPTS, letter_tokenizer
@@ -146,6 +152,79 @@ def test_choice_of_the_length():
     assert (none.num_tokens, none.speed_up) == (0, 1.0) and "plain decoding is faster" in none.reason
     with pytest.raises(ValueError, match="acceptance must be a probability"):
         draft_length.choose_draft_tokens(seconds, 0.1, 1.5)
+
+
+def test_choice_of_the_size_of_a_tree():
+    """Tokens per second: 1.6, 2.0 and 2.2 tokens, by what their forwards take."""
+    tokens = {4: 1.6, 8: 2.0, 16: 2.2}
+    flat = draft_length.choose_tree_size(dict.fromkeys((1, *tokens), 0.5), tokens)
+    assert (flat.num_tokens, flat.speed_up) == (15, pytest.approx(2.2))
+    # 0.6 for one token, and 1.6 / 0.9, 2 / 1.3, 2.2 / 2.1
+    rising = draft_length.choose_tree_size({size: 0.5 + 0.1 * size for size in (1, *tokens)}, tokens)
+    assert (rising.num_tokens, rising.speed_up) == (3, pytest.approx(0.6 * 1.6 / 0.9))
+    none = draft_length.choose_tree_size({size: float(size) for size in (1, *tokens)}, tokens)
+    assert (none.num_tokens, none.speed_up) == (0, 1.0) and "plain decoding is faster" in none.reason
+
+
+RANKS = [[share * 0.5**rank for rank in range(10)] for share in (0.4, 0.3, 0.25)]  # of guesses 1, 2 and 3 tokens ahead
+
+
+def part_of(kind, params, **shape):
+    return TrainedPart(kind, params, {"about": {"shape": shape}, "heldout": {"rank_accuracy": RANKS}}, kind)
+
+
+PROMPT_TOKENS = part_of("ppd", {"embedding": jax.random.normal(jax.random.key(3), (3, 2, LM.config.hidden_size))})
+HEADS = part_of("medusa", {"heads": initial_heads(LM.params, MedusaShape(3))})
+# The module in which a curve is measured, the part, and what a forward over so many tokens is expected to give.
+OWN_TREES = {
+    "ppd": (ppd, PROMPT_TOKENS, lambda size: expected_of_prompts(RANKS, dynamic_trees(RANKS, size, 2))),
+    "medusa": (
+        medusa,
+        HEADS,
+        lambda size: expected_of_tree([*RANKS, [0.0] * 10], best_tree([*RANKS, [0.0] * 10], size - 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_TREES)
+def test_the_size_of_a_tree_is_chosen_from_measured_times(monkeypatch, plain, name):
+    module, part, expected = OWN_TREES[name]
+    sizes = [size for size in module.SIZES if size >= 10 or name == "medusa"]  # 3 x 2 prompt tokens, 1 + 1 + 2 nodes
+
+    def choose(seconds):
+        monkeypatch.setattr(module, "latency_curve", lambda model, params, wanted: {n: seconds(n) for n in wanted})
+        return strategies.METHODS[name].build(LM, part, "auto")
+
+    flat = choose(lambda size: 0.3).drafter
+    assert sizes[-1] - 3 <= flat.num_nodes <= sizes[-1] == 128  # what is left has no room for another guess
+    rising = choose(lambda size: 1 + size / 50).drafter
+    wanted = max(sizes, key=lambda size: expected(size) / (1 + size / 50))
+    assert sizes[0] < wanted < sizes[-1] / 2 and wanted - 3 <= rising.num_nodes <= wanted
+    monkeypatch.setattr(module, "latency_curve", lambda model, params, wanted: {n: float(n) for n in wanted})
+    with pytest.warns(UserWarning, match=f"{name} falls back to plain decoding: plain decoding is faster than any"):
+        out = generate(strategy=name, draft=part, draft_tokens="auto")
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    assert out.stats.fallback is not None and out.stats.accepted_lengths == ()
+
+
+def test_the_change_that_heads_bring_has_the_scale_that_their_part_says():
+    draw, (outputs, inputs) = np.random.default_rng(0), LM.params["blocks_1"]["mixer"]["key"].shape
+    change = {"down": draw.normal(size=(2, inputs)), "up": draw.normal(size=(outputs, 2))}
+    low_rank = jax.tree.map(np.float32, {"blocks_1": {"mixer": {"key": change}}})
+    part = part_of("medusa", HEADS.params | {"low_rank": low_rank}, change_scale=0.375)
+    made = strategies.METHODS["medusa"].build(LM, part, None)
+    key = np.asarray(LM.params["blocks_1"]["mixer"]["key"], np.float64) + 0.375 * change["up"] @ change["down"]
+    np.testing.assert_allclose(made.params["blocks_1"]["mixer"]["key"], key, atol=1e-5)  # float32 numbers of order 1
+    same = made.params | {"blocks_1": made.params["blocks_1"] | {"mixer": LM.params["blocks_1"]["mixer"]}}
+    jax.tree.map(np.testing.assert_array_equal, same, LM.params)
+
+
+def test_an_ensemble_of_prompt_tokens_by_name(plain):
+    drafter = strategies.METHODS["ppd"].build(LM, PROMPT_TOKENS, 19).drafter
+    assert drafter.ensemble == 2 and drafter.trees == dynamic_trees(RANKS, 20, 2)
+    out = generate(strategy="ppd", draft=PROMPT_TOKENS, draft_tokens=19)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    assert out.stats.strategy == "ppd" and sum(out.stats.offered) > 0 == out.stats.draft_forwards
 
 
 def test_latency_curve_has_a_time_for_every_size():

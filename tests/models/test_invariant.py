@@ -33,6 +33,8 @@ LENGTHS = ((1, 63, 255), (0, 64, 325), (15, 256, 300))
 CHAIN = Tree.chain(5)  # with three rows, one tile
 TREE = Tree.fixed([-1, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])  # several
 DTYPES = ("float32", "bfloat16")
+# Where the same code runs as in a test that takes both.
+MAINLY_BFLOAT16 = ("bfloat16", pytest.param("float32", marks=pytest.mark.slow))
 
 
 @cache
@@ -116,12 +118,12 @@ def test_alone_is_together(dtype):
         assert_paths_equal_steps(model, params, TREE, lengths, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MAINLY_BFLOAT16)
 def test_alone_is_together_in_the_embedded_models_shape(dtype):
     assert_paths_equal_steps(*built("embedded", dtype), TREE, (255,), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MAINLY_BFLOAT16)
 def test_one_token_outside_a_loop_is_the_root_of_a_chain(dtype):
     model, params = built("tiny", dtype)
     token, position = draw(model, (63,), CHAIN)
@@ -130,7 +132,7 @@ def test_one_token_outside_a_loop_is_the_root_of_a_chain(dtype):
     assert_same_bits(together(model, params, token[:, :1], position[:, :1], caches, Causal())[0], wide[:, :1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MAINLY_BFLOAT16)
 def test_row_alone_is_row_of_a_batch(dtype):
     model, params = built("tiny", dtype)
     token, position = draw(model, LENGTHS[1], TREE)

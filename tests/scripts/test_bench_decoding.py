@@ -34,6 +34,34 @@ SIZE = bench_decoding.QUICK
 NEW, CAPACITY = SIZE.schemes.num_new, SIZE.schemes.capacity
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_compiled_once():
+    """Runners of equal schemes share their programs here: compiling is what takes the time of these tests."""
+    make, compile_ = Runner.__init__, Runner.compile
+    starts, loops = {}, {}
+
+    def kind(runner):
+        return runner.model, runner.scheme.drafter, runner.scheme.verifier, runner.scheme.depth
+
+    def make_like_an_equal_one(self, *arguments, **sizes):
+        make(self, *arguments, **sizes)
+        self._start = starts.setdefault(kind(self), self._start)
+
+    def compile_once(self, state):
+        leaves, structure = jax.tree.flatten((self.params, self.scheme.draft_params, state))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        known = (*kind(self), structure, shapes)
+        if known not in loops:
+            loops[known] = compile_(self, state), self._compiled
+        self.compile_seconds, self._compiled = loops[known]
+        return self.compile_seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "__init__", make_like_an_equal_one)
+        patch.setattr(Runner, "compile", compile_once)
+        yield
+
+
 def language_model(path, shape: common.Shape, seed: int) -> LanguageModel:
     model = shape.model()
     return LanguageModel(model, model.config, common.random_params(model, seed=seed), None, path, ())
@@ -238,7 +266,17 @@ def test_rank_shares_without_replacement_against_drawing_it():
     assert np.all(np.abs(np.asarray(found)[:4] - share) < 5 * error)
 
 
-def test_trees_part(world, tmp_path):
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {0.0: ("tree",), 1.0: ("chain", "tree without replacement")},
+        pytest.param({heat: tuple(of_heat) for heat, of_heat in trees.SHAPES.items()}, marks=pytest.mark.slow),
+    ],
+    ids=["few", "all"],
+)
+def test_trees_part(world, tmp_path, monkeypatch, shapes):
+    few = {heat: {name: trees.SHAPES[heat][name] for name in names} for heat, names in shapes.items()}
+    monkeypatch.setattr(trees, "SHAPES", few)
     result = bench_decoding.run(["trees"], world, SIZE, tmp_path / "result.json", tmp_path / "images")["trees"]
     assert len(result["points"]) == len(SIZE.trees.nodes) * sum(map(len, trees.SHAPES.values()))
     for point in result["points"]:

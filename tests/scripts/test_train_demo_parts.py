@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -72,7 +73,30 @@ def test_a_shipped_part_fits_the_embedded_model(kind):
     lm = decodax.load(dtype="float32")
     found = find_part(kind, lm, None)
     assert kind in STRATEGIES and found.facts["heldout"] and found.facts["calibration"]
-    assert found.facts["num_parameters"] == sum(leaf.size for leaf in _leaves(found.params)) or kind == "first"
+    assert found.facts["num_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(trained_last(found)))
+
+
+def trained_last(part):
+    """What the run that wrote the part has trained: all of it, but for the routers from which the change starts."""
+    return {name: leaf for name, leaf in part.params.items() if (part.kind, name) != ("first", "routers")}
+
+
+def test_the_part_of_routed_layers_is_routers_and_a_change_of_every_matrix():
+    lm = decodax.load(dtype="float32")
+    found, (layers, width) = find_part("first", lm, None), (lm.config.num_layers, lm.config.hidden_size)
+    assert set(found.params) == {"routers", "low_rank"}
+    assert {name: leaf.shape for name, leaf in found.params["routers"].items()} == {
+        "weight": (layers, width),
+        "bias": (layers,),
+    }
+    matrices = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params)
+        if path[0].key.startswith("blocks_") and leaf.ndim == 2
+    ]
+    change = sum(found.shape["rank"] * sum(matrix.shape) for matrix in matrices)
+    assert found.facts["num_parameters"] == change
+    assert sum(leaf.size for leaf in jax.tree.leaves(found.params)) == change + layers * (width + 1)
 
 
 def test_shipped_parts_are_a_few_megabytes_and_read_the_same():
@@ -81,7 +105,3 @@ def test_shipped_parts_are_a_few_megabytes_and_read_the_same():
     facts = [json.loads((folder / kind / "part.json").read_text()) for kind in SHIPPED]
     assert len({one["trained_tokens"] for one in facts}) == 1
     assert len({one["about"]["text"] for one in facts}) == 1
-
-
-def _leaves(tree):
-    return [leaf for part in tree.values() for leaf in (_leaves(part) if isinstance(part, dict) else [part])]

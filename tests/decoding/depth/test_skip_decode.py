@@ -136,7 +136,10 @@ def test_layers_that_are_never_run_are_not_computed():
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(("drafter", "draft_params"), [(NoDraft(), None), (DraftModel.chain(MODEL, 3), DRAFT_PARAMS)])
+@pytest.mark.parametrize(
+    ("drafter", "draft_params"),
+    [pytest.param(NoDraft(), None, marks=pytest.mark.slow), (DraftModel.chain(MODEL, 3), DRAFT_PARAMS)],
+)
 def test_all_layers_at_all_times_is_plain_decoding(drafter, draft_params):
     whole = SkipDecode(max_layers=2, min_layers=2, decay_tokens=5)
     run = jax.jit(speculative(MODEL, drafter, ExactMatch(), whole))

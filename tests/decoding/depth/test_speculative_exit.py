@@ -173,7 +173,11 @@ def test_a_row_of_a_batch_is_the_row_alone():
 
 @pytest.mark.parametrize(
     "drafter",
-    [HINTS, Hints(MODEL, (-1, 0, 0, 1, 1, 3), num_likely=LIKELY), RandomTrees()],
+    [
+        pytest.param(HINTS, marks=pytest.mark.slow),
+        Hints(MODEL, (-1, 0, 0, 1, 1, 3), num_likely=LIKELY),
+        RandomTrees(),
+    ],
     ids=["alone", "tree", "children"],
 )
 def test_threshold_1_is_plain_decoding(drafter):

@@ -38,6 +38,7 @@ DRAFTER = DynamicExit(MODEL, MAX_TOKENS, every=2)
 SPECULATIVE = decoding.speculative(MODEL, DRAFTER, ExactMatch())
 decode = jax.jit(SPECULATIVE, donate_argnums=2)
 plain_decode = jax.jit(decoding.autoregressive(MODEL), donate_argnums=1)
+begin, propose = jax.jit(SPECULATIVE.start), jax.jit(DRAFTER.propose)
 
 
 def with_strengths(second, third):
@@ -133,15 +134,49 @@ def as_numpy(counts):
 
 
 def test_the_first_counts_are_those_of_the_prompts():
-    state = SPECULATIVE.start(EARLY, None, start())
+    state = begin(EARLY, None, start())
     token, confidence = exits(texts(state))
     places = [(row, place, token[2, row, place]) for row in range(3) for place in range(LENGTHS[row] - 1)]
     np.testing.assert_allclose(as_numpy(state.draft.counts), counted(token, confidence, places), atol=1e-4)
     assert int(state.draft.round) == 0
-    proposal, _ = DRAFTER.propose(EARLY, None, state)  # eagerly, as the start above
-    jitted, _ = jax.jit(DRAFTER.propose)(EARLY, None, state)
-    for mine, other in zip(jax.tree.leaves(proposal), jax.tree.leaves(jitted), strict=True):
-        np.testing.assert_allclose(mine, other, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_jitted_equals_eager():
+    state = start()
+    eager, jitted = SPECULATIVE.start(EARLY, None, state), begin(EARLY, None, state)
+    proposal, wanted = DRAFTER.propose(EARLY, None, eager)[0], propose(EARLY, None, jitted)[0]
+    for found in ((eager.draft, jitted.draft), (proposal, wanted)):
+        for mine, other in zip(*map(jax.tree.leaves, found), strict=True):
+            np.testing.assert_allclose(mine, other, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_rows_that_are_done_neither_count_nor_keep_a_draft_going():
+    state = start()
+    token, confidence = exits(texts(state))
+
+    def begun_without(done):
+        return begin(EARLY, None, dataclasses.replace(state, done=state.done.at[done].set(True)))
+
+    for done in range(3):
+        places = [(r, i, token[2, r, i]) for r in range(3) if r != done for i in range(LENGTHS[r] - 1)]
+        counts = as_numpy(begun_without(done).draft.counts)
+        np.testing.assert_allclose(counts, counted(token, confidence, places), atol=1e-4)
+
+    last = np.array([confidence[0, row, length - 1] for row, length in enumerate(LENGTHS)])
+    second, sure = np.argsort(last)[-2:]
+    # Counts by which the first exit drafts all it may, with a threshold that only the surest row's token passes.
+    threshold = (last[sure] + last[second]) / 2
+    counts = np.array([[9.0, 0.0], [1.0, 9.0], [9 * threshold, 0.0], [threshold, 9.0]])
+    assert chosen(counts) == (1, MAX_TOKENS, pytest.approx(threshold))
+    drafts = []
+    without = begun_without(int(sure))
+    for begun in (without, dataclasses.replace(without, done=state.done)):
+        draft = dataclasses.replace(begun.draft, counts=ExitCounts(*map(jnp.float32, counts)))
+        proposal, _ = propose(EARLY, None, dataclasses.replace(begun, draft=draft))
+        drafts.append(int(proposal.is_candidate[0].sum()))
+        assert int(proposal.num_draft_forwards) == int(proposal.layers_run) == drafts[-1] + 1
+    assert drafts[0] == 0 < drafts[1]
 
 
 def test_every_round_is_what_numpy_finds():

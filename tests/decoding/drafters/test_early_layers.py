@@ -28,6 +28,7 @@ DRAFT_TOKENS = 3
 DRAFTER = EarlyLayers(MODEL, 1, DRAFT_TOKENS)
 SPECULATIVE = decoding.speculative(MODEL, DRAFTER, ExactMatch())
 decode = jax.jit(SPECULATIVE, donate_argnums=2)
+propose = jax.jit(DRAFTER.propose)
 
 
 def damped(params, amount):
@@ -68,10 +69,7 @@ def test_a_row_alone_gives_the_same():
 
 def test_the_proposal_is_what_forwards_without_a_cache_give():
     state = start(params=EARLY)
-    proposal, _ = DRAFTER.propose(EARLY, None, state)
-    jitted, _ = jax.jit(DRAFTER.propose)(EARLY, None, state)
-    for mine, other in zip(jax.tree.leaves(proposal), jax.tree.leaves(jitted), strict=True):
-        np.testing.assert_allclose(mine, other, atol=TOLERANCE)
+    proposal, _ = propose(EARLY, None, state)
     drafted = texts(state)
     for _ in range(DRAFT_TOKENS):
         exits = MODEL.logits(EARLY, forward(EARLY, padded(drafted))[0].captured[1])
@@ -85,6 +83,14 @@ def test_the_proposal_is_what_forwards_without_a_cache_give():
         np.testing.assert_allclose(proposal.vectors[row], out.captured[1][row, nodes], atol=TOLERANCE)
         np.testing.assert_allclose(rows.key[row], out.rows[0].key[row, :, nodes], atol=TOLERANCE)
         np.testing.assert_allclose(rows.value[row], out.rows[0].value[row, :, nodes], atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_jitted_equals_eager():
+    state = start(params=EARLY)
+    eager, jitted = DRAFTER.propose(EARLY, None, state)[0], propose(EARLY, None, state)[0]
+    for mine, other in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_allclose(mine, other, atol=TOLERANCE)
 
 
 def test_bad_input():

@@ -38,13 +38,16 @@ ALL_TOKENS = 1000
 
 @cache
 def compiled(confidence=SOMETIMES):
-    """The start and the loop, so that all runs in one shape of buffers share them."""
+    """The loop, so that all runs in one shape of buffers share it."""
     decode = decoding.speculative(MODEL, Kangaroo(MODEL, 1, MOST, confidence), ExactMatch())
-    return jax.jit(decode.start), jax.jit(decode, donate_argnums=2)
+    return jax.jit(decode, donate_argnums=2)
+
+
+begin = jax.jit(decoding.speculative(MODEL, Kangaroo(MODEL, 1, MOST), ExactMatch()).start)  # whatever the confidence
 
 
 def run(options="greedy", *, confidence=SOMETIMES, part=PART, blocks=(ALL_TOKENS,), rows=slice(None), **changes):
-    begin, decode = compiled(confidence)
+    decode = compiled(confidence)
     state = begin(PARAMS, part, start(rows, options=options, **changes))
     for max_tokens in blocks:
         state = decode(PARAMS, part, state, max_tokens)
@@ -157,7 +160,7 @@ def test_drafts_end_when_unsure_and_no_layer_runs_twice():
     assert met == {0, 2, 3, 4}
 
 
-@pytest.mark.parametrize(("confidence", "drafted"), [(1.0, 1), (0.0, MOST)])
+@pytest.mark.parametrize(("confidence", "drafted"), [pytest.param(1.0, 1, marks=pytest.mark.slow), (0.0, MOST)])
 def test_layers_are_counted_exactly_at_the_extremes(confidence, drafted):
     """Never sure: one token per draft. Always: as many as there may be. One layer for each and for the pending one."""
     state = run(confidence=confidence)
@@ -177,6 +180,7 @@ def test_ending_when_unsure_gives_more_tokens_per_layer_than_drafts_of_full_leng
     assert per_layer(ended()) > per_layer(run(confidence=0.0))
 
 
+@pytest.mark.slow
 def test_jitted_equals_eager():
     state = run(blocks=())
     eager, _ = Kangaroo(MODEL, 1, MOST, SOMETIMES).propose(PARAMS, PART, state)

@@ -1,14 +1,8 @@
 """A target of one layer; and optax may mix dtypes in every test of this folder."""
 
-from pathlib import Path
-
-import jax
 import pytest
 
-from decodax.models.hf_config import read_config
-from decodax.models.load import LanguageModel
-from decodax.models.model import Model
-from tests.tiny import TINY_LLAMA
+from tests.decoding.training.small import target_of
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +12,4 @@ def allow_optax(optax_may_promote):
 
 @pytest.fixture(scope="session")
 def target():
-    """Random weights, large enough that its laws are far from uniform."""
-    config = read_config(TINY_LLAMA)[1]
-    params = jax.tree.map(lambda leaf: 1.5 * leaf, Model(config).init(jax.random.key(0)))
-    return LanguageModel(Model(config), config, params, None, Path("tiny"), (0,))
+    return target_of(1)

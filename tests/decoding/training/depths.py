@@ -1,37 +1,19 @@
 """What the trainings of depths share: a target with a layer to leave out, a short plan, texts of a few words."""
 
-from pathlib import Path
+from dataclasses import replace
 
-import jax
 import numpy as np
 
-from decodax.decoding.training.plan import Plan
 from decodax.decoding.training.texts import Texts
-from decodax.models.hf_config import read_config
-from decodax.models.load import LanguageModel
-from decodax.models.model import Model
-from tests.tiny import TINY_LLAMA
+from tests.decoding.training import small
 
-LAYERS, WINDOW = 3, 14
-PLAN = Plan(
-    steps=30,
-    decay_from=20,
-    long_from=30,
-    peak=0.01,
-    windows_per_step=5,
-    window_tokens=WINDOW,
-    short_tokens=WINDOW,
-    optimizer="adamw",
-    seed=2,
-)
+LAYERS = 3
+PLAN = replace(small.PLAN, steps=30, decay_from=20, long_from=30, peak=0.01, windows_per_step=5)
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2], np.int32)
 
 
 def deep_target():
-    """Three layers of random weights, large enough that its laws are far from uniform."""
-    config = read_config(TINY_LLAMA | {"num_hidden_layers": LAYERS})[1]
-    params = jax.tree.map(lambda leaf: 1.5 * leaf, Model(config).init(jax.random.key(0)))
-    return LanguageModel(Model(config), config, params, None, Path("tiny"), (0,))
+    return small.target_of(LAYERS)
 
 
 def documents(seed, count):

@@ -11,29 +11,10 @@ import pytest
 import decodax
 from decodax.decoding.training.distillation import AcceptanceMeter, window_logits
 from decodax.decoding.training.draft import DraftShape, DraftTraining, projected_embedding
-from decodax.decoding.training.plan import Plan
-from decodax.decoding.training.texts import Texts, hold_out
+from decodax.decoding.training.texts import hold_out
+from tests.decoding.training.small import PLAN, TEXTS, documents
 
 SHAPE = DraftShape(hidden_size=12, layers=1, heads=2, kv_heads=1, head_size=6, feed_forward=17)
-PLAN = Plan(
-    steps=40,
-    decay_from=30,
-    long_from=40,
-    peak=0.02,
-    windows_per_step=3,
-    window_tokens=14,
-    short_tokens=14,
-    optimizer="adamw",
-    seed=2,
-)
-
-
-def documents(seed, count):
-    draw = np.random.default_rng(seed)
-    return [draw.integers(1, 37, size=draw.integers(20, 40)).astype(np.int32) for _ in range(count)]
-
-
-TEXTS = Texts(documents(0, 7), documents(1, 3), separator=(0,))
 
 
 @pytest.fixture(scope="module")

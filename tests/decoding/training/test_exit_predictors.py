@@ -14,18 +14,15 @@ from decodax.decoding.trained_part import find_part
 from decodax.decoding.training import exit_predictors
 from decodax.decoding.training.exit_predictors import ExitPredictorShape, ExitPredictorTraining
 from decodax.decoding.training.export import write_model
-from decodax.decoding.training.plan import Plan
 from decodax.decoding.training.texts import Texts
 from decodax.models.hf_config import read_config
 from decodax.models.model import Model
+from tests.decoding.training import small
 from tests.tiny import TINY_LLAMA
 
 CONFIG = TINY_LLAMA | {"num_hidden_layers": 3, "eos_token_id": 36}
 SHAPE = ExitPredictorShape(hidden_size=11, likely_tokens=5, positions=7)
-PLAN = Plan(
-    steps=60, decay_from=40, long_from=60, peak=0.02, windows_per_step=4, window_tokens=14, short_tokens=14,
-    optimizer="adamw", seed=2,
-)  # fmt: skip
+PLAN = replace(small.PLAN, steps=60, decay_from=40, long_from=60, windows_per_step=4)
 
 
 def documents(seed, count):

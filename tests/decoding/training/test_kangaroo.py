@@ -16,31 +16,20 @@ from decodax.cli import app
 from decodax.decoding.trained_part import read_part
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.kangaroo import KangarooShape, KangarooTraining, expected_tokens_per_full_depth
-from decodax.decoding.training.plan import Plan
-from decodax.decoding.training.texts import Texts
 from decodax.models.hf_config import read_config
 from decodax.models.load import LanguageModel
 from decodax.models.model import Model
+from tests.decoding.training import small
+from tests.decoding.training.small import TEXTS
 from tests.oracles.attention import attention
 from tests.speculation import MODEL, PARAMS, disturbed, forward
 from tests.tiny import TINY_LLAMA
 
 LM = LanguageModel(MODEL, MODEL.config, PARAMS, None, Path("tiny"), ())
-PLAN = Plan(
-    steps=30, decay_from=20, long_from=30, peak=0.02, windows_per_step=3, window_tokens=14, short_tokens=14,
-    optimizer="adamw",
-)  # fmt: skip
+PLAN = replace(small.PLAN, steps=30, decay_from=20, long_from=30, seed=0)
 ROWS = np.random.default_rng(3).integers(0, 37, (5, 15)).astype(np.int32)
 # float32 sums over 37 tokens, after products of at most 48 terms, on values of order one
 RTOL = 1e-4
-
-
-def documents(seed, count):
-    draw = np.random.default_rng(seed)
-    return [draw.integers(1, 37, size=draw.integers(20, 40)).astype(np.int32) for _ in range(count)]
-
-
-TEXTS = Texts(documents(0, 7), documents(1, 3), separator=(0,))
 
 
 def training(run=Path("run")):

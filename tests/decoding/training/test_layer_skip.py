@@ -15,26 +15,16 @@ from decodax.cli import app
 from decodax.decoding.trained_part import TrainedPart, read_part, write_part
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.layer_skip import LayerSkipShape, LayerSkipTraining, exits_of_step
-from decodax.decoding.training.plan import Plan
 from decodax.decoding.training.texts import Texts
 from decodax.models.hf_config import read_config
 from decodax.models.model import Model
+from tests.decoding.training import small
 from tests.tiny import TINY_LLAMA
 
 CONFIG = TINY_LLAMA | {"num_hidden_layers": 2, "max_position_embeddings": 64, "eos_token_id": 5}
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ():\n"
 SHAPE = LayerSkipShape(rank=3, exits_per_step=1)
-PLAN = Plan(
-    steps=40,
-    decay_from=30,
-    long_from=40,
-    peak=0.02,
-    weight_decay=0.0,
-    windows_per_step=3,
-    window_tokens=14,
-    short_tokens=14,
-    optimizer="adamw",
-)
+PLAN = replace(small.PLAN, weight_decay=0.0, seed=0)
 DRAW = np.random.default_rng(0)
 TEXTS = Texts([DRAW.integers(1, 37, 200).astype(np.int32)], [DRAW.integers(1, 37, 90).astype(np.int32)])
 ROWS = DRAW.integers(0, 37, (5, 12))

@@ -15,24 +15,13 @@ from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
 from decodax.decoding.trained_part import TrainedPart, read_part
 from decodax.decoding.training.medusa import MedusaTraining, places, window_states
 from decodax.decoding.training.medusa_joint import MedusaJointShape, MedusaJointTraining
-from decodax.decoding.training.plan import Plan
 from decodax.decoding.training.self_distillation import self_distilled
 from decodax.decoding.training.texts import Texts
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.adapters.low_rank import merged
+from tests.decoding.training.small import PLAN
 from tests.speculation import disturbed
 
-PLAN = Plan(
-    steps=40,
-    decay_from=30,
-    long_from=40,
-    peak=0.02,
-    windows_per_step=3,
-    window_tokens=14,
-    short_tokens=14,
-    optimizer="adamw",
-    seed=2,
-)
 SHAPE = MedusaShape(heads=3)
 JOINT = MedusaJointShape(heads=3, rank=4)
 ROWS = np.random.default_rng(3).integers(1, 37, (3, 15)).astype(np.int32)

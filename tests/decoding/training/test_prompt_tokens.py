@@ -1,6 +1,7 @@
 """Training of prompt tokens on a tiny target: the loss against plain forwards, and a part that is read back."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,24 +14,13 @@ from decodax import decoding
 from decodax.decoding.drafters import PromptTokens
 from decodax.decoding.prompt_tree import static_tree
 from decodax.decoding.trained_part import find_part, read_part
-from decodax.decoding.training.plan import Plan
 from decodax.decoding.training.prompt_tokens import RANKS, PromptTokensShape, PromptTokensTraining, _logits
-from decodax.decoding.training.texts import Texts
 from decodax.decoding.verifiers import ExactMatch
+from tests.decoding.training import small
+from tests.decoding.training.small import TEXTS, documents
 
 SHAPE = PromptTokensShape(distances=2, ensemble=3)
-PLAN = Plan(
-    steps=40, decay_from=30, long_from=40, peak=0.1, windows_per_step=3, window_tokens=16, short_tokens=16,
-    optimizer="adamw", weight_decay=0.0, seed=2,
-)  # fmt: skip
-
-
-def documents(seed, count):
-    draw = np.random.default_rng(seed)
-    return [draw.integers(1, 37, size=draw.integers(20, 40)).astype(np.int32) for _ in range(count)]
-
-
-TEXTS = Texts(documents(0, 7), documents(1, 3), separator=(0,))
+PLAN = replace(small.PLAN, peak=0.1, window_tokens=16, short_tokens=16, weight_decay=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from decodax.decoding.training.routed_layers import (
     routed_logits,
     soft_losses,
 )
-from tests.decoding.training.depths import LAYERS, PLAN, PROMPT, TEXTS, WINDOW, deep_target
+from tests.decoding.training.depths import LAYERS, PLAN, PROMPT, TEXTS, deep_target
+from tests.decoding.training.small import WINDOW
 
 TARGET = deep_target()
 WIDTH = TARGET.config.hidden_size

@@ -20,8 +20,9 @@ from decodax.decoding.training.skip_decode import (
     skipping_logits,
 )
 from decodax.layers.adapters.low_rank import merged
-from tests.decoding.training.depths import LAYERS, PLAN, PROMPT, WINDOW, deep_target
+from tests.decoding.training.depths import LAYERS, PLAN, PROMPT, deep_target
 from tests.decoding.training.depths import TEXTS as PARTED
+from tests.decoding.training.small import WINDOW
 
 TARGET = deep_target()
 # Judged on what it learns from: a few steps on random weights are no text that one could generalise from.
