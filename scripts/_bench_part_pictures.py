@@ -37,7 +37,7 @@ def _draw_trees(axes: Any, schemes: dict[str, Any]) -> None:
         axes.axhline(TARGETS[name], color=f"C{index}", lw=0.8, ls=":")
     axes.set(xlabel="tokens of a forward, prompt tokens included", ylabel="new tokens per forward", xscale="log")
     axes.set_title("Trees (dashed: loops left out)")
-    axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+    axes.set_xticks([int(size) for size in schemes["ppd"]], labels=list(schemes["ppd"]))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()

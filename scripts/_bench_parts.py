@@ -40,14 +40,16 @@ TARGETS = {"ppd": 1.8, "medusa": 1.7, "kangaroo, per full depth": 1.4, "del, per
 class PartSetting:
     """num_new: tokens per row. capacity: of the buffers. batch: rows at once. The others are the settings tried.
 
-    trees: tokens of a forward. confidences: of Kangaroo. exits, lengths: the grid beside DEL. thresholds: of the exit
-    predictors and of the routers. min_layers: of SkipDecode. typical: epsilon of typical acceptance.
+    trees: tokens of a forward. wide_trees: more of them, for trained prompt tokens only, as wide as their paper's.
+    confidences: of Kangaroo. exits, lengths: the grid beside DEL. thresholds: of the exit predictors and of the
+    routers. min_layers: of SkipDecode. typical: epsilon of typical acceptance.
     """
 
     num_new: int
     capacity: int
     batch: int
     trees: tuple[int, ...]
+    wide_trees: tuple[int, ...]
     confidences: tuple[float, ...]
     exits: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -79,11 +81,13 @@ def prompt_settings(lm: LanguageModel, setting: PartSetting) -> Iterator[tuple[s
     part = find_part("ppd", lm, None)
     accuracy = part.rank_accuracy
     untrained = {"embedding": initial_embedding(lm.params, lm.model, PromptTokensShape(**part.shape), 0)}
-    for size in setting.trees:
+    for size in (*setting.trees, *setting.wide_trees):
         if size < len(accuracy) + 3:
             continue
         drafter = PromptTokens(lm.model, dynamic_trees(accuracy, size))
         yield "ppd", size, Scheme("", drafter, ExactMatch(), part.params, True)
+        if size in setting.wide_trees:
+            continue
         yield "ppd, untrained", size, Scheme("", drafter, ExactMatch(), untrained, True)
         candidates = (size - len(accuracy) - 1) // (len(accuracy) + 1)
         if candidates:

@@ -95,6 +95,7 @@ FULL = Size(
         320,
         32,
         trees=(9, 16, 24, 48),
+        wide_trees=(96, 288),
         confidences=(0.2, 0.4, 0.6, 0.8),
         exits=(1, 2, 4, 6),
         lengths=(1, 2, 4),
@@ -114,7 +115,7 @@ QUICK = Size(
     trees.TreeSetting((3,), 2, 2, 8, 32, 2),
     loop.LoopSetting(SHAPES["tiny"], "float32", 5, 11, 1, (1, 3), (1.0, 0.6), (1, 2, 3), 2),
     precision.PrecisionSetting(2, 2, 6, 32, 1),
-    parts.PartSetting(8, 40, 2, (6,), (0.6,), (2,), (2,), (0.5, 1.0), (4,), (0.09,)),
+    parts.PartSetting(8, 40, 2, (6,), (10,), (0.6,), (2,), (2,), (0.5, 1.0), (4,), (0.09,)),
     depth.DepthSetting(SHAPES["tiny"], "float32", 5, 6, (2,), 1),
     sizes.SizeSetting(SHAPES["tiny"], "float32", (2, 8), 5, 9, 1),
 )

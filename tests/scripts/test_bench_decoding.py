@@ -295,6 +295,7 @@ def test_loop_part(tmp_path):
     assert (tmp_path / "images" / "latency_curve.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_part(world, tmp_path, monkeypatch):
     named = schemes.named_schemes(world)
     few = {name: named[name] for name in (schemes.PLAIN, "draft_model")}
