@@ -104,7 +104,7 @@ FULL = Size(
         typical=(0.3, 0.09, 0.03),
     ),
     depth.DepthSetting(SHAPES["full"], "float32", prompt=24, new=64, batches=(1, 8), rounds=7),
-    sizes.SizeSetting(SHAPES["full"], "float32", (2, 4, 8, 16, 32, 64, 128, 256), prompt=24, new=64, rounds=5),
+    sizes.SizeSetting(SHAPES["full"], "float32", (2, 4, 8, 16, 32, 64, 128, 256), prompt=24, new=256, rounds=5),
 )
 QUICK = Size(
     4,
