@@ -11,7 +11,7 @@ import pytest
 import decodax
 from decodax.decoding.training.distillation import AcceptanceMeter, window_logits
 from decodax.decoding.training.draft import DraftShape, DraftTraining, projected_embedding
-from decodax.decoding.training.texts import hold_out
+from decodax.decoding.training.texts import Texts, hold_out
 from tests.decoding.training.small import PLAN, TEXTS, documents
 
 SHAPE = DraftShape(hidden_size=12, layers=1, heads=2, kv_heads=1, head_size=6, feed_forward=17)
