@@ -295,6 +295,7 @@ def test_rows_say_what_stands_beside_the_method():
     )
     assert rows["strategy", "draft_model"].trained_part is not None
     assert rows["strategy", "prompt_lookup"].trained_part is None
+    assert all("`decodax train " in row.trained_part for row in rows.values() if row.trained_part)
     assert rows["verifier", "chain_rejection"].lossless and not rows["verifier", "typical_acceptance"].lossless
     assert rows["drafter", "prompt_lookup"].test == "tests/decoding/drafters/test_prompt_lookup.py"
     assert not rows["logits processor", "top_k"].lossless

@@ -107,7 +107,7 @@ class MedusaHeads(Drafter):
     num_nodes: int = field(init=False)
     max_depth: int = field(init=False)
 
-    trained_part = "medusa"
+    trained_part = "heads on the last hidden state: `decodax train medusa`"
 
     def __post_init__(self) -> None:
         set_tree(self, self.parents)
