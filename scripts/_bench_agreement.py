@@ -22,6 +22,7 @@ which is the scale on which to see the gaps where texts do part.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from decodax.decoding.state import DecodeState
 from decodax.models.model import Model, Params
-from decodax.scripts._bench_runs import Batch, Runner
+from decodax.scripts._bench_runs import Batch, Runner, Trace
 
 TIE = 1e-5  # of the largest logit: closer than this, float32 leaves the choice open
 
@@ -112,6 +113,33 @@ def compare(new: Int[np.ndarray, "B A"], plain: Steps) -> Agreement:
         bounds=tuple(map(float, plain.bound[at])),
         spreads=tuple(map(float, plain.spread[at])),
     )
+
+
+def share_followed(model: Model, params: Params, traces: Sequence[Trace]) -> float:
+    """Of all new tokens, how many greedy plain decoding would have written after the same text.
+
+    Unlike `same_tokens`, one other token does not count against all that come after it.
+    """
+    followed = total = 0
+    for trace in traces:
+        tokens, length, num_new = trace.state.tokens, np.asarray(trace.state.length), trace.new.shape[1]
+        choice = np.asarray(_choices(model, params, tokens))
+        before = length[:, None] - num_new + np.arange(num_new)[None, :] - 1
+        followed += int(np.sum(np.take_along_axis(choice, before, axis=1) == trace.new))
+        total += trace.new.size
+    return followed / total
+
+
+@partial(jax.jit, static_argnums=0)
+def _choices(model: Model, params: Params, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """The likeliest next token after every token; row by row, as the logits of all rows would be large."""
+    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+
+    def of_row(row: Int[Array, " S"]) -> Int[Array, " S"]:
+        logits = model.logits(params, model.apply(params, row[None], position).hidden)
+        return jnp.argmax(logits[0], axis=1).astype(jnp.int32)
+
+    return jax.lax.map(of_row, tokens)
 
 
 def rounding(

@@ -66,8 +66,8 @@ def _draw_lossy(axes: Any, schemes: dict[str, Any]) -> None:
     for index, name in enumerate(LOSSY):
         facts = list(schemes[name].values())
         gain = [one["tokens_per_full_depth"] for one in facts]
-        axes.plot(gain, [one["same_tokens"] for one in facts], "o-", ms=4, color=f"C{index}", label=name)
-    axes.set(xlabel="new tokens per full depth", ylabel="share of tokens before a row parts from plain decoding")
+        axes.plot(gain, [one["followed"] for one in facts], "o-", ms=4, color=f"C{index}", label=name)
+    axes.set(xlabel="new tokens per full depth", ylabel="share of tokens that plain decoding writes there")
     axes.set(title="Not lossless: gain against agreement", ylim=(0, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -28,7 +28,7 @@ from decodax.decoding.tree_choice import best_tree
 from decodax.decoding.verifiers import ExactMatch, TypicalAcceptance
 from decodax.models.load import LanguageModel
 from decodax.scripts import _bench_common as common
-from decodax.scripts._bench_agreement import Steps, compare, plain_steps
+from decodax.scripts._bench_agreement import Steps, compare, plain_steps, share_followed
 from decodax.scripts._bench_repetition import last_rounds
 from decodax.scripts._bench_runs import Runner, Scheme, Trace
 from decodax.scripts._bench_world import World, deal
@@ -164,6 +164,7 @@ def measure(world: World, setting: PartSetting) -> dict[str, Any]:
         if scheme.lossless and not agreement.passes:
             raise SystemExit(f"{name} at {value} gives other tokens than plain decoding in {agreement.wrong_rows} rows")
         facts = summary(traces, lm.config.num_layers) | agreement.as_numbers() | {"lossless": scheme.lossless}
+        facts["followed"] = 1.0 if scheme.lossless else share_followed(lm.model, lm.params, traces)
         found.setdefault(name, {})[str(value)] = facts
     report(found)
     return {"setting": dataclasses.asdict(setting), "targets": TARGETS, "schemes": found}
@@ -198,9 +199,9 @@ def report(found: dict[str, dict[str, Any]]) -> None:
                 facts[f"tokens_per_{unit}{label}"] for unit in ("forward", "full_depth") for label in ("", "_loop_free")
             ]
             layers = [facts[f"layers_per_forward_of_{whose}"] for whose in ("a_row", "the_batch")]
-            rows.append([name, value, *numbers, *layers, facts["same_tokens"]])
+            rows.append([name, value, *numbers, *layers, facts["followed"], facts["same_tokens"]])
     columns = ["scheme", "setting", "per forward", "loop-free", "per full depth", "loop-free"]
-    common.print_table("Tokens", [*columns, "layers, row", "batch", "as plain"], rows)
+    common.print_table("Tokens", [*columns, "layers, row", "batch", "followed", "as plain"], rows)
     best = max(facts["tokens_per_full_depth"] for facts in found["layer_skip"].values())
     own = found["del"]["0"]["tokens_per_full_depth"]
     Console().print(f"DEL reaches {own / best:.3f} of the best fixed exit and length")

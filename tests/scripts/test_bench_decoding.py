@@ -335,10 +335,26 @@ def test_parts_part_counts_tokens_and_layers(tmp_path, monkeypatch):
     assert half["tokens_per_forward"] == 1
     assert half["tokens_per_full_depth"] == pytest.approx(8 * new / (8 + 4 * (new - 1)))  # the first runs all
     assert half["layers_per_forward_of_a_row"] == half["layers_per_forward_of_the_batch"]
+    assert medusa["followed"] == 1 and half["followed"] < 1
     wrong = dataclasses.replace(tried[0][2], params=jax.tree.map(lambda leaf: 1.1 * leaf, lm.params))
     monkeypatch.setattr(parts, "settings", lambda *_: iter([("medusa", 9, wrong)]))
     with pytest.raises(SystemExit, match="medusa at 9 gives other tokens than plain decoding"):
         parts.measure(World(lm, None, prompts, *[np.zeros((1, 9), np.int32)] * 2), SIZE.parts)
+
+
+def test_tokens_are_followed_one_by_one(world):
+    """One other token counts once, however the text goes on after it."""
+    lm = world.lm
+    runner = Runner(lm.model, lm.params, Scheme("plain"), capacity=CAPACITY, num_new=NEW)
+    trace = runner.trace(world.prompts[:2])
+    assert agreement.share_followed(lm.model, lm.params, [trace]) == 1
+    last = trace.state.length[0] - 1
+    other = (trace.state.tokens[0, last] + 1) % lm.config.vocab_size
+    state = dataclasses.replace(trace.state, tokens=trace.state.tokens.at[0, last].set(other))
+    new = trace.new.copy()
+    new[0, -1] = other
+    found = agreement.share_followed(lm.model, lm.params, [trace._replace(new=new, state=state)])
+    assert found == pytest.approx(1 - 1 / new.size)
 
 
 def test_depth_part_times_half_the_layers(tmp_path):
