@@ -56,15 +56,10 @@ class Speculative:
     def start(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
         """The state with the drafter's own, which has read the prompts, and with counts at zero.
 
-        Raises ValueError when the drafter's tree is larger than the cache, what the drafter is given does not fit, or
-        the verifier cannot honour a sampling option.
+        A tree may be larger than the buffers: what would not fit is past the end of every row, and is dropped. Raises
+        ValueError when what the drafter is given does not fit, or the verifier cannot honour a sampling option.
         """
-        drafter, capacity = self.drafter, state.tokens.shape[1]
-        if drafter.num_nodes > capacity:
-            raise ValueError(
-                f"a draft must fit into the buffers of {capacity} tokens, got a tree of {drafter.num_nodes} nodes: "
-                "draft fewer tokens or raise max_new_tokens"
-            )
+        drafter = self.drafter
         drafter.check(self.model, draft_params)
         self.verifier.check(state.sampling)
         draft = drafter.start(params, draft_params, state)

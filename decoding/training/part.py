@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from decodax.decoding.trained_part import PART_FILE, TrainedPart, write_part
+from decodax.decoding.training.extra import need
 from decodax.decoding.training.loop import MOVABLE, Task, Trained, train
 from decodax.decoding.training.loss_curve import draw_loss
 from decodax.decoding.training.plan import Plan
@@ -90,6 +91,7 @@ class PartTraining:
 
         The log's numbers on held-out text are those of windows of `short_tokens` throughout, to be compared.
         """
+        need("matplotlib")  # draws the loss in the end: better missed now
         plan, texts = self.plan, self.texts
         windows = texts.heldout_windows(plan.short_tokens)
 

@@ -309,9 +309,20 @@ def test_one_compile_per_bucket():
     assert traces == [(2, 24)]
 
 
-def test_a_tree_larger_than_the_buffers():
-    with pytest.raises(ValueError, match=r"buffers of 40 tokens, got a tree of 41 nodes: draft fewer tokens or raise"):
-        decoding.speculative(MODEL, PromptLookup(40), ExactMatch())(PARAMS, None, start())
+@pytest.mark.parametrize(
+    ("drafter", "draft_params"),
+    [
+        (PromptLookup(CAPACITY + 5, max_ngram=2), None),
+        (DraftModel(SHALLOW, (-1, *[0] * 35, *range(1, CAPACITY - 30)), Children.CHOSEN), PARAMS),
+    ],
+    ids=["chain", "tree"],
+)
+def test_a_draft_may_be_larger_than_the_buffers(drafter, draft_params):
+    """As the default draft of a strategy is, where a few tokens are asked for."""
+    assert drafter.num_nodes > CAPACITY
+    state = jax.jit(decoding.speculative(MODEL, drafter, ExactMatch()))(PARAMS, draft_params, start())
+    assert_same(state, plain())
+    assert int(state.counts.accepted.sum()) > 0
 
 
 def test_a_drafter_must_propose():

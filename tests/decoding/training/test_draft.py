@@ -1,6 +1,7 @@
 """From texts to a draft's folder on a tiny target: it learns, leaves the target alone, and is read back the same."""
 
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -101,6 +102,13 @@ def test_the_embedding_starts_as_the_best_approximation_of_the_target_s(target):
     whole = np.asarray(projected_embedding(target.params["embedding"], 30), np.float64)
     assert whole.shape == (37, 30)
     np.testing.assert_allclose(whole @ whole.T, table @ table.T, atol=1e-4 * np.abs(best).max())
+
+
+def test_what_the_end_needs_is_missed_at_the_beginning(target, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"matplotlib is needed and not installed: pip install 'decodax\[train\]'"):
+        DraftTraining(target, SHAPE, PLAN, TEXTS, tmp_path / "run").train()
+    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_text_is_the_share_asked_for_and_none_of_it_is_trained_on():
