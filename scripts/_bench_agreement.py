@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from decodax.decoding.state import DecodeState
+from decodax.decoding.training.distillation import window_logits
 from decodax.models.model import Model, Params
 from decodax.scripts._bench_runs import Batch, Runner, Trace
 
@@ -122,22 +123,24 @@ def share_followed(model: Model, params: Params, traces: Sequence[Trace]) -> flo
     """
     followed = total = 0
     for trace in traces:
-        tokens, length, num_new = trace.state.tokens, np.asarray(trace.state.length), trace.new.shape[1]
-        choice = np.asarray(_choices(model, params, tokens))
-        before = length[:, None] - num_new + np.arange(num_new)[None, :] - 1
-        followed += int(np.sum(np.take_along_axis(choice, before, axis=1) == trace.new))
+        choice = np.asarray(_choices(model, params, trace.state.tokens))
+        followed += int(np.sum(np.take_along_axis(choice, before_new(trace), axis=1) == trace.new))
         total += trace.new.size
     return followed / total
+
+
+def before_new(trace: Trace) -> Int[np.ndarray, "B A"]:
+    """Where in a row's buffer the token before each new one stands."""
+    num_new = trace.new.shape[1]
+    return np.asarray(trace.state.length)[:, None] - num_new + np.arange(num_new)[None, :] - 1
 
 
 @partial(jax.jit, static_argnums=0)
 def _choices(model: Model, params: Params, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """The likeliest next token after every token; row by row, as the logits of all rows would be large."""
-    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
     def of_row(row: Int[Array, " S"]) -> Int[Array, " S"]:
-        logits = model.logits(params, model.apply(params, row[None], position).hidden)
-        return jnp.argmax(logits[0], axis=1).astype(jnp.int32)
+        return jnp.argmax(window_logits(model, params, row[None])[0], axis=1).astype(jnp.int32)
 
     return jax.lax.map(of_row, tokens)
 

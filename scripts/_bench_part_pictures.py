@@ -7,7 +7,7 @@ from decodax.decoding.training.extra import need
 from decodax.scripts._bench_parts import TARGETS
 
 TREES = ("ppd", "ppd, static tree", "ppd, untrained", "medusa")
-LOSSY = ("specee", "skip_decode", "skip_decode, weights unchanged", "first", "medusa, typical acceptance")
+LOSSY = ("specee", "skip_decode", "skip_decode, weights unchanged", "first")
 
 
 def draw_parts(result: dict[str, Any], file: Path) -> None:

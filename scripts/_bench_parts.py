@@ -25,7 +25,7 @@ from decodax.decoding.strategies.medusa import within_depth
 from decodax.decoding.trained_part import find_part
 from decodax.decoding.training.prompt_tokens import PromptTokensShape, initial_embedding
 from decodax.decoding.tree_choice import best_tree
-from decodax.decoding.verifiers import ExactMatch, TypicalAcceptance
+from decodax.decoding.verifiers import ExactMatch
 from decodax.models.load import LanguageModel
 from decodax.scripts import _bench_common as common
 from decodax.scripts._bench_agreement import Steps, compare, plain_steps, share_followed
@@ -42,7 +42,7 @@ class PartSetting:
 
     trees: tokens of a forward. wide_trees: more of them, for trained prompt tokens only, as wide as their paper's.
     confidences: of Kangaroo. exits, lengths: the grid beside DEL. thresholds: of the exit predictors and of the
-    routers. min_layers: of SkipDecode. typical: epsilon of typical acceptance.
+    routers. min_layers: of SkipDecode.
     """
 
     num_new: int
@@ -55,7 +55,6 @@ class PartSetting:
     lengths: tuple[int, ...]
     thresholds: tuple[float, ...]
     min_layers: tuple[int, ...]
-    typical: tuple[float, ...]
 
 
 def settings(lm: LanguageModel, skipping: LanguageModel, setting: PartSetting) -> Iterator[tuple[str, Any, Scheme]]:
@@ -96,16 +95,12 @@ def prompt_settings(lm: LanguageModel, setting: PartSetting) -> Iterator[tuple[s
 
 
 def head_settings(lm: LanguageModel, setting: PartSetting) -> Iterator[tuple[str, Any, Scheme]]:
-    """Medusa heads with trees of several sizes, and with typical acceptance, which is not lossless."""
+    """Medusa heads with trees of several sizes."""
     part = find_part("medusa", lm, None)
     accuracy, heads = within_depth(part.rank_accuracy), part.params["heads"]
-    drafters = {size: MedusaHeads(lm.model, best_tree(accuracy, size - 1)) for size in setting.trees}
-    for size, drafter in drafters.items():
+    for size in setting.trees:
+        drafter = MedusaHeads(lm.model, best_tree(accuracy, size - 1))
         yield "medusa", size, Scheme("", drafter, ExactMatch(), heads, True)
-    middle = drafters[setting.trees[len(setting.trees) // 2]]
-    for epsilon in setting.typical:
-        verifier = TypicalAcceptance(epsilon, epsilon**0.5)
-        yield "medusa, typical acceptance", epsilon, Scheme("", middle, verifier, heads, True)
 
 
 def depth_settings(lm: LanguageModel, setting: PartSetting) -> Iterator[tuple[str, Any, Scheme]]:

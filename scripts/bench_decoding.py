@@ -1,6 +1,6 @@
 """What every way of decoding gains over plain decoding, in one run: tokens per forward, speed, memory, compile time.
 
-    python -m decodax.scripts.bench_decoding                       # all parts, about ten minutes on two cores
+    python -m decodax.scripts.bench_decoding                       # all parts, about half an hour on two cores
     python -m decodax.scripts.bench_decoding --part loop           # one part; the others stay in the result file
     python -m decodax.scripts.bench_decoding --quick --draft FOLDER
 
@@ -14,6 +14,9 @@
 - `length`: the draft length that `draft_tokens="auto"` chooses, and the times that it rests on.
 - `parts`: schemes with small trained parts (prompt tokens, heads, early exits) and depths that leave out layers, each
   over its settings: tokens per forward and per full depth.
+- `typical`: typical acceptance at temperature 1, where it is not lossless: tokens per forward, and how likely plain
+  decoding finds the tokens written.
+- `exits`: how often the head finds the final token after each layer, with the model as it is and taught to exit early.
 - `depth`: time per step with half of the layers left out, on the model of the `loop` part.
 - `sizes`: the latency curve up to 256 tokens per forward, the tree sizes that it implies for prompt tokens and Medusa
   heads, and what a replay of that size and acceptance gains. On a GPU it takes the 8-billion shape, too.
@@ -39,6 +42,7 @@ from decodax.decoding.strategies._drafts import find_draft
 from decodax.models.load import LanguageModel
 from decodax.scripts import _bench_common as common
 from decodax.scripts import _bench_depth as depth
+from decodax.scripts import _bench_exits as exits
 from decodax.scripts import _bench_loop as loop
 from decodax.scripts import _bench_part_pictures as part_pictures
 from decodax.scripts import _bench_parts as parts
@@ -47,6 +51,7 @@ from decodax.scripts import _bench_precision as precision
 from decodax.scripts import _bench_schemes as schemes
 from decodax.scripts import _bench_sizes as sizes
 from decodax.scripts import _bench_trees as trees
+from decodax.scripts import _bench_typical as typical
 from decodax.scripts._bench_world import World, embedded
 from decodax.scripts.bench_decode import SHAPES
 from decodax.scripts.bench_gpu import SHAPES as GPU_SHAPES
@@ -67,6 +72,7 @@ class Size:
     loop: loop.LoopSetting
     bfloat16: precision.PrecisionSetting
     parts: parts.PartSetting
+    typical: typical.TypicalSetting
     depth: depth.DepthSetting
     sizes: sizes.SizeSetting
 
@@ -101,8 +107,8 @@ FULL = Size(
         lengths=(1, 2, 4),
         thresholds=(0.3, 0.5, 0.7, 0.9),
         min_layers=(2, 4, 6, 8),
-        typical=(0.3, 0.09, 0.03),
     ),
+    typical.TypicalSetting(128, 320, 32, tree=24, epsilons=(0.3, 0.09, 0.03)),
     depth.DepthSetting(SHAPES["full"], "float32", prompt=24, new=64, batches=(1, 8), rounds=7),
     sizes.SizeSetting(SHAPES["full"], "float32", (2, 4, 8, 16, 32, 64, 128, 256), prompt=24, new=256, rounds=5),
 )
@@ -115,7 +121,8 @@ QUICK = Size(
     trees.TreeSetting((3,), 2, 2, 8, 32, 2),
     loop.LoopSetting(SHAPES["tiny"], "float32", 5, 11, 1, (1, 3), (1.0, 0.6), (1, 2, 3), 2),
     precision.PrecisionSetting(2, 2, 6, 32, 1),
-    parts.PartSetting(8, 40, 2, (6,), (10,), (0.6,), (2,), (2,), (0.5, 1.0), (4,), (0.09,)),
+    parts.PartSetting(8, 40, 2, (6,), (10,), (0.6,), (2,), (2,), (0.5, 1.0), (4,)),
+    typical.TypicalSetting(8, 40, 2, 6, (0.09,)),
     depth.DepthSetting(SHAPES["tiny"], "float32", 5, 6, (2,), 1),
     sizes.SizeSetting(SHAPES["tiny"], "float32", (2, 8), 5, 9, 1),
 )
@@ -176,6 +183,14 @@ def run_parts(world: World, size: Size) -> dict[str, Any]:
     return parts.measure(world, size.parts)
 
 
+def run_typical(world: World, size: Size) -> dict[str, Any]:
+    return typical.measure(world, size.typical)
+
+
+def run_exits(world: World, size: Size) -> dict[str, Any]:
+    return exits.measure(world)
+
+
 def run_depth(world: World | None, size: Size) -> dict[str, Any]:
     return depth.measure(for_device(size.depth, size))
 
@@ -209,6 +224,8 @@ PARTS: dict[str, Callable[[Any, Size], dict[str, Any]]] = {
     "loop": run_loop,
     "length": run_length,
     "parts": run_parts,
+    "typical": run_typical,
+    "exits": run_exits,
     "depth": run_depth,
     "sizes": run_sizes,
     "bfloat16": run_bfloat16,

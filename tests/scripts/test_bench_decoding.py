@@ -25,6 +25,7 @@ from decodax.scripts import _bench_repetition as repetition
 from decodax.scripts import _bench_schemes as schemes
 from decodax.scripts import _bench_sizes as sizes
 from decodax.scripts import _bench_trees as trees
+from decodax.scripts import _bench_typical as typical
 from decodax.scripts import bench_decoding
 from decodax.scripts._bench_runs import Runner, Scheme, row_rounds
 from decodax.scripts._bench_world import World, deal
@@ -77,6 +78,16 @@ def world(tmp_path_factory):
     prompts = [random.integers(0, shape.vocab_size, size).astype(np.int32) for size in (7, 3, 11, 5)]
     windows = [random.integers(0, shape.vocab_size, (2, 18)).astype(np.int32) for _ in range(2)]
     return World(lm, draft, prompts, *windows)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The embedded model, which has trained parts, with prompts and windows of random tokens."""
+    lm = decodax.load(dtype="float32")
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, lm.config.vocab_size, size).astype(np.int32) for size in (7, 3, 11, 5)]
+    windows = [random.integers(0, lm.config.vocab_size, (5, 14)).astype(np.int32) for _ in range(2)]
+    return World(lm, None, prompts, *windows)
 
 
 @pytest.fixture(scope="module")
@@ -318,16 +329,14 @@ def test_batches_are_of_mixed_length(world):
     assert [[len(ids) for ids in prompts] for prompts in deal(world.prompts, 2)] == [[3, 7], [5, 11]]
 
 
-def test_parts_part_counts_tokens_and_layers(tmp_path, monkeypatch):
+def test_parts_part_counts_tokens_and_layers(shipped, monkeypatch):
     """On the embedded model: a lossless scheme and a lossy one, of which the second runs half the layers."""
-    lm = decodax.load(dtype="float32")
-    random = np.random.default_rng(0)
-    prompts = [random.integers(0, lm.config.vocab_size, size).astype(np.int32) for size in (7, 3, 11, 5)]
+    lm = shipped.lm
     halved = Scheme("", NoDraft(), ExactMatch(), depth=SkipDecode(8, 4, 1))
     tried = [("medusa", 9, parts.built(lm, "medusa", 8)), ("halved", 4, halved)]
     monkeypatch.setattr(parts, "settings", lambda *_: iter(tried))
     monkeypatch.setattr(parts, "report", lambda found: None)
-    found = parts.measure(World(lm, None, prompts, *[np.zeros((1, 9), np.int32)] * 2), SIZE.parts)["schemes"]
+    found = parts.measure(shipped, SIZE.parts)["schemes"]
     medusa, half = found["medusa"]["9"], found["halved"]["4"]
     assert medusa["lossless"] and medusa["same_rows"] == 4 and not half["lossless"]
     assert medusa["tokens_per_forward"] == medusa["tokens_per_full_depth"] > 1  # every forward runs all layers
@@ -339,7 +348,61 @@ def test_parts_part_counts_tokens_and_layers(tmp_path, monkeypatch):
     wrong = dataclasses.replace(tried[0][2], params=jax.tree.map(lambda leaf: 1.1 * leaf, lm.params))
     monkeypatch.setattr(parts, "settings", lambda *_: iter([("medusa", 9, wrong)]))
     with pytest.raises(SystemExit, match="medusa at 9 gives other tokens than plain decoding"):
-        parts.measure(World(lm, None, prompts, *[np.zeros((1, 9), np.int32)] * 2), SIZE.parts)
+        parts.measure(shipped, SIZE.parts)
+
+
+def test_typical_part_draws_and_leaves_the_law(shipped, tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    bench_decoding.run(["typical"], shipped, SIZE, path, tmp_path)
+    found = json.loads(path.read_text())["typical"]["schemes"]
+    own, exact, lossy = found[typical.PLAIN], found[typical.EXACT], found["epsilon 0.09"]
+    assert own["tokens_per_forward"] == 1 < exact["tokens_per_forward"]
+    assert exact["same_rows"] == 4 > lossy["same_rows"]  # greedily typical acceptance, too, would keep all four
+    assert exact["lossless"] and not lossy["lossless"]
+    for one in found.values():
+        assert 0 < one["probability"] < 1 and one["log_probability"] < 0 < one["excess_error"]
+        assert one["excess"] == pytest.approx(one["log_probability"] - one["log_probability_if_drawn"])
+    assert exact["excess"] == own["excess"] != lossy["excess"]
+    plain, scheme, *_ = typical.schemes(shipped.lm, SIZE.typical)
+    wrong = dataclasses.replace(scheme, params=jax.tree.map(lambda leaf: 1.1 * leaf, shipped.lm.params))
+    monkeypatch.setattr(typical, "schemes", lambda *_: iter([plain, wrong]))
+    with pytest.raises(SystemExit, match="exact match gives other tokens than plain decoding"):
+        typical.measure(shipped, SIZE.typical)
+
+
+def test_text_under_the_law_by_hand(world):
+    """Float64 from the logits of a full forward; float32 in another order moves ln p by a few eps of logits: 1e-4."""
+    lm = world.lm
+    runner = Runner(lm.model, lm.params, Scheme("plain"), capacity=CAPACITY, num_new=NEW)
+    trace = runner.trace(world.prompts, 1.0)
+    rows = []
+    for prompt, new in zip(world.prompts, trace.new, strict=True):
+        logits = np.asarray(logits_of(world, np.concatenate([prompt, new])), np.float64)[len(prompt) - 1 : -1]
+        law = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        written = law[np.arange(NEW), new]
+        rows.append([written, (law**2).sum(axis=1), np.log(written), (law * np.log(law)).sum(axis=1)])
+    values = np.array(rows).mean(axis=2)
+    excess = values[:, 2] - values[:, 3]
+    expected = [*values.mean(axis=0), excess.mean(), excess.std(ddof=1) / 2]
+    found = typical.under_the_law(lm.model, lm.params, [trace])
+    names = ("probability", "probability_if_drawn", "log_probability", "log_probability_if_drawn")
+    np.testing.assert_allclose([found[name] for name in (*names, "excess", "excess_error")], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, adapter", [("unchanged", None), ("layer_skip", "layer_skip")])
+def test_exits_part_reads_the_head_after_each_layer(shipped, tmp_path, name, adapter):
+    """The same shares from one forward of the loaded model."""
+    bench_decoding.run(["exits"], shipped, SIZE, tmp_path / "result.json", tmp_path)
+    part = json.loads((tmp_path / "result.json").read_text())["exits"]["models"]
+    lm = decodax.load(dtype="float32", adapter=adapter)
+    tokens = jnp.asarray(shipped.heldout[:, :-1])
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    states = lm.model.apply(lm.params, tokens, position, capture=tuple(range(1, 9))).captured
+    said = [np.asarray(jnp.argmax(lm.model.logits(lm.params, states[layer]), axis=2)) for layer in range(1, 9)]
+    expected = [np.mean(one == said[-1]) for one in said[:-1]]
+    np.testing.assert_allclose(part[name]["exit_agreement"], expected, atol=1e-6)
+    assert part[name]["tokens"] == tokens.size and (part[name]["greedy"] == 1) == (adapter is None)
+    assert 0 < expected[0] < expected[-1] < 1
 
 
 def test_tokens_are_followed_one_by_one(world):
