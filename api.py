@@ -15,6 +15,7 @@ from decodax.decoding.generation import Generation
 from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.trained_part import TrainedPart
+from decodax.kernels_pallas.choice import Implementation
 from decodax.models.load import LanguageModel
 from decodax.models.load import load as _load
 from decodax.models.model import Model, Params
@@ -29,6 +30,7 @@ def load(
     mesh: Mesh | None = None,
     invariant: bool = False,
     adapter: str | Path | TrainedPart | None = None,
+    implementation: Implementation | None = None,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
 
@@ -42,10 +44,12 @@ def load(
         gives plain decoding's tokens in every dtype; slower (`Model.invariant`).
     adapter: a change of the weights that `decodax train layer_skip` made, to be merged into them: its folder, or the
         name of one inside the model's folder.
+    implementation: which kernels the layers run, "xla", "tpu" or "gpu" (`kernels_pallas/choice.py`); by default those
+        of this device for what they take, and XLA for the rest. `decodax bench --kernels` shows the choice.
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
     and not possible, ValueError for files that do not fit or are not understood.
     """
-    lm = _load(path_or_id, dtype=dtype, mesh=mesh, invariant=invariant)
+    lm = _load(path_or_id, dtype=dtype, mesh=mesh, invariant=invariant, implementation=implementation)
     return lm if adapter is None else with_adapter(lm, adapter)
 
 

@@ -38,6 +38,9 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in each prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1, help="Runs after the one that compiles; medians are shown.")] = 3,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Measure nothing: show which kernels this machine and model run, and why.")
+    ] = False,
     as_json: session.Json = False,
     debug: session.Debug = False,
 ) -> None:
@@ -48,6 +51,9 @@ def bench(
     """
     with session.reported_errors(debug):
         sizes = _read_sizes(batch)
+        if kernels:
+            _show_kernels(model, dtype, sizes[0], prompt_tokens, new_tokens, as_json)
+            return
         jax.config.update("jax_enable_compilation_cache", False)
         lm = decodax.load(model, dtype=dtype)
         results = []
@@ -73,6 +79,22 @@ def _read_sizes(text: str) -> list[int]:
     if not sizes or min(sizes) < 1:
         raise typer.BadParameter(f"batch must be sizes like 1,8 (at least 1), got {text!r}")
     return sizes
+
+
+def _show_kernels(
+    model: str | None, dtype: str | None, batch_size: int, prompt_tokens: int, new_tokens: int, as_json: bool
+) -> None:
+    from decodax.cli import bench_kernels
+
+    name, config, kind = bench_kernels.read_model(model, dtype)
+    rows = bench_kernels.kernel_choices()
+    layers = bench_kernels.layer_choices(config, kind, batch_size, prompt_tokens, new_tokens)
+    machine = session.versions()
+    if as_json:
+        described = {"name": name, "dtype": kind, "batch_size": batch_size, "prompt_tokens": prompt_tokens}
+        print(json.dumps(bench_kernels.document(rows, layers) | {"model": described, "versions": machine}))
+    else:
+        bench_kernels.print_tables(f"{name}, {kind}", rows, layers, f"{machine['device']}, jax {machine['jax']}")
 
 
 def weight_bytes_per_step(lm: decodax.LanguageModel) -> int:

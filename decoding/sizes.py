@@ -5,6 +5,7 @@ import os
 import jax
 from jax.typing import DTypeLike
 
+from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 from decodax.models.model import Model
@@ -22,6 +23,12 @@ def bucket(size: int) -> int:
         return SMALLEST_BUCKET
     step = 1 << ((size - 1).bit_length() - 3)
     return -(-size // step) * step
+
+
+def cache_capacity(num_tokens: int, execution: Execution) -> int:
+    """Tokens that a cache has room for if it must hold `num_tokens`: bucketed, and a size that the kernels take."""
+    multiple = execution.cache_multiple
+    return -(-bucket(num_tokens) // multiple) * multiple
 
 
 def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> int:

@@ -20,7 +20,7 @@ from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.logits_processors import History
 from decodax.decoding.prompt_reading import PromptRun, all_layers, read_chunk
 from decodax.decoding.sampling import Sampling
-from decodax.decoding.sizes import bucket, check_cache_fits
+from decodax.decoding.sizes import bucket, cache_capacity, check_cache_fits
 from decodax.layers import pytree
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
@@ -160,7 +160,7 @@ def init(
     limit = length + np.asarray(max_new_tokens, np.int32)
     _check_prompt(model, tokens, length, limit)
     batch, longest = tokens.shape[0], int(length.max())
-    capacity = bucket(int(limit.max()))
+    capacity = cache_capacity(int(limit.max()), model.execution)
     dtype = cache_dtype or jax.tree.leaves(params)[0].dtype
     policy = cache_policy or (KVCache if depth is None else depth.cache_policy)
     check_cache_fits(model, batch, capacity, dtype, policy)

@@ -16,6 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from decodax.kernels_pallas.choice import Implementation
+from decodax.layers.execution import Execution
 from decodax.layers.weight import Weight
 from decodax.models.checkpoint import load_params
 from decodax.models.config import ModelConfig
@@ -63,9 +65,10 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     invariant: bool = False,
+    implementation: Implementation | None = None,
 ) -> LanguageModel:
     """A model folder in Hugging Face format, as it is; arguments and errors are those of `decodax.load`."""
-    kind = _dtype(dtype)
+    kind = working_dtype(dtype)
     folder = find_folder(path_or_id)
     family, config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
@@ -73,7 +76,8 @@ def load(
     put = None if mesh is None else partial(_put, mesh)
     with _progress(f"loading {folder.name}") as progress:
         params = load_params(folder, family, config, dtype=kind, put=put, progress=progress)
-    return LanguageModel(Model(config, invariant), config, params, tokenizer, folder, end_token_ids)
+    model = Model(config, invariant, Execution(implementation, mesh))
+    return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 
 def _put(mesh: Mesh, array: np.ndarray, weight: Weight, path: tuple[str, ...]) -> jax.Array:
@@ -125,7 +129,8 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _dtype(dtype: DTypeLike | None) -> jnp.dtype:
+def working_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+    """What a model is loaded with: float32 on CPU and bfloat16 elsewhere by default; ValueError for an unknown one."""
     if dtype is None:
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     try:

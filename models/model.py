@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.mask import Causal, Mask
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 from decodax.models.config import ModelConfig
@@ -31,16 +32,18 @@ class Model:
 
     invariant: a token's hidden states, rows and logits are the same to the last bit whether it runs alone, after those
         before it were committed, or together with them, as a chain or a tree (`models/invariant.py`). Slower; needs
-        the default cache policy.
+        the default cache policy, and no kernels.
+    execution: which kernels run, and over which devices; changes no result but for rounding.
     """
 
     config: ModelConfig
     invariant: bool = False
+    execution: Execution = ON_THIS_DEVICE
 
     @property
     def module(self) -> Transformer:
         """The linen module, for those who want to `init`, `apply` or `tabulate` it themselves."""
-        return Transformer(self.config)
+        return Transformer(self.config, self.execution)
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters: matrices scaled by the square root of their inputs, norms neutral."""

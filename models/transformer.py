@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.mask import Mask
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm
 from decodax.layers.weight import fetch
@@ -36,6 +37,7 @@ class Block(nn.Module):
 
     config: BlockConfig
     hidden_size: int
+    execution: Execution
 
     @nn.compact
     def __call__(self, hidden, position, row_length, cache, mask):
@@ -44,7 +46,7 @@ class Block(nn.Module):
         def norm(name: str, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             return RMSNorm(config.norm, size, name=name)(inputs)
 
-        mixer = config.mixer.module(size, "mixer")
+        mixer = config.mixer.module(size, "mixer", self.execution)
         added, rows = mixer(norm("mixer_norm", hidden), position, row_length, cache, mask)
         if config.post_norms:
             added = norm("mixer_post_norm", added)
@@ -59,12 +61,13 @@ class Transformer(nn.Module):
     """`embed`, `run` over a range of layers, `logits`; calling the module does all three, to initialise it."""
 
     config: ModelConfig
+    execution: Execution = ON_THIS_DEVICE
 
     def setup(self) -> None:
         config = self.config
         described = config.weights()
         self.embedding = fetch(self, "embedding", described["embedding"])
-        self.blocks = [Block(block, config.hidden_size) for block in config.blocks]
+        self.blocks = [Block(block, config.hidden_size, self.execution) for block in config.blocks]
         self.final_norm = RMSNorm(config.final_norm, config.hidden_size)
         self.head = self.embedding if config.tie_embeddings else fetch(self, "head", described["head"])
 

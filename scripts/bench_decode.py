@@ -12,7 +12,7 @@ sums in one thread per core. Each way takes its median over the rounds, and the 
 Part two: batch 8 and a cache filled to different depths in the same buffers. The time that a deeper cache adds,
 against the bytes up to the longest row that it adds, is attention's own bandwidth. Time that grows with the depth
 shows that attention reads as far as the longest row; only once that row fills three quarters of the buffers are they
-read whole, which takes less time (`WHOLE_FROM` in `layers/attention/attend.py`).
+read whole, which takes less time (`WHOLE_FROM` in `layers/attention/attend_xla.py`).
 """
 
 import argparse

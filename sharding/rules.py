@@ -4,6 +4,7 @@ With weights placed so, the compiler partitions the same decoding function over 
 (arXiv 1909.08053): heads, feed-forward and vocabulary are split, so each block needs two sums over devices.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -23,14 +24,17 @@ class Rules:
         if len(set(letters)) != len(letters):
             raise ValueError(f"each letter needs one mesh axis, got {self.pairs}")
 
+    def spec(self, mesh: Mesh, axes: Sequence[str]) -> PartitionSpec:
+        """How an array with these axes is split; a dimension is named by its letters, of which the first decides."""
+        rules = {letter: axis for letter, axis in self.pairs if axis in mesh.axis_names}
+        return PartitionSpec(*(rules.get(letters[0]) for letters in axes))
+
     def sharding(self, mesh: Mesh, weight: Weight, name: str) -> NamedSharding:
         """Where this weight lies on this mesh; rules for axes that the mesh does not have are not used.
 
         Raises ValueError, naming the weight, when a size does not divide or two dimensions want the same mesh axis.
         """
-        rules = {letter: axis for letter, axis in self.pairs if axis in mesh.axis_names}
-        # A tied embedding has V and D, a projection one of N, K, F beside D: the first letter decides a dimension.
-        spec = [rules.get(letters[0]) for letters in weight.axes]
+        spec = self.spec(mesh, weight.axes)
         used = [axis for axis in spec if axis is not None]
         if len(set(used)) != len(used):
             raise ValueError(f"{name} (axes {weight.axes}) would use a mesh axis twice: {spec}")
@@ -40,9 +44,12 @@ class Rules:
                     f"{name}: its axis {letters} of {size} does not divide over the {mesh.shape[axis]} devices of mesh "
                     f"axis {axis!r}: use a mesh with another size of {axis!r}"
                 )
-        # Automatic partitioning, whatever axis types the caller's mesh has: the model code names no shardings itself.
-        automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        return NamedSharding(automatic, PartitionSpec(*spec))
+        return NamedSharding(automatic(mesh), spec)
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The mesh with automatic partitioning, whatever axis types it has: the model code names no shardings itself."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 TENSOR = Rules((("N", "tensor"), ("K", "tensor"), ("F", "tensor"), ("V", "tensor")))

@@ -38,7 +38,7 @@ def exit_adapter(model: Model, exit_layer: int) -> AttentionExit:
     """
     check_exit(model, exit_layer)
     config, block = model.config, model.config.blocks[exit_layer]
-    return AttentionExit(block.mixer, block.norm, config.final_norm, config.hidden_size)
+    return AttentionExit(block.mixer, block.norm, config.final_norm, config.hidden_size, model.execution)
 
 
 class _Draft(NamedTuple):

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.mask import Causal, Mask
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.mixers._contract import Mixer
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.weight import Weight
@@ -33,6 +34,7 @@ class AttentionExit:
     mixer_norm: RMSNormConfig
     final_norm: RMSNormConfig
     hidden_size: int
+    execution: Execution = ON_THIS_DEVICE
 
     def weights(self) -> dict[str, Any]:
         """Descriptions of the weights, nested like the parameters."""
@@ -80,7 +82,8 @@ class _Module(nn.Module):
         config, size = self.config, self.config.hidden_size
         with jax.named_scope("exit_adapter"):
             normed = RMSNorm(config.mixer_norm, size, name="mixer_norm")(hidden)
-            added, rows = config.mixer.module(size, "mixer")(normed, position, row_length, cache, mask)
+            mixer = config.mixer.module(size, "mixer", config.execution)
+            added, rows = mixer(normed, position, row_length, cache, mask)
             return RMSNorm(config.final_norm, size, name="final_norm")(hidden + added), rows
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.layers import pytree
-from decodax.layers.attention.attend import contained
+from decodax.layers.attention.contained import contained
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.kv_cache.full import KVCache, KVRows
 

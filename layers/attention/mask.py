@@ -6,6 +6,8 @@ over blocks of the cache asks block by block, and a kernel may read its fields i
 Whether a cached slot is filled is the cache's business, not the mask's.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -29,11 +31,25 @@ class Tokens:
         return jax.lax.slice_in_dim(per_token, self.first, self.first + self.position.shape[1], axis=axis)
 
 
+@dataclass(frozen=True)
+class Span:
+    """A query reads all keys up to its own position, or the last `window` of them (itself included)."""
+
+    window: int | None
+
+
 class Mask:
     """The contract: which keys a query may read, and the first position that any query can see.
 
     No new token reads one that stands after it among the new ones.
     """
+
+    def span(self, *, is_new: bool) -> Span | None:
+        """What queries read of the new tokens, or of those in the cache, if a span says all of it; None if not.
+
+        Of new tokens only where they are a chain, each standing one position behind the one before it.
+        """
+        return None
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
         raise NotImplementedError
@@ -50,6 +66,9 @@ class Mask:
 class Causal(Mask):
     """A query reads keys at its own position and before: the mask of a chain."""
 
+    def span(self, *, is_new: bool) -> Span | None:
+        return Span(None)
+
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "B T S"]:
         return key.position[:, None, :] <= query.position[:, :, None]
 
@@ -59,6 +78,9 @@ class Window(Mask):
     """A query reads only the last `size` positions, its own included (Mistral, arXiv 2310.06825)."""
 
     size: int = pytree.static()
+
+    def span(self, *, is_new: bool) -> Span | None:
+        return Span(self.size)
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "B T S"]:
         return key.position[:, None, :] > query.position[:, :, None] - self.size
@@ -90,6 +112,9 @@ class Ancestors(Mask):
             reach = jnp.einsum("bij,bjk->bik", counts, counts) > 0
         return cls(reach)
 
+    def span(self, *, is_new: bool) -> Span | None:
+        return None if is_new else Span(None)
+
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
         if key.is_new:
             return key.of(query.of(self.allowed, axis=1), axis=2)
@@ -102,6 +127,12 @@ class Both(Mask):
 
     left: Mask
     right: Mask
+
+    def span(self, *, is_new: bool) -> Span | None:
+        spans = [mask.span(is_new=is_new) for mask in (self.left, self.right)]
+        if None in spans:
+            return None
+        return Span(min((span.window for span in spans if span and span.window is not None), default=None))
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
         return self.left.allows(query, key) & self.right.allows(query, key)

@@ -101,10 +101,14 @@ class KVCache:
             kept = None if kept is None else jnp.take_along_axis(kept, path, axis=1)
         offset = jnp.arange(key.shape[2], dtype=jnp.int32)[None, :]
         slot = jnp.where(offset < count[:, None], self.length[:, None] + offset, self.capacity)
-        row = jnp.arange(key.shape[0])[:, None]
+
+        # Heads are indexed and not sliced: otherwise XLA for TPU keeps heads beside tokens inside a loop, and copies
+        # the whole cache at every step into the layout that a kernel reads.
+        row, head = (jnp.arange(size, dtype=jnp.int32) for size in self.key.shape[:2])
+        place = (row[:, None, None], head[None, :, None], slot[:, None, :])
 
         def write(buffer: Array, new: Array) -> Array:
-            return buffer.at[row, :, slot].set(jnp.moveaxis(new, 1, 2).astype(buffer.dtype), mode="drop")
+            return buffer.at[place].set(new.astype(buffer.dtype), mode="drop")
 
         new_kept = self.kept
         if self.kept is not None:

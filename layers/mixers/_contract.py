@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 from jax.typing import DTypeLike
 
+from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 
@@ -21,7 +22,7 @@ class Mixer(Protocol):
         """`Weight` descriptions of the weights, as a (nested) dictionary of the parameters' shape."""
         ...
 
-    def module(self, hidden_size: int, name: str) -> nn.Module: ...
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module: ...
 
     def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Any:
         """What this layer keeps of past tokens; has `length` Int[B], `capacity` and `commit(rows, count, path)`.

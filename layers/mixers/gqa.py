@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.attend_invariant import Tile, attend_invariant
 from decodax.layers.attention.mask import Mask, Window
+from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVRows
 from decodax.layers.kv_cache.staged import Staged
@@ -68,8 +69,8 @@ class GQAConfig:
             weights["key_norm"] = self.head_norm.weights(self.head_size, "H")
         return weights
 
-    def module(self, hidden_size: int, name: str) -> nn.Module:
-        return GQA(self, hidden_size, name=name)
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
+        return GQA(self, hidden_size, execution, name=name)
 
     def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Cache:
         return policy.empty(batch_size, self.num_kv_heads, capacity, self.head_size, dtype)
@@ -83,6 +84,7 @@ class GQA(nn.Module):
 
     config: GQAConfig
     hidden_size: int
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -114,6 +116,6 @@ class GQA(nn.Module):
         if isinstance(cache, Tile):
             mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
         else:
-            mixed = attend(query, key, value, position, mask, cache, **scores)
+            mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         return linear(flat, weight["out"], weight.get("out_bias")), KVRows(key, value)

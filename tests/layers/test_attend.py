@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from decodax.layers.attention.attend import attend
+from decodax.layers.attention.attend_xla import attend_in_xla
 from decodax.layers.attention.mask import Ancestors, Causal, Window
 from decodax.layers.kv_cache.full import KVCache
 from tests.oracles.attention import attention
@@ -85,7 +86,7 @@ def test_equals_the_definition(name, with_kept, block_tokens):
     cache = KVCache(*map(jnp.asarray, cached), jnp.asarray(LENGTHS), None if kept is None else jnp.asarray(kept))
 
     def run(query, key, value, cache):
-        return attend(
+        return attend_in_xla(
             query, key, value, jnp.asarray(position), mask, cache, scale=0.3, softcap=softcap, block_tokens=block_tokens
         )
 
@@ -107,7 +108,7 @@ def test_reads_only_blocks_with_visible_tokens():
         buffer[:] = sound
         buffer[:, :, :12] = np.nan
     outputs = [
-        attend(
+        attend_in_xla(
             jnp.asarray(query),
             jnp.asarray(key),
             jnp.asarray(value),
@@ -151,7 +152,7 @@ def test_large_caches_read_both_ways(longest, window):
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_many_new_tokens_in_tiles(tree, monkeypatch):
     """Tiles of queries that read no later key give what the definition gives for all keys."""
-    monkeypatch.setattr("decodax.layers.attention.attend.TILE_TOKENS", 3)
+    monkeypatch.setattr("decodax.layers.attention.attend_xla.TILE_TOKENS", 3)
     random = np.random.default_rng(3)
     count = 11
     draw = lambda *shape: random.standard_normal(shape).astype(np.float32)

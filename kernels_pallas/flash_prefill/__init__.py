@@ -1,0 +1,151 @@
+"""Attention of many queries at once (a prompt, or a chunk of one) over one source of keys, on TPU, Hopper GPUs and XLA.
+
+FlashAttention-2, arXiv 2307.08691. A prompt's chunk runs it once over the cached tokens and once over its own; the
+log-sum-exp that comes with the output is what merges the two.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.flash_prefill import reference
+from decodax.kernels_pallas.flash_prefill.spans import Rows, Rules, Segments
+
+__all__ = ["choose_flash_prefill", "flash_prefill"]
+
+
+def flash_prefill(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S I"],
+    *,
+    scale: float,
+    causal: bool,
+    offset: Int[Array, " B"] | None = None,
+    length: Int[Array, " B"] | None = None,
+    window: int | None = None,
+    num_sink_tokens: int | Int[Array, " B"] = 0,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " N"] | None = None,
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
+    """softmax(scale q k^T) v in the queries' dtype, and the log-sum-exp of the scores that were read, in float32.
+
+    Query head n reads key-value head n // (N / K). A query that reads nothing gives 0 and a log-sum-exp of -inf.
+
+    - causal: query t stands at index `offset + t` among the keys (offset None: t) and reads none behind it. To read a
+      cache, offset and length are both the number of cached tokens.
+    - length: keys that exist, per row (None: all S). What lies behind is never read, and may be NaN.
+    - window: a query reads the last `window` keys up to its own index, itself included; needs causal.
+    - num_sink_tokens: the first keys are read besides the window (StreamingLLM, arXiv 2309.17453); an array where rows
+      differ, as in a chunk of which some rows still hold the sinks and others have them in their cache.
+    - softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+    - sink_logits: per head one more score that has no value (gpt-oss); the log-sum-exp includes it.
+    - query_segments, key_segments: only keys of the query's own segment are read (packed prompts).
+
+    Raises ValueError for operands that do not go together, NotImplementedError if the implementation asked for does not
+    take them. What depends on values is checked only outside of `jax.jit`; inside, lengths are clipped to 0 .. S.
+    """
+    choice = choose_flash_prefill(query, key, value, implementation=implementation)
+    _check_options(causal, window, num_sink_tokens, softcap, scale)
+    batch, num_keys = query.shape[0], key.shape[2]
+    _check_values(length, num_keys, num_sink_tokens)
+    rows = Rows(
+        jnp.zeros(batch, jnp.int32) if offset is None else offset.astype(jnp.int32),
+        jnp.full(batch, num_keys, jnp.int32) if length is None else jnp.clip(length.astype(jnp.int32), 0, num_keys),
+        jnp.broadcast_to(jnp.asarray(num_sink_tokens, jnp.int32), (batch,)),
+    )
+    rules = Rules(causal, window)
+    segments = _segments(query_segments, key_segments, query, key)
+    if sink_logits is not None and sink_logits.shape != (query.shape[2],):
+        raise ValueError(f"sink_logits must hold one number per query head ({query.shape[2]}), got {sink_logits.shape}")
+    options: dict[str, Any] = {"scale": scale, "rules": rules, "softcap": softcap}
+    with jax.named_scope("flash_prefill"):
+        if choice.backend == "tpu":
+            from decodax.kernels_pallas.flash_prefill import kernel_tpu as kernel
+        elif choice.backend == "gpu":
+            from decodax.kernels_pallas.flash_prefill import kernel_gpu as kernel
+        else:
+            return reference.flash_prefill(query, key, value, rows, segments, sink_logits, **options)
+        return kernel.flash_prefill(
+            query, key, value, rows, segments, sink_logits, **options, interpret=choice.interpret
+        )
+
+
+def choose_flash_prefill(query: Any, key: Any, value: Any, *, implementation: Implementation | None = None) -> Choice:
+    """What runs for these operands (arrays, or their shapes), and why. Raises as `flash_prefill` does."""
+    _check_shapes(query, key, value)
+
+    def misfit(backend: str) -> str | None:
+        if backend == "tpu":
+            from decodax.kernels_pallas.flash_prefill import kernel_tpu
+
+            return kernel_tpu.misfit(query, key, value)
+        from decodax.kernels_pallas.flash_prefill import kernel_gpu
+
+        return kernel_gpu.misfit(query, key, value, interpret=implementation == "gpu_interpreted")
+
+    return choose("flash_prefill", implementation, misfit)
+
+
+def _check_shapes(query: Any, key: Any, value: Any) -> None:
+    if not (len(query.shape) == len(key.shape) == len(value.shape) == 4):
+        raise ValueError(
+            "query must be [B, T, N, H], key [B, K, S, H] and value [B, K, S, I], "
+            f"got {query.shape}, {key.shape} and {value.shape}"
+        )
+    batch, _, num_heads, head_size = query.shape
+    if key.shape[0] != batch or key.shape[3] != head_size or key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            "query [B, T, N, H], key [B, K, S, H] and value [B, K, S, I] must agree in B, K, S and H, "
+            f"got {query.shape}, {key.shape} and {value.shape}"
+        )
+    if 0 in query.shape or 0 in key.shape or value.shape[3] == 0:
+        raise ValueError(f"there must be queries and keys, got {query.shape}, {key.shape} and {value.shape}")
+    if num_heads % key.shape[1]:
+        raise ValueError(f"the {num_heads} query heads must be a multiple of the {key.shape[1]} key-value heads")
+
+
+def _check_options(
+    causal: bool, window: int | None, num_sink_tokens: int | Array, softcap: float | None, scale: float
+) -> None:
+    if window is not None and not causal:
+        raise ValueError("window needs causal=True: it is counted back from the query's own index")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (the query's own token), got {window}")
+    if window is None and not (isinstance(num_sink_tokens, int) and num_sink_tokens == 0):
+        raise ValueError("num_sink_tokens needs a window: without one every key before the query is read anyway")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive (None for no cap), got {softcap}")
+    if not np.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+
+
+def _check_values(length: Array | None, num_keys: int, num_sink_tokens: int | Array) -> None:
+    if length is not None and not isinstance(length, Tracer):
+        lengths = np.asarray(length)
+        if np.any(lengths < 0) or np.any(lengths > num_keys):
+            raise ValueError(f"length must be in 0..{num_keys} (there are {num_keys} keys), got {lengths.tolist()}")
+    if not isinstance(num_sink_tokens, Tracer) and np.any(np.asarray(num_sink_tokens) < 0):
+        raise ValueError(f"num_sink_tokens must not be negative, got {np.asarray(num_sink_tokens).tolist()}")
+
+
+def _segments(query_segments: Array | None, key_segments: Array | None, query: Array, key: Array) -> Segments | None:
+    if query_segments is None and key_segments is None:
+        return None
+    if query_segments is None or key_segments is None:
+        raise ValueError("query_segments and key_segments go together, got only one of them")
+    expected = (query.shape[:2], (key.shape[0], key.shape[2]))
+    if (query_segments.shape, key_segments.shape) != expected:
+        raise ValueError(
+            f"query_segments and key_segments must be [B, T] and [B, S], {expected[0]} and {expected[1]}, "
+            f"got {query_segments.shape} and {key_segments.shape}"
+        )
+    return Segments(query_segments.astype(jnp.int32), key_segments.astype(jnp.int32))

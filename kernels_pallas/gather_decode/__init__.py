@@ -1,0 +1,106 @@
+"""Attention of a decoding step over chosen pages or tokens of a contiguous cache, a list per row and key-value head.
+
+What every method needs that picks the cached tokens a step reads (Quest, arXiv 2406.10774; TidalDecode, arXiv
+2410.05076): the method makes the lists, and the work is proportional to what they hold.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.new_tokens import NewTokens, check_operands, check_range
+
+__all__ = ["NewTokens", "choose_gather_decode", "gather_decode"]
+
+
+def gather_decode(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S I"],
+    index: Int[Array, "B K M"],
+    count: Int[Array, "B K"],
+    length: Int[Array, " B"],
+    new: NewTokens | None = None,
+    *,
+    block_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " N"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
+    """As `flash_decode`, but of the cached slots each key-value head reads only those of the pages in its list.
+
+    `index[b, k, :count[b, k]]` lists pages: page i is the slots i * block_tokens .. (i + 1) * block_tokens - 1 (with
+    block_tokens = 1, a list of tokens), in any order, none of them twice. Slots from `length[b]` on are not read even
+    if their page is listed. Entries from `count` on may hold anything.
+
+    Raises ValueError for operands that do not fit each other, counts outside 0..M, lengths outside 0..S and listed
+    pages outside the cache (only if their values are known: inside `jit` they are clipped), and NotImplementedError if
+    the implementation asked for does not take them.
+    """
+    check_operands("gather_decode", query, key.shape[1], key.shape[3], value.shape[3], new)
+    capacity = key.shape[2]
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"keys and values must agree in [B, K, S], got {key.shape[:3]} and {value.shape[:3]}")
+    if block_tokens < 1 or capacity % block_tokens:
+        raise ValueError(f"block_tokens must divide the cache's {capacity} slots (S), got {block_tokens}")
+    if index.shape[:2] != key.shape[:2] or count.shape != key.shape[:2]:
+        raise ValueError(
+            f"lists [B, K, M] and counts [B, K] must have the cache's rows and heads, {key.shape[:2]}, got "
+            f"{index.shape} and {count.shape}"
+        )
+    check_range("count", count, 0, index.shape[2], "a list holds no more pages (M)")
+    check_range("length", length, 0, capacity, "the cache holds no more tokens (S)")
+    last = capacity // block_tokens - 1
+    if not any(isinstance(x, Tracer) for x in (index, count)):
+        listed = np.arange(index.shape[2]) < np.asarray(count)[..., None]
+        check_range("index", np.asarray(index)[listed], 0, last, f"the cache has pages of {block_tokens} tokens")
+    options: dict[str, Any] = {
+        "block_tokens": block_tokens,
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+    }
+    choice = choose_gather_decode(
+        query, key, value, index, new, block_tokens=block_tokens, implementation=implementation
+    )
+    index, count = jnp.clip(index, 0, last), jnp.clip(count, 0, index.shape[2])
+    operands = (query, key, value, index, count, jnp.clip(length, 0, capacity), new)
+    if choice.backend == "xla":
+        from decodax.kernels_pallas.gather_decode import reference
+
+        return reference.gather_decode(*operands, **options)
+    if choice.backend == "tpu":
+        from decodax.kernels_pallas.gather_decode import kernel_tpu
+
+        return kernel_tpu.gather_decode(*operands, **options, interpret=choice.interpret)
+    from decodax.kernels_pallas.gather_decode import kernel_gpu
+
+    return kernel_gpu.gather_decode(*operands, **options, interpret=choice.interpret)
+
+
+def choose_gather_decode(
+    query: Any,
+    key: Any,
+    value: Any,
+    index: Any,
+    new: NewTokens | None = None,
+    *,
+    block_tokens: int,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """What `gather_decode` runs for operands of these shapes and dtypes, and why."""
+
+    def misfit(backend: str) -> str | None:
+        if backend == "tpu":
+            from decodax.kernels_pallas.gather_decode.kernel_tpu import misfit
+        else:
+            from decodax.kernels_pallas.gather_decode.kernel_gpu import misfit
+        interpret = str(implementation).endswith("_interpreted")
+        return misfit(query, key, value, index, new, block_tokens=block_tokens, interpret=interpret)
+
+    return choose("gather_decode", implementation, misfit)

@@ -1,0 +1,67 @@
+"""The work list of a grouped product: which rows meet which group's weights, in what order, and how often.
+
+Tokens are sorted by group, and groups begin and end anywhere. An item is a tile of consecutive rows, of which only rows
+first .. last - 1 belong to the item's group; rows behind the last group belong to nobody and are zeros in the result.
+Items with a product come first, then those that write zeros, then filling up to a length known at compile time. Empty
+groups have no items. (MegaBlocks, arXiv 2211.15841, has such lists of blocks; the way of counting here is its own.)
+
+    group        0 0 0 0 0 1 1 3 3 3 3 - - -        tiles of four rows that lie in a grid (`aligned`): 0 0 1 3 3 - -
+    tile         0 0 0 0 1 1 1 1 2 2 2 2 3 3        tiles of four rows from each group's start:         0 0 1 3 -
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+class WorkList(NamedTuple):
+    """Items in order of their rows; an item of the filling repeats the one before it."""
+
+    row: Int[Array, " items"]  # where the tile begins
+    group: Int[Array, " items"]  # whose weights are needed; where none are, those of the item before
+    first: Int[Array, " items"]  # the tile's own rows
+    last: Int[Array, " items"]
+    counts: Int[Array, " 2"]  # items with a product, items with a product or zeros
+
+
+def work_list(group_sizes: Int[Array, " E"], num_rows: int, tile_rows: int, *, aligned: bool) -> WorkList:
+    """The items for tiles of `tile_rows` rows that begin at multiples of `tile_rows` if aligned, else where groups do.
+
+    Sizes that are negative, or go beyond `num_rows`, are cut.
+    """
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes.astype(jnp.int32), 0)), num_rows)
+    ends = jnp.concatenate([ends, jnp.full((1,), num_rows, jnp.int32)])
+    starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
+    origins = starts // tile_rows * tile_rows if aligned else starts
+    num_tiles = jnp.where(ends > starts, (ends - origins + tile_rows - 1) // tile_rows, 0)
+    items_through = jnp.cumsum(num_tiles)
+    num_items, num_products = items_through[-1], items_through[-2]
+
+    item = jnp.minimum(jnp.arange(most_items(num_rows, len(group_sizes), tile_rows, aligned)), num_items - 1)
+    owner = jnp.searchsorted(items_through, item, side="right", method="compare_all").astype(jnp.int32)
+    row = origins[owner] + (item - items_through[owner] + num_tiles[owner]) * tile_rows
+    last_with_weights = owner[jnp.maximum(num_products - 1, 0)]
+    group = jnp.minimum(jnp.where(item < num_products, owner, last_with_weights), len(group_sizes) - 1)
+    first, last = jnp.maximum(row, starts[owner]), jnp.minimum(row + tile_rows, ends[owner])
+    return WorkList(row, group, first, last, jnp.stack([num_products, num_items]))
+
+
+def most_items(num_rows: int, num_groups: int, tile_rows: int, aligned: bool) -> int:
+    """The length of a work list: what the worst sizes need, the rows that belong to nobody taken as one more group."""
+    if aligned:
+        return min(num_rows, -(-num_rows // tile_rows) + num_groups)
+    return min(num_rows, num_rows // tile_rows + num_groups + 1)
+
+
+def power_of_two(value: float, smallest: int, largest: int) -> int:
+    """The power of two at or above `value`, within bounds that are powers of two: a tile for groups of that size."""
+    tile = smallest
+    while tile < min(value, largest):
+        tile *= 2
+    return tile
+
+
+def rows_per_group(tokens: Any, weight: Any) -> float:
+    """How many rows a group has if all have the same number."""
+    return tokens.shape[0] / weight.shape[0]

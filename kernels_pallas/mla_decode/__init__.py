@@ -1,0 +1,119 @@
+"""Latent attention for decoding: all heads of T = 1..16 queries read one latent and one rope key per cached token.
+
+Multi-head latent attention with absorbed weights (DeepSeek-V2, arXiv 2405.04434, section 2.1): a cached token is a
+latent of R numbers, shared by all heads, and a rope key of H. The query of a head, multiplied by its part of W_uk, is a
+vector of R that meets the latent itself, and the head's output is a mixture of latents that the caller multiplies by
+W_uv. So the latent is both key and value, and is read once. It is attention with one key-value head, head size R + H
+for the scores and R for the values.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.mla_decode.new_latents import NewLatents
+from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS, check_range
+
+__all__ = ["MAX_QUERIES", "NewLatents", "choose_mla_decode", "mla_decode"]
+
+MAX_QUERIES = 16
+
+
+def mla_decode(
+    query_latent: Float[Array, "B T N R"],
+    query_rope: Float[Array, "B T N H"],
+    latent: Float[Array, "B S R"],
+    rope_key: Float[Array, "B S H"],
+    length: Int[Array, " B"],
+    new: NewLatents | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
+    """Mixtures of latents, and the log-sum-exp of each query's scores.
+
+    score = (query_latent . latent + query_rope . rope_key) scale. Every query of row b reads the slots s < length[b],
+    and of the new tokens those that `new.allowed` lets it. What lies in slots from `length` on is never read, be it
+    NaN. A query that may read nothing gives 0 and a log-sum-exp of -inf. A new token whose latent is not finite breaks
+    the queries that may read it, and no others.
+
+    query_latent: the queries multiplied by W_uk (absorbed); the caller multiplies the output by W_uv.
+    softcap: scores become softcap tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+    implementation: None takes the kernel of this device where it fits, and XLA elsewhere.
+
+    The output has the queries' dtype; the log-sum-exp (natural logarithm) is float32, as are all sums.
+
+    Raises ValueError for operands that do not fit each other, lengths outside 0..S (only if their values are known:
+    inside `jit` they are clipped), and NotImplementedError if the implementation asked for does not take them.
+    """
+    _check(query_latent, query_rope, latent, rope_key, new)
+    capacity = latent.shape[1]
+    check_range("length", length, 0, capacity, "the cache holds no more tokens (S)")
+    choice = choose_mla_decode(query_latent, query_rope, latent, rope_key, new, implementation=implementation)
+    operands = (query_latent, query_rope, latent, rope_key, jnp.clip(length, 0, capacity).astype(jnp.int32), new)
+    with jax.named_scope("mla_decode"):
+        if choice.backend == "xla":
+            from decodax.kernels_pallas.mla_decode import reference
+
+            return reference.mla_decode(*operands, scale=scale, softcap=softcap)
+        if choice.backend == "tpu":
+            from decodax.kernels_pallas.mla_decode import kernel_tpu
+
+            return kernel_tpu.mla_decode(*operands, scale=scale, softcap=softcap, interpret=choice.interpret)
+        from decodax.kernels_pallas.mla_decode import kernel_gpu
+
+        return kernel_gpu.mla_decode(*operands, scale=scale, softcap=softcap, interpret=choice.interpret)
+
+
+def choose_mla_decode(
+    query_latent: Any,
+    query_rope: Any,
+    latent: Any,
+    rope_key: Any,
+    new: NewLatents | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """What `mla_decode` runs for operands of these shapes and dtypes, and why."""
+    operands = (query_latent, query_rope, latent, rope_key, new)
+
+    def misfit(backend: str) -> str | None:
+        if backend == "tpu":
+            from decodax.kernels_pallas.mla_decode.kernel_tpu import misfit
+        else:
+            from decodax.kernels_pallas.mla_decode.kernel_gpu import misfit
+        return misfit(*operands, interpret=str(implementation).endswith("_interpreted"))
+
+    return choose("mla_decode", implementation, misfit)
+
+
+def _check(query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None) -> None:
+    """Raises ValueError for operands that do not fit together."""
+    batch, num_queries, num_heads, rank = query_latent.shape
+    capacity, rope_size = rope_key.shape[1:]
+    if not 1 <= num_queries <= MAX_QUERIES:
+        raise ValueError(f"mla_decode takes 1 to {MAX_QUERIES} queries (T) per row, got {num_queries}")
+    expected = {
+        "query_latent": (query_latent, query_latent.shape),
+        "query_rope": (query_rope, (batch, num_queries, num_heads, rope_size)),
+        "latent": (latent, (batch, capacity, rank)),
+        "rope_key": (rope_key, (batch, capacity, rope_size)),
+    }
+    if new is not None:
+        num_new = new.latent.shape[1]
+        if not 1 <= num_new <= MAX_NEW_TOKENS:
+            raise ValueError(
+                f"new tokens (U) must be 1 to {MAX_NEW_TOKENS}, got {num_new}; commit some to the cache first"
+            )
+        expected["new.latent"] = (new.latent, (batch, num_new, rank))
+        expected["new.rope_key"] = (new.rope_key, (batch, num_new, rope_size))
+        expected["new.allowed"] = (new.allowed, (batch, num_queries, num_new))
+    for name, (operand, shape) in expected.items():
+        if operand.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} beside the other operands, got {operand.shape}")
+        if name != "new.allowed" and operand.dtype != latent.dtype:
+            raise ValueError(f"all operands must have one dtype, latent has {latent.dtype} and {name} {operand.dtype}")

@@ -1,0 +1,156 @@
+"""Attention by the kernels of `kernels_pallas/`, for the operands that they take.
+
+Up to 64 new tokens per row (a token being decoded, a chain of drafts, a tree) are one `flash_decode`, which reads the
+cache and the new tokens. More of them are a chunk of a prompt: `flash_prefill` runs over the chunk itself and over the
+cached prefix, and the two are merged by their log-sum-exps.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from decodax.kernels_pallas.choice import Choice, backend_of_this_device, choose
+from decodax.kernels_pallas.flash_decode import NewTokens, choose_flash_decode, flash_decode
+from decodax.kernels_pallas.flash_prefill import choose_flash_prefill, flash_prefill
+from decodax.layers.attention.contained import contained
+from decodax.layers.attention.mask import Mask, Tokens
+from decodax.layers.execution import Execution
+from decodax.layers.kv_cache._contract import Cache
+from decodax.layers.kv_cache.full import KVCache
+from decodax.layers.kv_cache.staged import Staged
+
+LANES = 128  # of a TPU
+DECODE_TOKENS = 64  # new tokens per row up to which a forward is a decoding step, bound by reading the cache
+
+
+def choose_attention(
+    query: Any, key: Any, value: Any, mask: Mask, cache: Cache | Staged | None, execution: Execution
+) -> Choice:
+    """What `attend` runs for its operands (arrays or their shapes), and why.
+
+    Raises NotImplementedError if `execution` asks for a kernel that does not take them.
+    """
+    asked, num_queries = execution.implementation, query.shape[1]
+    is_step = num_queries <= DECODE_TOKENS
+    name = "flash_decode" if is_step else "flash_prefill"
+    if asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla"):
+        return choose(name, asked, lambda backend: None)
+    misfit = _misfit(query, key, mask, cache, execution)
+    if misfit is None and asked is None and is_step and backend_of_this_device()[0] == "tpu" and key.shape[3] % LANES:
+        # Seen in programs compiled for v5e: what writes the cache and what reads it want it in different layouts.
+        misfit = f"XLA would copy caches of head size {key.shape[3]}, no multiple of {LANES}, at every step"
+    if misfit is not None:
+        return choose(name, asked, lambda backend: misfit)
+    num_staged, bare = _bare(cache)
+    query = _part(query, 2, execution)
+    own = _part(key, 1, execution), _part(value, 1, execution)
+    cached: Any = () if bare is None else (_part(bare.key, 1, execution), _part(bare.value, 1, execution))
+    if is_step:
+        num_new = num_staged + num_queries
+        new: list[Any] = [jax.ShapeDtypeStruct((*rows.shape[:2], num_new, rows.shape[3]), rows.dtype) for rows in own]
+        allowed: Any = jax.ShapeDtypeStruct((query.shape[0], num_queries, num_new), bool)
+        tokens = NewTokens(new[0], new[1], allowed)
+        return choose_flash_decode(query, cached[0], cached[1], tokens, implementation=asked)
+    sources = (own, cached) if cached else (own,)
+    choices = [choose_flash_prefill(query, *source, implementation=asked) for source in sources]
+    return next((choice for choice in choices if choice.backend == "xla"), choices[0])
+
+
+def _misfit(query: Any, key: Any, mask: Mask, cache: Cache | Staged | None, execution: Execution) -> str | None:
+    """Why no kernel takes such operands, whatever their sizes; None if one may."""
+    is_step, is_staged = query.shape[1] <= DECODE_TOKENS, isinstance(cache, Staged)
+    cache = cache.cache if isinstance(cache, Staged) else cache
+    if cache is None:
+        if is_step:
+            return "there is no cache to read"
+    elif type(cache) is not KVCache:
+        return f"it reads caches of the class KVCache, this one is a {type(cache).__name__}"
+    elif cache.kept is not None:
+        return "the cache marks which tokens it keeps"
+    elif cache.key.dtype != query.dtype:
+        return f"the cache holds {cache.key.dtype} and the queries are {query.dtype}"
+    if is_staged and not is_step:
+        return f"there are staged tokens in front of more than {DECODE_TOKENS} new ones"
+    if mask.span(is_new=False) is None or not (is_step or mask.span(is_new=True)):
+        return f"its mask ({type(mask).__name__}) is no chain with a window"
+    num_parts = execution.num_parts("K")
+    if key.shape[1] % num_parts:
+        return f"{key.shape[1]} key-value heads do not divide over {num_parts} devices"
+    return None
+
+
+def _bare(cache: Any) -> tuple[int, Any]:
+    """How many tokens are staged with a cache, and the cache itself."""
+    return (cache.position.shape[1], cache.cache) if isinstance(cache, Staged) else (0, cache)
+
+
+def _part(operand: Any, heads_axis: int, execution: Execution) -> jax.ShapeDtypeStruct:
+    """The shape of what one device has of an operand."""
+    shape = list(operand.shape)
+    shape[heads_axis] //= execution.num_parts("K")
+    return jax.ShapeDtypeStruct(tuple(shape), operand.dtype)
+
+
+def attend_in_kernels(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    position: Int[Array, "B T"],
+    mask: Mask,
+    cache: Any,
+    *,
+    scale: float,
+    softcap: float | None,
+    choice: Choice,
+    execution: Execution,
+) -> Float[Array, "B T N H"]:
+    """`attend` for operands that the implementation of `choice` takes."""
+    options = {"scale": scale, "softcap": softcap, "implementation": choice.implementation}
+    attention = _step if query.shape[1] <= DECODE_TOKENS else _chunk
+    return attention(query, key, value, position, mask, cache, options, execution)
+
+
+def _step(query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution) -> Array:
+    """The new tokens of a decoding step, and staged ones before them, in one kernel with the cache."""
+    key_position, (_, bare) = position, _bare(cache)
+    if isinstance(cache, Staged):
+        key = jnp.concatenate([cache.rows.key.astype(key.dtype), key], axis=2)
+        value = jnp.concatenate([cache.rows.value.astype(value.dtype), value], axis=2)
+        key_position = jnp.concatenate([cache.position, position], axis=1)
+    key, value = contained(key, value)
+    allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=True))
+    allowed = jnp.broadcast_to(allowed, (*position.shape, key.shape[2]))
+    window = mask.span(is_new=False).window
+    first = None if window is None else position - window + 1
+
+    def run(query, cached_key, cached_value, length, key, value, allowed, first) -> tuple[Array]:
+        new = NewTokens(key, value, allowed)
+        return flash_decode(query, cached_key, cached_value, length, new, first=first, **options)[:1]
+
+    rows, per_query = "B K S H", None if first is None else "B T"
+    axes = ("B T N H", rows, rows, "B", rows, rows, "B T S", per_query)
+    run = execution.per_device(run, axes, ("B T N H",))
+    return run(query, bare.key, bare.value, bare.length, key, value, allowed, first)[0]
+
+
+def _chunk(query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution) -> Array:
+    """A chunk of a prompt; it is a chain, so its tokens stand one behind the other."""
+    window = mask.span(is_new=True).window
+
+    def run(query, key, value, offset, length) -> tuple[Array, Array]:
+        rows = {"offset": offset, "length": length, "causal": True, "window": window}
+        return flash_prefill(query, key, value, **rows, **options)
+
+    run = execution.per_device(run, ("B T N H", "B K S H", "B K S H", "B", "B"), ("B T N H", "B T N"))
+    batch, num_new = position.shape
+    start, end = (jnp.full(batch, index, jnp.int32) for index in (0, num_new))
+    output, lse = run(query, *contained(key, value), start, end)
+    if cache is None:
+        return output
+    cached_output, cached_lse = run(query, cache.key, cache.value, position[:, 0], cache.length)
+    # Every query reads at least itself among the new ones, so `lse` is finite.
+    share = jax.nn.sigmoid(lse - cached_lse)[..., None]
+    mixed = output.astype(jnp.float32) * share + cached_output.astype(jnp.float32) * (1 - share)
+    return mixed.astype(output.dtype)

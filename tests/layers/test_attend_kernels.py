@@ -1,0 +1,158 @@
+"""Attention in kernels is attention in plain JAX: steps, chunks, trees, staged tokens, over devices, in gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax.layers.attention.attend import attend
+from decodax.layers.attention.attend_kernels import choose_attention
+from decodax.layers.attention.attend_xla import attend_in_xla
+from decodax.layers.attention.mask import Ancestors, Causal, Window
+from decodax.layers.execution import Execution
+from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.staged import Staged
+
+BATCH, HEADS, KV_HEADS, SIZE, CAPACITY = 3, 4, 2, 128, 256
+LENGTHS = np.array([0, 130, 256], np.int32)
+INTERPRETED = ["tpu_interpreted", "gpu_interpreted"]
+# float32 sums of at most 350 weighted values of size about 1, after an exponential by the power of two.
+TOLERANCE = 1e-5
+
+CASES = {  # new tokens, staged tokens, mask, soft-cap
+    "one token": (1, 0, Causal(), None),
+    "chain": (5, 0, Causal() & Window(100), 2.0),
+    "tree": (5, 0, Ancestors.from_parents(jnp.array([[-1, 0, 0, 2, 1]])) & Causal(), None),
+    "staged": (2, 3, Causal() & Ancestors(jnp.array([[[1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]], bool)), None),
+    "chunk": (70, 0, Causal(), 2.0),
+    "chunk with a window": (70, 0, Causal() & Window(90), None),
+}
+
+
+def operands(num_new: int, num_staged: int, *, heads: int = HEADS, kv_heads: int = KV_HEADS):
+    random = np.random.default_rng(num_new)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
+    query = draw(BATCH, num_new, heads, SIZE)
+    key, value = (draw(BATCH, kv_heads, num_new, SIZE) for _ in "kv")
+    empty = jnp.arange(CAPACITY)[None, None, :, None] >= LENGTHS[:, None, None, None]
+    cached = [jnp.where(empty, jnp.nan, draw(BATCH, kv_heads, CAPACITY, SIZE)) for _ in "kv"]
+    cache = KVCache(*cached, jnp.asarray(LENGTHS))
+    position = jnp.asarray(LENGTHS[:, None] + num_staged + np.arange(num_new, dtype=np.int32))
+    if num_staged:
+        rows = KVRows(*(draw(BATCH, kv_heads, num_staged, SIZE) for _ in "kv"))
+        staged_position = jnp.asarray(LENGTHS[:, None] + np.arange(num_staged, dtype=np.int32))
+        cache = Staged(cache, rows, staged_position)
+    return query, key, value, position, cache
+
+
+def zeroed(cache: KVCache | Staged) -> KVCache | Staged:
+    """Plain JAX multiplies slots that hold nothing by zero, so they may not be NaN there."""
+    if isinstance(cache, Staged):
+        return dataclasses.replace(cache, cache=zeroed(cache.cache))
+    key, value = (jnp.nan_to_num(buffer) for buffer in (cache.key, cache.value))
+    return dataclasses.replace(cache, key=key, value=value)
+
+
+@pytest.mark.parametrize("implementation", INTERPRETED)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_plain_jax(name, implementation):
+    num_new, num_staged, mask, softcap = CASES[name]
+    *arrays, cache = operands(num_new, num_staged)
+    options = {"scale": SIZE**-0.5, "softcap": softcap}
+    execution = Execution(implementation)
+    got = jax.jit(lambda *operands: attend(*operands, mask, cache, execution=execution, **options))(*arrays)
+    want = attend_in_xla(*arrays, mask, zeroed(cache), **options)
+    np.testing.assert_allclose(got, want, atol=TOLERANCE * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["chain", "chunk with a window"])
+def test_every_device_runs_its_heads(name):
+    num_new, _, mask, softcap = CASES[name]
+    *arrays, cache = operands(num_new, 0)
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    run = lambda execution: jax.jit(
+        lambda *operands: attend(*operands, mask, cache, scale=0.1, softcap=softcap, execution=execution)
+    )(*arrays)
+    one, two = run(Execution("tpu_interpreted")), run(Execution("tpu_interpreted", mesh))
+    assert len(two.sharding.device_set) == 2
+    np.testing.assert_array_equal(one, two)
+
+
+def test_gradients_are_those_of_plain_jax():
+    num_new, _, mask, _ = CASES["chain"]
+    *arrays, position, cache = operands(num_new, 0)
+    cache = zeroed(cache)
+    options = {"scale": 0.1, "softcap": None}
+
+    def loss(attention, *arrays):
+        return jnp.sum(jnp.sin(attention(*arrays, position, mask, cache, **options)))
+
+    in_kernels = lambda *operands, **options: attend(*operands, **options, execution=Execution("tpu_interpreted"))
+    got, want = (jax.grad(loss, argnums=(1, 2, 3))(attention, *arrays) for attention in (in_kernels, attend_in_xla))
+    for gradient, expected in zip(got, want, strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_broken_new_tokens_reach_only_their_readers():
+    query, key, value, position, cache = operands(5, 0)
+    mask = CASES["tree"][2]  # node 1 has no readers but itself and node 4
+    broken = value.at[:, :, 1].set(jnp.nan)
+    execution = Execution("tpu_interpreted")
+    sound, got = (
+        attend(query, key, values, position, mask, cache, scale=0.1, softcap=None, execution=execution)
+        for values in (value, broken)
+    )
+    assert np.isnan(got[:, [1, 4]]).all()
+    np.testing.assert_array_equal(got[:, [0, 2, 3]], sound[:, [0, 2, 3]])
+
+
+def chosen(num_new: int, mask, execution: Execution, **changes):
+    query, key, value, _, cache = operands(num_new, 0)
+    cache = changes.get("cache", lambda cache: cache)(cache)
+    return choose_attention(query, key, value, mask, cache, execution)
+
+
+def staged(cache: KVCache) -> Staged:
+    return Staged(cache, KVRows(cache.key[:, :, :2], cache.value[:, :, :2]), jnp.zeros((BATCH, 2), jnp.int32))
+
+
+def test_this_device_has_no_kernels():
+    choice = chosen(1, Causal(), Execution())
+    assert (choice.backend, choice.reason) == ("xla", "there are no kernels for cpu")
+
+
+@pytest.mark.parametrize(
+    ("num_new", "mask", "change", "words"),
+    [
+        (1, Causal(), lambda cache: None, "no cache to read"),
+        (1, Causal(), lambda cache: dataclasses.replace(cache, kept=jnp.ones((3, 2, CAPACITY), bool)), "which tokens"),
+        (1, Causal(), lambda cache: dataclasses.replace(cache, key=cache.key.astype(jnp.bfloat16)), "holds bfloat16"),
+        (70, Causal() & Ancestors(jnp.ones((1, 70, 70), bool)), lambda cache: cache, "no chain with a window"),
+        (70, Causal(), staged, "staged tokens in front of"),
+    ],
+)
+def test_what_no_kernel_takes_is_said(num_new, mask, change, words):
+    with pytest.raises(NotImplementedError, match=words):
+        chosen(num_new, mask, Execution("tpu"), cache=change)
+    assert chosen(num_new, mask, Execution("xla"), cache=change).backend == "xla"
+
+
+def test_heads_that_do_not_divide_over_the_devices():
+    mesh = jax.make_mesh((4,), ("tensor",), devices=jax.devices()[:4])
+    with pytest.raises(NotImplementedError, match="2 key-value heads do not divide over 4 devices"):
+        chosen(1, Causal(), Execution("tpu", mesh))
+
+
+def test_a_chip_takes_what_fits_it_without_being_asked(monkeypatch):
+    monkeypatch.setattr("decodax.layers.attention.attend_kernels.backend_of_this_device", lambda: ("tpu", "a TPU"))
+    monkeypatch.setattr("decodax.kernels_pallas.choice.backend_of_this_device", lambda: ("tpu", "a TPU"))
+    assert chosen(1, Causal(), Execution()).backend == "tpu"
+    assert chosen(70, Causal(), Execution()).backend == "tpu"
+    narrow = lambda cache: dataclasses.replace(cache, key=cache.key[..., :64], value=cache.value[..., :64])
+    query, key, value, _, cache = operands(1, 0)
+    choice = choose_attention(query[..., :64], key[..., :64], value[..., :64], Causal(), narrow(cache), Execution())
+    assert "XLA would copy caches of head size 64" in choice.reason
+    no_chain = chosen(70, Ancestors(jnp.ones((1, 70, 70), bool)), Execution())
+    assert (no_chain.backend, no_chain.reason) == ("xla", "a TPU, but its mask (Ancestors) is no chain with a window")

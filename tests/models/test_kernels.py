@@ -1,0 +1,78 @@
+"""The whole model in kernels is the model without them: a prompt in chunks, tokens, drafts, trees, and the loops."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax import decoding
+from decodax.layers.attention.mask import Ancestors
+from decodax.layers.execution import Execution
+from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.norm import RMSNormConfig
+from decodax.layers.rope import Rope
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.model import Model, commit
+
+HEAD, WIDTH, VOCABULARY = 128, 48, 61
+TOLERANCE = 1e-5  # of the largest logit
+
+
+def block(**options) -> BlockConfig:
+    mixer = GQAConfig(4, 2, HEAD, Rope(HEAD, 10000.0), scale=HEAD**-0.5, **options)
+    return BlockConfig(mixer, GatedMLPConfig(40), RMSNormConfig(1e-5))
+
+
+# One layer that reads all, one with a window and capped scores.
+BLOCKS = (block(), block(window=75, softcap=5.0))
+PLAIN = Model(ModelConfig(VOCABULARY, WIDTH, 512, BLOCKS, RMSNormConfig(1e-5), True))
+PARAMS = PLAIN.init(jax.random.key(0))
+
+
+def in_kernels(implementation: str) -> Model:
+    return dataclasses.replace(PLAIN, execution=Execution(implementation))
+
+
+def forwards(model: Model) -> list[np.ndarray]:
+    """Logits of two chunks of a prompt, a token, and a tree behind it; the second row ends with the first chunk."""
+
+    @jax.jit
+    def forward(tokens, caches, position, mask):
+        out = model.apply(PARAMS, tokens, position, caches, mask=mask)
+        return model.logits(PARAMS, out.hidden), out.rows
+
+    tokens = jax.random.randint(jax.random.key(1), (2, 160), 0, VOCABULARY)
+    caches, found, length = model.empty_cache(2, 256, jnp.float32), [], np.zeros(2, np.int32)
+    tree = Ancestors.from_parents(jnp.array([[-1, 0, 0, 2, 1]]))
+    depth = np.array([0, 1, 1, 2, 2])
+    for num_tokens, count, mask in ((70, (70, 70), None), (66, (66, 0), None), (1, (1, 1), None), (5, (0, 0), tree)):
+        offset = depth if mask is tree else np.arange(num_tokens)
+        position = jnp.asarray(length[:, None] + offset, jnp.int32)
+        logits, rows = forward(tokens[:, :num_tokens], caches, position, mask)
+        found.append(np.asarray(logits))
+        caches = commit(caches, rows, jnp.array(count, jnp.int32))
+        length = length + np.array(count, np.int32)
+        tokens = tokens[:, num_tokens:]
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["tpu_interpreted", "gpu_interpreted"])
+def test_logits_are_those_without_kernels(implementation):
+    for got, want in zip(forwards(in_kernels(implementation)), forwards(PLAIN), strict=True):
+        np.testing.assert_allclose(got, want, atol=TOLERANCE * np.abs(want).max())
+
+
+def test_the_loop_writes_the_same_tokens():
+    """`init` reads the prompts in a chunk and the loop steps through the rest; buffers have room for whole tiles."""
+    prompts = np.random.default_rng(2).integers(0, VOCABULARY, (2, 80)).astype(np.int32)
+    lengths, seeds = np.array([80, 71]), np.zeros(2, np.uint32)
+    tokens = []
+    for model in (PLAIN, in_kernels("tpu_interpreted")):
+        state = decoding.init(model, PARAMS, prompts, lengths, 6, seeds)
+        state = jax.jit(decoding.autoregressive(model), donate_argnums=1)(PARAMS, state)
+        tokens.append(np.asarray(state.tokens)[:, :86])
+    assert state.caches[0].capacity % 128 == 0
+    np.testing.assert_array_equal(*tokens)

@@ -1,0 +1,95 @@
+"""`decodax bench --kernels`: says what would run, and runs nothing."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from typer.testing import CliRunner
+
+import decodax
+from decodax.cli import app, bench_kernels
+from decodax.kernels_pallas import KERNELS, choice, module_of, shapes_of
+from decodax.layers.attention import attend_kernels
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.rope import Rope
+from decodax.models.hf_config import load_config
+from tests.golden_files import load_golden
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(decodax, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """This process's device as the choice sees it."""
+    for module in (choice, attend_kernels):
+        monkeypatch.setattr(module, "backend_of_this_device", lambda: ("gpu", "the device is a Hopper GPU"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["bench", "--kernels", *map(str, arguments)])
+
+
+def test_the_document_names_every_kernel_and_every_layer():
+    folder = load_golden("llama").folder
+    result = run("--json", "--model", folder, "--batch", "3", "--prompt-tokens", 100)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert [row["kernel"] for row in document["kernels"]] == list(KERNELS)
+    assert {row["implementation"] for row in document["kernels"] + document["layers"]} == {"xla"}
+    assert all("cpu" in row["reason"] for row in document["kernels"] + document["layers"])
+    assert [row["step"] for row in document["layers"]] == ["prompt", "decoding"]
+    assert document["model"] == {"name": folder.name, "dtype": "float32", "batch_size": 3, "prompt_tokens": 100}
+    assert document["versions"]["jax"] == jax.__version__
+
+
+def test_the_table_shows_kernels_and_layers(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run()
+    assert result.exit_code == 0, result.stderr
+    assert all(kernel in result.stdout for kernel in KERNELS)
+    assert "attention of demo" in result.stdout and "decoding" in result.stdout
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_kernel_says_which_backends_take_a_real_size(kernel):
+    """The first named size of every kernel is one that both kernels were made for, and asking for either is granted."""
+    shape = next(iter(shapes_of(kernel).values()))
+    assert bench_kernels.misfits(kernel, shape) == [None, None]
+    assert bench_kernels.choose(kernel, shape, "gpu").implementation == "gpu"
+
+
+def test_a_hopper_gpu_is_given_kernels_and_told_where_not(on_hopper):
+    assert {row.implementation for row in bench_kernels.kernel_choices()} == {"gpu"}
+    _, config = load_config(load_golden("llama").folder)
+    for row in bench_kernels.layer_choices(config, "bfloat16", 1, 100, 5):
+        # The tiny model's heads fit no kernel, and the reason says so.
+        assert row.implementation == "xla" and "Hopper" in row.reason and "head" in row.reason
+    mixers = [GQAConfig(32, 8, 128, Rope(128, 1e4), scale=0.1, window=window) for window in (None, None, 512)]
+    blocks = tuple(dataclasses.replace(config.blocks[0], mixer=mixer) for mixer in mixers)
+    rows = bench_kernels.layer_choices(dataclasses.replace(config, blocks=blocks), "bfloat16", 1, 100, 924)
+    assert [(row.layers, row.step) for row in rows] == [
+        *(("0..1 (2)", step) for step in ("prompt", "decoding")),
+        *(("2", step) for step in ("prompt", "decoding")),
+    ]
+    assert {(row.implementation, row.reason) for row in rows} == {("gpu", "the device is a Hopper GPU")}
+
+
+def test_misfits_are_told(monkeypatch):
+    shape = next(iter(shapes_of("flash_decode").values()))
+
+    class Wide:
+        def operands(self):
+            cast = lambda leaf: leaf if leaf.dtype != jnp.bfloat16 else jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+            return jax.tree.map(cast, shape.operands())
+
+        def options(self):
+            return shape.options()
+
+    tpu, gpu = bench_kernels.misfits("flash_decode", Wide())
+    assert tpu is None and "float32" in gpu and "xla" in gpu
+    assert module_of("flash_decode").__name__.endswith("flash_decode")
