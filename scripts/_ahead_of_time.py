@@ -63,7 +63,7 @@ def prepare(backend: str) -> None:
     if backend == "gpu":
         _gpu()
     elif importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("compiling for TPU needs libtpu (Linux on x86-64): pip install libtpu")
+        raise ModuleNotFoundError("compiling for TPU needs libtpu (Linux on x86-64): pip install 'decodax[tpu]'")
 
 
 def compile_for_tpu(chip: str, function: Callable[..., Any], *arguments: Any, **jit_options: Any) -> Any:

@@ -15,4 +15,4 @@ def test_example(index, capsys):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
