@@ -48,7 +48,8 @@ class Model:
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters: matrices scaled by the square root of their inputs, norms neutral."""
         token = jnp.zeros((1, 1), jnp.int32)
-        params = jax.jit(self.module.init)(key, token, token, token + 1, Causal())["params"]
+        plain = Transformer(self.config, Execution("xla"))  # of which only the parameters' shapes count
+        params = jax.jit(plain.init)(key, token, token, token + 1, Causal())["params"]
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     def empty_cache(

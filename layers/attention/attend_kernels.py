@@ -1,8 +1,8 @@
 """Attention by the kernels of `kernels_pallas/`, for the operands that they take.
 
-Up to 64 new tokens per row (a token being decoded, a chain of drafts, a tree) are one `flash_decode`, which reads the
-cache and the new tokens. More of them are a chunk of a prompt: `flash_prefill` runs over the chunk itself and over the
-cached prefix, and the two are merged by their log-sum-exps.
+Up to 64 new tokens per row behind a cache (a token being decoded, a chain of drafts, a tree) are one `flash_decode`,
+which reads the cache and the new tokens. All else is a chunk of a prompt: `flash_prefill` runs over the chunk itself
+and over the cached prefix, and the two are merged by their log-sum-exps.
 """
 
 from typing import Any
@@ -32,8 +32,7 @@ def choose_attention(
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take them.
     """
-    asked, num_queries = execution.implementation, query.shape[1]
-    is_step = num_queries <= DECODE_TOKENS
+    asked, num_queries, is_step = execution.implementation, query.shape[1], _is_step(query, cache)
     name = "flash_decode" if is_step else "flash_prefill"
     if asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla"):
         return choose(name, asked, lambda backend: None)
@@ -60,25 +59,26 @@ def choose_attention(
 
 def _misfit(query: Any, key: Any, mask: Mask, cache: Cache | Staged | None, execution: Execution) -> str | None:
     """Why no kernel takes such operands, whatever their sizes; None if one may."""
-    is_step, is_staged = query.shape[1] <= DECODE_TOKENS, isinstance(cache, Staged)
-    cache = cache.cache if isinstance(cache, Staged) else cache
-    if cache is None:
-        if is_step:
-            return "there is no cache to read"
-    elif type(cache) is not KVCache:
-        return f"it reads caches of the class KVCache, this one is a {type(cache).__name__}"
-    elif cache.kept is not None:
+    is_step, (num_staged, bare) = _is_step(query, cache), _bare(cache)
+    if bare is not None and type(bare) is not KVCache:
+        return f"it reads caches of the class KVCache, this one is a {type(bare).__name__}"
+    if bare is not None and bare.kept is not None:
         return "the cache marks which tokens it keeps"
-    elif cache.key.dtype != query.dtype:
-        return f"the cache holds {cache.key.dtype} and the queries are {query.dtype}"
-    if is_staged and not is_step:
-        return f"there are staged tokens in front of more than {DECODE_TOKENS} new ones"
+    if bare is not None and bare.key.dtype != query.dtype:
+        return f"the cache holds {bare.key.dtype} and the queries are {query.dtype}"
+    if num_staged and not is_step:
+        return f"staged tokens need a cache behind them and at most {DECODE_TOKENS} new ones after them"
     if mask.span(is_new=False) is None or not (is_step or mask.span(is_new=True)):
         return f"its mask ({type(mask).__name__}) is no chain with a window"
     num_parts = execution.num_parts("K")
     if key.shape[1] % num_parts:
         return f"{key.shape[1]} key-value heads do not divide over {num_parts} devices"
     return None
+
+
+def _is_step(query: Any, cache: Any) -> bool:
+    """Whether `flash_decode` has to do with it: few new tokens, behind a cache."""
+    return query.shape[1] <= DECODE_TOKENS and _bare(cache)[1] is not None
 
 
 def _bare(cache: Any) -> tuple[int, Any]:
@@ -108,7 +108,7 @@ def attend_in_kernels(
 ) -> Float[Array, "B T N H"]:
     """`attend` for operands that the implementation of `choice` takes."""
     options = {"scale": scale, "softcap": softcap, "implementation": choice.implementation}
-    attention = _step if query.shape[1] <= DECODE_TOKENS else _chunk
+    attention = _step if _is_step(query, cache) else _chunk
     return attention(query, key, value, position, mask, cache, options, execution)
 
 

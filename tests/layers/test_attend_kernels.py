@@ -67,6 +67,15 @@ def test_equals_plain_jax(name, implementation):
     np.testing.assert_allclose(got, want, atol=TOLERANCE * np.abs(want).max())
 
 
+@pytest.mark.parametrize("implementation", INTERPRETED)
+def test_few_tokens_without_a_cache(implementation):
+    """As when logits of a short text are asked for."""
+    *arrays, _ = operands(5, 0)
+    mask, options = Causal() & Window(3), {"scale": 0.1, "softcap": None}
+    got = attend(*arrays, mask, None, execution=Execution(implementation), **options)
+    np.testing.assert_allclose(got, attend_in_xla(*arrays, mask, None, **options), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["chain", "chunk with a window"])
 def test_every_device_runs_its_heads(name):
     num_new, _, mask, softcap = CASES[name]
@@ -126,11 +135,11 @@ def test_this_device_has_no_kernels():
 @pytest.mark.parametrize(
     ("num_new", "mask", "change", "words"),
     [
-        (1, Causal(), lambda cache: None, "no cache to read"),
+        (5, Ancestors(jnp.ones((1, 5, 5), bool)), lambda cache: None, "no chain with a window"),
         (1, Causal(), lambda cache: dataclasses.replace(cache, kept=jnp.ones((3, 2, CAPACITY), bool)), "which tokens"),
         (1, Causal(), lambda cache: dataclasses.replace(cache, key=cache.key.astype(jnp.bfloat16)), "holds bfloat16"),
         (70, Causal() & Ancestors(jnp.ones((1, 70, 70), bool)), lambda cache: cache, "no chain with a window"),
-        (70, Causal(), staged, "staged tokens in front of"),
+        (70, Causal(), staged, "staged tokens need a cache behind them"),
     ],
 )
 def test_what_no_kernel_takes_is_said(num_new, mask, change, words):
