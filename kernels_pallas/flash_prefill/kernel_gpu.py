@@ -31,10 +31,8 @@ from decodax.kernels_pallas.hopper import num_cores
 
 _QUERIES = 64  # of a warpgroup: the rows of one wgmma
 _SLOTS = 2
-_REGISTERS = {
-    "loads": 40,
-    "attends": 232,
-}  # per thread of a warpgroup, of 65,536 for two that attend and one that loads
+# Per thread of a warpgroup, of 65,536 for two that attend and one that loads.
+_REGISTERS = {"loads": 40, "attends": 232}
 _ROW_TILE = 8  # rows that TMA moves at once: the number of keys must be a multiple
 _SMALL = 128  # keys that may be copied to pad them, however few queries there are
 

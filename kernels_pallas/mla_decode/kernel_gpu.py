@@ -58,9 +58,8 @@ NUM_STAGES = 2
 MOST_NUMBERS = 576  # two tiles of tokens and the queries fill the 227 KiB of shared memory that a program may have
 PARTS_AT_ONCE = 8
 INTERPRETED_RUNS = 3
-INTERPRETED_THREADS = (
-    1  # or 2, as on a GPU; up to JAX 0.10 the interpreter then compiles the body for every program anew
-)
+# Or 2, as on a GPU; up to JAX 0.10 the interpreter then compiles the body for every program anew.
+INTERPRETED_THREADS = 1
 _WARPGROUPS = 2
 _PIECE_TOKENS = TILE_TOKENS // _WARPGROUPS
 _ROW = plgpu.Layout.WGMMA.reduce(1)
