@@ -23,7 +23,6 @@ from decodax.sharding.rules import TENSOR
 from tests.kernels_pallas.ahead_of_time import count_kernels, tpu_mesh
 
 BATCH, CAPACITY = 8, 16384  # a part of one cache is 64 MiB: too large for XLA to move it into VMEM
-ALL_LAYERS = SHAPES["8b"].num_layers
 
 
 def on_mesh(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -58,8 +57,8 @@ def cache_copies(compiled: Any) -> list[str]:
     return re.findall(rf"{shape}\S* (?:copy|transpose)\(.*", compiled.as_text())
 
 
-@pytest.mark.parametrize("num_layers", [2, pytest.param(ALL_LAYERS, marks=pytest.mark.slow)])
-def test_the_decoding_loop(num_layers):
+def test_the_decoding_loop():
+    num_layers = SHAPES["8b"].num_layers
     model, params, state = model_on(tpu_mesh("v5e", 4), num_layers)
     loop = jax.jit(decoding.autoregressive(model), donate_argnums=1)
     with jax.default_matmul_precision("default"):
