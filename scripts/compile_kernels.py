@@ -4,7 +4,7 @@
     python -m decodax.scripts.compile_kernels --for gpu      # sm_90a, ptxas included; needs the extra `gpu-compile`
 
 JAX tries to use every plug-in that is installed, so `pip install 'decodax[gpu-compile]'` wants an
-environment of its own (about 1 GB): JAX's CUDA plug-in, and ptxas with what it links from NVIDIA's wheels.
+environment of its own (1.7 GB in all): JAX's CUDA plug-in, and ptxas with what it links from NVIDIA's wheels.
 
 GPU: registers, spills and shared memory of each kernel, as ptxas says; a kernel that spills makes the exit code 1.
 TPU: VMEM of each kernel, and XLA's own figures of the program around it. Nothing is run, and no time but that of
