@@ -9,7 +9,8 @@ uninitialised memory as NaN: they are for tests.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from importlib import import_module
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -66,3 +67,21 @@ def backend_of_this_device() -> tuple[Literal["xla", "tpu", "gpu"], str]:
             return "gpu", "the device is a Hopper GPU"
         return "xla", f"kernels need a Hopper GPU (compute capability 9.x), this one has {capability}"
     return "xla", f"there are no kernels for {platform}"
+
+
+def choose_in(
+    folder: str, asked: Implementation | None, *operands: Any, name: str | None = None, **options: Any
+) -> Choice:
+    """`choose` for a kernel's folder, by the `misfit` of its kernel_tpu.py and kernel_gpu.py.
+
+    These are imported only if they come into question. That for GPU also hears whether it is to be interpreted, as an
+    interpreter takes float32. name: of the kernel, where it is not the folder's.
+    """
+
+    def misfit(backend: str) -> str | None:
+        kernel = import_module(f"decodax.kernels_pallas.{folder}.kernel_{backend}")
+        if backend == "tpu":
+            return kernel.misfit(*operands, **options)
+        return kernel.misfit(*operands, **options, interpret=asked == "gpu_interpreted")
+
+    return choose(name or folder, asked, misfit)

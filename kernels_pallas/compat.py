@@ -5,6 +5,7 @@ with uninitialised memory as NaN) differs from a GPU in what it knows: up to 0.1
 transposed operands. `Warpgroup` holds that difference, so that a kernel's body is written once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,6 +184,13 @@ class Warpgroup:
 
 def _transposed(ref: Any) -> Any:
     return ref.T if hasattr(plgpu, "InterpretGPUParams") else plgpu.transpose_ref(ref, (1, 0))
+
+
+def tiled(num_columns: int, dtype: Any) -> tuple[Any, Any]:
+    """Transforms of shared memory whose rows wgmma reads: tiles of 8 rows, of the widest swizzle that divides a row."""
+    item_bytes = jnp.dtype(dtype).itemsize
+    swizzle = math.gcd(num_columns * item_bytes, 128)
+    return plgpu.TilingTransform((8, swizzle // item_bytes)), plgpu.SwizzleTransform(swizzle)
 
 
 def store_plainly(ref: Any, value: jax.Array) -> None:

@@ -27,10 +27,10 @@ from decodax.kernels_pallas.online_softmax import (
     finish_gpu,
     nothing_seen_gpu,
 )
+from decodax.kernels_pallas.padding import WORD_BITS, bit_words
 from decodax.kernels_pallas.partition import Partition
 
 _CHUNK_TOKENS = (16, 32, 64)  # new tokens read at once: what a wgmma can add up
-_WORD_BITS = 32
 _MAX_STAGES = 4
 
 
@@ -177,14 +177,14 @@ class Merge:
         for i in range(num_chunks):
             plgpu.copy_gmem_to_smem(key.at[slab, i], key_shared, new_arrived)
             plgpu.copy_gmem_to_smem(value.at[slab, i, pl.ds(0, chunk_tokens), columns], value_shared, new_arrived)
-            first_word = i * pl.cdiv(chunk_tokens, _WORD_BITS)
+            first_word = i * pl.cdiv(chunk_tokens, WORD_BITS)
             word = warpgroup.rows(warpgroup.load(words.at[row, first_word, row_block], ROW, is_shared=False), shape)
-            if chunk_tokens > _WORD_BITS:
+            if chunk_tokens > WORD_BITS:
                 second = warpgroup.rows(
                     warpgroup.load(words.at[row, first_word + 1, row_block], ROW, is_shared=False), shape
                 )
-                word = jnp.where(token < _WORD_BITS, word, second)
-            bit = jnp.bitwise_and(jax.lax.shift_right_logical(word, jnp.bitwise_and(token, _WORD_BITS - 1)), 1)
+                word = jnp.where(token < WORD_BITS, word, second)
+            bit = jnp.bitwise_and(jax.lax.shift_right_logical(word, jnp.bitwise_and(token, WORD_BITS - 1)), 1)
             if i == 0:
                 plgpu.barrier_wait(query_arrived)
             plgpu.barrier_wait(new_arrived)
@@ -201,17 +201,14 @@ class Merge:
         num_new = new.allowed.shape[2]
         chunk_tokens = next((tokens for tokens in _CHUNK_TOKENS if num_new <= tokens), _CHUNK_TOKENS[-1])
         num_chunks = pl.cdiv(num_new, chunk_tokens)
-        num_words = num_chunks * pl.cdiv(chunk_tokens, _WORD_BITS)
+        num_words = num_chunks * pl.cdiv(chunk_tokens, WORD_BITS)
         is_read = jnp.any(new.allowed, axis=1)[:, None, :, None]
 
         def chunks(rows: jax.Array) -> jax.Array:
             padded = jnp.pad(rows, [(0, 0), (0, 0), (0, num_chunks * chunk_tokens - num_new), (0, 0)])
             return padded.reshape(-1, num_chunks, chunk_tokens, rows.shape[-1])
 
-        bits = jnp.pad(new.allowed, [(0, 0), (0, 0), (0, num_words * _WORD_BITS - num_new)]).astype(jnp.uint32)
-        bits = bits.reshape(*bits.shape[:2], num_words, _WORD_BITS)
-        bits = jnp.left_shift(bits, jax.lax.broadcasted_iota(jnp.uint32, bits.shape, 3))
-        words = jax.lax.bitcast_convert_type(jnp.sum(bits, axis=3, dtype=jnp.uint32), jnp.int32)
+        words = bit_words(new.allowed, num_words)
         rows = jnp.stack([self.sizes.pack_rows(words[:, :, i]) for i in range(num_words)], axis=1)
         return chunks(new.key), chunks(jnp.where(is_read, new.value, jnp.zeros_like(new.value))), rows
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from decodax.kernels_pallas.compat import tiled
+
 BLOCK_QUERIES = 64
 ROW = plgpu.Layout.WGMMA.reduce(1)  # of float32 or int32 registers, one per packed query
 
@@ -87,7 +89,5 @@ def shared(shape: tuple[int, ...], dtype: Any, most_columns: int | None = None) 
 
     most_columns: of a tile; a right operand's tiles may not have more columns than the product has terms.
     """
-    item_bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(math.gcd(shape[-1], most_columns or shape[-1]) * item_bits)
-    transforms = (plgpu.TilingTransform((8, swizzle * 8 // item_bits)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    columns = math.gcd(shape[-1], most_columns or shape[-1])
+    return plgpu.SMEM(shape, dtype, transforms=tiled(columns, dtype))

@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 from decodax.kernels_pallas.compat import tpu_interpreter
 from decodax.kernels_pallas.new_tokens import NewTokens
 from decodax.kernels_pallas.online_softmax import LOG2E, MASKED, Seen, absorb, capped, finish, precision
+from decodax.kernels_pallas.padding import padded
 
 SUBLANES, LANES = 8, 128  # a tile of memory
 NUM_BUFFERS = 4
@@ -202,7 +203,7 @@ class _Rows(NamedTuple):
     def packed(self, x: jax.Array) -> jax.Array:
         """[B, T, N, ...] as [B, K, rows, ...]."""
         grouped = jnp.moveaxis(x.reshape(*x.shape[:2], self.num_kv_heads, self.group, *x.shape[3:]), 2, 1)
-        return _pad(grouped.reshape(*grouped.shape[:2], -1, *x.shape[3:]), 2, self.padded)
+        return padded(grouped.reshape(*grouped.shape[:2], -1, *x.shape[3:]), 2, self.padded)
 
     def unpacked(self, x: jax.Array) -> jax.Array:
         """The reverse."""
@@ -212,7 +213,7 @@ class _Rows(NamedTuple):
 
     def per_query(self, x: jax.Array) -> jax.Array:
         """[B, T, ...] as [B, rows, ...]."""
-        return _pad(jnp.repeat(x, self.group, axis=1), 1, self.padded)
+        return padded(jnp.repeat(x, self.group, axis=1), 1, self.padded)
 
 
 def decode(
@@ -308,9 +309,9 @@ def _in_vmem(
     if new is not None:
         num_new = _round_up(new.key.shape[2], _row_tile(query.dtype))
         is_read = jnp.any(new.allowed, axis=1)[:, None, :, None]
-        allowed = _pad(rows.per_query(new.allowed.astype(jnp.float32)), 2, num_new)
+        allowed = padded(rows.per_query(new.allowed.astype(jnp.float32)), 2, num_new)
         for name, x in (("new_key", new.key), ("new_value", jnp.where(is_read, new.value, 0))):
-            operands[name] = (_pad(x, 2, num_new), sizes.per_item(num_new, x.shape[3]))
+            operands[name] = (padded(x, 2, num_new), sizes.per_item(num_new, x.shape[3]))
         operands["allowed"] = (allowed, sizes.per_row(rows.padded, num_new))
     if first is not None:
         operands["first"] = (rows.per_query(first)[..., None], sizes.per_row(rows.padded, 1))
@@ -352,11 +353,6 @@ def _row_tile(dtype: Any) -> int:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
-    widths = [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths)
 
 
 def _body(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
-from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 from decodax.kernels_pallas.new_tokens import check_range
 
 __all__ = ["BlockLists", "block_sparse_prefill", "choose_block_sparse_prefill"]
@@ -73,15 +73,7 @@ def choose_block_sparse_prefill(
     query: Any, key: Any, value: Any, blocks: BlockLists, *, implementation: Implementation | None = None
 ) -> Choice:
     """What `block_sparse_prefill` runs for operands of these shapes and dtypes, and why."""
-
-    def misfit(backend: str) -> str | None:
-        if backend == "tpu":
-            from decodax.kernels_pallas.block_sparse_prefill.kernel_tpu import misfit
-        else:
-            from decodax.kernels_pallas.block_sparse_prefill.kernel_gpu import misfit
-        return misfit(query, key, value, blocks, interpret=str(implementation).endswith("_interpreted"))
-
-    return choose("block_sparse_prefill", implementation, misfit)
+    return choose_in("block_sparse_prefill", implementation, query, key, value, blocks)
 
 
 def _check_shapes(query: Any, key: Any, value: Any, blocks: BlockLists) -> None:

@@ -15,7 +15,6 @@ copied and not multiplied. Element masks are applied only to tiles that are read
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from decodax.kernels_pallas import online_softmax
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
-from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel
+from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, tiled
 from decodax.kernels_pallas.online_softmax import Seen
 
 STAGES = 2  # tiles in the ring
@@ -93,7 +92,7 @@ def block_sparse_prefill(
         grid=(batch, num_kv_heads, blocks.num_query_blocks, sizes.group * tiles // together),
         grid_names=("row", "kv_head", "block", "member"),
         scratch_types=[
-            plgpu.SMEM((together, TILE, head_size), query.dtype, transforms=_transforms(head_size, query.dtype)),
+            plgpu.SMEM((together, TILE, head_size), query.dtype, transforms=tiled(head_size, query.dtype)),
             plgpu.Barrier(num_arrivals=together),
         ],
         interpret=interpret,
@@ -164,13 +163,6 @@ class _Copied(NamedTuple):
     values: Any  # [64, I]
 
 
-def _transforms(row_size: int, dtype: Any) -> tuple[Any, ...]:
-    """Tiles of 8 rows x 128 bytes (64 or 32 where rows are no multiple), swizzled for the matrix unit."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = math.gcd(row_size * itemsize, 128)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
-
-
 def _read_list(warpgroup: Warpgroup, refs: _Refs, sizes: _Sizes, scale: float, softcap: float | None) -> None:
     walk = _walk(refs, sizes)
     for tile, queries in enumerate(walk.tiles):
@@ -184,8 +176,8 @@ def _read_list(warpgroup: Warpgroup, refs: _Refs, sizes: _Sizes, scale: float, s
 
     seen = pl.run_scoped(
         read,
-        plgpu.SMEM((STAGES, TILE, head_size), dtype, transforms=_transforms(head_size, dtype)),
-        plgpu.SMEM((STAGES, TILE, value_size), dtype, transforms=_transforms(value_size, dtype)),
+        plgpu.SMEM((STAGES, TILE, head_size), dtype, transforms=tiled(head_size, dtype)),
+        plgpu.SMEM((STAGES, TILE, value_size), dtype, transforms=tiled(value_size, dtype)),
         plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     )
 
@@ -203,7 +195,7 @@ def _read_list(warpgroup: Warpgroup, refs: _Refs, sizes: _Sizes, scale: float, s
 
     pl.run_scoped(
         write,
-        plgpu.SMEM((sizes.together, TILE, value_size), dtype, transforms=_transforms(value_size, dtype)),
+        plgpu.SMEM((sizes.together, TILE, value_size), dtype, transforms=tiled(value_size, dtype)),
         plgpu.SMEM((sizes.together, TILE), jnp.float32),
     )
 

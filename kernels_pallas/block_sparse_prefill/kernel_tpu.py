@@ -36,9 +36,8 @@ _LANES = 128
 _ALIGNMENT = 8  # slots: the tiles in which a cache lies in HBM
 
 
-def misfit(query: Any, key: Any, value: Any, blocks: BlockLists, *, interpret: bool) -> str | None:
+def misfit(query: Any, key: Any, value: Any, blocks: BlockLists) -> str | None:
     """Why this kernel does not take these operands (arrays or shapes); None if it does."""
-    del interpret
     capacity, head_size = key.shape[2:]
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel takes float32 and bfloat16, got {query.dtype}"

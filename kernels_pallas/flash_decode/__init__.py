@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 from decodax.kernels_pallas.new_tokens import NewTokens, check_operands, check_range
 
 __all__ = ["NewTokens", "choose_flash_decode", "flash_decode"]
@@ -79,12 +79,4 @@ def choose_flash_decode(
     query: Any, key: Any, value: Any, new: NewTokens | None = None, *, implementation: Implementation | None = None
 ) -> Choice:
     """What `flash_decode` runs for operands of these shapes and dtypes, and why."""
-
-    def misfit(backend: str) -> str | None:
-        if backend == "tpu":
-            from decodax.kernels_pallas.flash_decode.kernel_tpu import misfit
-        else:
-            from decodax.kernels_pallas.flash_decode.kernel_gpu import misfit
-        return misfit(query, key, value, new, interpret=str(implementation).endswith("_interpreted"))
-
-    return choose("flash_decode", implementation, misfit)
+    return choose_in("flash_decode", implementation, query, key, value, new)

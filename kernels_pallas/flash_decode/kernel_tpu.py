@@ -50,9 +50,8 @@ def flash_decode(
     )
 
 
-def misfit(query: Any, key: Any, value: Any, new: NewTokens | None, *, interpret: bool) -> str | None:
+def misfit(query: Any, key: Any, value: Any, new: NewTokens | None) -> str | None:
     """Why the kernel does not take operands of these shapes and dtypes; None if it does."""
-    del interpret
     capacity = key.shape[2]
     # A cache of one page is copied whole, whatever its size.
     multiple = 0 if capacity <= PAGE_TOKENS else capacity

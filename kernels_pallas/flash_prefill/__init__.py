@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 from decodax.kernels_pallas.flash_prefill import reference
 from decodax.kernels_pallas.flash_prefill.spans import Rows, Rules, Segments
 
@@ -82,17 +82,7 @@ def flash_prefill(
 def choose_flash_prefill(query: Any, key: Any, value: Any, *, implementation: Implementation | None = None) -> Choice:
     """What runs for these operands (arrays, or their shapes), and why. Raises as `flash_prefill` does."""
     _check_shapes(query, key, value)
-
-    def misfit(backend: str) -> str | None:
-        if backend == "tpu":
-            from decodax.kernels_pallas.flash_prefill import kernel_tpu
-
-            return kernel_tpu.misfit(query, key, value)
-        from decodax.kernels_pallas.flash_prefill import kernel_gpu
-
-        return kernel_gpu.misfit(query, key, value, interpret=implementation == "gpu_interpreted")
-
-    return choose("flash_prefill", implementation, misfit)
+    return choose_in("flash_prefill", implementation, query, key, value)
 
 
 def _check_shapes(query: Any, key: Any, value: Any) -> None:

@@ -141,14 +141,6 @@ def _slot(step: Array) -> Array:
     return jax.lax.rem(step, jnp.int32(_SLOTS))
 
 
-def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for rows of a head, as wgmma reads it: with the widest swizzle that divides a row."""
-    item_bytes = jnp.dtype(dtype).itemsize
-    swizzle = next(i for i in (128, 64, 32) if shape[-1] * item_bytes % i == 0)
-    transforms = (plgpu.TilingTransform((8, swizzle // item_bytes)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 class _Place(NamedTuple):
     """Where a block of queries is, and which blocks of keys it reads."""
 
@@ -201,9 +193,9 @@ class _Body:
         num_copies = 1 + self.has_segments
         per_warpgroup, per_slot = (self.num_warpgroups, _QUERIES), (_SLOTS, self.key_block)
         return _Memory(
-            query=_tiled((*per_warpgroup, head_size), dtype),
-            key=_tiled((*per_slot, head_size), dtype),
-            value=_tiled((*per_slot, value_size), dtype),
+            query=plgpu.SMEM((*per_warpgroup, head_size), dtype, transforms=compat.tiled(head_size, dtype)),
+            key=plgpu.SMEM((*per_slot, head_size), dtype, transforms=compat.tiled(head_size, dtype)),
+            value=plgpu.SMEM((*per_slot, value_size), dtype, transforms=compat.tiled(value_size, dtype)),
             lse=plgpu.SMEM(per_warpgroup, jnp.float32),
             query_full=plgpu.Barrier(num_arrivals=num_copies, num_barriers=self.num_warpgroups),
             key_full=plgpu.Barrier(num_arrivals=num_copies, num_barriers=_SLOTS),
@@ -212,7 +204,9 @@ class _Body:
             cleared=plgpu.Barrier(num_arrivals=self.num_warpgroups),
             query_segment=plgpu.SMEM(per_warpgroup, jnp.int32) if self.has_segments else None,
             key_segment=plgpu.SMEM(per_slot, jnp.int32) if self.has_segments else None,
-            output=None if value_size == head_size else _tiled((*per_warpgroup, value_size), dtype),
+            output=None
+            if value_size == head_size
+            else plgpu.SMEM((*per_warpgroup, value_size), dtype, transforms=compat.tiled(value_size, dtype)),
         )
 
     def __call__(self, operands: dict[str, Any], output_refs: tuple[Any, Any], memory: _Memory) -> None:

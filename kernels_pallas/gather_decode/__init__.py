@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 from decodax.kernels_pallas.new_tokens import NewTokens, check_operands, check_range
 
 __all__ = ["NewTokens", "choose_gather_decode", "gather_decode"]
@@ -94,13 +94,4 @@ def choose_gather_decode(
     implementation: Implementation | None = None,
 ) -> Choice:
     """What `gather_decode` runs for operands of these shapes and dtypes, and why."""
-
-    def misfit(backend: str) -> str | None:
-        if backend == "tpu":
-            from decodax.kernels_pallas.gather_decode.kernel_tpu import misfit
-        else:
-            from decodax.kernels_pallas.gather_decode.kernel_gpu import misfit
-        interpret = str(implementation).endswith("_interpreted")
-        return misfit(query, key, value, index, new, block_tokens=block_tokens, interpret=interpret)
-
-    return choose("gather_decode", implementation, misfit)
+    return choose_in("gather_decode", implementation, query, key, value, index, new, block_tokens=block_tokens)

@@ -69,11 +69,8 @@ def gather_decode(
     return by_rows(index, some_rows, query, index, count, length, new)
 
 
-def misfit(
-    query: Any, key: Any, value: Any, index: Any, new: NewTokens | None, *, block_tokens: int, interpret: bool
-) -> str | None:
+def misfit(query: Any, key: Any, value: Any, index: Any, new: NewTokens | None, *, block_tokens: int) -> str | None:
     """Why the kernel does not take operands of these shapes and dtypes; None if it does."""
-    del interpret
     return misfit_of_operands(query, key, value, new, block_tokens) or misfit_of_lists(index)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 
 __all__ = ["choose_grouped_matmul", "grouped_gate_up", "grouped_matmul"]
 
@@ -55,15 +55,8 @@ def grouped_gate_up(
 
 def choose_grouped_matmul(tokens: Any, *weights: Any, implementation: Implementation | None = None) -> Choice:
     """What runs for operands of these shapes and dtypes (one matrix per expert, or gate and up), and why."""
-
-    def misfit(backend: str) -> str | None:
-        if backend == "tpu":
-            from decodax.kernels_pallas.grouped_matmul.kernel_tpu import misfit
-        else:
-            from decodax.kernels_pallas.grouped_matmul.kernel_gpu import misfit
-        return misfit(tokens, *weights, interpret=str(implementation).endswith("_interpreted"))
-
-    return choose("grouped_matmul" if len(weights) == 1 else "grouped_gate_up", implementation, misfit)
+    name = "grouped_matmul" if len(weights) == 1 else "grouped_gate_up"
+    return choose_in("grouped_matmul", implementation, tokens, *weights, name=name)
 
 
 def _run(

@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, interpreter_clips, store_plainly
 from decodax.kernels_pallas.grouped_matmul.work import WorkList, rows_per_group, work_list
 from decodax.kernels_pallas.hopper import num_cores
+from decodax.kernels_pallas.padding import padded
 
 _WARPGROUPS = 2
 _ITEMS_TOGETHER = 8
@@ -118,15 +119,9 @@ def _grouped(
     if interpret and not interpreter_clips():
         wanted_rows = num_rows + tile.rows
         wanted_outputs = pl.cdiv(num_outputs, _WARPGROUPS * tile.columns) * _WARPGROUPS * tile.columns
-        weights = tuple(_padded(weight, 1, wanted_outputs) for weight in weights)
-    result = _kernel(tile, work, _padded(tokens, 0, wanted_rows), weights, combine, name, interpret)
+        weights = tuple(padded(weight, 1, wanted_outputs) for weight in weights)
+    result = _kernel(tile, work, padded(tokens, 0, wanted_rows), weights, combine, name, interpret)
     return result[:num_rows, :num_outputs]
-
-
-def _padded(array: jax.Array, axis: int, size: int) -> jax.Array:
-    if array.shape[axis] == size:
-        return array
-    return jnp.pad(array, [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
 
 
 def _kernel(

@@ -31,8 +31,7 @@ _MOST_ROWS = 128
 _LANES = 128
 
 
-def misfit(tokens: Any, *weights: Any, interpret: bool) -> str | None:
-    del interpret
+def misfit(tokens: Any, *weights: Any) -> str | None:
     if tokens.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the kernel takes float32 and bfloat16, not {tokens.dtype}"
     if _columns(tokens, *weights) == 0:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 from decodax.kernels_pallas.linear_attention import reference
 from decodax.kernels_pallas.linear_attention.reference import linear_attention_step
 from decodax.kernels_pallas.new_tokens import check_range
@@ -72,15 +72,7 @@ def choose_linear_attention(
     query: Any, key: Any, value: Any, log_decay: Any, *, implementation: Implementation | None = None
 ) -> Choice:
     """What `linear_attention` runs for operands of these shapes and dtypes, and why."""
-
-    def misfit(backend: str) -> str | None:
-        if backend == "tpu":
-            from decodax.kernels_pallas.linear_attention.kernel_tpu import misfit
-        else:
-            from decodax.kernels_pallas.linear_attention.kernel_gpu import misfit
-        return misfit(query, key, value, log_decay, interpret=str(implementation).endswith("_interpreted"))
-
-    return choose("linear_attention", implementation, misfit)
+    return choose_in("linear_attention", implementation, query, key, value, log_decay)
 
 
 def _check_shapes(query: Any, key: Any, value: Any, log_decay: Any, state: Any, length: Any) -> None:

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel
+from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, tiled
 from decodax.kernels_pallas.linear_attention.reference import FORGOTTEN
 
 CHUNK_TOKENS = 64  # the rows of a matrix product
@@ -178,8 +178,8 @@ def _walk(
         plgpu.copy_smem_to_gmem(wide_state, state_ref.at[row, head, :, mine])
         plgpu.wait_smem_to_gmem(0)
 
-    square = plgpu.SMEM((1, *_SQUARE), value.dtype, transforms=_tiled(value.dtype))
-    exponent = plgpu.SMEM((1, *_SQUARE), jnp.bfloat16, transforms=_tiled(jnp.bfloat16))
+    square = plgpu.SMEM((1, *_SQUARE), value.dtype, transforms=tiled(TILE, value.dtype))
+    exponent = plgpu.SMEM((1, *_SQUARE), jnp.bfloat16, transforms=tiled(TILE, jnp.bfloat16))
     return gpu_kernel(
         linear_attention_walk,
         (
@@ -189,9 +189,9 @@ def _walk(
         grid=(batch, num_heads, value_size // TILE),
         grid_names=("row", "head", "values"),
         scratch_types=[
-            plgpu.SMEM((key_size, TILE), jnp.float32, transforms=_tiled(jnp.float32)),
-            plgpu.SMEM((1, key_size, TILE), state_dtype, transforms=_tiled(state_dtype)),
-            plgpu.SMEM((CHUNK_TOKENS, TILE), out_dtype, transforms=_tiled(out_dtype)),
+            plgpu.SMEM((key_size, TILE), jnp.float32, transforms=tiled(TILE, jnp.float32)),
+            plgpu.SMEM((1, key_size, TILE), state_dtype, transforms=tiled(TILE, state_dtype)),
+            plgpu.SMEM((CHUNK_TOKENS, TILE), out_dtype, transforms=tiled(TILE, out_dtype)),
             *((square, exponent, exponent) if per_head else ()),
             plgpu.Barrier(),
         ],
@@ -203,7 +203,7 @@ def _specs(per_head: bool, key_size: int, dtype: Any) -> list[plgpu.BlockSpec]:
     """What a step of the walk loads: of `chunks`, then the values."""
 
     def rows(num_columns: int) -> plgpu.BlockSpec:
-        return plgpu.BlockSpec((CHUNK_TOKENS, num_columns), lambda i: (i, 0), transforms=_tiled(dtype))
+        return plgpu.BlockSpec((CHUNK_TOKENS, num_columns), lambda i: (i, 0), transforms=tiled(TILE, dtype))
 
     def per_chunk(size: int) -> plgpu.BlockSpec:
         return plgpu.BlockSpec((None, size), lambda i: (i, 0))
@@ -324,7 +324,7 @@ def _prepared(
             plgpu.wait_smem_to_gmem(0)
 
     def tile(width: int, of: Any) -> Any:
-        return plgpu.SMEM((CHUNK_TOKENS, width), of, transforms=_tiled(of))
+        return plgpu.SMEM((CHUNK_TOKENS, width), of, transforms=tiled(TILE, of))
 
     return gpu_kernel(
         linear_attention_prepare,
@@ -438,7 +438,3 @@ def _sums(warpgroup: Warpgroup, taken: jax.Array, high_tile: Any, low_tile: Any)
     """[i, j]: the sum of what `_write_split` wrote into column j, over the rows t with taken[i, t]."""
     factors = jnp.where(taken, 1.0, 0.0).astype(jnp.bfloat16)
     return warpgroup.dot_add(warpgroup.dot(factors, high_tile), factors, low_tile)
-
-
-def _tiled(dtype: Any) -> tuple[Any, Any]:
-    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)

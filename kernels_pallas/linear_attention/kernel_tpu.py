@@ -35,7 +35,7 @@ _LEVELS = (1, 2, 4, 8, 16, 32)
 _VMEM_BYTES = 14 * 2**20
 
 
-def misfit(query: Any, key: Any, value: Any, log_decay: Any, *, interpret: bool) -> str | None:
+def misfit(query: Any, key: Any, value: Any, log_decay: Any) -> str | None:
     """Why this kernel does not take these operands; None if it does."""
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel takes float32 and bfloat16, not {query.dtype}"

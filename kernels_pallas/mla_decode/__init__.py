@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 from decodax.kernels_pallas.mla_decode.new_latents import NewLatents
 from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS, check_range
 
@@ -79,16 +79,7 @@ def choose_mla_decode(
     implementation: Implementation | None = None,
 ) -> Choice:
     """What `mla_decode` runs for operands of these shapes and dtypes, and why."""
-    operands = (query_latent, query_rope, latent, rope_key, new)
-
-    def misfit(backend: str) -> str | None:
-        if backend == "tpu":
-            from decodax.kernels_pallas.mla_decode.kernel_tpu import misfit
-        else:
-            from decodax.kernels_pallas.mla_decode.kernel_gpu import misfit
-        return misfit(*operands, interpret=str(implementation).endswith("_interpreted"))
-
-    return choose("mla_decode", implementation, misfit)
+    return choose_in("mla_decode", implementation, query_latent, query_rope, latent, rope_key, new)
 
 
 def _check(query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None) -> None:

@@ -38,7 +38,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel
+from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, tiled
 from decodax.kernels_pallas.hopper import num_cores
 from decodax.kernels_pallas.mla_decode.new_latents import NewLatents, contained, packed
 from decodax.kernels_pallas.online_softmax import (
@@ -50,6 +50,7 @@ from decodax.kernels_pallas.online_softmax import (
     finish_gpu,
     nothing_seen_gpu,
 )
+from decodax.kernels_pallas.padding import WORD_BITS, bit_words, padded
 from decodax.kernels_pallas.partition import Partition, num_slots, partition
 
 TILE_TOKENS = 64
@@ -110,7 +111,7 @@ def mla_decode(
     num_rows = num_queries * num_heads
     num_groups = pl.cdiv(num_rows, TILE_ROWS)
     padded_rows = num_groups * TILE_ROWS
-    queries = [_padded(packed(query), 1, padded_rows) for query in (query_latent, query_rope)]
+    queries = [padded(packed(query), 1, padded_rows) for query in (query_latent, query_rope)]
     new_operands = () if new is None else _new_operands(contained(new), num_heads, padded_rows)
     num_new_tiles = new_operands[0].shape[1] // TILE_TOKENS if new_operands else 0
     if num_runs is None:
@@ -130,18 +131,11 @@ def mla_decode(
 
 def _new_operands(new: NewLatents, num_heads: int, padded_rows: int) -> tuple[Array, Array, Array]:
     """Latents and rope keys in whole tiles, and who may read them: a bit per token, a word per 32, [B, words, M]."""
-    batch, num_queries, num_new = new.allowed.shape
+    num_new = new.allowed.shape[2]
     num_tokens = pl.cdiv(num_new, TILE_TOKENS) * TILE_TOKENS
-    bits = _padded(new.allowed, 2, num_tokens).reshape(batch, num_queries, -1, 32).astype(jnp.uint32)
-    words = jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32)[None, None, None, :], axis=3, dtype=jnp.uint32)
-    words = jnp.repeat(jax.lax.bitcast_convert_type(words, jnp.int32), num_heads, axis=1)
-    words = _padded(jnp.swapaxes(words, 1, 2), 2, padded_rows)
-    return _padded(new.latent, 1, num_tokens), _padded(new.rope_key, 1, num_tokens), words
-
-
-def _padded(array: Array, axis: int, size: int) -> Array:
-    widths = [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
-    return jnp.pad(array, widths)
+    words = jnp.repeat(bit_words(new.allowed, num_tokens // WORD_BITS), num_heads, axis=1)
+    words = padded(jnp.swapaxes(words, 1, 2), 2, padded_rows)
+    return padded(new.latent, 1, num_tokens), padded(new.rope_key, 1, num_tokens), words
 
 
 class _Memory(NamedTuple):
@@ -216,10 +210,10 @@ class _Walk:
             self._run(_Memory(*refs[:given], *nothing, *refs[given:]), capacity)
 
         shared = [
-            _shared((2, TILE_ROWS, half), dtype),
-            _shared((TILE_ROWS, rope_size), dtype),
-            _shared((NUM_STAGES, 2, TILE_TOKENS, half), dtype),
-            _shared((NUM_STAGES, TILE_TOKENS, rope_size), dtype),
+            plgpu.SMEM((2, TILE_ROWS, half), dtype, transforms=tiled(half, dtype)),
+            plgpu.SMEM((TILE_ROWS, rope_size), dtype, transforms=tiled(rope_size, dtype)),
+            plgpu.SMEM((NUM_STAGES, 2, TILE_TOKENS, half), dtype, transforms=tiled(half, dtype)),
+            plgpu.SMEM((NUM_STAGES, TILE_TOKENS, rope_size), dtype, transforms=tiled(rope_size, dtype)),
             plgpu.SMEM((2 * max(self.num_new_tiles, 1), TILE_ROWS), jnp.int32),
             plgpu.Barrier(num_arrivals=4 if self.num_new_tiles else 3),
             plgpu.Barrier(num_arrivals=2 * _WARPGROUPS, num_barriers=NUM_STAGES),
@@ -454,11 +448,3 @@ def _merge(
         interpret=interpret,
     )
     return kernel(*parts, split.first_part, split.num_parts)
-
-
-def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for operands of wgmma: tiled and swizzled as far as the last axis allows."""
-    item_bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * item_bits)
-    transforms = (plgpu.TilingTransform((8, swizzle * 8 // item_bits)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)

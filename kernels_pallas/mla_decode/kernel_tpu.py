@@ -40,11 +40,9 @@ _LANES = 128
 _VMEM_BYTES = 64 * 2**20  # of 128 MiB on v5e and v6e
 
 
-def misfit(
-    query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None, *, interpret: bool
-) -> str | None:
+def misfit(query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None) -> str | None:
     """Why this kernel does not take these operands (arrays or shapes); None if it does."""
-    del rope_key, new, interpret
+    del rope_key, new
     num_rows = query_latent.shape[1] * query_latent.shape[2]
     capacity = latent.shape[1]
     if latent.shape[2] % _LANES:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose
+from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 from decodax.kernels_pallas.new_tokens import NewTokens, check_operands, check_range
 
 __all__ = ["NewTokens", "choose_paged_decode", "paged_decode"]
@@ -96,16 +96,7 @@ def choose_paged_decode(
     implementation: Implementation | None = None,
 ) -> Choice:
     """What `paged_decode` runs for operands of these shapes and dtypes, and why."""
-
-    def misfit(backend: str) -> str | None:
-        if backend == "tpu":
-            from decodax.kernels_pallas.paged_decode.kernel_tpu import misfit
-        else:
-            from decodax.kernels_pallas.paged_decode.kernel_gpu import misfit
-        interpret = str(implementation).endswith("_interpreted")
-        return misfit(query, key_pages, value_pages, table, new, interpret=interpret)
-
-    return choose("paged_decode", implementation, misfit)
+    return choose_in("paged_decode", implementation, query, key_pages, value_pages, table, new)
 
 
 def _check_pages(table: Any, length: Any, first: Any, num_sink_tokens: int, page_tokens: int, num_pages: int) -> None:

@@ -65,11 +65,8 @@ def paged_decode(
     return by_rows(table, lambda _, *rows: some_rows(*rows), query, table, length, new, first)
 
 
-def misfit(
-    query: Any, key_pages: Any, value_pages: Any, table: Any, new: NewTokens | None, *, interpret: bool
-) -> str | None:
+def misfit(query: Any, key_pages: Any, value_pages: Any, table: Any, new: NewTokens | None) -> str | None:
     """Why the kernel does not take operands of these shapes and dtypes; None if it does."""
-    del interpret
     page_tokens = key_pages.shape[2]
     unfit = misfit_of_operands(query, key_pages, value_pages, new, page_tokens)
     return unfit or misfit_of_lists(table)
