@@ -6,12 +6,13 @@ GLU Variants Improve Transformer, arXiv 2002.05202.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from decodax.layers.execution import Execution
 from decodax.layers.linear import linear
 from decodax.layers.weight import Weight, fetch
 
@@ -26,10 +27,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class FeedForward(Protocol):
     """What a block asks of its feed-forward layer's config."""
 
-    def weights(self, hidden_size: int) -> dict[str, Weight]: ...
+    def weights(self, hidden_size: int) -> dict[str, Any]:
+        """`Weight` descriptions of the weights, as a (nested) dictionary of the parameters' shape."""
+        ...
 
-    def module(self, hidden_size: int, name: str) -> nn.Module:
-        """A linen module that maps Float[B, T, D] to Float[B, T, D]."""
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
+        """A linen module that maps Float[B, T, D] to Float[B, T, D], and says how it routed the tokens.
+
+        The second result is None for a layer without experts, which treats all tokens alike.
+        """
         ...
 
 
@@ -60,7 +66,7 @@ class GatedMLPConfig:
             }
         return weights
 
-    def module(self, hidden_size: int, name: str) -> nn.Module:
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return GatedMLP(self, hidden_size, name=name)
 
 
@@ -71,8 +77,8 @@ class GatedMLP(nn.Module):
     hidden_size: int
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, inputs: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
         weight = {name: fetch(self, name, w) for name, w in self.config.weights(self.hidden_size).items()}
         gate = linear(inputs, weight["gate"], weight.get("gate_bias"))
         up = linear(inputs, weight["up"], weight.get("up_bias"))
-        return linear(ACTIVATIONS[self.config.activation](gate) * up, weight["down"], weight.get("down_bias"))
+        return linear(ACTIVATIONS[self.config.activation](gate) * up, weight["down"], weight.get("down_bias")), None

@@ -25,11 +25,13 @@ class Forward(NamedTuple):
     hidden: Float[B, T, D], the residual stream after the last layer of the range, before any final norm.
     rows: one entry per layer of the range, what its cache's `commit` takes.
     captured: {i: Float[B, T, D]}, the residual stream after i layers (0: the embeddings) for each i asked for.
+    routes: one entry per layer of the range, which experts its tokens chose (`layers/moe/routes.py`); None without any.
     """
 
     hidden: Float[Array, "B T D"]
     rows: tuple[Any, ...]
     captured: dict[int, Float[Array, "B T D"]]
+    routes: tuple[Any, ...] = ()
 
 
 class Block(nn.Module):
@@ -51,10 +53,11 @@ class Block(nn.Module):
         if config.post_norms:
             added = norm("mixer_post_norm", added)
         hidden = hidden + added
-        added = config.feed_forward.module(size, "feed_forward")(norm("feed_forward_norm", hidden))
+        feed_forward = config.feed_forward.module(size, "feed_forward", self.execution)
+        added, routes = feed_forward(norm("feed_forward_norm", hidden))
         if config.post_norms:
             added = norm("feed_forward_post_norm", added)
-        return hidden + added, rows
+        return hidden + added, rows, routes
 
 
 class Transformer(nn.Module):
@@ -86,14 +89,15 @@ class Transformer(nn.Module):
         capture: tuple[int, ...],
     ) -> Forward:
         captured = {layers[0]: hidden} if layers[0] in capture else {}
-        rows = []
+        rows, routes = [], []
         for index in range(*layers):
             cache = None if caches is None else caches[index]
-            hidden, new_rows = self.blocks[index](hidden, position, row_length, cache, mask)
+            hidden, new_rows, new_routes = self.blocks[index](hidden, position, row_length, cache, mask)
             rows.append(new_rows)
+            routes.append(new_routes)
             if index + 1 in capture:
                 captured[index + 1] = hidden
-        return Forward(hidden, tuple(rows), captured)
+        return Forward(hidden, tuple(rows), captured, tuple(routes))
 
     def normed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.final_norm(hidden)
