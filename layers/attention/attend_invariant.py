@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from decodax.layers import pytree
 from decodax.layers.attention.contained import contained
 from decodax.layers.attention.mask import Mask, Tokens
+from decodax.layers.attention.sinks import without_share
 from decodax.layers.kv_cache.full import KVCache, KVRows
 
 BLOCK_TOKENS = 64  # slots per step: of 64, 128 and 256 the fastest for short rows, and not slower at 900 tokens
@@ -104,6 +105,7 @@ def attend_invariant(
     *,
     scale: float,
     softcap: float | None,
+    sink: Float[Array, " N"] | None = None,
 ) -> Float[Array, "rows 1 N H"]:
     """`attend` for a tile, in the order of slots; rows that are not real, and a query that reads nothing, give zeros.
 
@@ -145,9 +147,14 @@ def attend_invariant(
     first_new = jnp.clip(first_new, first, end)
     seen = jax.lax.fori_loop(first, first_new, partial(read, with_new=False), seen)
     seen = jax.lax.fori_loop(first_new, end, partial(read, with_new=True), seen)
-    output = (seen.output / jnp.where(seen.total > 0, seen.total, 1.0)[..., None]).astype(value.dtype)
-    output = jnp.moveaxis(output, 0, 1).reshape(-1, *query.shape[1:])
-    output = jnp.pad(output, ((0, query.shape[0] - output.shape[0]), (0, 0), (0, 0), (0, 0)))
+    total = jnp.where(seen.total > 0, seen.total, 1.0)
+    output = (seen.output / total[..., None]).astype(value.dtype)
+
+    def as_rows(per_query: Array) -> Array:
+        rows = jnp.moveaxis(per_query, 0, 1).reshape(-1, *query.shape[1:3], *per_query.shape[4:])
+        return jnp.pad(rows, [(0, query.shape[0] - rows.shape[0])] + [(0, 0)] * (rows.ndim - 1))
+
+    output = without_share(as_rows(output), as_rows(seen.maximum + jnp.log(total)), sink)
     return jax.lax.optimization_barrier(output)
 
 

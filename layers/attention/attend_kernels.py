@@ -105,14 +105,16 @@ def attend_in_kernels(
     softcap: float | None,
     choice: Choice,
     execution: Execution,
-) -> Float[Array, "B T N H"]:
-    """`attend` for operands that the implementation of `choice` takes."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """What `attend_in_xla` gives, for operands that the implementation of `choice` takes."""
     options = {"scale": scale, "softcap": softcap, "implementation": choice.implementation}
     attention = _step if _is_step(query, cache) else _chunk
     return attention(query, key, value, position, mask, cache, options, execution)
 
 
-def _step(query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution) -> Array:
+def _step(
+    query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution
+) -> tuple[Array, Array]:
     """The new tokens of a decoding step, and staged ones before them, in one kernel with the cache."""
     key_position, (_, bare) = position, _bare(cache)
     if isinstance(cache, Staged):
@@ -125,17 +127,19 @@ def _step(query, key, value, position, mask, cache, options: dict[str, Any], exe
     window = mask.span(is_new=False).window
     first = None if window is None else position - window + 1
 
-    def run(query, cached_key, cached_value, length, key, value, allowed, first) -> tuple[Array]:
+    def run(query, cached_key, cached_value, length, key, value, allowed, first) -> tuple[Array, Array]:
         new = NewTokens(key, value, allowed)
-        return flash_decode(query, cached_key, cached_value, length, new, first=first, **options)[:1]
+        return flash_decode(query, cached_key, cached_value, length, new, first=first, **options)
 
     rows, per_query = "B K S H", None if first is None else "B T"
     axes = ("B T N H", rows, rows, "B", rows, rows, "B T S", per_query)
-    run = execution.per_device(run, axes, ("B T N H",))
-    return run(query, bare.key, bare.value, bare.length, key, value, allowed, first)[0]
+    run = execution.per_device(run, axes, ("B T N H", "B T N"))
+    return run(query, bare.key, bare.value, bare.length, key, value, allowed, first)
 
 
-def _chunk(query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution) -> Array:
+def _chunk(
+    query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution
+) -> tuple[Array, Array]:
     """A chunk of a prompt; it is a chain, so its tokens stand one behind the other."""
     window = mask.span(is_new=True).window
 
@@ -148,9 +152,9 @@ def _chunk(query, key, value, position, mask, cache, options: dict[str, Any], ex
     start, end = (jnp.full(batch, index, jnp.int32) for index in (0, num_new))
     output, lse = run(query, *contained(key, value), start, end)
     if cache is None:
-        return output
+        return output, lse
     cached_output, cached_lse = run(query, cache.key, cache.value, position[:, 0], cache.length)
     # Every query reads at least itself among the new ones, so `lse` is finite.
     share = jax.nn.sigmoid(lse - cached_lse)[..., None]
     mixed = output.astype(jnp.float32) * share + cached_output.astype(jnp.float32) * (1 - share)
-    return mixed.astype(output.dtype)
+    return mixed.astype(output.dtype), jnp.logaddexp(lse, cached_lse)

@@ -43,8 +43,8 @@ def attend_in_xla(
     scale: float,
     softcap: float | None,
     block_tokens: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """Each query's mixture of the values it may read; the contract is that of `attend`.
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Each query's mixture of the values it may read, as in `attend`, and the log-sum-exp of its scores in float32.
 
     `block_tokens` sets how many cached tokens one step of a loop reads; the loop stops after the longest row. By
     default it is BLOCK_TOKENS, but for few queries the whole cache is read at once where that is faster: on CPU once
@@ -99,8 +99,12 @@ def attend_in_xla(
         queries = Tokens(position, is_new=True)
         seen = _absorb_cache(seen, partial(scores, packed), absorb, queries, mask, cache, block_tokens)
     output = (seen.output / seen.total[..., None]).astype(value.dtype)
-    output = output.reshape(batch, num_kv_heads, num_queries, -1, head_size)
-    return jnp.moveaxis(output, 1, 2).reshape(query.shape)
+
+    def by_query(packed: Array) -> Array:
+        unpacked = packed.reshape(batch, num_kv_heads, num_queries, group, *packed.shape[3:])
+        return jnp.moveaxis(unpacked, 1, 2).reshape(batch, num_queries, num_heads, *packed.shape[3:])
+
+    return by_query(output), by_query(seen.maximum + jnp.log(seen.total))
 
 
 def _absorb_cache(seen, scores, absorb, queries: Tokens, mask: Mask, cache: Cache, block_tokens: int | None):

@@ -1,13 +1,15 @@
 """Softmax attention with grouped key-value heads, as in Llama, Mistral, Qwen and Gemma.
 
 GQA, arXiv 2305.13245. The options cover what those families differ in: biases, a norm on each head's query and key
-(Qwen 3), a window (Mistral), the scale of the scores and a soft-cap on them (Gemma 2).
+(Qwen 3) or on all heads at once (OLMoE), limits on the projections (OLMoE), a window (Mistral), the scale of the scores
+and a soft-cap on them (Gemma 2), sinks (gpt-oss), a gate on the output (Qwen3-Next).
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -27,7 +29,13 @@ from decodax.layers.weight import Weight, fetch
 
 @dataclass(frozen=True)
 class GQAConfig:
-    """`scale` multiplies query x key; `window` counts the tokens a query sees, itself included (None: all)."""
+    """`scale` multiplies query x key; `window` counts the tokens a query sees, itself included (None: all).
+
+    head_norm: norms each head's query and key, or with `norm_across_heads` all heads' together.
+    clip: queries, keys and values are brought into -clip .. clip. sinks: one learned score per head.
+    output_gate: "query" also makes a gate for each head (its rows alternate: query, gate), whose sigmoid multiplies
+        what the head gives.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -39,6 +47,10 @@ class GQAConfig:
     head_norm: RMSNormConfig | None = None
     window: int | None = None
     softcap: float | None = None
+    norm_across_heads: bool = False
+    clip: float | None = None
+    sinks: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -53,21 +65,34 @@ class GQAConfig:
     def weights(self, hidden_size: int) -> dict[str, Any]:
         wide, narrow = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         weights: dict[str, Any] = {
-            "query": Weight(("NH", "D"), (wide, hidden_size)),
+            "query": Weight(("NH", "D"), (self.query_size, hidden_size)),
             "key": Weight(("KH", "D"), (narrow, hidden_size)),
             "value": Weight(("KH", "D"), (narrow, hidden_size)),
             "out": Weight(("D", "NH"), (hidden_size, wide)),
         }
         if self.qkv_bias:
-            weights["query_bias"] = Weight(("NH",), (wide,), "zeros")
+            weights["query_bias"] = Weight(("NH",), (self.query_size,), "zeros")
             weights["key_bias"] = Weight(("KH",), (narrow,), "zeros")
             weights["value_bias"] = Weight(("KH",), (narrow,), "zeros")
         if self.out_bias:
             weights["out_bias"] = Weight(("D",), (hidden_size,), "zeros")
+        if self.sinks:
+            weights["sinks"] = Weight(("N",), (self.num_heads,), "zeros")
         if self.head_norm is not None:
-            weights["query_norm"] = self.head_norm.weights(self.head_size, "H")
-            weights["key_norm"] = self.head_norm.weights(self.head_size, "H")
+            weights["query_norm"] = self.head_norm.weights(*self.normed("query"))
+            weights["key_norm"] = self.head_norm.weights(*self.normed("key"))
         return weights
+
+    @property
+    def query_size(self) -> int:
+        """Outputs of the query's projection."""
+        return self.num_heads * self.head_size * (2 if self.output_gate else 1)
+
+    def normed(self, name: str) -> tuple[int, str]:
+        """Over how many coordinates the norm of queries or keys goes, and the letters of that axis."""
+        if not self.norm_across_heads:
+            return self.head_size, "H"
+        return (self.num_heads * self.head_size, "NH") if name == "query" else (self.num_kv_heads * self.head_size, "KH")
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return GQA(self, hidden_size, execution, name=name)
@@ -99,23 +124,33 @@ class GQA(nn.Module):
         described = config.weights(self.hidden_size)
         weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
 
-        def project(name: str) -> Float[Array, "B T I H"]:
-            flat = linear(inputs, weight[name], weight.get(f"{name}_bias"))
-            heads = flat.reshape(*inputs.shape[:2], -1, config.head_size)
-            if config.head_norm is not None and name != "value":
-                heads = RMSNorm(config.head_norm, config.head_size, "H", name=f"{name}_norm")(heads)
-            return heads
+        def project(name: str) -> Float[Array, "B T _"]:
+            return linear(inputs, weight[name], weight.get(f"{name}_bias"))
 
+        def heads(name: str, flat: Float[Array, "B T _"]) -> Float[Array, "B T _ H"]:
+            by_head = (*inputs.shape[:2], -1, config.head_size)
+            if config.head_norm is not None and name != "value":
+                norm = RMSNorm(config.head_norm, *config.normed(name), name=f"{name}_norm")
+                flat = norm(flat if config.norm_across_heads else flat.reshape(by_head))
+            if config.clip is not None:
+                flat = jnp.clip(flat, -config.clip, config.clip)
+            return flat.reshape(by_head)
+
+        flat_query, gate = project("query"), None
+        if config.output_gate:
+            pairs = flat_query.reshape(*inputs.shape[:2], config.num_heads, 2, config.head_size)
+            flat_query, gate = (pairs[:, :, :, i].reshape(*inputs.shape[:2], -1) for i in range(2))
         cos, sin = config.rope.angles(position, row_length)
-        query = rotate(project("query"), cos, sin)
-        key = jnp.moveaxis(rotate(project("key"), cos, sin), 1, 2)
-        value = jnp.moveaxis(project("value"), 1, 2)
+        query = rotate(heads("query", flat_query), cos, sin)
+        key = jnp.moveaxis(rotate(heads("key", project("key")), cos, sin), 1, 2)
+        value = jnp.moveaxis(heads("value", project("value")), 1, 2)
         if config.window is not None:
             mask = mask & Window(config.window)
-        scores = {"scale": config.scale, "softcap": config.softcap}
+        scores = {"scale": config.scale, "softcap": config.softcap, "sink": weight.get("sinks")}
         if isinstance(cache, Tile):
             mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
         else:
             mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
+        flat = flat if gate is None else flat * jax.nn.sigmoid(gate)
         return linear(flat, weight["out"], weight.get("out_bias")), KVRows(key, value)

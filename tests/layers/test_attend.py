@@ -88,7 +88,7 @@ def test_equals_the_definition(name, with_kept, block_tokens):
     def run(query, key, value, cache):
         return attend_in_xla(
             query, key, value, jnp.asarray(position), mask, cache, scale=0.3, softcap=softcap, block_tokens=block_tokens
-        )
+        )[0]
 
     want = expected(query, key, value, cached, kept, position, window, new_readable, softcap)
     arrays = (jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), cache)
@@ -118,7 +118,7 @@ def test_reads_only_blocks_with_visible_tokens():
             scale=0.3,
             softcap=None,
             block_tokens=4,
-        )
+        )[0]
         for buffers in (clean, cached)
     ]
     np.testing.assert_array_equal(*outputs)
