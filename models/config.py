@@ -10,6 +10,15 @@ from decodax.layers.weight import Weight
 
 
 @dataclass(frozen=True)
+class Residual:
+    """How a part of a block is added: keep x + add part(norm(x)); with `behind_norm` the first x is norm(x), too."""
+
+    keep: float = 1.0
+    add: float = 1.0
+    behind_norm: bool = False
+
+
+@dataclass(frozen=True)
 class BlockConfig:
     """One layer: norm, mixer, add; norm, feed-forward, add. `post_norms` also norms what is added (Gemma 2)."""
 
@@ -17,6 +26,8 @@ class BlockConfig:
     feed_forward: FeedForward
     norm: RMSNormConfig
     post_norms: bool = False
+    mixer_residual: Residual = Residual()
+    feed_forward_residual: Residual = Residual()
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
         weights: dict[str, Any] = {
@@ -35,7 +46,8 @@ class BlockConfig:
 class ModelConfig:
     """A decoder-only language model. `max_position_embeddings` is its context in tokens.
 
-    `embedding_scale` multiplies the token embeddings (Gemma), `logit_softcap` bounds the logits (Gemma 2).
+    `embedding_scale` multiplies the token embeddings (Gemma), `logit_scale` the logits (Granite), and `logit_softcap`
+    bounds them (Gemma 2).
     """
 
     vocab_size: int
@@ -46,6 +58,7 @@ class ModelConfig:
     tie_embeddings: bool
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    logit_scale: float = 1.0
 
     @property
     def num_layers(self) -> int:

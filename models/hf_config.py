@@ -11,40 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from decodax.layers.feed_forward import GatedMLPConfig
-from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.families import FAMILIES
 from decodax.models.families._contract import Family
-from decodax.models.hf_known_fields import ADVICE, NEUTRAL, WITHOUT_INFLUENCE
-from decodax.models.hf_rope import ROPE_FIELDS, read_rope
+from decodax.models.families._layer import ACTIVATIONS, Layer
+from decodax.models.hf_field_kinds import BOOLEANS, CHOICES, FROM_ZERO, LISTS, NULLABLE, NUMBERS
+from decodax.models.hf_known_fields import NEUTRAL, WITHOUT_INFLUENCE
+from decodax.models.hf_rope import ROPE_FIELDS, read_rope, rope_settings
+from decodax.models.stored_formats import read_quantization
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-# Fields that may be null for "none" or "derive it"; a null in any other field means that the default holds.
-_NULLABLE = frozenset(
-    {
-        "num_key_value_heads",
-        "head_dim",
-        "sliding_window",
-        "layer_types",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-    }
-)
-
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-}
 
 
 def load_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -80,51 +57,65 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     family = FAMILIES[model_type]
     problems: list[str] = []
     fields = _fields(raw, family, problems)
-    rope, context, windows = None, 0, []
-    if not problems:
-        context, base = fields["max_position_embeddings"], float(fields["rope_theta"])
-        rope, context = read_rope(raw, fields["head_dim"], context, base, problems)
-        windows = _windows(raw, fields, family, problems)
+    context, blocks = (0, ()) if problems else _blocks(raw, fields, family, problems)
     _refuse_unknown(raw, family, problems)
-    if problems or rope is None:
+    if problems:
         raise ValueError("this config cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-    def flag(source: bool | str) -> bool:
-        return fields[source] if isinstance(source, str) else source
-
-    norm = RMSNormConfig(float(fields["rms_norm_eps"]), family.unit_offset_norms)
-    scaled_by = fields[family.score_scale_field] if family.score_scale_field else fields["head_dim"]
-    softcap = fields.get("attn_logit_softcapping")
-    logit_softcap = fields.get("final_logit_softcapping")
-    feed_forward = GatedMLPConfig(
-        fields["intermediate_size"], _ACTIVATIONS[fields[family.activation_field]], flag(family.mlp_bias)
-    )
-
-    def block(window: int | None) -> BlockConfig:
-        mixer = GQAConfig(
-            num_heads=fields["num_attention_heads"],
-            num_kv_heads=fields["num_key_value_heads"],
-            head_size=fields["head_dim"],
-            rope=rope,
-            scale=float(scaled_by) ** -0.5,
-            qkv_bias=flag(family.qkv_bias),
-            out_bias=flag(family.out_bias),
-            head_norm=norm if family.head_norms else None,
-            window=window,
-            softcap=None if softcap is None else float(softcap),
-        )
-        return BlockConfig(mixer, feed_forward, norm, family.post_norms)
-
+    softcap = fields.get("final_logit_softcapping")
     return family, ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=fields["hidden_size"],
         max_position_embeddings=context,
-        blocks=tuple(block(window) for window in windows),
-        final_norm=norm,
+        blocks=blocks,
+        final_norm=_norm(fields, family),
         tie_embeddings=fields["tie_word_embeddings"],
-        embedding_scale=math.sqrt(fields["hidden_size"]) if family.scaled_embedding else 1.0,
-        logit_softcap=None if logit_softcap is None else float(logit_softcap),
+        embedding_scale=family.embedding_scale(fields),
+        logit_softcap=None if softcap is None else float(softcap),
+        logit_scale=family.logit_scale(fields),
     )
+
+
+def _norm(fields: Mapping[str, Any], family: Family) -> RMSNormConfig:
+    return RMSNormConfig(float(fields["rms_norm_eps"]), family.unit_offset_norms)
+
+
+def _blocks(
+    raw: Mapping[str, Any], fields: Mapping[str, Any], family: Family, problems: list[str]
+) -> tuple[int, tuple[BlockConfig, ...]]:
+    """The context in tokens, and every layer; no layers where there are problems."""
+    settings = rope_settings(raw, family.default_rope, problems)
+    context, base = fields["max_position_embeddings"], float(fields["rope_theta"])
+    rotary_size = _rotary_size(fields, family, settings, problems)
+    rope, context = read_rope(raw, settings, rotary_size, context, base, problems)
+    kinds = _layer_kinds(raw, fields, family, problems)
+    if problems or rope is None:
+        return context, ()
+    norm = _norm(fields, family)
+
+    def block(index: int, kind: str) -> BlockConfig:
+        layer = Layer(family, index, kind, fields, rope, settings, norm)
+        mixer, feed_forward = family.mixer(layer), family.feed_forward(layer)
+        return BlockConfig(mixer, feed_forward, norm, family.post_norms, *family.residuals(layer))
+
+    try:
+        return context, tuple(block(index, kind) for index, kind in enumerate(kinds))
+    except ValueError as error:  # sizes that do not go together: what a layer's own config says of them
+        problems.append(str(error))
+        return context, ()
+
+
+def _rotary_size(fields: Mapping[str, Any], family: Family, settings: Mapping[str, Any], problems: list[str]) -> int:
+    """How many coordinates of each head rotate."""
+    if family.rotary_size is not None:
+        return family.rotary_size(fields)
+    part = settings.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+    if "partial_rotary_factor" not in fields and part != 1.0:
+        problems.append(f"partial_rotary_factor must be 1.0 (these families rotate whole heads), got {part!r}")
+    elif not isinstance(part, int | float) or not 0 < part <= 1:
+        problems.append(f"partial_rotary_factor must be a number above 0 and up to 1, got {part!r}")
+    else:
+        return int(fields["head_dim"] * part)
+    return fields["head_dim"]
 
 
 def _fields(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
@@ -136,15 +127,15 @@ def _fields(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict
             problems.append(f"{name} is missing: every {family.model_type} config must give it")
     for name, default in family.defaults.items():
         value = raw.get(name, default)
-        fields[name] = default if value is None and name not in _NULLABLE else value
+        fields[name] = default if value is None and name not in NULLABLE else value
     for name, value in fields.items():
         if value is not None and (expected := _unexpected(name, value)):
             problems.append(f"{name} must be {expected}, got {value!r}")
     if problems:
         return fields
-    if fields["num_key_value_heads"] is None:
+    if fields.get("num_key_value_heads", 0) is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
-    if fields["head_dim"] is None:
+    if fields.get("head_dim", 0) is None:
         fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_attention_heads"])
         if rest:
             problems.append("head_dim is needed where hidden_size is no multiple of num_attention_heads")
@@ -157,14 +148,16 @@ def _unexpected(name: str, value: Any) -> str | None:
     """What a field should have been, if it is something else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in ("hidden_act", "hidden_activation"):
-        return None if value in _ACTIVATIONS else f"one of {sorted(_ACTIVATIONS)}"
-    if name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        return None if value in ACTIVATIONS else f"one of {sorted(ACTIVATIONS)}"
+    if name in CHOICES:
+        return None if value in CHOICES[name] else f"one of {sorted(CHOICES[name])}"
+    if name in BOOLEANS:
         return None if isinstance(value, bool) else "true or false"
-    if name == "layer_types":
-        return None if isinstance(value, list) else "a list with one name per layer"
-    if name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar") or name.endswith("softcapping"):
+    if name in LISTS:
+        return None if isinstance(value, list) else LISTS[name]
+    if name in NUMBERS:
         return None if is_number and math.isfinite(value) and value > 0 else "a positive number"
-    smallest = 0 if name == "max_window_layers" else 1
+    smallest = 0 if name in FROM_ZERO else 1
     is_integer = is_number and isinstance(value, int)
     return None if is_integer and value >= smallest else f"a whole number from {smallest} on"
 
@@ -172,13 +165,21 @@ def _unexpected(name: str, value: Any) -> str | None:
 def _refuse_unknown(raw: Mapping[str, Any], family: Family, problems: list[str]) -> None:
     """Reports every field that is neither read nor known to be harmless; null says that a feature is not used."""
     read = {*_SIZES, *family.defaults, *ROPE_FIELDS, *family.ignored, *WITHOUT_INFLUENCE, "layer_types"}
+    neutral = {**NEUTRAL, **family.fixed}
     for name in sorted(raw.keys() - read):
         value = raw[name]
-        if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
+        if value is None or (name in neutral and value == neutral[name]):
             continue
-        if name in NEUTRAL:
-            advice = ADVICE.get(name, f"no {family.model_type} model has another")
-            problems.append(f"{name} must be {json.dumps(NEUTRAL[name])} or absent, got {json.dumps(value)}: {advice}")
+        if name == "quantization_config":
+            try:
+                read_quantization(value)
+            except ValueError as error:
+                problems.append(str(error))
+        elif name in neutral:
+            problems.append(
+                f"{name} must be {json.dumps(neutral[name])} or absent, got {json.dumps(value)}: "
+                f"no {family.model_type} model has another"
+            )
         else:
             problems.append(
                 f"{name} = {json.dumps(value)} is not understood and may change the result: "
@@ -186,29 +187,22 @@ def _refuse_unknown(raw: Mapping[str, Any], family: Family, problems: list[str])
             )
 
 
-def _windows(
-    raw: Mapping[str, Any], fields: Mapping[str, Any], family: Family, problems: list[str]
-) -> list[int | None]:
-    """Each layer's window in tokens, the query included, or None for the whole context."""
-    count, size = fields["num_hidden_layers"], fields.get("sliding_window")
-    by_rule = [
-        "sliding_attention" if family.slides is not None and family.slides(fields, layer) else "full_attention"
-        for layer in range(count)
-    ]
+def _layer_kinds(raw: Mapping[str, Any], fields: Mapping[str, Any], family: Family, problems: list[str]) -> list[str]:
+    """What each layer is, as `layer_types` or the family's rule says."""
+    count, names = fields["num_hidden_layers"], sorted(family.kinds)
+    by_rule = [family.layer_kind(fields, index) for index in range(count)]
     given = raw.get("layer_types")
     kinds = by_rule if given is None else given
-    if len(kinds) != count or not {"sliding_attention", "full_attention"}.issuperset(kinds):
-        problems.append(
-            f"layer_types must hold {count} times 'full_attention' or 'sliding_attention' (one per layer), "
-            f"got {kinds!r}"
-        )
+    if len(kinds) != count or not family.kinds.issuperset(kinds):
+        choices = " or ".join(repr(name) for name in names)
+        problems.append(f"layer_types must hold {count} times {choices} (one per layer), got {kinds!r}")
     elif "layer_types" not in family.defaults and kinds != by_rule:
         problems.append(
             f"layer_types must be absent or {by_rule[:1]} throughout for {family.model_type}, got {kinds!r}"
         )
-    elif "sliding_attention" in kinds and size is None:
+    elif "sliding_attention" in kinds and fields.get("sliding_window") is None:
         problems.append(
             "layers of type 'sliding_attention' need sliding_window (tokens), and where it is read "
             "use_sliding_window = true; got none"
         )
-    return [size if kind == "sliding_attention" else None for kind in kinds]
+    return kinds

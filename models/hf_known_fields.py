@@ -111,8 +111,6 @@ NEUTRAL: dict[str, Any] = {
     "add_cross_attention": False,
     "pruned_heads": {},
     "per_layer_config": {},
-    "quantization_config": None,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
-ADVICE = {"quantization_config": "use a checkpoint with plain (float) weights"}

@@ -57,15 +57,20 @@ _ALIASES = {"su": "longrope"}  # the first name of longrope, in early Phi-3 file
 
 
 def read_rope(
-    raw: Mapping[str, Any], head_size: int, max_position_embeddings: int, base: float, problems: list[str]
+    raw: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    rotary_size: int,
+    max_position_embeddings: int,
+    base: float,
+    problems: list[str],
 ) -> tuple[Rope | None, int]:
     """The rotation of each head, and how many tokens of context it stretches `max_position_embeddings` to.
 
-    `base` is the `rope_theta` beside the dictionary, or the family's; one inside the dictionary wins.
+    settings: what `rope_settings` gave. rotary_size: how many coordinates of a head rotate. base: the `rope_theta`
+        beside the dictionary, or the family's; one inside the dictionary wins.
     Appends what it cannot understand to `problems`; the rotation is None when there was something.
     """
     known_problems = len(problems)
-    settings = _settings(raw, problems)
     kind = settings.get("rope_type", settings.get("type", "default"))
     kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _KEYS:
@@ -79,28 +84,25 @@ def read_rope(
     for key in sorted(settings.keys() & (required | optional | {"rope_theta"})):
         value = settings[key]
         if key in ("short_factor", "long_factor"):
-            _check_factor_list(key, value, head_size // 2, problems)
+            _check_factor_list(key, value, rotary_size // 2, problems)
         elif key not in ("truncate", "finetuned") and not _is_positive(value):
             problems.append(f"{key} in the rope scaling must be a positive number, got {value!r}")
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(
-            f"partial_rotary_factor must be 1.0 (these families rotate whole heads), "
-            f"got {settings['partial_rotary_factor']!r}"
-        )
     beside = raw.get("original_max_position_embeddings")
     if beside is not None and not _is_positive(beside):
         problems.append(f"original_max_position_embeddings must be a positive number of tokens, got {beside!r}")
-    if head_size % 2:
-        problems.append(f"head_dim must be even (rotary embedding turns pairs), got {head_size}")
+    if rotary_size % 2 or rotary_size < 2:
+        problems.append(f"head_dim must be even (rotary embedding turns pairs), got {rotary_size} coordinates")
     if len(problems) > known_problems:
         return None, max_position_embeddings
     original_length = _original_length(raw, settings, max_position_embeddings)
     scaling = _scaling(kind, settings, max_position_embeddings, original_length)
-    return Rope(head_size, float(settings.get("rope_theta", base)), scaling), _context(scaling, max_position_embeddings)
+    return Rope(rotary_size, float(settings.get("rope_theta", base)), scaling), _context(
+        scaling, max_position_embeddings
+    )
 
 
-def _settings(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The rope dictionary of either spelling, without the fields that are null."""
+def rope_settings(raw: Mapping[str, Any], default: Mapping[str, Any] | None, problems: list[str]) -> dict[str, Any]:
+    """The rope dictionary of either spelling, or `default` without one; fields that are null are left out."""
     given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
     for name, value in given.items():
         if not isinstance(value, Mapping):
@@ -108,7 +110,7 @@ def _settings(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
             return {}
     if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
         problems.append("rope_scaling and rope_parameters are both given and differ: keep the one that is right")
-    settings = next(iter(given.values()), {})
+    settings = next(iter(given.values()), default or {})
     return {key: value for key, value in settings.items() if value is not None}
 
 

@@ -16,7 +16,7 @@ from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm
 from decodax.layers.weight import fetch
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import BlockConfig, ModelConfig, Residual
 
 
 class Forward(NamedTuple):
@@ -35,7 +35,10 @@ class Forward(NamedTuple):
 
 
 class Block(nn.Module):
-    """hidden + mixer(norm(hidden)), then + feed_forward(norm(.)); each part under its name in a profile."""
+    """hidden + mixer(norm(hidden)), then + feed_forward(norm(.)); each part under its name in a profile.
+
+    A config's residuals say where something else than the plain sum is formed.
+    """
 
     config: BlockConfig
     hidden_size: int
@@ -49,15 +52,24 @@ class Block(nn.Module):
             return RMSNorm(config.norm, size, name=name)(inputs)
 
         mixer = config.mixer.module(size, "mixer", self.execution)
-        added, rows = mixer(norm("mixer_norm", hidden), position, row_length, cache, mask)
+        normed = norm("mixer_norm", hidden)
+        added, rows = mixer(normed, position, row_length, cache, mask)
         if config.post_norms:
             added = norm("mixer_post_norm", added)
-        hidden = hidden + added
+        hidden = _sum(config.mixer_residual, hidden, normed, added)
         feed_forward = config.feed_forward.module(size, "feed_forward", self.execution)
-        added, routes = feed_forward(norm("feed_forward_norm", hidden))
+        normed = norm("feed_forward_norm", hidden)
+        added, routes = feed_forward(normed)
         if config.post_norms:
             added = norm("feed_forward_post_norm", added)
-        return hidden + added, rows, routes
+        return _sum(config.feed_forward_residual, hidden, normed, added), rows, routes
+
+
+def _sum(residual: Residual, hidden: Array, normed: Array, added: Array) -> Array:
+    kept = normed if residual.behind_norm else hidden
+    keep, add = (jnp.asarray(factor, hidden.dtype) for factor in (residual.keep, residual.add))
+    kept = kept if residual.keep == 1 else kept * keep
+    return kept + (added if residual.add == 1 else added * add)
 
 
 class Transformer(nn.Module):
@@ -105,6 +117,7 @@ class Transformer(nn.Module):
     def read_out(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         with jax.named_scope("logits"):
             logits = linear(normed, self.head, output_dtype=jnp.float32)
+            logits = logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
             cap = self.config.logit_softcap
             return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -5,6 +5,8 @@
 - Nothing is converted silently: no mixing of dtypes, no broadcasting between arrays of different rank.
 - Eight CPU devices, so that code for meshes runs on a laptop, and exact float32 products, so that tolerances mean
   something on every platform.
+- XLA optimises little: most of the time goes into compiling, and it halves that. What the results are must not depend
+  on it.
 
 Warnings are errors by `filterwarnings` in pyproject.toml.
 
@@ -14,7 +16,8 @@ What a test file has compiled is dropped after it.
 import gc
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

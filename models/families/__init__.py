@@ -4,9 +4,12 @@ from decodax.models.families import gemma2, llama, mistral, qwen2, qwen3
 from decodax.models.families._contract import Family
 
 FAMILIES: dict[str, Family] = {
-    "gemma2": gemma2.FAMILY,
-    "llama": llama.FAMILY,
-    "mistral": mistral.FAMILY,
-    "qwen2": qwen2.FAMILY,
-    "qwen3": qwen3.FAMILY,
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        gemma2,
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+    )
 }

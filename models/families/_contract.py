@@ -9,12 +9,22 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from decodax.models.config import ModelConfig
+from decodax.layers.feed_forward import FeedForward
+from decodax.layers.mixers._contract import Mixer
+from decodax.models.config import BlockConfig, ModelConfig, Residual
+from decodax.models.families._layer import Fields, Layer, attention, gated_mlp
+from decodax.models.sources import Layouts, renamed, whole
 
 ParameterPath = tuple[str, ...]  # the keys that lead to one parameter
 
+EMBEDDING_NAME = "model.embed_tokens.weight"
+HEAD_NAME = "lm_head.weight"
+
+# A block's weights in the files: decodax's path in a block -> Hugging Face's name in a layer, or the layouts in which a
+# weight may be stored that is not one tensor as it is (`models/sources.py`).
+BlockTensors = Mapping[str, str | Layouts]
 # A block's weights in the files of nearly every family: decodax's path in a block -> Hugging Face's name in a layer.
-BLOCK_TENSORS: Mapping[str, str] = MappingProxyType(
+BLOCK_TENSORS: BlockTensors = MappingProxyType(
     {
         "mixer_norm/weight": "input_layernorm.weight",
         "mixer/query": "self_attn.q_proj.weight",
@@ -45,16 +55,27 @@ class Family:
     defaults: the fields this family reads beside the sizes that every config must give, with transformers' values for
         absent ones. A field that stands neither here nor among the harmless ones of `models/hf_config.py` is refused.
     ignored: fields without influence that only this family's files carry.
-    slides: (fields, layer) -> whether that layer's attention is limited to the sliding window, where `layer_types` does
-        not say. None: no layer is, whatever the file says.
+    fixed: fields that must have this value, or be absent: no other is implemented.
+    layer_kind: (fields, index) -> the kind of that layer, where `layer_types` does not say: "full_attention",
+        "sliding_attention" (limited to the window) or another of `kinds`.
     qkv_bias, out_bias, mlp_bias: true, false, or the name of the boolean field that says so.
     score_scale_field: the field whose inverse square root scales the scores, in place of the head size.
+    block_tensors: where a block's weights are stored; a function of the block where its sizes, or its kind, say so.
+    elsewhere: config -> a regular expression for the names of stored tensors that belong to a part which is loaded
+        separately (`load_part` in `models/checkpoint.py`). None: all tensors are the model's.
+    rotary_size: (fields) -> how many coordinates of a head rotate; None: all, or the part that the file says.
+    default_rope: the `rope_scaling` of a config without one.
+    mixer, feed_forward: what makes those parts of a block, where they are not plain attention and a gated MLP.
+    residuals: (layer) -> how the two parts of a block are added.
+    embedding_scale, logit_scale: (fields) -> what multiplies the embeddings and the logits.
     """
 
     model_type: str
     defaults: Mapping[str, Any]
     ignored: frozenset[str] = frozenset()
-    slides: Callable[[Mapping[str, Any], int], bool] | None = None
+    fixed: Fields = field(default_factory=dict)
+    layer_kind: Callable[[Fields, int], str] = lambda fields, index: "full_attention"
+    kinds: frozenset[str] = frozenset({"full_attention", "sliding_attention"})
     activation_field: str = "hidden_act"
     score_scale_field: str | None = None
     qkv_bias: bool | str = False
@@ -63,18 +84,44 @@ class Family:
     head_norms: bool = False
     unit_offset_norms: bool = False
     post_norms: bool = False
-    scaled_embedding: bool = False
-    block_tensors: Mapping[str, str] = field(default_factory=lambda: BLOCK_TENSORS)
+    rotary_size: Callable[[Fields], int] | None = None
+    default_rope: Mapping[str, Any] | None = None
+    mixer: Callable[[Layer], Mixer] = attention
+    feed_forward: Callable[[Layer], FeedForward] = gated_mlp
+    residuals: Callable[[Layer], tuple[Residual, Residual]] = lambda layer: (Residual(), Residual())
+    embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
+    logit_scale: Callable[[Fields], float] = lambda fields: 1.0
+    block_tensors: BlockTensors | Callable[[BlockConfig], BlockTensors] = field(default_factory=lambda: BLOCK_TENSORS)
+    elsewhere: Callable[[ModelConfig], str] | None = None
+
+    def layouts(self, config: ModelConfig) -> dict[ParameterPath, Layouts]:
+        """Where every parameter of this model may be stored; the whole checkpoint."""
+        layouts: dict[ParameterPath, Layouts] = {("embedding",): whole(EMBEDDING_NAME)}
+        if config.tie_embeddings:  # stored once, under either name
+            layouts["embedding",] += whole(HEAD_NAME)
+        else:
+            layouts["head",] = whole(HEAD_NAME)
+        layouts["final_norm", "weight"] = whole("model.norm.weight")
+        for index, block in enumerate(config.blocks):
+            tensors = self.block_tensors(block) if callable(self.block_tensors) else self.block_tensors
+            for path in _paths(block.weights(config.hidden_size)):
+                stored = tensors["/".join(path)]
+                stored = whole(stored) if isinstance(stored, str) else stored
+                layouts[f"blocks_{index}", *path] = renamed(stored, f"model.layers.{index}.")
+        return layouts
 
     def tensor_names(self, config: ModelConfig) -> dict[str, ParameterPath]:
-        """Hugging Face's name of every tensor of this model -> its path in the parameters; the whole checkpoint."""
-        names: dict[str, ParameterPath] = {"model.embed_tokens.weight": ("embedding",)}
-        for index, block in enumerate(config.blocks):
-            for path in _paths(block.weights(config.hidden_size)):
-                names[f"model.layers.{index}.{self.block_tensors['/'.join(path)]}"] = (f"blocks_{index}", *path)
-        names["model.norm.weight"] = ("final_norm", "weight")
-        if not config.tie_embeddings:
-            names["lm_head.weight"] = ("head",)
+        """Hugging Face's name of every tensor of this model -> its path in the parameters.
+
+        Raises ValueError where a parameter is not one stored tensor as it is.
+        """
+        names: dict[str, ParameterPath] = {}
+        for path, (first, *_) in self.layouts(config).items():
+            if first != whole(first[0].name)[0]:
+                raise ValueError(
+                    f"{self.model_type} checkpoints cannot be written: {'/'.join(path)} is stored in parts"
+                )
+            names[first[0].name] = path
         return names
 
 

@@ -3,6 +3,8 @@
 Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118.
 """
 
+import math
+
 from decodax.models.families._contract import BLOCK_TENSORS, Family
 
 FAMILY = Family(
@@ -24,14 +26,14 @@ FAMILY = Family(
     },
     # Of two spellings, transformers reads hidden_activation and sliding_window; the cache is decodax's own.
     ignored=frozenset({"hidden_act", "sliding_window_size", "cache_implementation"}),
-    slides=lambda fields, layer: layer % 2 == 0,
+    layer_kind=lambda fields, index: "full_attention" if index % 2 else "sliding_attention",
     activation_field="hidden_activation",
     score_scale_field="query_pre_attn_scalar",
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     unit_offset_norms=True,
     post_norms=True,
-    scaled_embedding=True,
+    embedding_scale=lambda fields: math.sqrt(fields["hidden_size"]),
     block_tensors={
         **BLOCK_TENSORS,
         "mixer_post_norm/weight": "post_attention_layernorm.weight",

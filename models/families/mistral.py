@@ -4,6 +4,7 @@ Mistral 7B, arXiv 2310.06825.
 """
 
 from decodax.models.families._contract import Family
+from decodax.models.families._layer import slides_if_windowed
 
 FAMILY = Family(
     model_type="mistral",
@@ -17,5 +18,5 @@ FAMILY = Family(
         "tie_word_embeddings": False,
         "sliding_window": 4096,
     },
-    slides=lambda fields, layer: fields["sliding_window"] is not None,
+    layer_kind=slides_if_windowed,
 )

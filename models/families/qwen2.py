@@ -4,6 +4,7 @@ Qwen2 Technical Report, arXiv 2407.10671; Qwen2.5 Technical Report, arXiv 2412.1
 """
 
 from decodax.models.families._contract import Family
+from decodax.models.families._layer import slides_from_max_window_layers
 
 FAMILY = Family(
     model_type="qwen2",
@@ -20,6 +21,6 @@ FAMILY = Family(
         "max_window_layers": 28,
         "layer_types": None,
     },
-    slides=lambda fields, layer: fields["sliding_window"] is not None and layer >= fields["max_window_layers"],
+    layer_kind=slides_from_max_window_layers,
     qkv_bias=True,
 )

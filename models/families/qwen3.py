@@ -4,6 +4,7 @@ Qwen3 Technical Report, arXiv 2505.09388.
 """
 
 from decodax.models.families._contract import Family
+from decodax.models.families._layer import slides_from_max_window_layers
 
 FAMILY = Family(
     model_type="qwen3",
@@ -21,7 +22,7 @@ FAMILY = Family(
         "max_window_layers": 28,
         "layer_types": None,
     },
-    slides=lambda fields, layer: fields["sliding_window"] is not None and layer >= fields["max_window_layers"],
+    layer_kind=slides_from_max_window_layers,
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     head_norms=True,

@@ -1,0 +1,92 @@
+"""What DeepSeek-V2 and V3 share: latent attention, shared experts, and their tensors' names."""
+
+import math
+
+from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.moe.layer import MoEConfig
+from decodax.layers.moe.routers.top_k import TopK
+from decodax.layers.norm import RMSNormConfig
+from decodax.models.config import BlockConfig
+from decodax.models.families._contract import BlockTensors
+from decodax.models.families._experts import expert_tensors
+from decodax.models.families._layer import Layer
+from decodax.models.sources import Every, Layouts, Source
+
+LATENT_NORM = RMSNormConfig(1e-6)  # transformers' own, whatever rms_norm_eps says
+
+# The fields of both, with the values that both leave out alike.
+DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+FIXED = {"moe_layer_freq": 1}
+# Derived from the sizes of the parts of a head; for training; for another program's layout.
+IGNORED = frozenset(
+    {"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads", "num_local_experts"}
+)
+
+
+def latent_attention(layer: Layer) -> MLAConfig:
+    """Latent attention; with yarn, `mscale_all_dim` scales the scores, too."""
+    fields = layer.fields
+    scale = (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]) ** -0.5
+    all_dims = layer.rope_settings.get("mscale_all_dim", 0)
+    factor = layer.rope_settings.get("factor", 1.0)
+    if layer.rope.scaling is not None and all_dims and factor > 1:
+        scale *= (0.1 * all_dims * math.log(factor) + 1) ** 2
+    return MLAConfig(
+        num_heads=fields["num_attention_heads"],
+        nope_size=fields["qk_nope_head_dim"],
+        value_size=fields["v_head_dim"],
+        latent_rank=fields["kv_lora_rank"],
+        query_rank=fields["q_lora_rank"],
+        rope=layer.rope,
+        scale=scale,
+        norm=LATENT_NORM,
+        rope_interleaved=fields.get("rope_interleave", True),
+        bias=fields["attention_bias"],
+    )
+
+
+def experts(layer: Layer, router: TopK) -> MoEConfig:
+    """Routed experts beside shared ones, which are one MLP of their joint width."""
+    fields, size = layer.fields, layer.fields["moe_intermediate_size"]
+    num_shared = fields["n_shared_experts"] or 0
+    shared = GatedMLPConfig(size * num_shared, layer.activation) if num_shared else None
+    return MoEConfig(router, size, layer.activation, shared=shared)
+
+
+def is_sparse(layer: Layer) -> bool:
+    return layer.index >= layer.fields["first_k_dense_replace"]
+
+
+def tensors(block: BlockConfig) -> BlockTensors:
+    """kv_b_proj holds each head's key and value parts one behind the other."""
+    mixer = block.mixer
+    assert isinstance(mixer, MLAConfig)
+    size = mixer.nope_size + mixer.value_size
+
+    def part(start: int, stop: int) -> Layouts:
+        return ((Source("self_attn.kv_b_proj.weight", part=Every(size, start, stop)),),)
+
+    return {
+        **expert_tensors(block),
+        "mixer/query_down": "self_attn.q_a_proj.weight",
+        "mixer/query_down_bias": "self_attn.q_a_proj.bias",
+        "mixer/query_norm/weight": "self_attn.q_a_layernorm.weight",
+        "mixer/query_up": "self_attn.q_b_proj.weight",
+        "mixer/latent_down": "self_attn.kv_a_proj_with_mqa.weight",
+        "mixer/latent_down_bias": "self_attn.kv_a_proj_with_mqa.bias",
+        "mixer/latent_norm/weight": "self_attn.kv_a_layernorm.weight",
+        "mixer/key_up": part(0, mixer.nope_size),
+        "mixer/value_up": part(mixer.nope_size, size),
+    }

@@ -1,0 +1,60 @@
+"""DeepSeek-V3 and R1: V2 with experts chosen by sigmoid scores, and a bias that balances them.
+
+DeepSeek-V3 Technical Report, arXiv 2412.19437. Its layer for predicting two tokens ahead is not a layer of the model:
+`decoding/drafters/next_layer.py` reads it.
+"""
+
+from decodax.layers.moe.layer import MoEConfig
+from decodax.layers.moe.routers.top_k import TopK
+from decodax.models.config import ModelConfig
+from decodax.models.families._contract import Family
+from decodax.models.families._deepseek import DEFAULTS, FIXED, IGNORED, experts, is_sparse, latent_attention, tensors
+from decodax.models.families._experts import where
+from decodax.models.families._layer import Layer
+
+
+def _experts(layer: Layer) -> MoEConfig:
+    fields = layer.fields
+    router = TopK(
+        fields["n_routed_experts"],
+        fields["num_experts_per_tok"],
+        score="sigmoid",
+        renormalise=fields["norm_topk_prob"],
+        scale=float(fields["routed_scaling_factor"]),
+        selection_bias=True,
+        num_groups=fields["n_group"],
+        num_groups_kept=fields["topk_group"],
+        group_score="top2_sum",
+    )
+    return experts(layer, router)
+
+
+def _layers_behind(config: ModelConfig) -> str:
+    """Those that predict further tokens are numbered on."""
+    return rf"model\.layers\.({'|'.join(str(config.num_layers + index) for index in range(8))})\..*"
+
+
+FAMILY = Family(
+    model_type="deepseek_v3",
+    defaults={
+        **DEFAULTS,
+        "max_position_embeddings": 4096,
+        "rope_interleave": True,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "n_group": 8,
+        "topk_group": 4,
+    },
+    ignored=IGNORED | {"num_nextn_predict_layers", "num_mtp_layers"},
+    fixed={**FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    rotary_size=lambda fields: fields["qk_rope_head_dim"],
+    mixer=latent_attention,
+    feed_forward=where(is_sparse, _experts),
+    block_tensors=tensors,
+    elsewhere=_layers_behind,
+)

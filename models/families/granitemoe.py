@@ -1,0 +1,78 @@
+"""Granite 3 with experts: Mixtral with four numbers that scale embeddings, scores, residuals and logits.
+
+Granite 3.0 Language Models, IBM 2024. Power Scheduler, arXiv 2408.13359 (PowerMoE).
+"""
+
+from dataclasses import replace
+
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.moe.layer import MoEConfig
+from decodax.models.config import BlockConfig, Residual
+from decodax.models.families._contract import BLOCK_TENSORS, BlockTensors, Family
+from decodax.models.families._experts import either, softmax_top_k
+from decodax.models.families._layer import Layer, attention
+from decodax.models.sources import Every, Layouts, Source
+
+
+def _attention(layer: Layer) -> GQAConfig:
+    return replace(attention(layer), scale=float(layer.fields["attention_multiplier"]))
+
+
+def _experts(layer: Layer) -> MoEConfig:
+    router = softmax_top_k(layer, num_experts="num_local_experts", renormalise=True)
+    return MoEConfig(router, layer.fields["intermediate_size"], layer.activation)
+
+
+def _residuals(layer: Layer) -> tuple[Residual, Residual]:
+    added = Residual(add=float(layer.fields["residual_multiplier"]))
+    return added, added
+
+
+def _tensors(block: BlockConfig) -> BlockTensors:
+    """Always stacked, gate and up in one."""
+    config = block.feed_forward
+    assert isinstance(config, MoEConfig)
+    width = config.intermediate_size
+
+    def half(part: Every) -> Layouts:
+        names = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj")
+        return tuple((Source(name, part=part, axis=1),) for name in names)
+
+    return {
+        **BLOCK_TENSORS,
+        "feed_forward/router/weight": either("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
+        "feed_forward/experts/gate": half(Every(2 * width, 0, width)),
+        "feed_forward/experts/up": half(Every(2 * width, width, 2 * width)),
+        "feed_forward/experts/down": either(
+            "block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"
+        ),
+    }
+
+
+FAMILY = Family(
+    model_type="granitemoe",
+    defaults={
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    qkv_bias="attention_bias",
+    out_bias="attention_bias",
+    mixer=_attention,
+    feed_forward=_experts,
+    residuals=_residuals,
+    embedding_scale=lambda fields: float(fields["embedding_multiplier"]),
+    logit_scale=lambda fields: 1 / float(fields["logits_scaling"]),
+    block_tensors=_tensors,
+)

@@ -1,0 +1,46 @@
+"""OLMoE: 64 small experts, eight for every token, and norms over the queries and keys of all heads at once.
+
+OLMoE: Open Mixture-of-Experts Language Models, arXiv 2409.02060.
+"""
+
+from dataclasses import replace
+
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.moe.layer import MoEConfig
+from decodax.models.families._contract import Family
+from decodax.models.families._experts import expert_tensors, softmax_top_k
+from decodax.models.families._layer import Layer, attention
+
+
+def _attention(layer: Layer) -> GQAConfig:
+    clip = layer.fields["clip_qkv"]
+    return replace(attention(layer), norm_across_heads=True, clip=None if clip is None else float(clip))
+
+
+def _experts(layer: Layer) -> MoEConfig:
+    return MoEConfig(softmax_top_k(layer), layer.fields["intermediate_size"], layer.activation)
+
+
+FAMILY = Family(
+    model_type="olmoe",
+    defaults={
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "clip_qkv": None,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    qkv_bias="attention_bias",
+    out_bias="attention_bias",
+    head_norms=True,
+    mixer=_attention,
+    feed_forward=_experts,
+    block_tensors=expert_tensors,
+)

@@ -1,0 +1,95 @@
+"""Qwen3-Next: the gated delta rule in three layers of four, gated attention in the fourth, experts in all.
+
+Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464; Gated Attention for Large Language Models,
+arXiv 2505.06708.
+"""
+
+from dataclasses import replace
+
+from decodax.layers.mixers.gated_delta import GatedDeltaConfig
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.norm import RMSNormConfig
+from decodax.models.config import BlockConfig
+from decodax.models.families._contract import BlockTensors, Family
+from decodax.models.families._experts import is_sparse, qwen_gated_shared_experts, where
+from decodax.models.families._layer import Fields, Layer, attention
+from decodax.models.families.qwen2_moe import shared_expert_tensors
+from decodax.models.sources import Source
+
+
+def _layer_kind(fields: Fields, index: int) -> str:
+    """Without `layer_types`, every `full_attention_interval`-th layer is attention."""
+    return "linear_attention" if (index + 1) % fields["full_attention_interval"] else "full_attention"
+
+
+def _mixer(layer: Layer) -> GQAConfig | GatedDeltaConfig:
+    fields = layer.fields
+    if layer.kind != "linear_attention":
+        return replace(attention(layer), output_gate=True)
+    return GatedDeltaConfig(
+        num_key_heads=fields["linear_num_key_heads"],
+        num_value_heads=fields["linear_num_value_heads"],
+        key_size=fields["linear_key_head_dim"],
+        value_size=fields["linear_value_head_dim"],
+        convolution_width=fields["linear_conv_kernel_dim"],
+        activation=layer.activation,
+        scale=fields["linear_key_head_dim"] ** -0.5,
+        norm=RMSNormConfig(float(fields["rms_norm_eps"])),
+    )
+
+
+def _tensors(block: BlockConfig) -> BlockTensors:
+    tensors = shared_expert_tensors(block)
+    mixer = block.mixer
+    if not isinstance(mixer, GatedDeltaConfig):
+        return tensors
+    convolution = Source("linear_attn.conv1d.weight", shape=(mixer.num_columns, 1, mixer.convolution_width))
+    return {
+        **tensors,
+        "mixer/query_key_value_gate": "linear_attn.in_proj_qkvz.weight",
+        "mixer/beta_decay": "linear_attn.in_proj_ba.weight",
+        "mixer/convolution": ((convolution,),),
+        "mixer/decay_rate": "linear_attn.A_log",
+        "mixer/decay_bias": "linear_attn.dt_bias",
+        "mixer/norm/weight": "linear_attn.norm.weight",
+        "mixer/out": "linear_attn.out_proj.weight",
+    }
+
+
+FAMILY = Family(
+    model_type="qwen3_next",
+    defaults={
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "layer_types": None,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    },
+    layer_kind=_layer_kind,
+    kinds=frozenset({"full_attention", "linear_attention"}),
+    qkv_bias="attention_bias",
+    out_bias="attention_bias",
+    head_norms=True,
+    unit_offset_norms=True,
+    mixer=_mixer,
+    feed_forward=where(is_sparse, qwen_gated_shared_experts),
+    block_tensors=_tensors,
+)
