@@ -32,7 +32,7 @@ def run_in_tiles(
     inputs: Int[Array, "B T"] | Float[Array, "B T D"],
     position: Int[Array, "B T"],
     row_length: Int[Array, "B T"],
-    caches: tuple[KVCache | Staged | None, ...],
+    caches: tuple[Any, ...],
     mask: Mask,
     empty_rows: Callable[[int], tuple[KVRows, ...]],
 ) -> Forward:

@@ -14,7 +14,11 @@ from decodax.models.stored_formats import Quantization, StoredTensor, interpret,
 Filled = dict[ParameterPath, list[tuple[Source, StoredTensor]]]  # what each parameter is filled from
 
 # Stored beside the weights by some programs, and derived from the config: nothing is lost without them.
-REDUNDANT_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "self_attn.masked_bias")
+REDUNDANT_SUFFIXES = (
+    *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "self_attn.masked_bias"),
+    # of MiniMax's lightning attention
+    *("self_attn.slope_rate", "self_attn.query_decay", "self_attn.key_decay", "self_attn.diagonal_decay"),
+)
 _BASE_PREFIX = "model."  # what the names have in front, except in the file of a base model
 
 _COMPARED_BYTES = 2**20
