@@ -1,5 +1,6 @@
 """Every family against what transformers computed for tiny random models: logits, greedy tokens, and any route."""
 
+import json
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -19,7 +20,10 @@ GOLDEN_TOLERANCE = 2e-4
 ROUTE_TOLERANCE = 1e-5  # of the largest logit: the same additions, in blocks of other sizes
 
 # One case for each thing that could depend on the route: row length (dynamic, longrope), windows, norms, soft-caps.
-ROUTE_CASES = ["llama_dynamic", "llama_longrope", "mistral", "qwen3_window", "gemma2"]
+ROUTE_CASES = [
+    *("llama_dynamic", "llama_longrope", "mistral", "qwen3_window", "gemma2"),
+    *("mixtral_window", "deepseek_v3", "gpt_oss", "minimax", "qwen3_next"),
+]
 
 
 @lru_cache(maxsize=1)  # parametrised tests run case by case
@@ -62,7 +66,8 @@ def test_catalogue_lists_the_folder():
 
 
 def test_every_family_has_a_golden_case():
-    assert set(FAMILIES) == {name.split("_")[0] for name in golden_cases()}
+    configs = (json.loads((load_golden(name).folder / "config.json").read_text()) for name in golden_cases())
+    assert set(FAMILIES) == {config["model_type"] for config in configs}
 
 
 @pytest.mark.parametrize("name", golden_cases())
