@@ -3,6 +3,7 @@
 import json
 import statistics
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -41,6 +42,15 @@ def bench(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Measure nothing: show which kernels this machine and model run, and why.")
     ] = False,
+    routing: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz", help="Measure no speed: record which experts each token chooses, and draw it (.png)."
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Prompts for --routing, one per line.")
+    ] = None,
     as_json: session.Json = False,
     debug: session.Debug = False,
 ) -> None:
@@ -54,6 +64,11 @@ def bench(
         if kernels:
             _show_kernels(model, dtype, sizes[0], prompt_tokens, new_tokens, as_json)
             return
+        if routing is not None:
+            _show_routing(model, dtype, routing, texts, sizes[0], prompt_tokens, new_tokens, as_json)
+            return
+        if texts is not None:
+            raise typer.BadParameter("texts are prompts for --routing, which was not given")
         jax.config.update("jax_enable_compilation_cache", False)
         lm = decodax.load(model, dtype=dtype)
         results = []
@@ -97,6 +112,36 @@ def _show_kernels(
         bench_kernels.print_tables(f"{name}, {kind}", rows, layers, f"{machine['device']}, jax {machine['jax']}")
 
 
+def _show_routing(
+    model: str | None,
+    dtype: str | None,
+    output: Path,
+    texts: Path | None,
+    batch_size: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    as_json: bool,
+) -> None:
+    from decodax.cli import bench_routing
+
+    if output.suffix != ".npz":
+        raise typer.BadParameter(f"routing must be a file name ending in .npz, got {str(output)!r}")
+    lm = decodax.load(model, dtype=dtype)
+    if texts is not None:
+        prompts: Any = bench_routing.read_texts(texts)
+    else:
+        prompts = _random_prompts(lm, batch_size, prompt_tokens)
+    summary = bench_routing.trace_routing(lm, prompts, new_tokens, output)[1]
+    if as_json:
+        bench_routing.print_json(lm, summary)
+    else:
+        bench_routing.print_summary(lm.path.name, summary)
+
+
+def _random_prompts(lm: decodax.LanguageModel, batch_size: int, prompt_tokens: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch_size, prompt_tokens)))
+
+
 def weight_bytes_per_step(lm: decodax.LanguageModel) -> int:
     """Bytes of weights that a forward reads: all of them, but of an embedding that is not also the head a few rows."""
     return lm.nbytes - (0 if lm.config.tie_embeddings else lm.params["embedding"].nbytes)
@@ -105,10 +150,10 @@ def weight_bytes_per_step(lm: decodax.LanguageModel) -> int:
 def _measure(
     lm: decodax.LanguageModel, batch_size: int, prompt_tokens: int, new_tokens: int, repetitions: int
 ) -> Measurement:
-    prompts = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch_size, prompt_tokens))
+    prompts = _random_prompts(lm, batch_size, prompt_tokens)
 
     def run() -> Any:
-        return decodax.generate(lm, list(prompts), max_new_tokens=new_tokens, stop_token_ids=[]).stats
+        return decodax.generate(lm, prompts, max_new_tokens=new_tokens, stop_token_ids=[]).stats
 
     compiling = run().compile_seconds
     stats = [run() for _ in range(repetitions)]

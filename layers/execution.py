@@ -1,6 +1,6 @@
 """How layers compute, apart from what they compute: which kernels run, and over which devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
-from decodax.sharding.rules import TENSOR, Rules, automatic
+from decodax.sharding.rules import TENSOR, Rules, automatic, num_devices
 
 TILE_TOKENS = 128  # slots of a cache that kernels read at a time
 
@@ -19,11 +19,15 @@ class Execution:
 
     mesh, rules: the devices that weights are split over, and how. A kernel runs on each device's part, so heads have to
     divide over them.
+
+    experts: how the experts of a mixture run: a name of METHODS in `layers/moe/experts/`, one of its objects, or None
+    for the one that suits the devices and the number of tokens.
     """
 
     implementation: Implementation | None = None
     mesh: Mesh | None = None
     rules: Rules = TENSOR
+    experts: Hashable | None = None
 
     @property
     def cache_multiple(self) -> int:
@@ -37,7 +41,7 @@ class Execution:
         if self.mesh is None:
             return 1
         (axis,) = self.rules.spec(self.mesh, (letter,))
-        return 1 if axis is None else self.mesh.shape[axis]
+        return num_devices(self.mesh, axis)
 
     def per_device(
         self, function: Callable[..., Any], in_axes: tuple[str | None, ...], out_axes: tuple[str, ...]

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from decodax.layers.execution import Execution
@@ -21,6 +22,35 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
+
+
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """(up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up within -limit..limit.
+
+    The activation of gpt-oss (gpt-oss-120b & gpt-oss-20b Model Card, arXiv 2508.10925).
+    """
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: Array, up: Array) -> Array:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+
+
+Activation = str | ClampedSwiGLU
+
+
+def gated(activation: Activation, gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]) -> Array:
+    """What goes into the last product of a gated layer: activation(gate) * up for a name of ACTIVATIONS."""
+    return ACTIVATIONS[activation](gate) * up if isinstance(activation, str) else activation(gate, up)
+
+
+def check_activation(activation: Activation) -> None:
+    """Raises ValueError for a name that is not in ACTIVATIONS."""
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)} or a ClampedSwiGLU, got {activation!r}")
 
 
 @runtime_checkable
@@ -44,12 +74,11 @@ class GatedMLPConfig:
     """`intermediate_size` is F, `activation` a name of ACTIVATIONS, `bias` adds one to each of the three products."""
 
     intermediate_size: int
-    activation: str = "silu"
+    activation: Activation = "silu"
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
+        check_activation(self.activation)
 
     def weights(self, hidden_size: int) -> dict[str, Weight]:
         wide, narrow = self.intermediate_size, hidden_size
@@ -81,4 +110,4 @@ class GatedMLP(nn.Module):
         weight = {name: fetch(self, name, w) for name, w in self.config.weights(self.hidden_size).items()}
         gate = linear(inputs, weight["gate"], weight.get("gate_bias"))
         up = linear(inputs, weight["up"], weight.get("up_bias"))
-        return linear(ACTIVATIONS[self.config.activation](gate) * up, weight["down"], weight.get("down_bias")), None
+        return linear(gated(self.config.activation, gate, up), weight["down"], weight.get("down_bias")), None

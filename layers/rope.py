@@ -81,12 +81,21 @@ class Rope:
 
 
 def rotate(
-    heads: Float[Array, "B T N H"], cos: Float[Array, "B T J"], sin: Float[Array, "B T J"]
+    heads: Float[Array, "B T N H"],
+    cos: Float[Array, "B T J"],
+    sin: Float[Array, "B T J"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Rotates coordinate pairs (j, j + J); coordinates from 2 J on pass unchanged. Computed in float32."""
+    """Rotates coordinate pairs (j, j + J); coordinates from 2 J on pass unchanged. Computed in float32.
+
+    interleaved: the pairs are (2 j, 2 j + 1), as in DeepSeek's weights. They come out in the order of the others, which
+    changes no score as long as queries and keys agree.
+    """
     half = cos.shape[-1]
     wide = heads.astype(jnp.float32)
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    turned, rest = wide[..., : 2 * half], wide[..., 2 * half :]
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)

@@ -4,6 +4,7 @@ With weights placed so, the compiler partitions the same decoding function over 
 (arXiv 1909.08053): heads, feed-forward and vocabulary are split, so each block needs two sums over devices.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,12 @@ from decodax.layers.weight import Weight
 
 @dataclass(frozen=True)
 class Rules:
-    """Pairs (letter, mesh axis). A dimension is split by the rule of its first letter; the others are replicated."""
+    """Pairs (letter, mesh axis). A dimension is split by the rule of its first letter; the others are replicated.
 
-    pairs: tuple[tuple[str, str], ...]
+    Several mesh axes, as a tuple, split a dimension over all their devices, the first axis coarsest.
+    """
+
+    pairs: tuple[tuple[str, str | tuple[str, ...]], ...]
 
     def __post_init__(self) -> None:
         letters = [letter for letter, _ in self.pairs]
@@ -26,7 +30,7 @@ class Rules:
 
     def spec(self, mesh: Mesh, axes: Sequence[str]) -> PartitionSpec:
         """How an array with these axes is split; a dimension is named by its letters, of which the first decides."""
-        rules = {letter: axis for letter, axis in self.pairs if axis in mesh.axis_names}
+        rules = {letter: axis for letter, axis in self.pairs if set(_names(axis)) <= set(mesh.axis_names)}
         return PartitionSpec(*(rules.get(letters[0]) for letters in axes))
 
     def sharding(self, mesh: Mesh, weight: Weight, name: str) -> NamedSharding:
@@ -35,16 +39,26 @@ class Rules:
         Raises ValueError, naming the weight, when a size does not divide or two dimensions want the same mesh axis.
         """
         spec = self.spec(mesh, weight.axes)
-        used = [axis for axis in spec if axis is not None]
+        used = [name for axis in spec for name in _names(axis)]
         if len(set(used)) != len(used):
             raise ValueError(f"{name} (axes {weight.axes}) would use a mesh axis twice: {spec}")
         for size, axis, letters in zip(weight.shape, spec, weight.axes, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+            parts = num_devices(mesh, axis)
+            if size % parts:
                 raise ValueError(
-                    f"{name}: its axis {letters} of {size} does not divide over the {mesh.shape[axis]} devices of mesh "
-                    f"axis {axis!r}: use a mesh with another size of {axis!r}"
+                    f"{name}: its axis {letters} of {size} does not divide over the {parts} devices of mesh axis "
+                    f"{axis!r}: use a mesh with another size of {axis!r}"
                 )
         return NamedSharding(automatic(mesh), spec)
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+
+
+def num_devices(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    """Over how many devices a dimension is split that this mesh axis, or these, are to split."""
+    return math.prod(mesh.shape[name] for name in _names(axis))
 
 
 def automatic(mesh: Mesh) -> Mesh:

@@ -11,7 +11,8 @@ from decodax.decoding.tree import Tree
 from decodax.layers import pytree
 from decodax.layers.attention.mask import Ancestors
 from decodax.layers.kv_cache.staged import place, stage
-from tests.speculation import MODEL, VOCABULARY
+from decodax.models.model import Model
+from tests.speculation import MODEL
 
 
 @pytree.dataclass
@@ -37,13 +38,15 @@ class RandomTrees(Drafter):
     num_nodes: int = 7
     max_depth: int = 6
     capture: tuple[int, ...] = (0, 1, 2)
+    model: Model = MODEL
 
     def start(self, params, draft_params, state):
         batch, nodes = state.tokens.shape[0], self.num_nodes
         whole = jnp.zeros((batch, nodes), jnp.int32)
-        hidden = jnp.zeros((batch, nodes, MODEL.config.hidden_size))
+        config = self.model.config
+        hidden = jnp.zeros((batch, nodes, config.hidden_size))
         return Seen(
-            whole, whole, whole > 0, jnp.zeros((batch, nodes, VOCABULARY)), dict.fromkeys(self.capture, hidden),
+            whole, whole, whole > 0, jnp.zeros((batch, nodes, config.vocab_size)), dict.fromkeys(self.capture, hidden),
             jnp.zeros((batch, self.max_depth + 1), jnp.int32), jnp.zeros(batch, jnp.int32),
         )  # fmt: skip
 
@@ -53,7 +56,7 @@ class RandomTrees(Drafter):
             node = jnp.arange(self.num_nodes)
             # The latest node twice as often as any other, so that some paths are long.
             parent = jnp.minimum(jax.random.randint(keys[0], node.shape, 0, jnp.maximum(node * 2, 1)), node - 1)
-            token = jax.random.randint(keys[1], node.shape, 0, VOCABULARY)
+            token = jax.random.randint(keys[1], node.shape, 0, self.model.config.vocab_size)
             return (
                 parent,
                 token,

@@ -1,5 +1,6 @@
 """One layer that runs only if some token wants it: the primitive of every depth that skips layers."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.layers.attention.mask import Mask
+from decodax.layers.kv_cache._contract import MarksTokens
 from decodax.models.model import Model, Params
 
 
@@ -44,3 +46,13 @@ def run_layer(
     if active.ndim:
         new = jnp.where(active[..., None], new, hidden)
     return new, rows, wanted
+
+
+def mark(cache: Any, rows: Any, ran: Bool[Array, "B T"]) -> Any:
+    """A layer's rows, with those of tokens that did not run it marked if its cache knows of such tokens.
+
+    To other caches they are tokens like any; who leaves out layers makes sure that nobody reads them there.
+    """
+    if isinstance(cache, MarksTokens) and cache.marks_tokens:
+        return dataclasses.replace(rows, kept=ran)
+    return rows

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.decoding.depth._contract import Reached
-from decodax.decoding.depth._layers import run_layer
+from decodax.decoding.depth._layers import mark, run_layer
 from decodax.decoding.drafters._contract import Proposal
 from decodax.decoding.state import DecodeState, read_prompt_by
 from decodax.layers import pytree
@@ -42,7 +42,8 @@ def run_stack(
 ) -> Stack:
     """Runs T new tokens per row through the layers that `active` names; a token passes by the others unchanged.
 
-    Every layer gives rows, so that all caches stay in step; those of tokens that did not run it hold no meaning.
+    Every layer gives rows, so that all caches stay in step; those of tokens that did not run it hold no meaning, and
+    change nothing in a cache that knows of such tokens (a recurrent state always does).
     """
     hidden = model.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
     nothing = model.empty_rows(position.shape[0], position.shape[1], hidden.dtype)
@@ -51,7 +52,7 @@ def run_stack(
     for index in range(model.config.num_layers):
         wanted = active(index, hidden)
         if wanted is False:
-            rows.append(nothing[index])
+            rows.append(mark(caches[index], nothing[index], jnp.zeros(position.shape, bool)))
         elif wanted is True:
             layers = (index, index + 1)
             out = model.apply(params, hidden, position, caches, mask=mask, layers=layers, row_length=row_length)
@@ -62,7 +63,7 @@ def run_stack(
             hidden, new, ran = run_layer(
                 model, params, index, hidden, position, caches, mask, wanted, row_length=row_length
             )
-            rows.append(new)
+            rows.append(mark(caches[index], new, jnp.broadcast_to(wanted, position.shape)))
             layers_run = layers_run + ran.astype(jnp.int32)
             row_layers = row_layers + jnp.any(wanted, axis=1).astype(jnp.int32)
         if index + 1 in capture:

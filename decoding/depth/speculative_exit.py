@@ -7,7 +7,8 @@ answer is final. Only when it says so is the head run, and only if its likeliest
 exit. So there is no loss where predictors are never wrong, and a threshold of 1 is decoding with all layers.
 
 The tokens are a proposal's `likely` (`drafters/hints.py`), or, where it has none, the candidate children of each node.
-Layers that a token left out have no keys and values of it: later tokens do not see it there.
+Layers that a token left out keep nothing of it (no keys and values, no change of a state): later tokens do not see it
+there.
 
 Departs from the paper: in a tree the nodes that decide are those on the path that the layer's own likeliest tokens
 take, instead of all paths one by one; the feature "change" is 0 at the first predictor of a token; a token that ran
@@ -26,7 +27,8 @@ from decodax.decoding.depth._contract import Depth, Reached
 from decodax.decoding.depth._layers import run_layer
 from decodax.decoding.drafters._contract import Proposal
 from decodax.decoding.logits_processors._largest import largest_token
-from decodax.layers.kv_cache.full import KVRows, MarkedCache
+from decodax.layers.kv_cache._contract import MarksTokens
+from decodax.layers.kv_cache.full import MarkedCache
 from decodax.models.model import Model, Params
 from decodax.models.transformer import Forward
 
@@ -41,7 +43,7 @@ def token_logits(
     head = params["embedding"] if model.config.tie_embeddings else params["head"]
     known = jnp.maximum(jnp.where(tokens < 0, tokens[..., :1], tokens), 0)
     logits = jnp.einsum("...d,...id->...i", normed, head[known], preferred_element_type=jnp.float32)
-    cap = model.config.logit_softcap
+    cap, logits = model.config.logit_softcap, logits * model.config.logit_scale
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
@@ -112,8 +114,12 @@ class SpeculativeExit(Depth):
         num_layers = model.config.num_layers
         if model.invariant:
             raise ValueError("speculative exits need caches that mark tokens, which a model with invariant=True lacks")
-        if not all(isinstance(rows, KVRows) for rows in jax.eval_shape(lambda: model.empty_rows(1, 1, jnp.float32))):
-            raise ValueError("speculative exits need a model all of whose layers keep keys and values")
+        caches = jax.eval_shape(lambda: model.empty_cache(1, 1, jnp.float32, self.cache_policy))
+        if not all(isinstance(cache, MarksTokens) and cache.marks_tokens for cache in caches):
+            raise ValueError(
+                "speculative exits need caches that know of tokens for which their layer did not run (`MarksTokens`), "
+                f"got {', '.join(sorted({type(cache).__name__ for cache in caches}))}"
+            )
         if any(not 1 <= layer < num_layers for layer in self.hot_layers):
             raise ValueError(f"hot_layers must be in 1..{num_layers - 1} (layers run), got {self.hot_layers}")
         if WEIGHTS not in params:

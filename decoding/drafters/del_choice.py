@@ -13,6 +13,7 @@ Details that are decided here, and what departs from the paper:
 - A draft ends for the batch when every row that is not done is less sure of its token than the threshold; that token is
   not proposed. Until an exit has been right and wrong at least once, it has no threshold.
 - The first counts come from the last PROMPT_TOKENS tokens of the prompts, there against the target's likeliest tokens.
+  Where some cache cannot go back to before them (a recurrent state), the counts begin at zero.
 - Looking at the layers costs a pass through the head for every layer but the last, at every counted position; nothing
   of the layers themselves is run again. `every` = n does so in each n-th round only.
 """
@@ -35,6 +36,7 @@ from decodax.decoding.sampling import Sampling
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.layers import pytree
+from decodax.layers.kv_cache._contract import Rewindable
 from decodax.layers.kv_cache.staged import stage
 from decodax.models.model import Model
 
@@ -134,11 +136,16 @@ class DynamicExit(Drafter):
         check_draft(self.model, model, draft_params)
 
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> DelState:
-        """Runs the prompts' last tokens but the pending one once more, through all layers, to look at every exit."""
+        """Runs the prompts' last tokens but the pending one once more, through all layers, to look at every exit.
+
+        Nothing is run where a cache is not `Rewindable`: nothing is known of the exits then, until rounds tell.
+        """
+        if not all(isinstance(cache, Rewindable) for cache in state.caches):
+            return DelState(ExitCounts.zero(self.num_exits), jnp.int32(0))
         num_tokens = min(PROMPT_TOKENS, state.tokens.shape[1])
         first = jnp.maximum(state.length - 1 - num_tokens, 0)
         position = first[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
-        before = tuple(dataclasses.replace(cache, length=jnp.minimum(cache.length, first)) for cache in state.caches)
+        before = tuple(cache.rewound(first) for cache in state.caches)
         token = jnp.take_along_axis(state.tokens, jnp.minimum(position, state.tokens.shape[1] - 1), axis=1)
         out = self.model.apply(params, token, position, before, capture=self.capture)
         states = jnp.stack([out.captured[layer] for layer in self.capture])

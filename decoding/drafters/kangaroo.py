@@ -97,21 +97,23 @@ class Kangaroo(Drafter):
         self.adapter.check(draft_params["adapter"])
 
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> Any:
-        """The adapter's cache; the first layers run over the prompts once more, for what the adapter reads."""
+        """The adapter's cache; the first layers run over the prompts once more, for what the adapter reads.
+
+        They have caches of their own while they do, as the target's hold the whole prompts already.
+        """
+        shallow, deep = state.caches[: self.exit_layer], state.caches[self.exit_layer :]
 
         def run(caches, tokens, position, row_length):
-            # The target's caches hold the whole prompts; for this chunk they end where it begins.
-            start = position[:, 0]
-            before = tuple(dataclasses.replace(c, length=jnp.minimum(c.length, start)) for c in state.caches)
-            out = self.model.apply(params, tokens, position, before, row_length=row_length, layers=(0, self.exit_layer))
-            normed, rows = self.adapter.apply(
-                draft_params["adapter"], out.hidden, position, caches[0], row_length=row_length
-            )
-            return (rows,), normed
+            *before, own = caches
+            layers = (0, self.exit_layer)
+            out = self.model.apply(params, tokens, position, (*before, *deep), row_length=row_length, layers=layers)
+            normed, rows = self.adapter.apply(draft_params["adapter"], out.hidden, position, own, row_length=row_length)
+            return (*out.rows, rows), normed
 
         batch, capacity = state.tokens.shape
-        cache = self.adapter.empty_cache(batch, capacity, _dtype(draft_params))
-        return read_prompt_chunks(run, (cache,), state.tokens, state.length, skip=state.failed)[0]
+        own = self.adapter.empty_cache(batch, capacity, _dtype(draft_params))
+        empty = jax.tree.map(jnp.zeros_like, shallow)  # caches of any kind begin as zeros
+        return read_prompt_chunks(run, (*empty, own), state.tokens, state.length, skip=state.failed)[-1]
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, tuple[Any, Any]]:
         def is_wanted(draft: _Draft) -> Bool[Array, ""]:

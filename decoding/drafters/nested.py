@@ -4,8 +4,9 @@ As in Hardware-Aware Parallel Prompt Decoding (section 5, with speculative decod
 the draft model guess for it, so that a chain of its tokens takes fewer of its forwards. The chain is the one that the
 draft model would have written greedily alone.
 
-Rolling back is lowering a length: the draft's own cache holds what it wrote itself, of which the target may refuse the
-end. So this needs caches in which slot s holds position s, as the default one.
+The draft's caches run ahead: they hold what it wrote itself, of which the target may refuse the end. Most can be
+rewound to the accepted text. If one cannot (a recurrent state), it is kept as it was before the round, and one more
+forward of the draft model reads what has been accepted since.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
+from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._size import set_chain
 from decodax.decoding.logits_processors import History
 from decodax.decoding.loop import run_until_done
@@ -25,7 +26,8 @@ from decodax.decoding.sampling import Sampling
 from decodax.decoding.speculative import Speculative
 from decodax.decoding.state import DecodeState, LayerCounts
 from decodax.decoding.tree import Tree
-from decodax.models.model import Model
+from decodax.layers.kv_cache._contract import Rewindable
+from decodax.models.model import Model, commit
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,36 @@ class NestedDraft(Drafter):
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, DecodeState]:
         inner = self._started(draft_params, state.draft, state)
+        before = inner.caches
         inner = run_until_done(
             lambda inner: self.inner.step(draft_params["model"], draft_params["drafter"], inner), inner, None
         )
         place = state.length[:, None] - 1 + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
         token = jnp.take_along_axis(inner.tokens, jnp.minimum(place, inner.tokens.shape[1] - 1), axis=1)
         is_candidate = place < inner.length[:, None]
-        chain = Tree.chain(self.num_nodes)
-        return fixed_proposal(chain, token, is_candidate, forwards=inner.num_target_forwards), inner
+        forwards = inner.num_target_forwards + (0 if _can_rewind(before) else 1)  # with the one of `update`
+        # Those that can be rewound need not be kept twice.
+        pairs = zip(before, inner.caches, strict=True)
+        inner = dataclasses.replace(inner, caches=tuple(new if _can_rewind((new,)) else old for old, new in pairs))
+        return fixed_proposal(Tree.chain(self.num_nodes), token, is_candidate, forwards=forwards), inner
+
+    def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> DecodeState:
+        """The inner state with caches that hold the accepted text, where `_started` cannot rewind them to it."""
+        inner: DecodeState = state.draft
+        if _can_rewind(inner.caches):
+            return inner
+        read = next(cache.length for cache in inner.caches if not _can_rewind((cache,)))
+        caches = _rewound(inner.caches, read)
+        position = read[:, None] + jnp.arange(self.num_tokens + 1, dtype=jnp.int32)[None, :]
+        last = state.tokens.shape[1] - 1
+        token = jnp.take_along_axis(state.tokens, jnp.minimum(position, last), axis=1)
+        out = self.inner.model.apply(draft_params["model"], token, position, caches)
+        return dataclasses.replace(inner, caches=commit(caches, out.rows, outcome.num_emitted))
 
     def _started(self, draft_params: Any, inner: DecodeState, state: DecodeState) -> DecodeState:
-        """The inner state at the target's text: what the target refused is behind the caches' length."""
+        """The inner state at the target's text, without what the target refused."""
         capacity = state.tokens.shape[1]
         limit = jnp.minimum(state.length + self.num_tokens + 1, capacity)
-        caches = tuple(_rolled_back(cache, state.length - 1) for cache in inner.caches)
         inner = dataclasses.replace(
             inner,
             tokens=state.tokens,
@@ -92,11 +110,16 @@ class NestedDraft(Drafter):
             limit=limit,
             done=state.done | (state.length >= limit),
             failed=jnp.zeros_like(state.done),
-            caches=caches,
+            caches=_rewound(inner.caches, state.length - 1),
             num_target_forwards=jnp.int32(0),
         )
         return self.inner.start(draft_params["model"], draft_params["drafter"], inner)
 
 
-def _rolled_back(cache: Any, length: Int[Array, " B"]) -> Any:
-    return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
+def _can_rewind(caches: tuple[Any, ...]) -> bool:
+    return all(isinstance(cache, Rewindable) for cache in caches)
+
+
+def _rewound(caches: tuple[Any, ...], length: Int[Array, " B"]) -> tuple[Any, ...]:
+    """The caches, those that can without what stands behind `length`."""
+    return tuple(cache.rewound(length) if isinstance(cache, Rewindable) else cache for cache in caches)

@@ -22,8 +22,7 @@ from decodax.decoding.drafters._guesses import rank_accuracies
 from decodax.decoding.training.distillation import kl_divergence
 from decodax.decoding.training.part import PartTraining
 from decodax.layers.attention.mask import Ancestors
-from decodax.layers.kv_cache.full import KVRows
-from decodax.layers.kv_cache.staged import stage
+from decodax.layers.kv_cache.staged import place, stage
 from decodax.models.model import Model, Params
 
 RANKS = 10  # guesses per distance whose accuracy is measured
@@ -46,11 +45,12 @@ class PromptTokensShape:
 class Window(NamedTuple):
     """A window that has been run, and the places at which it is cut.
 
-    rows: every layer's, of the window's T tokens. cut[b, a]: position of the last token before a cut. first: the
-    likeliest token after it.
+    rows: every layer's, of the window's T tokens, which stand at `position`. cut[b, a]: position of the last token
+    before a cut. first: the likeliest token after it.
     """
 
     rows: tuple[Any, ...]
+    position: Int[Array, "B T"]
     cut: Int[Array, "B A"]
     first: Int[Array, "B A"]
 
@@ -115,25 +115,29 @@ def _run_window(model: Model, params: Params, tokens: Int[Array, "B T"], cut: In
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     out = model.apply(params, tokens, position)
     at_cut = jnp.take_along_axis(out.hidden, cut[:, :, None], axis=1)
-    return Window(out.rows, cut, jnp.argmax(model.logits(params, at_cut), axis=-1).astype(jnp.int32))
+    return Window(out.rows, position, cut, jnp.argmax(model.logits(params, at_cut), axis=-1).astype(jnp.int32))
 
 
 def _continued(model: Model, params: Params, window: Window, num_tokens: int) -> Float[Array, "B A m V"]:
     """Logits after each of the `num_tokens` tokens with which the model continues greedily at every cut."""
-    token, rows = window.first, window.rows
-    own = jnp.eye(token.shape[1], dtype=bool)[None]
-    allowed = jnp.concatenate([_before_cut(window), jnp.broadcast_to(own, (len(token), *own.shape[1:]))], axis=2)
-    position = jnp.broadcast_to(jnp.arange(rows[0].key.shape[2], dtype=jnp.int32), (len(token), rows[0].key.shape[2]))
-    found = []
-    for index in range(1, num_tokens + 1):
+    (batch, size), num_cuts = window.position.shape, window.cut.shape[1]
+    step = jnp.arange(num_tokens, dtype=jnp.int32)
+    behind = (window.cut[:, None, :] + 1 + step[None, :, None]).reshape(batch, -1)
+    position = jnp.concatenate([window.position, behind], axis=1)
+    room = model.empty_rows(batch, position.shape[1], params["embedding"].dtype)
+    rows, token, found = place(room, window.rows, jnp.arange(size, dtype=jnp.int32)), window.first, []
+    own = np.eye(num_cuts, dtype=bool)
+    for index in range(num_tokens):
+        is_run = np.repeat(np.arange(num_tokens) < index, num_cuts)
+        reads = np.concatenate([np.tile(own, num_tokens) & is_run, own], axis=1)
+        reads = jnp.broadcast_to(jnp.asarray(reads)[None], (batch, *reads.shape))
+        mask = Ancestors(jnp.concatenate([_before_cut(window), reads], axis=2))
         staged = stage((None,) * len(rows), rows, position)
-        out = model.apply(params, token, window.cut + index, staged, mask=Ancestors(allowed))
+        out = model.apply(params, token, window.cut + 1 + index, staged, mask=mask)
         logits = model.logits(params, out.hidden)
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         found.append(logits)
-        rows = tuple(map(_joined, rows, out.rows))
-        position = jnp.concatenate([position, window.cut + index], axis=1)
-        allowed = jnp.concatenate([allowed, jnp.broadcast_to(own, (len(token), *own.shape[1:]))], axis=2)
+        rows = place(rows, out.rows, size + index * num_cuts + jnp.arange(num_cuts, dtype=jnp.int32))
     return jnp.stack(found, axis=2)
 
 
@@ -143,14 +147,13 @@ def _guessed(model: Model, params: Params, embedding: Float[Array, "m n D"], win
     chains = num_cuts * ensemble
     vectors = jnp.moveaxis(embedding, 1, 0).reshape(1, ensemble * distances, width)
     vectors = jnp.broadcast_to(vectors[:, None], (batch, num_cuts, ensemble * distances, width))
-    vectors = vectors.reshape(batch, chains * distances, width).astype(window.rows[0].key.dtype)
+    vectors = vectors.reshape(batch, chains * distances, width).astype(params["embedding"].dtype)
     of_chain = jnp.repeat(window.cut, ensemble, axis=1)
     position = (of_chain[:, :, None] + 1 + jnp.arange(distances, dtype=jnp.int32)[None, None, :]).reshape(batch, -1)
     before = jnp.repeat(_before_cut(window), ensemble * distances, axis=1)
     own = np.kron(np.eye(chains, dtype=bool), np.tri(distances, dtype=bool))
     allowed = jnp.concatenate([before, jnp.broadcast_to(jnp.asarray(own)[None], (batch, *own.shape))], axis=2)
-    text_position = jnp.broadcast_to(jnp.arange(before.shape[2], dtype=jnp.int32), (batch, before.shape[2]))
-    staged = stage((None,) * len(window.rows), window.rows, text_position)
+    staged = stage((None,) * len(window.rows), window.rows, window.position)
     out = model.apply(params, vectors, position, staged, mask=Ancestors(allowed))
     logits = model.logits(params, out.hidden).reshape(batch, num_cuts, ensemble, distances, -1)
     return jnp.mean(logits, axis=2)
@@ -158,12 +161,7 @@ def _guessed(model: Model, params: Params, embedding: Float[Array, "m n D"], win
 
 def _before_cut(window: Window) -> Bool[Array, "B A T"]:
     """Which tokens of the window stand before each cut."""
-    size = window.rows[0].key.shape[2]
-    return jnp.arange(size, dtype=jnp.int32)[None, None, :] <= window.cut[:, :, None]
-
-
-def _joined(first: KVRows, second: KVRows) -> KVRows:
-    return jax.tree.map(lambda one, other: jnp.concatenate([one, other], axis=2), first, second)
+    return window.position[:, None, :] <= window.cut[:, :, None]
 
 
 def _accuracy_sums(

@@ -9,13 +9,12 @@ else, and for gradients, plain JAX does (`attend_xla.py`).
 """
 
 from functools import partial
-from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.attend_kernels import attend_in_kernels, choose_attention
 from decodax.layers.attention.attend_xla import attend_in_xla
+from decodax.layers.attention.gradients import with_gradients_of
 from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.sinks import without_share
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
@@ -48,15 +47,6 @@ def attend(
         return without_share(*in_xla(query, key, value, position, mask, cache), sink)
     in_kernels = partial(attend_in_kernels, scale=scale, softcap=softcap, choice=choice, execution=execution)
 
-    @jax.custom_vjp
-    def attention(*operands: Any) -> tuple[Array, Array]:
-        return in_kernels(*operands)
-
-    def forward(*operands: Any) -> tuple[tuple[Array, Array], Any]:
-        return in_kernels(*operands), operands
-
-    def backward(operands: Any, cotangents: tuple[Array, Array]) -> Any:
-        return jax.vjp(in_xla, *operands)[1](cotangents)
-
-    attention.defvjp(forward, backward)
-    return without_share(*attention(query, key, value, position, mask, cache), sink)
+    attention = with_gradients_of(in_xla, in_kernels)
+    output, lse = attention(query, key, value, position, mask, cache)
+    return without_share(output, lse, sink)

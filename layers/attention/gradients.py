@@ -7,7 +7,7 @@ import jax
 
 
 def with_gradients_of(plain: Callable[..., Any], in_kernels: Callable[..., Any]) -> Callable[..., Any]:
-    """`in_kernels`, whose gradients are those of `plain`, which computes the same in JAX; both take positional trees."""
+    """`in_kernels` with the gradients of `plain`, which computes the same in JAX; both take trees, by position."""
 
     @jax.custom_vjp
     def function(*operands: Any) -> Any:

@@ -23,8 +23,8 @@ def predecessors(
     tail: those of the W - 1 tokens committed last. staged: columns and positions of the tokens staged in front.
 
     Of the new and the staged tokens, those that the mask lets a token read are its ancestors. It has to let it read its
-    W - 1 predecessors: a window narrower than W must not be part of it. What is gathered is copied and never multiplied,
-    so a broken token reaches only those behind it.
+    W - 1 predecessors: a window narrower than W must not be part of it. Columns are copied and never multiplied, so a
+    broken token reaches only those behind it.
     """
     num_tokens, width = columns.shape[1], tail.shape[1] + 1
     if staged is None and mask.span(is_new=True) is not None:

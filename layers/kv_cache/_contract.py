@@ -3,6 +3,8 @@
 A cache is a frozen pytree of fixed-size buffers. Layers `read` it; after verification `commit` gives a new one with the
 accepted tokens written behind those it held. A policy is a class (or anything with `empty`) that makes caches: full
 precision or quantised, all tokens or some of them.
+
+Not every cache can do what some methods need: `Rewindable` and `MarksTokens` say which can.
 """
 
 from typing import Any, Protocol, Self, runtime_checkable
@@ -33,6 +35,27 @@ class Cache(Protocol):
     def commit(self, rows: Any, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> Self:
         """Appends `count[b]` of a forward's tokens: the first ones, or those listed in `path[b]`."""
         ...
+
+
+@runtime_checkable
+class Rewindable(Protocol):
+    """A cache from which the last tokens can be taken out again: it keeps each by itself, unlike a recurrent state."""
+
+    def rewound(self, length: Int[Array, " B"]) -> Self:
+        """The cache without the tokens behind the first `length[b]` of a row; a row that has fewer stays as it is."""
+        ...
+
+
+@runtime_checkable
+class MarksTokens(Protocol):
+    """A cache that may know of tokens for which its layer did not run.
+
+    marks_tokens: whether it does. Then `commit` takes rows whose `kept` is false for some tokens: they count in
+    `length`, and no later token finds anything of them.
+    """
+
+    @property
+    def marks_tokens(self) -> bool: ...
 
 
 @runtime_checkable

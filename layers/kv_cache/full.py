@@ -1,8 +1,8 @@
 """The plain key-value cache: every token's keys and values, one fixed-size buffer per layer.
 
 A layer only reads it and hands back its new rows (`KVRows`); `commit` writes the accepted ones afterwards. Rejected
-tokens therefore never enter a cache, and rolling back means writing nothing (or lowering `length`). Slot s holds
-position s.
+tokens therefore never enter a cache, and rolling back means writing nothing (or lowering `length`, as `rewound` does).
+Slot s holds position s.
 
 Layout [B, K, S, H]: on CPU all layouts of keys and values read within 10 % of each other, and this one writes rows
 whole.
@@ -77,6 +77,14 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.key.shape[2]
+
+    @property
+    def marks_tokens(self) -> bool:
+        return self.kept is not None
+
+    def rewound(self, length: Int[Array, " B"]) -> "KVCache":
+        """The cache without the tokens behind the first `length[b]` of a row."""
+        return dataclasses.replace(self, length=jnp.minimum(self.length, length))
 
     def read(
         self, start: Int[Array, ""], num_tokens: int

@@ -11,19 +11,17 @@ from typing import Any
 from jaxtyping import Array, Int
 
 from decodax.layers import pytree
-from decodax.layers.kv_cache._contract import Cache
-from decodax.layers.kv_cache.full import KVRows
 
 
 @pytree.dataclass
 class Staged:
     """`rows` of U uncommitted tokens at `position`, behind those of `cache`; the mask hides slots not yet filled.
 
-    Without a cache nothing precedes them.
+    Both are what this layer keeps (`Mixer.empty_cache`, `Mixer.empty_rows`). Without a cache nothing precedes them.
     """
 
-    cache: Cache | None
-    rows: KVRows
+    cache: Any
+    rows: Any
     position: Int[Array, "B U"]
 
 

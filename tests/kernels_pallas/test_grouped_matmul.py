@@ -24,6 +24,7 @@ CASES = {
     "empty groups, one row, rows of nobody": (100, 63, 200, "float32", [0, 30, 1, 0, 40, 9], True),
     "nothing at all": (20, 63, 100, "float32", [0, 0, 0], False),
     "whole tiles and remainders": (300, 100, 192, "bfloat16", [255, 0, 44], False),
+    "more groups than rows": (5, 63, 40, "float32", [0, 0, 2, 0, 1, 0, 0, 0, 1, 0, 0, 0], True),
     "few tokens, many steps": (13, 1000, 79, "bfloat16", [1, 0, 7, 2, 3], False),
     "gated whole tiles, many steps": (200, 320, 128, "bfloat16", [130, 64], True),
 }

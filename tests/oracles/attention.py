@@ -4,9 +4,9 @@ import numpy as np
 
 
 def attention(query, keys, values, readable, scale, softcap=None):
-    """query [N, H]; keys and values [M, K, H]; readable [M] or [M, K]: the mixture of values per head, [N, H]."""
+    """query [N, H], keys [M, K, H], values [M, K, I], readable [M] or [M, K]: each head's mixture of values, [N, I]."""
     num_heads, group = query.shape[0], query.shape[0] // keys.shape[1]
-    output = np.zeros(query.shape, np.float64)
+    output = np.zeros((num_heads, values.shape[2]), np.float64)
     for head in range(num_heads):
         may_read = readable if readable.ndim == 1 else readable[:, head // group]
         scores = scale * keys[may_read, head // group].astype(np.float64) @ query[head].astype(np.float64)

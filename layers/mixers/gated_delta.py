@@ -1,0 +1,178 @@
+"""The gated delta rule as a layer, as in Qwen3-Next: a state per head that replaces what it holds under a token's key.
+
+Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464.
+
+    u_t = beta_t (v_t - k_t a_t S_{t-1})        S_t = a_t S_{t-1} + k_t^T u_t
+    out(norm(scale q_t S_t) * silu(z_t))        a_t = exp(-exp(decay_rate) softplus(x_a + decay_bias))
+
+Queries, keys and values first pass a causal convolution over the last W tokens, channel by channel, and an activation;
+queries and keys are then scaled to length 1. As in Qwen3-Next, a key head serves several consecutive value heads, the
+norm is one RMSNorm for all heads over each head's channels, and decay and beta are one number per value head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from decodax.layers.attention.attend_invariant import Tile
+from decodax.layers.attention.mask import Mask
+from decodax.layers.attention.predecessors import predecessors
+from decodax.layers.execution import Execution
+from decodax.layers.feed_forward import ACTIVATIONS
+from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.full import KVCache
+from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
+from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.linear import linear
+from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.recurrence.block import past_of
+from decodax.layers.recurrence.delta import delta_recurrence
+from decodax.layers.weight import Weight, fetch
+
+LENGTH_EPS = 1e-6  # added to the squared length of queries and keys
+
+
+@dataclass(frozen=True)
+class GatedDeltaConfig:
+    """`num_key_heads` K of `key_size` channels serve `num_value_heads` N = K G of `value_size`; a state per value head.
+
+    convolution_width: W, tokens that the convolution reads, its own included. activation: behind it, a name of
+    ACTIVATIONS. scale: multiplies query x key.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_size: int
+    value_size: int
+    convolution_width: int
+    activation: str
+    scale: float
+    norm: RMSNormConfig
+
+    def __post_init__(self) -> None:
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                "num_value_heads must be a multiple of num_key_heads, got "
+                f"{self.num_value_heads} and {self.num_key_heads}"
+            )
+        if self.convolution_width < 2:
+            raise ValueError(f"convolution_width must be at least 2 tokens, got {self.convolution_width}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
+
+    @property
+    def num_columns(self) -> int:
+        """Channels that are convolved: all heads' queries, then keys, then values."""
+        return 2 * self.num_key_heads * self.key_size + self.num_value_heads * self.value_size
+
+    def weights(self, hidden_size: int) -> dict[str, Any]:
+        """Rows of `query_key_value_gate` and `beta_decay` lie key head by key head.
+
+        Each key head has its query, its key, then the values and then the gates of its G value heads; and G betas, then
+        G decays.
+        """
+        values = self.num_value_heads * self.value_size
+        mixed = self.num_columns + values
+        return {
+            "query_key_value_gate": Weight(("KH", "D"), (mixed, hidden_size)),
+            "beta_decay": Weight(("KG", "D"), (2 * self.num_value_heads, hidden_size)),
+            "convolution": Weight(("H", "T"), (self.num_columns, self.convolution_width)),
+            "decay_rate": Weight(("N",), (self.num_value_heads,), "zeros"),
+            "decay_bias": Weight(("N",), (self.num_value_heads,), "ones"),
+            "norm": self.norm.weights(self.value_size, "H"),
+            "out": Weight(("D", "NH"), (hidden_size, values)),
+        }
+
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
+        return GatedDelta(self, hidden_size, name=name)
+
+    def empty_cache(
+        self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
+    ) -> RecurrentCache:
+        """A state of fixed size, and the convolution's tail in `dtype`; `policy` is for layers that keep tokens."""
+        state_shape = (self.num_value_heads, self.key_size, self.value_size)
+        return RecurrentCache.empty(
+            batch_size, state_shape, capacity, dtype, (self.convolution_width - 1, self.num_columns)
+        )
+
+    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> RecurrentRows:
+        return self.empty_cache(batch_size, 0, dtype).empty_rows(num_tokens, dtype, per_channel=False)
+
+
+class GatedDelta(nn.Module):
+    """out(norm(gated delta rule) * silu(z)); no positions but those that decay and convolution make."""
+
+    config: GatedDeltaConfig
+    hidden_size: int
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        row_length: Int[Array, "B T"],
+        cache: RecurrentCache | Staged | Tile | None,
+        mask: Mask,
+    ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
+        config = self.config
+        described = config.weights(self.hidden_size)
+        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+        past = past_of(cache, config.empty_cache(inputs.shape[0], 0, inputs.dtype))
+        columns, gate = _columns_and_gate(config, linear(inputs, weight["query_key_value_gate"]))
+        beta, log_decay = _beta_and_decay(config, linear(inputs, weight["beta_decay"]), weight)
+
+        assert past.cache.tail is not None
+        window = predecessors(columns, position, mask, past.cache.tail, past.columns)
+        convolved = jnp.einsum("btwc,cw->btc", window, weight["convolution"], preferred_element_type=jnp.float32)
+        convolved = ACTIVATIONS[config.activation](convolved).astype(inputs.dtype)
+        query, key, value = _heads(config, convolved)
+        read, corrected = delta_recurrence(query, key, value, log_decay, beta, position, mask, past, scale=config.scale)
+        normed = RMSNorm(config.norm, config.value_size, "H", name="norm")(read)
+        gated = normed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
+        flat = gated.astype(inputs.dtype).reshape(*inputs.shape[:2], -1)
+        return linear(flat, weight["out"]), RecurrentRows(key, corrected, log_decay, columns)
+
+
+def _columns_and_gate(
+    config: GatedDeltaConfig, projected: Float[Array, "B T features"]
+) -> tuple[Float[Array, "B T columns"], Float[Array, "B T N I"]]:
+    """What is convolved (all queries, all keys, all values), and the gate of each value head."""
+    tokens, size = projected.shape[:2], config.key_size
+    per_key_head = projected.reshape(*tokens, config.num_key_heads, -1)
+    values = config.num_value_heads // config.num_key_heads * config.value_size
+    parts = jnp.split(per_key_head, (size, 2 * size, 2 * size + values), axis=3)
+    columns = jnp.concatenate([part.reshape(*tokens, -1) for part in parts[:3]], axis=2)
+    return columns, parts[3].reshape(*tokens, config.num_value_heads, config.value_size)
+
+
+def _beta_and_decay(
+    config: GatedDeltaConfig, projected: Float[Array, "B T features"], weight: dict[str, Array]
+) -> tuple[Float[Array, "B T N"], Float[Array, "B T N 1"]]:
+    tokens = projected.shape[:2]
+    per_key_head = projected.astype(jnp.float32).reshape(*tokens, config.num_key_heads, 2, -1)
+    beta, decay = (per_key_head[:, :, :, part].reshape(*tokens, -1) for part in range(2))
+    rate = jnp.exp(weight["decay_rate"].astype(jnp.float32))[None, None]
+    bias = weight["decay_bias"].astype(jnp.float32)[None, None]
+    return jax.nn.sigmoid(beta), (-rate * jax.nn.softplus(decay + bias))[..., None]
+
+
+def _heads(
+    config: GatedDeltaConfig, convolved: Float[Array, "B T columns"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N I"]]:
+    """Queries and keys of length 1, repeated for the value heads that they serve, and values."""
+    tokens, keys = convolved.shape[:2], config.num_key_heads * config.key_size
+    query, key, value = jnp.split(convolved, (keys, 2 * keys), axis=2)
+    group = config.num_value_heads // config.num_key_heads
+
+    def directions(flat: Array) -> Array:
+        heads = flat.reshape(*tokens, config.num_key_heads, config.key_size).astype(jnp.float32)
+        length = jax.lax.rsqrt(jnp.sum(jnp.square(heads), axis=3, keepdims=True) + LENGTH_EPS)
+        return jnp.repeat((heads * length).astype(convolved.dtype), group, axis=2)
+
+    value = value.reshape(*tokens, config.num_value_heads, config.value_size)
+    return directions(query), directions(key), value

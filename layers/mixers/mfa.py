@@ -1,0 +1,101 @@
+"""Many query heads made through a low rank, and one large key head and value head that all of them share.
+
+Multi-matrix Factorization Attention, arXiv 2412.19255; Step-3 is Large yet Affordable: Model-system Co-design for
+Cost-effective Decoding, arXiv 2507.19427. The norm between the two matrices of the queries is Step-3's. The variant
+whose values are made from the keys (MFA-KR) is not built.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from decodax.layers.attention.attend import attend
+from decodax.layers.attention.attend_invariant import Tile, attend_invariant
+from decodax.layers.attention.mask import Mask
+from decodax.layers.execution import Execution
+from decodax.layers.kv_cache._contract import Cache, CachePolicy
+from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.linear import linear
+from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.rope import Rope, rotate
+from decodax.layers.weight import Weight, fetch
+
+
+@dataclass(frozen=True)
+class MFAConfig:
+    """query_rank: numbers that all heads' queries are made from, after `norm`. `scale` multiplies query x key."""
+
+    num_heads: int
+    head_size: int
+    query_rank: int
+    rope: Rope
+    scale: float
+    norm: RMSNormConfig
+
+    def __post_init__(self) -> None:
+        if self.rope.rotary_size > self.head_size:
+            raise ValueError(f"rotary_size must be at most the head size {self.head_size}, got {self.rope.rotary_size}")
+
+    def weights(self, hidden_size: int) -> dict[str, Any]:
+        """Keys and values have one head, which every device that has some of the query heads needs whole."""
+        wide, size, rank = self.num_heads * self.head_size, self.head_size, self.query_rank
+        return {
+            "query_down": Weight(("R", "D"), (rank, hidden_size)),
+            "query_norm": self.norm.weights(rank, "R"),
+            "query_up": Weight(("NH", "R"), (wide, rank)),
+            "key": Weight(("H", "D"), (size, hidden_size)),
+            "value": Weight(("H", "D"), (size, hidden_size)),
+            "out": Weight(("D", "NH"), (hidden_size, wide)),
+        }
+
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
+        return MFA(self, hidden_size, execution, name=name)
+
+    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Cache:
+        return policy.empty(batch_size, 1, capacity, self.head_size, dtype)
+
+    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> KVRows:
+        return KVRows.empty(batch_size, 1, num_tokens, self.head_size, dtype)
+
+
+class MFA(nn.Module):
+    """out(attend(rope(query_up(norm(query_down(x)))), rope(key(x)), value(x))): all heads read one key and one value.
+
+    Reads the cache, returns the new rows beside the output.
+    """
+
+    config: MFAConfig
+    hidden_size: int
+    execution: Execution
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        row_length: Int[Array, "B T"],
+        cache: Cache | Staged | Tile | None,
+        mask: Mask,
+    ) -> tuple[Float[Array, "B T D"], KVRows]:
+        config = self.config
+        described = config.weights(self.hidden_size)
+        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+
+        compressed = linear(inputs, weight["query_down"])
+        compressed = RMSNorm(config.norm, config.query_rank, "R", name="query_norm")(compressed)
+        query = linear(compressed, weight["query_up"]).reshape(*inputs.shape[:2], config.num_heads, -1)
+        cos, sin = config.rope.angles(position, row_length)
+        query = rotate(query, cos, sin)
+        key = rotate(linear(inputs, weight["key"])[:, :, None], cos, sin)
+        key, value = jnp.moveaxis(key, 1, 2), linear(inputs, weight["value"])[:, None]
+        scores = {"scale": config.scale, "softcap": None}
+        if isinstance(cache, Tile):
+            mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
+        else:
+            mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
+        return linear(mixed.reshape(*inputs.shape[:2], -1), weight["out"]), KVRows(key, value)

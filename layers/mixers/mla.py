@@ -1,0 +1,162 @@
+"""Multi-head latent attention: what the heads' keys and values are made from is one small vector per token, and cached.
+
+DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model, arXiv 2405.04434; DeepSeek-V3
+Technical Report, arXiv 2412.19437. Weights as in transformers' deepseek_v2 and deepseek_v3, but for `kv_b_proj`, which
+is split into the part that makes keys and the part that makes values.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS
+from decodax.layers.attention.attend_absorbed import attend_absorbed, unstaged
+from decodax.layers.attention.attend_expanded import Expansion, attend_expanded
+from decodax.layers.attention.attend_invariant import Tile
+from decodax.layers.attention.mask import Mask
+from decodax.layers.execution import Execution
+from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.full import KVCache, MarkedCache
+from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.linear import linear
+from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.rope import Rope, rotate
+from decodax.layers.weight import Weight, fetch
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Sizes of a head: `nope_size` numbers of a key carry no position, rope.rotary_size do; a value has `value_size`.
+
+    latent_rank: numbers of a latent (R). query_rank: of what queries are made from, normed; None: from the input.
+    scale: multiplies query x key. norm: of latents and of what queries are made from. bias: of the projections to them
+        and of the one out. rope_interleaved: rotated pairs are neighbours in the weights' rows, as in DeepSeek's files.
+    """
+
+    num_heads: int
+    nope_size: int
+    value_size: int
+    latent_rank: int
+    query_rank: int | None
+    rope: Rope
+    scale: float
+    norm: RMSNormConfig
+    rope_interleaved: bool
+    bias: bool = False
+
+    @property
+    def rope_size(self) -> int:
+        return self.rope.rotary_size
+
+    @property
+    def most_absorbed_tokens(self) -> int:
+        """How many new tokens behind a cache at most read the latents themselves (`attend_absorbed.py`).
+
+        T tokens cost T (2 R + H) multiplications per head and cached token there, and T (I + H + J) + R (I + J) on keys
+        and values made anew; with DeepSeek-V3's sizes, up to T = 170 the first are fewer. The kernel for it takes 128.
+        """
+        expanded_size = self.nope_size + self.value_size
+        more_per_token = 2 * self.latent_rank - expanded_size
+        if more_per_token <= 0:
+            return MAX_NEW_TOKENS
+        return min(self.latent_rank * expanded_size // more_per_token, MAX_NEW_TOKENS)
+
+    def weights(self, hidden_size: int) -> dict[str, Any]:
+        query_size, rank = self.num_heads * (self.nope_size + self.rope_size), self.latent_rank
+        keys, values = self.num_heads * self.nope_size, self.num_heads * self.value_size
+        weights: dict[str, Any] = {
+            "latent_down": Weight(("R", "D"), (rank + self.rope_size, hidden_size)),
+            "latent_norm": self.norm.weights(rank, "R"),
+            "key_up": Weight(("NH", "R"), (keys, rank)),
+            "value_up": Weight(("NH", "R"), (values, rank)),
+            "out": Weight(("D", "NH"), (hidden_size, values)),
+        }
+        if self.query_rank is None:
+            weights["query"] = Weight(("NH", "D"), (query_size, hidden_size))
+        else:
+            weights["query_down"] = Weight(("R", "D"), (self.query_rank, hidden_size))
+            weights["query_norm"] = self.norm.weights(self.query_rank, "R")
+            weights["query_up"] = Weight(("NH", "R"), (query_size, self.query_rank))
+        if self.bias:
+            weights["latent_down_bias"] = Weight(("R",), (rank + self.rope_size,), "zeros")
+            weights["out_bias"] = Weight(("D",), (hidden_size,), "zeros")
+            if self.query_rank is not None:
+                weights["query_down_bias"] = Weight(("R",), (self.query_rank,), "zeros")
+        return weights
+
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
+        return MLA(self, hidden_size, execution, name=name)
+
+    def empty_cache(
+        self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
+    ) -> LatentCache:
+        """Of the policies only MarkedCache makes a difference: there are no keys and values to keep in another form."""
+        track_kept = policy is MarkedCache
+        return LatentCache.empty(batch_size, capacity, self.latent_rank, self.rope_size, dtype, track_kept=track_kept)
+
+    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> LatentRows:
+        return LatentRows.empty(batch_size, num_tokens, self.latent_rank, self.rope_size, dtype)
+
+
+class MLA(nn.Module):
+    """c = norm(W_dkv x), k_rope = rope(W_kr x); a head's key is [W_uk c; k_rope], its value W_uv c; then attention.
+
+    Reads the cache, returns the new rows beside the output.
+    """
+
+    config: MLAConfig
+    hidden_size: int
+    execution: Execution
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        row_length: Int[Array, "B T"],
+        cache: LatentCache | Staged | Tile | None,
+        mask: Mask,
+    ) -> tuple[Float[Array, "B T D"], LatentRows]:
+        config = self.config
+        if isinstance(cache, Tile):
+            raise ValueError("latent attention has no invariant mode: use a model with invariant=False")
+        described = config.weights(self.hidden_size)
+        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+
+        def project(name: str, inputs: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
+            return linear(inputs, weight[name], weight.get(f"{name}_bias"))
+
+        cos, sin = config.rope.angles(position, row_length)
+        if config.query_rank is None:
+            flat = project("query", inputs)
+        else:
+            compressed = RMSNorm(config.norm, config.query_rank, "R", name="query_norm")(project("query_down", inputs))
+            flat = project("query_up", compressed)
+        query = flat.reshape(*inputs.shape[:2], config.num_heads, -1)
+        query_nope = query[..., : config.nope_size]
+        query_rope = rotate(query[..., config.nope_size :], cos, sin, interleaved=config.rope_interleaved)
+
+        down = project("latent_down", inputs)
+        latent = RMSNorm(config.norm, config.latent_rank, "R", name="latent_norm")(down[..., : config.latent_rank])
+        shared_key = down[:, :, None, config.latent_rank :]
+        rope_key = rotate(shared_key, cos, sin, interleaved=config.rope_interleaved)[:, :, 0]
+        rows = LatentRows(latent, rope_key)
+
+        key_up, value_up = weight["key_up"], weight["value_up"]
+        options = {"scale": config.scale, "execution": self.execution}
+        if cache is None or unstaged(cache) is None or inputs.shape[1] > config.most_absorbed_tokens:
+            query = jnp.concatenate([query_nope, query_rope], axis=3)
+            expand = Expansion(key_up, value_up, config.num_heads)
+            mixed = attend_expanded(query, rows, expand, position, mask, cache, **options)
+        else:
+            by_head = (config.num_heads, -1, config.latent_rank)
+            query_latent = jnp.einsum("btni,nir->btnr", query_nope, key_up.reshape(by_head))
+            mixed = attend_absorbed(query_latent, query_rope, rows, position, mask, cache, **options)
+            mixed = jnp.einsum("btnr,njr->btnj", mixed, value_up.reshape(by_head))
+        flat = mixed.reshape(*inputs.shape[:2], -1)
+        return project("out", flat), rows

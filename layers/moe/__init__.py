@@ -1,0 +1,4 @@
+"""Mixtures of experts from parts that are data: a router says who goes where, a placement where experts are.
+
+`layer.py` is the layer, `routers/` choose experts for tokens, `experts/` are the ways to run them, all with one result.
+"""

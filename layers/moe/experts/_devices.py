@@ -1,0 +1,151 @@
+"""Running a function on the devices that hold the experts, each with its own part of the weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from decodax.layers.execution import Execution
+from decodax.layers.moe.dispatch import Exchange, Slots, combine, exchange_in_rounds
+from decodax.layers.moe.experts._contract import Setting
+from decodax.layers.moe.placement import Placement
+from decodax.layers.moe.routes import Routes
+from decodax.sharding.rules import automatic
+
+AXES = {
+    "gate": ("E", "F", "D"),
+    "up": ("E", "F", "D"),
+    "down": ("E", "D", "F"),
+    "gate_bias": ("E", "F"),
+    "up_bias": ("E", "F"),
+    "down_bias": ("E", "D"),
+}
+MeshAxes = str | tuple[str, ...]
+
+
+def mesh_axes(execution: Execution, letter: str) -> MeshAxes | None:
+    """Over which axes of the mesh a dimension of the weights is split, None for none."""
+    return None if execution.mesh is None else execution.rules.spec(execution.mesh, (letter,))[0]
+
+
+def expert_axes(execution: Execution, way: str) -> MeshAxes:
+    """The mesh axes over which experts are split.
+
+    Raises ValueError, naming the way to run them, if they are not.
+    """
+    axes = mesh_axes(execution, "E")
+    if axes is None:
+        raise ValueError(
+            f"experts={way!r} needs experts that are split over devices: give Execution a mesh, and rules with a pair "
+            f"('E', one of its axes); got rules {execution.rules.pairs} and a mesh with the axes "
+            f"{None if execution.mesh is None else execution.mesh.axis_names}. On one device use 'sorted'"
+        )
+    return axes
+
+
+def placement_for(setting: Setting, num_slots: int, num_devices: int) -> Placement:
+    """The placement of a setting; without one, experts in their order, the same number on each device.
+
+    num_slots: that the weights have. Raises ValueError if they are not those of the placement, or do not divide.
+    """
+    placement = setting.placement
+    if placement is None:
+        placement = Placement.contiguous(num_slots, num_devices)
+        if placement.num_slots != num_slots:
+            raise ValueError(
+                f"{num_slots} experts do not divide over {num_devices} devices: use a placement with empty slots "
+                f"(Placement.contiguous({num_slots}, {num_devices}), and its `arrange` for the weights)"
+            )
+    if placement.num_slots != num_slots:
+        raise ValueError(
+            f"the placement has {placement.num_slots} slots and the weights are for {num_slots}: bring them into its "
+            f"order with Placement.arrange"
+        )
+    if num_devices > 1 and placement.num_devices != num_devices:
+        raise ValueError(f"the placement is for {placement.num_devices} devices, experts are split over {num_devices}")
+    return placement
+
+
+def on_devices(
+    function: Callable[..., Any],
+    execution: Execution,
+    weights: dict[str, Any],
+    *,
+    tokens: MeshAxes | None,
+    weight_axes: dict[str, tuple[str, ...]] = AXES,
+) -> Callable[..., tuple[Array, Array]]:
+    """`function(tokens, slot, gate, weights)` run by every device, giving (tokens, a number that all agree on).
+
+    tokens: the mesh axes over which tokens are split, None if every device has all of them.
+    """
+    if execution.mesh is None:
+        return function
+    mesh = automatic(execution.mesh)
+    weight_specs = {name: execution.rules.spec(mesh, weight_axes[name]) for name in weights}
+    per_token = PartitionSpec(tokens)
+    in_specs = (per_token, per_token, per_token, weight_specs)
+    out_specs = (per_token, PartitionSpec())
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def run_exchanged(
+    tokens: Float[Array, "M D"],
+    assigned: tuple[Array, Array],
+    weights: dict[str, Any],
+    setting: Setting,
+    *,
+    exchange: Exchange,
+    over: MeshAxes,
+    capacity: int | None,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda weights: weights,
+) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
+    """Each device takes its share of the tokens, sends them to their experts by `exchange`, and adds up what returns.
+
+    assigned: slots [M, Y] and gates. prepare: what a device does with its weights before it runs them.
+    capacity: assignments from one device to another in one round; None for twice the mean.
+    """
+    execution, num_tokens = setting.execution, tokens.shape[0]
+    num_devices = execution.num_parts("E")
+    per_device = -(-num_tokens // num_devices)
+    slot, gate = assigned
+    if capacity is None:
+        capacity = default_capacity(per_device * slot.shape[1], num_devices)
+
+    def local(tokens: Array, slot: Array, gate: Array, weights: dict[str, Any]) -> tuple[Array, Array]:
+        slots = local_slots(prepare(weights), setting)
+        results, num_overflowed = exchange_in_rounds(
+            tokens, slot, slots=slots, num_devices=num_devices, capacity=capacity, exchange=exchange, over=over
+        )
+        return combine(results, gate, slot >= 0).astype(tokens.dtype), num_overflowed
+
+    missing = per_device * num_devices - num_tokens
+    tokens, gate = (jnp.pad(array, ((0, missing), (0, 0))) for array in (tokens, gate))
+    slot = jnp.pad(slot, ((0, missing), (0, 0)), constant_values=-1)
+    output, num_overflowed = on_devices(local, execution, weights, tokens=over)(tokens, slot, gate, weights)
+    return output[:num_tokens], num_overflowed
+
+
+def default_capacity(num_assignments: int, num_devices: int) -> int:
+    """Twice what each device gets if all get the same, at least 8 (one tile of rows), at most all."""
+    return min(num_assignments, max(8, -(-2 * num_assignments // num_devices)))
+
+
+def local_slots(weights: dict[str, Any], setting: Setting) -> Slots:
+    """A device's own experts; where F is split over another mesh axis, with their results added up over it."""
+    execution = setting.execution
+    return Slots(weights, setting.activation, execution.implementation, mesh_axes(execution, "F"))
+
+
+def check_routes(routes: Routes, tokens: Array) -> None:
+    """Raises ValueError unless the routes are of these tokens."""
+    if routes.expert.ndim != 2 or routes.expert.shape[0] != tokens.shape[0]:
+        raise ValueError(f"routes must be [M, X] for {tokens.shape[0]} tokens (M), got {routes.expert.shape}")
+
+
+def check_capacity(capacity: int | None) -> None:
+    """Raises ValueError for a capacity that nothing fits into."""
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1 (choices from one device to another), or None, got {capacity}")

@@ -1,0 +1,150 @@
+"""A mixture of experts as a feed-forward layer: each token goes through the experts that a router chooses for it.
+
+DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models, arXiv 2401.06066: many small
+experts, and shared ones that every token goes through, here one gated MLP of their joint width. DeepSpeed-MoE, arXiv
+2201.05596: an MLP for all tokens beside one expert, their outputs mixed by learned shares (as its code has it; the
+paper adds them up), and more experts in deeper layers, which is another config for each block.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from decodax.layers.execution import Execution
+from decodax.layers.feed_forward import Activation, GatedMLP, GatedMLPConfig, check_activation
+from decodax.layers.linear import linear
+from decodax.layers.moe.experts import Setting, choose_way
+from decodax.layers.moe.placement import Placement
+from decodax.layers.moe.routers import Router
+from decodax.layers.moe.routes import Routes
+from decodax.layers.weight import Weight, fetch
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """sum of the chosen experts, each times its gate, + shared(x).
+
+    intermediate_size: F of each expert. bias: adds one to each of an expert's three products.
+    shared: an MLP for all tokens. shared_gate: its output is multiplied with sigmoid(w x), one number per token
+    (Qwen2-MoE). residual_mix: experts and shared are mixed by softmax(W x + b), two numbers per token, in place of
+    being added (DeepSpeed-MoE).
+    placement: where experts are; the layer's weights are then in the order of its slots (`Placement.arrange`).
+    """
+
+    router: Router
+    intermediate_size: int
+    activation: Activation = "silu"
+    bias: bool = False
+    shared: GatedMLPConfig | None = None
+    shared_gate: bool = False
+    residual_mix: bool = False
+    placement: Placement | None = None
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+        if self.shared is None and (self.shared_gate or self.residual_mix):
+            raise ValueError("shared_gate and residual_mix are about the shared MLP: give `shared`, or leave them out")
+        if self.shared_gate and self.residual_mix:
+            raise ValueError("shared_gate and residual_mix both scale the shared MLP: choose one")
+        placement = self.placement
+        if placement is None:
+            return
+        if placement.num_experts != self.router.num_experts:
+            raise ValueError(
+                f"the placement must be of the router's {self.router.num_experts} experts, got one of "
+                f"{placement.num_experts}"
+            )
+        if self.intermediate_size % placement.slices:
+            raise ValueError(
+                f"intermediate_size must divide into the placement's {placement.slices} slices, got "
+                f"{self.intermediate_size}"
+            )
+
+    def weights(self, hidden_size: int) -> dict[str, Any]:
+        placement = self.placement
+        held = self.router.num_experts if placement is None else placement.num_slots
+        wide = self.intermediate_size // (1 if placement is None else placement.slices)
+        experts = {
+            "gate": Weight(("E", "F", "D"), (held, wide, hidden_size)),
+            "up": Weight(("E", "F", "D"), (held, wide, hidden_size)),
+            "down": Weight(("E", "D", "F"), (held, hidden_size, wide)),
+        }
+        if self.bias:
+            experts |= {
+                "gate_bias": Weight(("E", "F"), (held, wide), "zeros"),
+                "up_bias": Weight(("E", "F"), (held, wide), "zeros"),
+                "down_bias": Weight(("E", "D"), (held, hidden_size), "zeros"),
+            }
+        weights: dict[str, Any] = {"router": self.router.weights(hidden_size), "experts": experts}
+        if self.shared is not None:
+            weights["shared"] = self.shared.weights(hidden_size)
+        if self.shared_gate:
+            weights["shared_gate"] = Weight(("X", "D"), (1, hidden_size))
+        if self.residual_mix:
+            weights["residual_mix"] = Weight(("X", "D"), (2, hidden_size))
+            weights["residual_mix_bias"] = Weight(("X",), (2,), "zeros")
+        return weights
+
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
+        return MoE(self, hidden_size, execution, name=name)
+
+
+class _Weights(nn.Module):
+    """A dictionary of weights under one name."""
+
+    described: dict[str, Weight]
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        return {name: fetch(self, name, weight) for name, weight in self.described.items()}
+
+
+class MoE(nn.Module):
+    """Routes all tokens, runs their experts in the way of the execution, and adds what all tokens share."""
+
+    config: MoEConfig
+    hidden_size: int
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routes]:
+        config, described = self.config, self.config.weights(self.hidden_size)
+        with jax.named_scope("route"):
+            router = _Weights(described["router"], name="router")()
+            routes = config.router.route(inputs, router)
+        with jax.named_scope("experts"):
+            experts = _Weights(described["experts"], name="experts")()
+            tokens = inputs.reshape(-1, inputs.shape[-1])
+            flat = replace(
+                routes, **{part: getattr(routes, part).reshape(len(tokens), -1) for part in ("expert", "gate")}
+            )
+            way = choose_way(self.execution, flat.expert.size)
+            setting = Setting(config.activation, self.execution, config.placement)
+            output, num_overflowed = way.run(tokens, flat, experts, setting)
+            output = output.reshape(inputs.shape)
+        if config.shared is not None:
+            with jax.named_scope("shared"):
+                output = self._with_shared(inputs, output, described)
+        return output, replace(routes, num_overflowed=num_overflowed)
+
+    def _with_shared(
+        self, inputs: Float[Array, "B T D"], output: Float[Array, "B T D"], described: dict[str, Any]
+    ) -> Float[Array, "B T D"]:
+        config = self.config
+        assert config.shared is not None
+        shared, _ = GatedMLP(config.shared, self.hidden_size, name="shared")(inputs)
+        if config.shared_gate:
+            weight = fetch(self, "shared_gate", described["shared_gate"])
+            share = jax.nn.sigmoid(linear(inputs, weight, output_dtype=jnp.float32))
+            return output + share.astype(shared.dtype) * shared
+        if config.residual_mix:
+            weight = fetch(self, "residual_mix", described["residual_mix"])
+            bias = fetch(self, "residual_mix_bias", described["residual_mix_bias"])
+            shares = jax.nn.softmax(linear(inputs, weight, bias, output_dtype=jnp.float32), axis=-1)
+            shares = shares.astype(output.dtype)
+            return shares[..., :1] * output + shares[..., 1:] * shared
+        return output + shared

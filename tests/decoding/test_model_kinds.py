@@ -1,0 +1,315 @@
+"""Every scheme on every kind of model: experts, latent attention, layers with a recurrent state.
+
+A scheme that claims to be lossless has the tokens, logprobs and caches of plain decoding, whose own are held against
+full forwards. What a rejected node had left in a recurrent state would stay there, and show in all of these.
+"""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax import decoding
+from decodax.decoding.depth import FullDepth, RoutedLayers, SkipDecode, SpeculativeExit
+from decodax.decoding.depth._stack import run_stack
+from decodax.decoding.drafters import (
+    DraftModel,
+    DynamicExit,
+    EarlyLayers,
+    Hints,
+    Kangaroo,
+    MedusaHeads,
+    NestedDraft,
+    NoDraft,
+    PromptLookup,
+    PromptTokens,
+    Recording,
+    Replay,
+)
+from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
+from decodax.decoding.prompt_tree import dynamic_trees
+from decodax.decoding.training.kangaroo import initial_adapter
+from decodax.decoding.verifiers import ExactMatch
+from decodax.layers.kv_cache.recurrent import RecurrentCache
+from decodax.models.model import Model, commit
+from tests.model_kinds import (
+    IS_RECURRENT,
+    LAYERS,
+    LENGTHS,
+    NEW,
+    VOCABULARY,
+    WIDTH,
+    draft_of,
+    full_forward,
+    model_of,
+    params_of,
+    plain,
+    start,
+)
+from tests.odd_drafters import RandomTrees
+from tests.speculation import TOLERANCE, assert_same, assert_same_caches
+
+FULL_DEPTH = FullDepth()
+TREES = dynamic_trees([[0.5, 0.2, 0.1], [0.4, 0.2, 0.1]], 12)
+CONFIDENCE = 0.2  # the adapters are surer than this of about half of their tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scheme:
+    """A drafter with its parameters; params: of the target where not the kind's own."""
+
+    drafter: decoding.drafters.Drafter
+    draft_params: object = None
+    depth: object = FULL_DEPTH
+    params: dict | None = None
+
+
+def recorded(kind):
+    return jnp.pad(plain(kind).tokens, ((0, 0), (0, 1)))
+
+
+def exit_layer(kind):
+    return len(LAYERS[kind]) - 1
+
+
+def prompt_embeddings():
+    return {"embedding": jax.random.normal(jax.random.key(3), (2, 1, WIDTH))}
+
+
+def medusa(kind):
+    random = np.random.default_rng(11)
+    heads = initial_heads(params_of(kind), MedusaShape(2))
+    heads = jax.tree.map(lambda leaf: leaf + 0.3 * random.standard_normal(leaf.shape, np.float32), heads)
+    return Scheme(MedusaHeads(model_of(kind), (-1, 0, 0, 0, 1, 1, 2)), heads)
+
+
+def kangaroo(kind):
+    adapter = initial_adapter(model_of(kind), params_of(kind), exit_layer(kind))
+    return Scheme(Kangaroo(model_of(kind), exit_layer(kind), 3, CONFIDENCE), {"adapter": adapter})
+
+
+def nested(kind):
+    inner = decoding.speculative(model_of(kind), PromptTokens(model_of(kind), TREES), ExactMatch())
+    return Scheme(NestedDraft(inner, 3), {"model": draft_of(kind), "drafter": prompt_embeddings()})
+
+
+def specee(kind, *, exits=False):
+    """Predictors that always fire or never do, whatever they read; all tokens are likely ones, so that all may exit."""
+    count = len(LAYERS[kind]) - 1
+    hidden, out = jnp.zeros((count, 3 * VOCABULARY, 2)), jnp.zeros((count, 2))
+    bias = jnp.full(count, 9.0 if exits else -9.0, jnp.float32)
+    weights = {"hidden": hidden, "hidden_bias": out, "out": out, "out_bias": bias}
+    drafter = Hints(model_of(kind), (-1, 0, 1), num_likely=VOCABULARY)
+    return Scheme(drafter, draft_of(kind), SpeculativeExit(), params_of(kind) | {"exit_predictors": weights})
+
+
+def routed(kind, weight=0.0, bias=-99.0, drafter=None):
+    count = len(LAYERS[kind])
+    weights = weight * jax.random.normal(jax.random.key(8), (count, WIDTH))
+    routers = {"weight": weights, "bias": jnp.full(count, bias, jnp.float32)}
+    drafter = RandomTrees(model=model_of(kind)) if drafter is None else drafter
+    params = params_of(kind) | {"routers": routers}
+    return Scheme(drafter, recorded(kind), RoutedLayers(kept_first=0, kept_last=0), params)
+
+
+def skip_decode(kind):
+    """A schedule that begins to fall behind the end of the texts."""
+    depth = SkipDecode(len(LAYERS[kind]), 1, decay_tokens=1000, warmup=0)
+    return Scheme(RandomTrees(model=model_of(kind)), recorded(kind), depth)
+
+
+SCHEMES = {
+    "draft chain": lambda kind: Scheme(DraftModel.chain(model_of(kind), 3), draft_of(kind)),
+    "draft tree": lambda kind: Scheme(DraftModel.likeliest(model_of(kind), (-1, 0, 0, 1, 1, 2)), draft_of(kind)),
+    "random trees": lambda kind: Scheme(RandomTrees(model=model_of(kind)), recorded(kind)),
+    "replay": lambda kind: Scheme(Replay(4, VOCABULARY), Recording.create(recorded(kind), wrong_rate=0.2)),
+    "early layers": lambda kind: Scheme(EarlyLayers(model_of(kind), exit_layer(kind), 3)),
+    "kangaroo": kangaroo,
+    "del": lambda kind: Scheme(DynamicExit(model_of(kind), 3)),
+    "nested": nested,
+    "medusa": medusa,
+    "ppd": lambda kind: Scheme(PromptTokens(model_of(kind), TREES), prompt_embeddings()),
+    "prompt lookup": lambda kind: Scheme(PromptLookup(3, max_ngram=2)),
+    "specee without exits": specee,
+    "first with all layers": routed,
+    "skip_decode at full depth": skip_decode,
+}
+# Those that treat layers in a way of their own; the others, and the same for other kinds, are slow, as compiling takes
+# the time.
+FAST = {
+    "hybrid": {"draft tree", "random trees", "kangaroo", "del", "nested", "first with all layers"},
+    "recurrent": {"early layers", "specee without exits"},
+    "mla": {"draft tree", "specee without exits"},
+    "moe": {"early layers"},
+}
+CASES = [
+    pytest.param(kind, scheme, marks=() if scheme in FAST[kind] else pytest.mark.slow, id=f"{kind}-{scheme}")
+    for kind in LAYERS
+    for scheme in SCHEMES
+]
+
+
+@cache
+def compiled(kind, drafter, depth):
+    return jax.jit(decoding.speculative(model_of(kind), drafter, ExactMatch(), depth))
+
+
+def run(kind, scheme, begun=None):
+    params = params_of(kind) if scheme.params is None else scheme.params
+    begun = start(kind, params, depth=scheme.depth) if begun is None else begun
+    return compiled(kind, scheme.drafter, scheme.depth)(params, scheme.draft_params, begun)
+
+
+def caches_of(kind, params, tokens, count):
+    """Caches into which the first `count[b]` tokens of texts were read at once."""
+    rows, _ = full_forward(kind)(params, tokens)
+    return committed(model_of(kind).empty_cache(*tokens.shape, jnp.float32), rows, count)
+
+
+committed = jax.jit(commit)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_plain_decoding_is_that_of_full_forwards(kind):
+    state = plain(kind)
+    _, logits = full_forward(kind)(params_of(kind), state.tokens)
+    law = jax.nn.log_softmax(np.asarray(logits, np.float64), axis=2)
+    for row, (length, new) in enumerate(zip(LENGTHS, NEW, strict=True)):
+        place = np.arange(length, length + new)
+        token = np.asarray(state.tokens[row])[place]
+        np.testing.assert_allclose(state.logprobs[row][place], law[row, place - 1, token], atol=TOLERANCE)
+        if row == 0:
+            np.testing.assert_array_equal(token, np.argmax(law[row, place - 1], axis=1))
+    assert len(set(np.asarray(state.tokens[0])[LENGTHS[0] : LENGTHS[0] + NEW[0]])) > 2
+    read = caches_of(kind, params_of(kind), state.tokens, state.length - 1)
+    assert_same_caches(state.caches, read)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_equals_plain_decoding(kind, name):
+    scheme = SCHEMES[name](kind)
+    state = run(kind, scheme)
+    assert_same(state, plain(kind))
+    assert int(state.counts.accepted.sum()) > 2  # otherwise nothing was tested
+    assert int(state.num_target_forwards) < int(plain(kind).num_target_forwards)
+    check = DRAFT_CACHES.get(name)
+    if check is not None:
+        check(kind, scheme, state)
+
+
+def check_draft_model(kind, scheme, state):
+    """The draft's own caches hold the first tokens of the text, and nothing that the target refused."""
+    count = state.draft[0].length
+    assert np.all((np.asarray(count) < state.length) & (np.asarray(count) > state.length - 4))
+    assert_same_caches(state.draft, caches_of(kind, draft_of(kind), state.tokens, count))
+
+
+def check_adapter(kind, scheme, state):
+    """It holds every token of a text but the pending one."""
+    adapter, layers = scheme.drafter.adapter, (0, exit_layer(kind))
+
+    @jax.jit
+    def read(params, part, tokens):
+        position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        out = model_of(kind).apply(params, tokens, position, layers=layers)
+        return adapter.apply(part, out.hidden, position)[1]
+
+    rows = read(params_of(kind), scheme.draft_params["adapter"], state.tokens)
+    empty = adapter.empty_cache(*state.tokens.shape, jnp.float32)
+    assert_same_caches((state.draft,), committed((empty,), (rows,), state.length - 1))
+
+
+def check_nested(kind, scheme, state):
+    """States that cannot be rewound hold every token of the text but the pending one."""
+    caches = state.draft.caches
+    read = caches_of(kind, draft_of(kind), state.tokens, state.length - 1)
+    pairs = [pair for pair in zip(caches, read, strict=True) if isinstance(pair[0], RecurrentCache)]
+    assert bool(pairs) == any(mixer in IS_RECURRENT for mixer, _ in LAYERS[kind])
+    if pairs:
+        assert_same_caches(*zip(*pairs, strict=True))
+
+
+DRAFT_CACHES = {"draft chain": check_draft_model, "draft tree": check_draft_model, "kangaroo": check_adapter}
+DRAFT_CACHES["nested"] = check_nested
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("recurrent", "mla") else pytest.mark.slow) for kind in LAYERS]
+)
+def test_tokens_that_exit_leave_deeper_layers_as_they_were(kind):
+    """Every token exits after the first layer: tokens of a model of one layer, states as the prompts left them.
+
+    Of the rows that are sampled: in a greedy one a single token is likely.
+    """
+    rows = np.array([1, 2])
+    scheme = specee(kind, exits=True)
+    begun = start(kind, scheme.params, depth=scheme.depth)
+    state = run(kind, scheme, begun)
+    one_layer = Model(dataclasses.replace(model_of(kind).config, blocks=model_of(kind).config.blocks[:1]))
+    alone = dataclasses.replace(start(kind), caches=begun.caches[:1])
+    want = jax.jit(decoding.autoregressive(one_layer))(params_of(kind), alone)
+    np.testing.assert_array_equal(state.tokens[rows], want.tokens[rows])
+    np.testing.assert_allclose(state.logprobs[rows], want.logprobs[rows], atol=TOLERANCE)
+    caches, prompts = jax.tree.map(lambda leaf: leaf[rows], (state.caches, begun.caches))
+    assert_same_caches(caches[:1], want.caches, rows)
+    for got, before in zip(caches[1:], prompts[1:], strict=True):
+        np.testing.assert_array_equal(got.length, want.length[rows] - 1)
+        unchanged = ("state", "tail") if isinstance(got, RecurrentCache) else ("kept",)
+        for name in unchanged:
+            jax.tree.map(np.testing.assert_array_equal, getattr(got, name), getattr(before, name))
+
+
+@pytest.mark.parametrize("kind", ["hybrid", pytest.param("recurrent", marks=pytest.mark.slow)])
+def test_layers_that_a_row_leaves_out_stay_empty(kind):
+    """Whole rows skip layers: their states never change, and drafts change nothing of what is decoded."""
+    scheme = routed(kind, 2.0, 0.0)
+    begun = start(kind, scheme.params, depth=scheme.depth)
+    runs = np.asarray(begun.depth)
+    assert runs[2].all() and not runs[:2].all()  # a prompt of one token decides nothing
+    state = run(kind, scheme, begun)
+    alone = run(kind, dataclasses.replace(scheme, drafter=NoDraft(), draft_params=None), begun)
+    np.testing.assert_array_equal(state.tokens, alone.tokens)
+    np.testing.assert_allclose(state.logprobs, alone.logprobs, atol=TOLERANCE)
+    for index, (got, want) in enumerate(zip(state.caches, alone.caches, strict=True)):
+        np.testing.assert_array_equal(got.length, state.length - 1)
+        if isinstance(got, RecurrentCache):
+            assert_same_caches((got,), (want,))
+            for leaf in jax.tree.leaves((got.state, got.tail)):
+                np.testing.assert_array_equal(np.any(leaf, axis=tuple(range(1, leaf.ndim))), runs[:, index])
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "recurrent"])
+def test_tokens_that_leave_out_a_layer_change_no_state(kind):
+    """Of five tokens some rows run fewer, one after the other: states are those of the tokens that ran."""
+    model, count = model_of(kind), jnp.array([5, 2, 0], jnp.int32)
+    position = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (3, 5))
+    empty = model.empty_cache(3, 8, jnp.float32)
+    all_of, none_of = jnp.full(3, 5, jnp.int32), jnp.zeros(3, jnp.int32)
+
+    @jax.jit
+    def caches(params, hidden, count):
+        out = run_stack(model, params, hidden, position, empty, lambda index, hidden: position < count[:, None])
+        nothing = run_stack(model, params, hidden, position, empty, lambda index, hidden: False)
+        return commit(empty, out.forward.rows, all_of), commit(empty, out.forward.rows, count), nothing.forward.rows
+
+    hidden = jax.random.normal(jax.random.key(5), (3, 5, WIDTH))
+    whole, ran, nothing = caches(params_of(kind), hidden, count)
+    full = commit(commit(empty, nothing, none_of), nothing, all_of)
+    for index, (got, want, untouched) in enumerate(zip(whole, ran, full, strict=True)):
+        np.testing.assert_array_equal(got.length, all_of)
+        if isinstance(got, RecurrentCache):
+            assert np.any(got.state)
+            assert_same_caches((dataclasses.replace(got, length=count),), (want,))
+            assert not any(map(np.any, jax.tree.leaves((untouched.state, untouched.tail))))
+        else:
+            assert index == 0 and kind == "hybrid"
+
+
+@pytest.mark.parametrize("kind", ["mla", "hybrid"])
+def test_the_invariant_mode_is_refused(kind):
+    model = Model(model_of(kind).config, invariant=True)
+    with pytest.raises(ValueError, match="invariant"):
+        jax.eval_shape(model.apply, params_of(kind), jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32))

@@ -1,0 +1,110 @@
+"""Tiny models of every kind that decoding has to work with alike, a draft and prompts for each, and plain decoding."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decodax import decoding
+from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.mixers.gated_delta import GatedDeltaConfig
+from decodax.layers.mixers.gated_linear import GatedLinearConfig
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.mixers.lightning import LightningConfig
+from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.moe.layer import MoEConfig
+from decodax.layers.moe.routers.top_k import TopK
+from decodax.layers.rope import Rope
+from decodax.layers.weight import Weight
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.model import Model
+from tests.tiny import NORM
+
+VOCABULARY, WIDTH = 13, 17
+LENGTHS = np.array([5, 13, 1])
+PROMPTS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13))
+NEW = np.array([19, 14, 23])
+NO_STOPS = (-1, -1)
+
+MLP = GatedMLPConfig(19)
+EXPERTS = MoEConfig(TopK(5, 2, "softmax", renormalise=True), 7, shared=GatedMLPConfig(11), shared_gate=True)
+GROUPED_EXPERTS = MoEConfig(
+    TopK(6, 2, "sigmoid", renormalise=True, scale=1.5, selection_bias=True, num_groups=3, num_groups_kept=2,
+         group_score="top2_sum"), 7,
+)  # fmt: skip
+WINDOWED = GQAConfig(4, 2, 8, Rope(8, 1e4), scale=0.4, window=5)
+FULL = GQAConfig(2, 1, 8, Rope(8, 1e4), scale=0.4, qkv_bias=True)
+LATENT = MLAConfig(3, 5, 7, 11, None, Rope(4, 100.0), 0.35, NORM, rope_interleaved=True)
+COMPRESSED = dataclasses.replace(LATENT, query_rank=8, rope_interleaved=False, bias=True)
+DELTA = GatedDeltaConfig(1, 2, 5, 7, convolution_width=3, activation="silu", scale=0.5, norm=NORM)
+LINEAR = GatedLinearConfig(2, 5, 7, gate_rank=3, gate_temperature=4.0, scale=0.5, norm=NORM)
+LIGHTNING = LightningConfig(2, 5, slopes=(0.1, 0.7), activation="silu", scale=1.0, norm=NORM)
+LAYERS = {
+    "moe": ((WINDOWED, MLP), (FULL, EXPERTS)),
+    "mla": ((COMPRESSED, MLP), (LATENT, GROUPED_EXPERTS)),
+    "hybrid": ((WINDOWED, MLP), (DELTA, MLP)),
+    "recurrent": ((LIGHTNING, MLP), (LINEAR, EXPERTS)),
+}
+IS_RECURRENT = (DELTA, LINEAR, LIGHTNING)
+
+
+@cache
+def model_of(kind: str) -> Model:
+    blocks = tuple(BlockConfig(mixer, feed_forward, NORM) for mixer, feed_forward in LAYERS[kind])
+    return Model(ModelConfig(VOCABULARY, WIDTH, 512, blocks, NORM, tie_embeddings=False, logit_softcap=5.0))
+
+
+@cache
+def params_of(kind: str) -> dict:
+    """All random, norms and biases too. Layers behind the first add less than it, so that early exits are often right.
+
+    Drawn by NumPy, as compiling the draws of all shapes takes seconds.
+    """
+    random = np.random.default_rng(1)
+
+    def draw(path, weight):
+        names = [part.key for part in path]
+        size = 0.3 if len(weight.shape) == 1 else 1.5 * weight.shape[-1] ** -0.5
+        size = 0.4 * size if names[-1] in ("out", "down") and names[0] not in ("blocks_0", "head") else size
+        return jnp.asarray((weight.init == "ones") + size * random.standard_normal(weight.shape), jnp.float32)
+
+    weights = model_of(kind).config.weights()
+    return jax.tree_util.tree_map_with_path(draw, weights, is_leaf=lambda leaf: isinstance(leaf, Weight))
+
+
+@cache
+def draft_of(kind: str) -> dict:
+    """A draft of the same kind that mostly agrees."""
+    random = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: leaf + 0.05 * random.standard_normal(leaf.shape, np.float32), params_of(kind))
+
+
+def start(kind: str, params=None, **options) -> decoding.DecodeState:
+    """The state of the three prompts: the first is continued greedily, the others are sampled."""
+    sampling = decoding.Sampling.create(3, VOCABULARY, temperature=[0.0, 0.7, 1.3])
+    params = params_of(kind) if params is None else params
+    return decoding.init(
+        model_of(kind), params, PROMPTS, LENGTHS, NEW, np.arange(3), sampling=sampling, stop_token_ids=NO_STOPS,
+        **options,
+    )  # fmt: skip
+
+
+@cache
+def plain(kind: str) -> decoding.DecodeState:
+    """The state in which plain decoding ends."""
+    return jax.jit(decoding.autoregressive(model_of(kind)))(params_of(kind), start(kind))
+
+
+@cache
+def full_forward(kind: str):
+    """Rows and logits of whole texts, without a cache: (params, tokens [B, T]) -> (rows, logits)."""
+
+    @jax.jit
+    def forward(params, tokens):
+        position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        out = model_of(kind).apply(params, tokens, position)
+        return out.rows, model_of(kind).logits(params, out.hidden)
+
+    return forward
