@@ -4,17 +4,13 @@ import inspect
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from decodax.decoding.sizes import cache_capacity
+from decodax.cli.layer_kernels import LayerSizes, choose_for_layer
 from decodax.kernels_pallas import KERNELS, module_of, shapes_of
 from decodax.kernels_pallas.choice import Choice
-from decodax.layers.attention.attend_kernels import choose_attention
-from decodax.layers.attention.mask import Causal, Window
-from decodax.layers.execution import ON_THIS_DEVICE
-from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.moe.layer import MoEConfig
 from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
 from decodax.models.load import find_folder, working_dtype
@@ -47,9 +43,10 @@ class KernelChoice:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What the attention of some of a model's layers runs here."""
+    """What a part of some of a model's layers runs here: the "mixer", or the "experts"."""
 
     layers: str
+    part: str
     step: str
     implementation: str
     reason: str
@@ -97,31 +94,19 @@ def layer_choices(
     config: ModelConfig, dtype: DTypeLike, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> list[LayerChoice]:
     """For layers of the same sizes, what runs while a prompt is read and while tokens are decoded."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[str, Any], list[int]] = {}
     for index, block in enumerate(config.blocks):
-        groups.setdefault(block.mixer, []).append(index)
+        groups.setdefault(("mixer", block.mixer), []).append(index)
+        if isinstance(block.feed_forward, MoEConfig):
+            groups.setdefault(("experts", block.feed_forward), []).append(index)
     rows = []
-    for mixer, layers in groups.items():
+    for (part, layer), layers in groups.items():
         for step, num_tokens in (("prompt", prompt_tokens), ("decoding", 1)):
-            here = _choose_for_layer(mixer, dtype, batch_size, num_tokens, prompt_tokens + new_tokens)
+            sizes = LayerSizes(config.hidden_size, jnp.dtype(dtype), batch_size, num_tokens, prompt_tokens + new_tokens)
+            here = choose_for_layer(layer, sizes)
             named = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}..{layers[-1]} ({len(layers)})"
-            rows.append(LayerChoice(named, step, here.implementation, here.reason))
+            rows.append(LayerChoice(named, part, step, here.implementation, here.reason))
     return rows
-
-
-def _choose_for_layer(mixer: Any, dtype: DTypeLike, batch_size: int, num_tokens: int, num_cached: int) -> Choice:
-    if not isinstance(mixer, GQAConfig):
-        return Choice("xla", f"{type(mixer).__name__} has no kernel")
-
-    def heads(count: int, *, first: bool) -> jax.ShapeDtypeStruct:
-        middle = (num_tokens, count) if first else (count, num_tokens)
-        return jax.ShapeDtypeStruct((batch_size, *middle, mixer.head_size), jnp.dtype(dtype))
-
-    capacity = cache_capacity(num_cached, ON_THIS_DEVICE)
-    cache = jax.eval_shape(lambda: mixer.empty_cache(batch_size, capacity, dtype))
-    mask = Causal() if mixer.window is None else Causal() & Window(mixer.window)
-    own = heads(mixer.num_kv_heads, first=False)
-    return choose_attention(heads(mixer.num_heads, first=True), own, own, mask, cache, ON_THIS_DEVICE)
 
 
 def document(kernels: list[KernelChoice], layers: list[LayerChoice]) -> dict[str, Any]:
@@ -140,9 +125,9 @@ def print_tables(name: str, kernels: list[KernelChoice], layers: list[LayerChoic
         there = [backend.upper() for backend, misfit in (("tpu", row.tpu), ("gpu", row.gpu)) if misfit is None]
         table.add_row(row.kernel, row.shape, row.implementation, row.reason, ", ".join(there))
     Console().print(table)
-    table = Table(title=f"attention of {name}")
-    for heading in ("layers", "while", "runs", "why"):
+    table = Table(title=f"layers of {name}")
+    for heading in ("layers", "part", "while", "runs", "why"):
         table.add_column(heading)
     for row in layers:
-        table.add_row(row.layers, row.step, row.implementation, row.reason)
+        table.add_row(row.layers, row.part, row.step, row.implementation, row.reason)
     Console().print(table)

@@ -8,6 +8,7 @@ import numpy as np
 
 import decodax
 from decodax.cli import session
+from decodax.decoding.generation import encode_prompts
 from decodax.decoding.routing_trace import RoutingTrace, draw_routes, record_routes
 
 
@@ -25,7 +26,7 @@ def trace_routing(
     """Continues the prompts, records what all tokens chose, and writes `output` (.npz) and its picture (.png)."""
     with session.progress("generating"):
         generated = decodax.generate(lm, prompts, max_new_tokens=new_tokens, stop_token_ids=[]).tokens
-    given = decodax.decoding.encode_prompts(lm, prompts)
+    given = encode_prompts(lm, prompts)
     texts = [np.concatenate([prompt, new]) for prompt, new in zip(given, generated, strict=True)]
     with session.progress("recording"):
         trace = record_routes(lm, texts, [len(prompt) for prompt in given])

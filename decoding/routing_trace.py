@@ -6,6 +6,7 @@ depend on how they were decoded, and decoding pays nothing for it.
 """
 
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -30,8 +31,8 @@ class RoutingTrace:
     """M tokens, of all texts one behind the other, in I layers with experts.
 
     token, position and row: the id, its place in its text, and the text's number. is_output: not of the prompt.
-    expert, gate: the choices of each token in each layer, -1 where there are fewer; layer and num_experts: the number of
-    each such layer in the model, and of its experts.
+    expert, gate: the choices of each token in each layer, -1 where there are fewer. layer, num_experts: each such
+    layer's number in the model, and how many experts it has.
     """
 
     token: Int[np.ndarray, " M"]
@@ -67,26 +68,30 @@ class RoutingTrace:
     @classmethod
     def load(cls, file: Path) -> "RoutingTrace":
         """Reads what `save` wrote; raises ValueError for another file."""
-        names = [field.name for field in fields(cls)]
         try:
             with np.load(file, allow_pickle=False) as stored:
-                if missing := sorted({*names, "format"} - set(stored.files)):
-                    raise ValueError(f"{file} is no routing trace: it lacks {', '.join(missing)}")
-                if int(stored["format"]) != FORMAT:
-                    raise ValueError(f"{file} has format {int(stored['format'])}, this version reads {FORMAT}")
-                return cls(**{name: stored[name] for name in names})
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{file} is no routing trace: {error}") from error
+                arrays = dict(stored)
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{file} is no routing trace, but something that cannot be read: {error}") from error
+        names = {field.name for field in fields(cls)}
+        if missing := sorted({*names, "format"} - arrays.keys()):
+            raise ValueError(f"{file} is no routing trace: it lacks {', '.join(missing)}")
+        if int(arrays["format"]) != FORMAT:
+            raise ValueError(f"{file} has format {int(arrays['format'])}, this version reads {FORMAT}")
+        return cls(**{name: arrays[name] for name in names})
 
 
 def record_routes(
     lm: LanguageModel,
-    texts: Sequence[Int[np.ndarray, " T"]],
+    texts: Sequence[np.ndarray],
     prompt_tokens: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTrace:
     """The experts that each token of `texts` chooses, behind the tokens before it; `prompt_tokens` of each are given.
 
+    texts: token ids, Int[T] each.
     progress: called with (tokens done, tokens in all).
     Raises ValueError for a model without experts.
     """

@@ -56,6 +56,7 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         )
     family = FAMILIES[model_type]
     problems: list[str] = []
+    raw = _canonical(raw, family, problems)
     fields = _fields(raw, family, problems)
     context, blocks = (0, ()) if problems else _blocks(raw, fields, family, problems)
     _refuse_unknown(raw, family, problems)
@@ -73,6 +74,17 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         logit_softcap=None if softcap is None else float(softcap),
         logit_scale=family.logit_scale(fields),
     )
+
+
+def _canonical(raw: Mapping[str, Any], family: Family, problems: list[str]) -> Mapping[str, Any]:
+    """The fields under the names that the family reads."""
+    renamed = {name: value for name, value in raw.items() if name not in family.aliases}
+    for alias, name in family.aliases.items():
+        if raw.get(alias) is None:
+            continue
+        if renamed.setdefault(name, raw[alias]) != raw[alias]:
+            problems.append(f"{alias} and {name} mean the same and differ: got {raw[alias]!r} and {renamed[name]!r}")
+    return renamed
 
 
 def _norm(fields: Mapping[str, Any], family: Family) -> RMSNormConfig:
@@ -125,8 +137,9 @@ def _fields(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict
         fields[name] = raw.get(name)
         if fields[name] is None:
             problems.append(f"{name} is missing: every {family.model_type} config must give it")
+    uses_window = raw.get("use_sliding_window", family.defaults.get("use_sliding_window")) is not False
     for name, default in family.defaults.items():
-        value = raw.get(name, default)
+        value = raw.get(name, default) if uses_window or name != "sliding_window" else None
         fields[name] = default if value is None and name not in NULLABLE else value
     for name, value in fields.items():
         if value is not None and (expected := _unexpected(name, value)):
@@ -139,8 +152,6 @@ def _fields(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict
         fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_attention_heads"])
         if rest:
             problems.append("head_dim is needed where hidden_size is no multiple of num_attention_heads")
-    if fields.get("use_sliding_window") is False:
-        fields["sliding_window"] = None
     return fields
 
 

@@ -48,6 +48,8 @@ WITHOUT_INFLUENCE = frozenset(
         # training
         "initializer_range",
         "attention_dropout",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
         # tokens with a meaning, which the tokenizer and the end of generation use
         "bos_token_id",
         "eos_token_id",

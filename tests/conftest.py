@@ -16,8 +16,9 @@ What a test file has compiled is dropped after it.
 import gc
 import os
 
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

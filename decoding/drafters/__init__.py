@@ -8,6 +8,7 @@ from decodax.decoding.drafters.hints import Hints
 from decodax.decoding.drafters.kangaroo import Kangaroo
 from decodax.decoding.drafters.medusa_heads import MedusaHeads
 from decodax.decoding.drafters.nested import NestedDraft
+from decodax.decoding.drafters.next_layer import NextTokenLayer
 from decodax.decoding.drafters.no_draft import NoDraft
 from decodax.decoding.drafters.prompt_lookup import PromptLookup
 from decodax.decoding.drafters.prompt_tokens import PromptTokens
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Drafter]] = {
     "nested": NestedDraft,
     "kangaroo": Kangaroo,
     "medusa_heads": MedusaHeads,
+    "next_layer": NextTokenLayer,
     "replay": Replay,
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "Kangaroo",
     "MedusaHeads",
     "NestedDraft",
+    "NextTokenLayer",
     "NoDraft",
     "Outcome",
     "PromptLookup",

@@ -7,6 +7,7 @@ from decodax.decoding.strategies.draft_ppd import PromptedDraft
 from decodax.decoding.strategies.first import RoutedLayersStrategy
 from decodax.decoding.strategies.kangaroo import KangarooDraft
 from decodax.decoding.strategies.medusa import MedusaTree
+from decodax.decoding.strategies.mtp import MultiTokenPrediction
 from decodax.decoding.strategies.ppd import ParallelPrompt
 from decodax.decoding.strategies.prompt_lookup import PromptLookupChain
 from decodax.decoding.strategies.self_speculation import Del, LayerSkip
@@ -29,6 +30,7 @@ METHODS = {
     "skip_decode": SkipDecodeStrategy,
     "first": RoutedLayersStrategy,
     "kangaroo": KangarooDraft,
+    "mtp": MultiTokenPrediction,
 }
 
 __all__ = ["METHODS", "Speculation", "Strategy"]

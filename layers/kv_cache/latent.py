@@ -86,14 +86,6 @@ class LatentCache:
         """The cache without the tokens behind the first `length[b]` of a row."""
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))
 
-    @property
-    def marks_tokens(self) -> bool:
-        return self.kept is not None
-
-    def rewound(self, length: Int[Array, " B"]) -> "LatentCache":
-        """The cache without the tokens behind the first `length[b]` of a row."""
-        return dataclasses.replace(self, length=jnp.minimum(self.length, length))
-
     def read_latents(
         self, start: Int[Array, ""], num_tokens: int
     ) -> tuple[Float[Array, "B S R"], Float[Array, "B S H"], Int[Array, "1 S"], Bool[Array, "B S"]]:

@@ -18,7 +18,6 @@ from jax.lax import Precision
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from decodax.kernels_pallas.linear_attention.reference import FORGOTTEN
 from decodax.layers import pytree
 from decodax.layers.attention.predecessors import tail_after
 
@@ -114,7 +113,7 @@ class RecurrentCache:
             place = path[:, :, None, None]
             key, value, log_decay = (jnp.take_along_axis(tokens, place, axis=1) for tokens in (key, value, log_decay))
         is_taken = (jnp.arange(key.shape[1], dtype=count.dtype)[None, :] < count[:, None])[:, :, None, None]
-        log_decay = jnp.where(is_taken, jnp.maximum(log_decay, FORGOTTEN), 0.0)
+        log_decay = jnp.where(is_taken, log_decay, 0.0)
         from_here = jax.lax.cumsum(log_decay, axis=1, reverse=True)
         after = jnp.concatenate([from_here[:, 1:], jnp.zeros_like(from_here[:, :1])], axis=1)
         key = jnp.where(is_taken, key.astype(jnp.float32), 0.0) * jnp.exp(after)

@@ -37,7 +37,7 @@ def minimax_slopes(num_heads: int, layer: int, num_layers: int) -> tuple[float, 
     """MiniMax's slopes of a layer (0 .. num_layers - 1): ALiBi's, smaller the higher the layer stands.
 
     >>> minimax_slopes(2, 0, 3)
-    (0.06250062500000001, 0.00390628906250000...)
+    (0.062500625, 0.0039062890625)
     """
     share = 1 - layer / (num_layers - 1 + 1e-5) + 1e-5
     return tuple(2 ** (-8 / num_heads * (head + 1)) * share for head in range(num_heads))

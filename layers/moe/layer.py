@@ -1,9 +1,11 @@
 """A mixture of experts as a feed-forward layer: each token goes through the experts that a router chooses for it.
 
 DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models, arXiv 2401.06066: many small
-experts, and shared ones that every token goes through, here one gated MLP of their joint width. DeepSpeed-MoE, arXiv
-2201.05596: an MLP for all tokens beside one expert, their outputs mixed by learned shares (as its code has it; the
-paper adds them up), and more experts in deeper layers, which is another config for each block.
+experts, and shared ones that every token goes through, here one gated MLP of their joint width.
+
+DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training to Power Next-Generation AI Scale, arXiv 2201.05596:
+an MLP for all tokens beside one expert, their outputs mixed by learned shares (as its code has it; the paper adds them
+up), and more experts in deeper layers, which is another config for each block.
 """
 
 from dataclasses import dataclass, replace

@@ -4,6 +4,7 @@ All families share one block (`models/transformer.py`), one config reader (`mode
 (`models/checkpoint.py`). A family file says what its `config.json` leaves unsaid and what its tensors are called.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -49,11 +50,30 @@ BLOCK_TENSORS: BlockTensors = MappingProxyType(
 
 
 @dataclass(frozen=True)
+class NextLayerNames:
+    """What the tensors of a layer that predicts one token further (`models/next_layer.py`) are called.
+
+    prefix: in front of all of them, with {} for the number of the model's layers; a block's names follow it as in any
+        layer. parts: of the rest, decodax's path -> the name behind the prefix.
+    copies: what stands there beside them and is the model's own, as a regular expression.
+    """
+
+    prefix: str
+    parts: BlockTensors
+    copies: str
+
+    def elsewhere(self, prefix: str) -> str:
+        """A regular expression for the names of tensors that are not the layer's; `prefix` has its number."""
+        return rf"(?!{re.escape(prefix)}).*|{re.escape(prefix)}(?:{self.copies})"
+
+
+@dataclass(frozen=True)
 class Family:
     """`model_type` is the family's name in `config.json`; the rest is what that file does not say.
 
     defaults: the fields this family reads beside the sizes that every config must give, with transformers' values for
         absent ones. A field that stands neither here nor among the harmless ones of `models/hf_config.py` is refused.
+    aliases: other names of fields -> those in `defaults`; where a file gives both they must agree.
     ignored: fields without influence that only this family's files carry.
     fixed: fields that must have this value, or be absent: no other is implemented.
     layer_kind: (fields, index) -> the kind of that layer, where `layer_types` does not say: "full_attention",
@@ -63,6 +83,7 @@ class Family:
     block_tensors: where a block's weights are stored; a function of the block where its sizes, or its kind, say so.
     elsewhere: config -> a regular expression for the names of stored tensors that belong to a part which is loaded
         separately (`load_part` in `models/checkpoint.py`). None: all tensors are the model's.
+    next_layer: the names in a layer that predicts one token further, where checkpoints may have one.
     rotary_size: (fields) -> how many coordinates of a head rotate; None: all, or the part that the file says.
     default_rope: the `rope_scaling` of a config without one.
     mixer, feed_forward: what makes those parts of a block, where they are not plain attention and a gated MLP.
@@ -72,6 +93,7 @@ class Family:
 
     model_type: str
     defaults: Mapping[str, Any]
+    aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     fixed: Fields = field(default_factory=dict)
     layer_kind: Callable[[Fields, int], str] = lambda fields, index: "full_attention"
@@ -93,6 +115,7 @@ class Family:
     logit_scale: Callable[[Fields], float] = lambda fields: 1.0
     block_tensors: BlockTensors | Callable[[BlockConfig], BlockTensors] = field(default_factory=lambda: BLOCK_TENSORS)
     elsewhere: Callable[[ModelConfig], str] | None = None
+    next_layer: NextLayerNames | None = None
 
     def layouts(self, config: ModelConfig) -> dict[ParameterPath, Layouts]:
         """Where every parameter of this model may be stored; the whole checkpoint."""
@@ -103,12 +126,30 @@ class Family:
             layouts["head",] = whole(HEAD_NAME)
         layouts["final_norm", "weight"] = whole("model.norm.weight")
         for index, block in enumerate(config.blocks):
-            tensors = self.block_tensors(block) if callable(self.block_tensors) else self.block_tensors
-            for path in _paths(block.weights(config.hidden_size)):
-                stored = tensors["/".join(path)]
-                stored = whole(stored) if isinstance(stored, str) else stored
+            for path, stored in self._block_layouts(block, config.hidden_size).items():
                 layouts[f"blocks_{index}", *path] = renamed(stored, f"model.layers.{index}.")
         return layouts
+
+    def next_layer_layouts(self, config: ModelConfig) -> dict[ParameterPath, Layouts]:
+        """Where the parameters of the first layer behind the model's own may be stored; its block is like the last.
+
+        Raises ValueError for a family whose checkpoints have none.
+        """
+        if self.next_layer is None:
+            raise ValueError(
+                f"{self.model_type} models have no layer that predicts further tokens: take another strategy "
+                "(`decodax methods` lists them)"
+            )
+        layouts = {tuple(path.split("/")): _layouts(name) for path, name in self.next_layer.parts.items()}
+        for path, stored in self._block_layouts(config.blocks[-1], config.hidden_size).items():
+            layouts["block", *path] = stored
+        prefix = self.next_layer.prefix.format(config.num_layers)
+        return {path: renamed(stored, prefix) for path, stored in layouts.items()}
+
+    def _block_layouts(self, block: BlockConfig, hidden_size: int) -> dict[ParameterPath, Layouts]:
+        """Where a block's parameters may be stored, by their names in a layer."""
+        tensors = self.block_tensors(block) if callable(self.block_tensors) else self.block_tensors
+        return {path: _layouts(tensors["/".join(path)]) for path in _paths(block.weights(hidden_size))}
 
     def tensor_names(self, config: ModelConfig) -> dict[str, ParameterPath]:
         """Hugging Face's name of every tensor of this model -> its path in the parameters.
@@ -123,6 +164,10 @@ class Family:
                 )
             names[first[0].name] = path
         return names
+
+
+def _layouts(stored: str | Layouts) -> Layouts:
+    return whole(stored) if isinstance(stored, str) else stored
 
 
 def _paths(tree: Mapping[str, Any]) -> list[ParameterPath]:

@@ -28,11 +28,10 @@ DEFAULTS = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+ALIASES = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
 FIXED = {"moe_layer_freq": 1}
 # Derived from the sizes of the parts of a head; for training; for another program's layout.
-IGNORED = frozenset(
-    {"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads", "num_local_experts"}
-)
+IGNORED = frozenset({"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads"})
 
 
 def latent_attention(layer: Layer) -> MLAConfig:

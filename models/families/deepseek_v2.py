@@ -6,7 +6,16 @@ DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Mod
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.models.families._contract import Family
-from decodax.models.families._deepseek import DEFAULTS, FIXED, IGNORED, experts, is_sparse, latent_attention, tensors
+from decodax.models.families._deepseek import (
+    ALIASES,
+    DEFAULTS,
+    FIXED,
+    IGNORED,
+    experts,
+    is_sparse,
+    latent_attention,
+    tensors,
+)
 from decodax.models.families._experts import where
 from decodax.models.families._layer import Layer
 
@@ -43,6 +52,7 @@ FAMILY = Family(
         "n_group": None,
         "topk_group": None,
     },
+    aliases=ALIASES,
     ignored=IGNORED | {"norm_topk_prob"},
     fixed={**FIXED, "scoring_func": "softmax"},
     rotary_size=lambda fields: fields["qk_rope_head_dim"],

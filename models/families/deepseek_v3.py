@@ -1,14 +1,23 @@
 """DeepSeek-V3 and R1: V2 with experts chosen by sigmoid scores, and a bias that balances them.
 
 DeepSeek-V3 Technical Report, arXiv 2412.19437. Its layer for predicting two tokens ahead is not a layer of the model:
-`decoding/drafters/next_layer.py` reads it.
+`models/next_layer.py` reads it, and `decoding/drafters/next_layer.py` drafts with it.
 """
 
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.models.config import ModelConfig
-from decodax.models.families._contract import Family
-from decodax.models.families._deepseek import DEFAULTS, FIXED, IGNORED, experts, is_sparse, latent_attention, tensors
+from decodax.models.families._contract import Family, NextLayerNames
+from decodax.models.families._deepseek import (
+    ALIASES,
+    DEFAULTS,
+    FIXED,
+    IGNORED,
+    experts,
+    is_sparse,
+    latent_attention,
+    tensors,
+)
 from decodax.models.families._experts import where
 from decodax.models.families._layer import Layer
 
@@ -34,6 +43,17 @@ def _layers_behind(config: ModelConfig) -> str:
     return rf"model\.layers\.({'|'.join(str(config.num_layers + index) for index in range(8))})\..*"
 
 
+NEXT_LAYER = NextLayerNames(
+    prefix="model.layers.{}.",
+    parts={
+        "embedding_norm/weight": "enorm.weight",
+        "hidden_norm/weight": "hnorm.weight",
+        "join": "eh_proj.weight",
+        "final_norm/weight": "shared_head.norm.weight",
+    },
+    copies=r"(?:embed_tokens|shared_head\.head)\..*",
+)
+
 FAMILY = Family(
     model_type="deepseek_v3",
     defaults={
@@ -50,6 +70,7 @@ FAMILY = Family(
         "n_group": 8,
         "topk_group": 4,
     },
+    aliases=ALIASES,
     ignored=IGNORED | {"num_nextn_predict_layers", "num_mtp_layers"},
     fixed={**FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     rotary_size=lambda fields: fields["qk_rope_head_dim"],
@@ -57,4 +78,5 @@ FAMILY = Family(
     feed_forward=where(is_sparse, _experts),
     block_tensors=tensors,
     elsewhere=_layers_behind,
+    next_layer=NEXT_LAYER,
 )

@@ -67,6 +67,7 @@ FAMILY = Family(
         "num_local_experts": 128,
         "num_experts_per_tok": 4,
     },
+    aliases={"num_experts": "num_local_experts"},
     # Said once more under another name: experts per token, and the length before yarn.
     ignored=frozenset({"experts_per_token", "initial_context_length"}),
     layer_kind=lambda fields, index: "full_attention" if index % 2 else "sliding_attention",

@@ -85,8 +85,8 @@ FAMILY = Family(
         "num_experts_per_tok": 2,
         **dict.fromkeys(FACTORS, 1),
     },
-    # For training; the size of the blocks in which transformers computes lightning attention.
-    ignored=frozenset({"router_jitter_noise", "block_size"}),
+    aliases={"num_experts": "num_local_experts"},
+    ignored=frozenset({"block_size"}),  # in which transformers computes lightning attention
     layer_kind=_layer_kind,
     kinds=frozenset({"full_attention", "linear_attention"}),
     mixer=_mixer,

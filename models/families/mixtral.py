@@ -28,7 +28,7 @@ FAMILY = Family(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    ignored=frozenset({"router_jitter_noise"}),  # for training
+    aliases={"num_experts": "num_local_experts"},
     layer_kind=slides_if_windowed,
     feed_forward=_experts,
     block_tensors=mixtral_tensors,

@@ -37,6 +37,7 @@ FAMILY = Family(
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     },
+    aliases={"num_local_experts": "num_experts"},
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     head_norms=True,

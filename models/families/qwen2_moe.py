@@ -44,6 +44,7 @@ FAMILY = Family(
         "decoder_sparse_step": 1,
         "mlp_only_layers": None,
     },
+    aliases={"num_local_experts": "num_experts"},
     layer_kind=_layer_kind,
     qkv_bias="qkv_bias",
     feed_forward=where(is_sparse, qwen_gated_shared_experts),

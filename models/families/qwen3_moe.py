@@ -27,6 +27,7 @@ FAMILY = Family(
         "decoder_sparse_step": 1,
         "mlp_only_layers": None,
     },
+    aliases={"num_local_experts": "num_experts"},
     ignored=frozenset({"max_window_layers"}),
     layer_kind=slides_if_windowed,
     qkv_bias="attention_bias",

@@ -83,6 +83,7 @@ FAMILY = Family(
         "decoder_sparse_step": 1,
         "mlp_only_layers": None,
     },
+    aliases={"num_local_experts": "num_experts"},
     layer_kind=_layer_kind,
     kinds=frozenset({"full_attention", "linear_attention"}),
     qkv_bias="attention_bias",

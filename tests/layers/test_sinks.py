@@ -40,9 +40,7 @@ def test_a_sink_is_one_more_score(implementation):
 
     def run(query, key, value, sink):
         mask, execution = Causal() & Window(5), Execution(implementation)
-        return attend(
-            query, key, value, position, mask, cache, scale=0.3, softcap=None, sink=sink, execution=execution
-        )
+        return attend(query, key, value, position, mask, cache, scale=0.3, softcap=None, sink=sink, execution=execution)
 
     arrays = tuple(map(jnp.asarray, (query, key, value, SINK)))
     want = expected(query, key, value, *cached, window=5)

@@ -1,8 +1,9 @@
 """Expert parallelism for few tokens: every device sees all of them, runs those for its own experts, and all add up.
 
-The gather-local-scatter of decoding steps (as in DeepSpeed-MoE, arXiv 2201.05596, where devices that have the same
-tokens drop those that are not theirs): one sum of [tokens, width] over devices, where an exchange takes two and pads
-them. While a step's tokens are few, its time is that of reading weights, and a collective's that of starting it.
+DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training to Power Next-Generation AI Scale, arXiv 2201.05596.
+Its devices that hold the same tokens drop those that are not theirs before an exchange; here all devices hold the same,
+and nothing is left to exchange: one sum of [tokens, width] over devices, where an exchange takes two and pads them.
+While a step's tokens are few, its time is that of reading weights, and a collective's that of starting it.
 """
 
 from dataclasses import dataclass

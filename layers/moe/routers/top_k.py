@@ -3,12 +3,12 @@
 Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, arXiv 1701.06538. The options are those
 by which published models differ:
 
-- Mixtral (arXiv 2401.04088), Qwen3-MoE, gpt-oss: softmax, renormalised. A softmax over the chosen logits alone, as the
-  latter write it, is the same.
-- OLMoE (arXiv 2409.02060), DeepSeekMoE (arXiv 2401.06066): softmax, gates as they are.
-- DeepSeek-V2 (arXiv 2405.04434): softmax, only from the groups with the highest maxima.
-- DeepSeek-V3 (arXiv 2412.19437): sigmoid; chosen by score plus a bias, from the groups whose best two add up to most;
-  the gates are the scores without the bias, renormalised and scaled.
+- Mixtral, Qwen3-MoE, gpt-oss: softmax, renormalised. A softmax over the chosen logits alone, as the last and Granite
+  write it, is the same.
+- OLMoE, DeepSeekMoE: softmax, gates as they are.
+- DeepSeek-V2: softmax, only from the groups with the highest maxima.
+- DeepSeek-V3: sigmoid; chosen by score plus a bias, from the groups whose best two add up to most; the gates are the
+  scores without the bias, renormalised and scaled.
 
 Departs from Shazeer et al.: no noise, which is for training. Among equal scores the expert with the lowest number wins.
 """

@@ -283,7 +283,7 @@ def test_a_tree_exits_when_the_path_of_its_own_tokens_agrees(given):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_features_are_those_of_numpy(tied):
-    model = Model(dataclasses.replace(tiny_config(), tie_embeddings=tied))
+    model = Model(dataclasses.replace(tiny_config(), tie_embeddings=tied, logit_scale=0.7))
     params = {name: leaf for name, leaf in PARAMS.items() if name != "head" or not tied}
     draw = np.random.default_rng(2)
     normed = draw.normal(size=(2, 3, 23)).astype(np.float32)
@@ -291,7 +291,7 @@ def test_features_are_those_of_numpy(tied):
     tokens[1, 2, 3:] = -1
     head = np.asarray(params["embedding" if tied else "head"], np.float64)
     filled = np.where(tokens < 0, tokens[..., :1], tokens)
-    logits = 5 * np.tanh(np.einsum("btd,btid->bti", normed.astype(np.float64), head[filled]) / 5)
+    logits = 5 * np.tanh(0.7 * np.einsum("btd,btid->bti", normed.astype(np.float64), head[filled]) / 5)
     found = token_logits(model, params, jnp.asarray(normed), jnp.asarray(tokens))
     np.testing.assert_allclose(found, logits, atol=1e-5)
     previous = draw.dirichlet(np.ones(LIKELY), (2, 3)).astype(np.float32)

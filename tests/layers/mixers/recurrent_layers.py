@@ -227,6 +227,7 @@ def check_long(layer, tolerance):
 def check_half_precision(layer):
     """Computed in bfloat16, rows and tails are kept so and the state is not; outputs are right to a few percent."""
     half = copy.copy(layer)
+    half.run = jax.jit(half.forward)
     half.params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), layer.params)
     half.weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), half.params)
     hidden = jnp.asarray(hidden_states(9), jnp.bfloat16)
@@ -234,10 +235,10 @@ def check_half_precision(layer):
     cache = layer.config.empty_cache(BATCH, 0, jnp.bfloat16)
     for size, mask in ((1, Causal()), (5, Causal()), (3, Ancestors(jnp.tril(jnp.ones((1, 3, 3), bool))))):
         position = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32)[None], (BATCH, size))
-        output, rows = half.forward(hidden[:, start : start + size], position, cache, mask)
+        output, rows = half.run(hidden[:, start : start + size], position, cache, mask)
         room = layer.config.empty_rows(BATCH, size, jnp.bfloat16).place(rows, jnp.arange(size, dtype=jnp.int32))
         assert jax.tree.map(jax.typeof, room) == jax.tree.map(jax.typeof, rows)
-        after = cache.commit(rows, jnp.full(BATCH, size, jnp.int32))
+        after = commit(cache, rows, jnp.full(BATCH, size, jnp.int32))
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, cache)
         cache, start = after, start + size
         assert output.dtype == jnp.bfloat16 and cache.state.dtype == jnp.float32
