@@ -19,6 +19,9 @@ from decodax.decoding.strategies import METHODS as STRATEGIES
 from decodax.decoding.verifiers import METHODS as VERIFIERS
 from decodax.layers.kv_cache import METHODS as KV_CACHES
 from decodax.layers.mixers import METHODS as MIXERS
+from decodax.layers.moe import METHODS as FEED_FORWARDS
+from decodax.layers.moe.experts import METHODS as WAYS_TO_RUN
+from decodax.layers.moe.routers import METHODS as ROUTERS
 from decodax.layers.rope import SCALINGS
 from decodax.models.families import FAMILIES
 
@@ -65,8 +68,11 @@ KINDS = (
         False,
         "tests/decoding/test_logits_processors.py",
     ),
-    Kind("mixer", MIXERS, "layers.mixers", True, "tests/models/test_families.py"),
-    Kind("cache", KV_CACHES, "layers.kv_cache", True, "tests/layers/test_kv_cache.py"),
+    Kind("mixer", MIXERS, "layers.mixers", True, "tests/layers/mixers/test_{file}.py"),
+    Kind("cache", KV_CACHES, "layers.kv_cache", True, "tests/layers/kv_cache/test_{file}.py"),
+    Kind("feed-forward", FEED_FORWARDS, "layers", True, "tests/layers/moe/test_layer.py"),
+    Kind("router", ROUTERS, "layers.moe.routers", True, "tests/layers/moe/test_routers.py"),
+    Kind("way to run experts", WAYS_TO_RUN, "layers.moe.experts", True, "tests/layers/moe/test_experts.py"),
     Kind("position scaling", SCALINGS, "layers", True, "tests/layers/test_rope.py"),
     Kind("family", FAMILIES, "models.families", True, "tests/models/test_families.py"),
 )

@@ -7,7 +7,7 @@
 `Model` holds nothing but its config, so it is hashable and can be a static argument of `jax.jit`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -43,7 +43,9 @@ class Model:
     @property
     def module(self) -> Transformer:
         """The linen module, for those who want to `init`, `apply` or `tabulate` it themselves."""
-        return Transformer(self.config, self.execution)
+        # Which experts the others of a tile chose must not change a token's bits: each expert runs on all of it.
+        execution = replace(self.execution, experts="dense") if self.invariant else self.execution
+        return Transformer(self.config, execution)
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters: matrices scaled by the square root of their inputs, norms neutral."""

@@ -92,7 +92,9 @@ class GQAConfig:
         """Over how many coordinates the norm of queries or keys goes, and the letters of that axis."""
         if not self.norm_across_heads:
             return self.head_size, "H"
-        return (self.num_heads * self.head_size, "NH") if name == "query" else (self.num_kv_heads * self.head_size, "KH")
+        return (
+            (self.num_heads * self.head_size, "NH") if name == "query" else (self.num_kv_heads * self.head_size, "KH")
+        )
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return GQA(self, hidden_size, execution, name=name)
