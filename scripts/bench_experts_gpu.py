@@ -3,13 +3,13 @@
     python -m decodax.scripts.bench_experts_gpu                    # on a GPU: both shapes, batch 1, 8 and 64
     python -m decodax.scripts.bench_experts_gpu --shape tiny       # anywhere, to see that it works
 
-Random weights in bfloat16 of a DeepSeek-V2-Lite (15.7 billion parameters, latent attention) and of a Qwen3-30B-A3B. First
-the gate: logits of a step with the kernels are those without, to what bfloat16 rounds. Then, in alternating rounds, each
-in a process of its own, 128 prompt tokens and 128 new ones.
+Random weights in bfloat16 of a DeepSeek-V2-Lite (15.7 billion parameters, latent attention) and of a Qwen3-30B-A3B.
+First the gate: logits of a step with the kernels are those without, to what bfloat16 rounds. Then, in alternating
+rounds, each in a process of its own, 128 prompt tokens and 128 new ones.
 
-The roofline is what a step has to read at the best bandwidth that a sum or a copy reaches in the same round: all weights
-but the embedding and the experts that no token chose (counted from the routes of the tokens decoded), and the filled
-cache.
+The roofline is what a step has to read at the best bandwidth that a sum or a copy reaches in the same round: all
+weights but the embedding and the experts that no token chose (counted from the routes of the tokens decoded), and the
+filled cache.
 """
 
 import argparse
