@@ -1,8 +1,8 @@
 """A model as pure functions of its parameters: what researchers call, jit, shard and change.
 
-    hidden, rows, captured = model.apply(params, tokens, position, caches)
-    logits = model.logits(params, hidden)
-    caches = commit(caches, rows, count)
+    forward = model.apply(params, tokens, position, caches)
+    logits = model.logits(params, forward.hidden)
+    caches = commit(caches, forward.rows, count)
 
 `Model` holds nothing but its config, so it is hashable and can be a static argument of `jax.jit`.
 """

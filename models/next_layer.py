@@ -15,8 +15,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -31,7 +29,7 @@ from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
 from decodax.models.stored_files import open_files, weight_files
 from decodax.models.transformer import Block
-from decodax.sharding.rules import TENSOR, place
+from decodax.sharding.rules import place
 
 
 @dataclass(frozen=True)
@@ -131,14 +129,13 @@ def load_next_layer(folder: Path, model: Model, *, dtype: DTypeLike) -> Params:
         layouts,
         next_layer(model).weights(),
         dtype=jnp.dtype(dtype),
-        put=_put(model.execution.mesh),
+        put=_put(model.execution),
         elsewhere=names.elsewhere(prefix),
     )
 
 
-def _put(mesh: Mesh | None) -> Put | None:
-    def put(array: np.ndarray, weight: Weight, path: tuple[str, ...]) -> jax.Array:
-        assert mesh is not None
-        return place(mesh, TENSOR, array, weight, "/".join(path))
-
-    return None if mesh is None else put
+def _put(execution: Execution) -> Put | None:
+    mesh, rules = execution.mesh, execution.rules
+    if mesh is None:
+        return None
+    return lambda array, weight, path: place(mesh, rules, array, weight, "/".join(path))

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 import decodax
 from decodax.cli import app, bench_kernels
 from decodax.kernels_pallas import KERNELS, choice, module_of, shapes_of
-from decodax.layers.attention import attend_kernels
+from decodax.layers.attention import attend_absorbed, attend_expanded, attend_kernels
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.rope import Rope
-from decodax.models.hf_config import load_config
+from decodax.models.hf_config import load_config, read_config
 from tests.golden_files import load_golden
+from tests.models.test_published_sizes import PUBLISHED
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def nothing_is_loaded(monkeypatch):
 @pytest.fixture
 def on_hopper(monkeypatch):
     """This process's device as the choice sees it."""
-    for module in (choice, attend_kernels):
+    for module in (choice, attend_kernels, attend_absorbed, attend_expanded):
         monkeypatch.setattr(module, "backend_of_this_device", lambda: ("gpu", "the device is a Hopper GPU"))
 
 
@@ -52,7 +53,7 @@ def test_the_table_shows_kernels_and_layers(monkeypatch):
     result = run()
     assert result.exit_code == 0, result.stderr
     assert all(kernel in result.stdout for kernel in KERNELS)
-    assert "attention of demo" in result.stdout and "decoding" in result.stdout
+    assert "layers of demo" in result.stdout and "decoding" in result.stdout
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -77,6 +78,21 @@ def test_a_hopper_gpu_is_given_kernels_and_told_where_not(on_hopper):
         *(("2", step) for step in ("prompt", "decoding")),
     ]
     assert {(row.implementation, row.reason) for row in rows} == {("gpu", "the device is a Hopper GPU")}
+
+
+def test_experts_latents_and_states_have_lines_of_their_own(on_hopper):
+    """By the kernels that real sizes of them would run."""
+    rows = {}
+    for name in ("DeepSeek-V2-Lite, arXiv 2405.04434", "MiniMax-Text-01, arXiv 2501.08313", "Qwen3-Next-80B-A3B"):
+        config = read_config(PUBLISHED[name][0])[1]
+        chosen = bench_kernels.layer_choices(config, "bfloat16", 8, 512, 512)
+        rows[name[:7]] = {(row.part, row.layers.split()[0], row.step): row.implementation for row in chosen}
+    assert set(rows["DeepSee"].values()) == {"gpu"}
+    assert {part for part, _, _ in rows["DeepSee"]} == {"mixer", "experts"}
+    slopes = {key: value for key, value in rows["MiniMax"].items() if key[:2] == ("mixer", "0")}  # a layer of its own
+    assert slopes == {("mixer", "0", "prompt"): "gpu", ("mixer", "0", "decoding"): "xla"}
+    delta = {key[2]: value for key, value in rows["Qwen3-N"].items() if key[:2] == ("mixer", "0..46")}
+    assert delta == {"prompt": "xla", "decoding": "xla"}  # there is no kernel for the delta rule
 
 
 def test_misfits_are_told(monkeypatch):

@@ -15,4 +15,4 @@ def test_example(index, capsys):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5

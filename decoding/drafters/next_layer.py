@@ -73,7 +73,8 @@ class NextTokenLayer(Drafter):
     children: INDEPENDENT, drawn from the layer's law, with the sampling options (in greedy rows the likeliest); or
         CHOSEN, the likeliest always. `draft_params` are the layer's weights (`load_next_layer`).
     Its state is (the layer's cache, its latest output). A row in which the layer gives NaN or infinity is not read on,
-    and drafts nothing any more. Each round takes `num_tokens` forwards of the layer, the one that reads included.
+    and drafts nothing any more. Each round takes `num_tokens` forwards of the layer, the one that reads included; they
+    are not counted as layers of the target.
     """
 
     model: Model
@@ -144,7 +145,7 @@ class NextTokenLayer(Drafter):
         offset = jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
         is_new = offset < emitted[:, None]
         position = (state.length - emitted)[:, None] - 1 + offset
-        hidden = jnp.where(is_new[:, :, None], outcome.forward.hidden, 0)
+        hidden = outcome.forward.hidden
         output, rows = self._read(params, draft_params, state, hidden, position, cache, position + 1)
         # As the count depends on what was run, the cache is written in place (see KVCache.commit).
         is_sound = jnp.all(jnp.isfinite(output) | ~is_new[:, :, None], axis=(1, 2))

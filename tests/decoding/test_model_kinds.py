@@ -141,8 +141,8 @@ SCHEMES = {
 # Those that treat layers in a way of their own; the others, and the same for other kinds, are slow, as compiling takes
 # the time.
 FAST = {
-    "hybrid": {"draft tree", "random trees", "kangaroo", "del", "nested", "first with all layers"},
-    "recurrent": {"early layers", "specee without exits"},
+    "hybrid": {"draft tree", "random trees", "del", "nested", "first with all layers"},
+    "recurrent": {"kangaroo", "specee without exits"},
     "mla": {"draft tree", "specee without exits"},
     "moe": {"early layers"},
 }

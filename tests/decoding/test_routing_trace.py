@@ -1,5 +1,6 @@
 """Traces of which experts tokens chose: what the model chooses, in pieces or whole; files; counts; the picture."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from decodax.decoding.routing_trace import RoutingTrace, draw_routes, record_rou
 from decodax.models.load import load
 from tests.golden_files import load_golden
 
-TEXTS = [np.random.default_rng(0).integers(0, 53, size) for size in (37, 5)]
-PROMPTS = [30, 5]
+TEXTS = [np.random.default_rng(0).integers(0, 53, size) for size in (37, 15)]
+PROMPTS = [30, 15]
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +25,18 @@ def trace(lm):
 
 
 def test_records_what_the_model_chooses(lm, trace):
-    assert trace.expert.shape == (1, 42, 3) and trace.expert.dtype == np.int16
+    assert trace.expert.shape == (1, 52, 3) and trace.expert.dtype == np.int16
     np.testing.assert_array_equal(trace.layer, [1])
     np.testing.assert_array_equal(trace.num_experts, [7])
     np.testing.assert_array_equal(trace.token, np.concatenate(TEXTS))
-    np.testing.assert_array_equal(trace.row, [0] * 37 + [1] * 5)
-    np.testing.assert_array_equal(trace.position, [*range(37), *range(5)])
+    np.testing.assert_array_equal(trace.row, [0] * 37 + [1] * 15)
+    np.testing.assert_array_equal(trace.position, [*range(37), *range(15)])
     assert trace.is_output.sum() == 7 and trace.is_output[30:37].all()
     first = 0
     for text in TEXTS:
         tokens = jnp.asarray(text, jnp.int32)[None]
         position = jnp.arange(len(text), dtype=jnp.int32)[None]
-        routes = lm.model.apply(lm.params, tokens, position).routes
+        routes = jax.jit(lambda *operands: lm.model.apply(*operands).routes)(lm.params, tokens, position)
         assert [chosen is not None for chosen in routes] == [False, True, False, False]
         own = slice(first, first := first + len(text))
         np.testing.assert_array_equal(trace.expert[0, own], routes[1].expert[0])
@@ -48,7 +49,7 @@ def test_pieces_are_the_whole(lm, trace, monkeypatch):
     pieces = record_routes(lm, TEXTS, PROMPTS, lambda done, total: seen.append((done, total)))
     np.testing.assert_array_equal(pieces.expert, trace.expert)
     np.testing.assert_allclose(pieces.gate, trace.gate, atol=1e-5)
-    assert seen == [(16, 42), (32, 42), (37, 42), (42, 42)]
+    assert seen == [(16, 52), (32, 52), (37, 52), (52, 52)]
 
 
 def hand_made():

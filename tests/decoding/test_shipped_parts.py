@@ -15,7 +15,12 @@ from decodax.decoding.strategies import METHODS, Strategy
 
 PROMPTS = ["def fibonacci(n):", "import os\n\nclass Stack:\n    def", "for"]
 NEW = 32
-NAMES = [name for name, method in METHODS.items() if isinstance(method, type) and issubclass(method, Strategy)]
+NOT_SHIPPED = ("mtp",)  # the embedded model's family has no layer for further tokens
+NAMES = [
+    name
+    for name, method in METHODS.items()
+    if isinstance(method, type) and issubclass(method, Strategy) and name not in NOT_SHIPPED
+]
 EXITS_EARLY = ("layer_skip", "del")
 
 
