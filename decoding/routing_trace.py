@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from decodax.decoding.sizes import bucket, cache_capacity
+from decodax.layers.moe.layer import MoEConfig
 from decodax.models.load import LanguageModel
 from decodax.models.model import Model, commit
 
@@ -95,10 +96,10 @@ def record_routes(
     progress: called with (tokens done, tokens in all).
     Raises ValueError for a model without experts.
     """
-    shapes = jax.eval_shape(partial(_layer_routes, lm.model), lm.params, *_example(lm.model))[0]
-    if not shapes:
+    parts = [(index, block.feed_forward) for index, block in enumerate(lm.config.blocks)]
+    mixtures = [(index, part) for index, part in parts if isinstance(part, MoEConfig)]
+    if not mixtures:
         raise ValueError(f"{lm.path.name} has no layers with experts: there is nothing to record")
-    layers = [index for index, block in enumerate(lm.config.blocks) if hasattr(block.feed_forward, "router")]
     experts, gates, done, total = [], [], 0, sum(map(len, texts))
     for text in texts:
         caches = lm.model.empty_cache(1, cache_capacity(len(text), lm.model.execution), lm.params["embedding"].dtype)
@@ -120,8 +121,8 @@ def record_routes(
         is_output=position >= np.asarray(prompt_tokens, np.int32)[row],
         expert=np.concatenate(experts, axis=1).astype(np.int16),
         gate=np.concatenate(gates, axis=1).astype(np.float32),
-        layer=np.array(layers, np.int32),
-        num_experts=np.array([lm.config.blocks[i].feed_forward.router.num_experts for i in layers], np.int32),
+        layer=np.array([index for index, _ in mixtures], np.int32),
+        num_experts=np.array([part.router.num_experts for _, part in mixtures], np.int32),
     )
 
 
@@ -131,21 +132,13 @@ def _joined(choices: list[np.ndarray], fill: float) -> np.ndarray:
     return np.stack([np.pad(p, ((0, 0), (0, most - p.shape[1])), constant_values=fill) for p in choices])
 
 
-def _example(model: Model) -> tuple[Any, ...]:
-    return model.empty_cache(1, 1, jnp.float32), jnp.zeros((1, 1), jnp.int32), jnp.ones(3, jnp.int32)
-
-
-def _layer_routes(model: Model, params: Any, caches: Any, tokens: Any, counts: Any) -> tuple[Any, Any]:
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(model: Model, params: Any, caches: Any, tokens: Any, counts: Any) -> tuple[Any, Any]:
     """The routes of the layers that have any, and the caches with the piece's tokens committed."""
     start, count, length = counts
     position = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     forward = model.apply(params, tokens, position, caches, row_length=length[None, None])
     return [routes for routes in forward.routes if routes is not None], commit(caches, forward.rows, count[None])
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(model: Model, params: Any, caches: Any, tokens: Any, counts: Any) -> tuple[Any, Any]:
-    return _layer_routes(model, params, caches, tokens, counts)
 
 
 def draw_routes(trace: RoutingTrace, image: Path, *, title: str) -> None:

@@ -62,7 +62,7 @@ def attend_in_xla(
         key = jnp.concatenate([cache.rows.key.astype(key.dtype), key], axis=2)
         value = jnp.concatenate([cache.rows.value.astype(value.dtype), value], axis=2)
         key_position = jnp.concatenate([cache.position, position], axis=1)
-        cache = cache.cache
+    cached: Cache | None = cache.cache if isinstance(cache, Staged) else cache
 
     if key.shape[2] > 1:
         key, value = contained(key, value)
@@ -95,9 +95,9 @@ def attend_in_xla(
 
     tiles = [new_tokens(start, min(start + TILE_TOKENS, num_queries)) for start in range(0, num_queries, TILE_TOKENS)]
     seen = tiles[0] if len(tiles) == 1 else _Partial(*(jnp.concatenate(parts, 2) for parts in zip(*tiles, strict=True)))
-    if cache is not None:
+    if cached is not None:
         queries = Tokens(position, is_new=True)
-        seen = _absorb_cache(seen, partial(scores, packed), absorb, queries, mask, cache, block_tokens)
+        seen = _absorb_cache(seen, partial(scores, packed), absorb, queries, mask, cached, block_tokens)
     output = (seen.output / seen.total[..., None]).astype(value.dtype)
 
     def by_query(packed: Array) -> Array:

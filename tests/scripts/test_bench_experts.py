@@ -44,7 +44,7 @@ def test_on_a_gpu_at_a_tiny_size(capsys, monkeypatch):
     monkeypatch.setitem(bench_experts_gpu.BATCHES, "tiny", (1,))
     bench_experts_gpu.check("tiny")
     turn = bench_experts_gpu.measure("tiny", "kernels")
-    result = bench_experts_gpu.report("tiny", dict.fromkeys(bench_experts_gpu.WITH, [turn]))
+    result = bench_experts_gpu.report("tiny", {way: [turn] for way in bench_experts_gpu.WITH})
     for batch in bench_experts_gpu.BATCHES["tiny"]:
         for way in bench_experts_gpu.WITH:
             assert 0 < result[str(batch)][way]["of roofline"]["median"] < 100

@@ -15,6 +15,11 @@ class Router(Protocol):
     @property
     def num_experts(self) -> int: ...
 
+    @property
+    def experts_per_token(self) -> int:
+        """How many choices a token has, on average where experts choose."""
+        ...
+
     def weights(self, hidden_size: int) -> dict[str, Weight]:
         """`weight` [E, D], and what else the router has."""
         ...
