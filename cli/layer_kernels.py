@@ -85,7 +85,7 @@ def _linear_attention(mixer: LightningConfig | GatedLinearConfig, sizes: LayerSi
 
 
 def _experts(config: MoEConfig, sizes: LayerSizes) -> Choice:
-    num_rows = sizes.batch_size * sizes.num_tokens * config.router.experts_per_token
+    num_rows = int(sizes.batch_size * sizes.num_tokens * config.router.experts_per_token)
     tokens = jax.ShapeDtypeStruct((num_rows, sizes.hidden_size), sizes.dtype)
     stack = (config.router.num_experts, config.intermediate_size, sizes.hidden_size)
     weight = jax.ShapeDtypeStruct(stack, sizes.dtype)

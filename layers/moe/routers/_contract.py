@@ -16,7 +16,7 @@ class Router(Protocol):
     def num_experts(self) -> int: ...
 
     @property
-    def experts_per_token(self) -> int:
+    def experts_per_token(self) -> float:
         """How many choices a token has, on average where experts choose."""
         ...
 
