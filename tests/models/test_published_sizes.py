@@ -11,6 +11,7 @@ from decodax.layers.weight import Weight
 from decodax.models.families import FAMILIES
 from decodax.models.hf_config import read_config
 from decodax.models.model import Model
+from decodax.scripts.bench_experts_gpu import SHAPES
 
 # model -> (config.json, billions of parameters, billions that a token meets), both as published.
 PUBLISHED = {
@@ -27,17 +28,7 @@ PUBLISHED = {
         12.9,
     ),
     "Qwen3-30B-A3B, arXiv 2505.09388": (
-        {
-            "model_type": "qwen3_moe",
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-        },
+        SHAPES["qwen3_30b"],
         30.5,
         3.3,
     ),
@@ -66,17 +57,7 @@ PUBLISHED = {
         1.3,
     ),
     "DeepSeek-V2-Lite, arXiv 2405.04434": (
-        {
-            "model_type": "deepseek_v2",
-            "vocab_size": 102400,
-            "hidden_size": 2048,
-            "intermediate_size": 10944,
-            "moe_intermediate_size": 1408,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "q_lora_rank": None,
-            "first_k_dense_replace": 1,
-        },
+        SHAPES["deepseek_v2_lite"],
         15.7,
         2.4,
     ),

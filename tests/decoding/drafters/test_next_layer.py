@@ -245,9 +245,15 @@ def test_prompts_read_in_many_chunks_give_the_same_state(monkeypatch):
 
 
 def test_a_broken_layer_costs_speed_and_nothing_else():
-    state = run(part=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), PART))
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), PART)
+    state = run(part=broken)
     assert_same(state, plain())
     assert not np.any(state.failed) and int(state.counts.offered[0]) == 0 == int(state.draft[0].length.max())
+    # Broken for a while: rows that lack some of their tokens draft nothing any more, the one that lacks none does.
+    state = decode(PARAMS, PART, begin(PARAMS, broken, start()), 1000)
+    assert_same(state, plain())
+    np.testing.assert_array_equal(state.draft[0].length, [0, 0, state.length[2] - 1])
+    assert_drafters_state(state, (2,))
 
 
 def test_a_broken_row_leaves_the_others_alone():
