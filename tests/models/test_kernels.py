@@ -12,10 +12,14 @@ from decodax.layers.attention.mask import Ancestors
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.mixers.lightning import LightningConfig
+from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.moe.layer import MoEConfig
+from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
 from decodax.models.config import BlockConfig, ModelConfig
-from decodax.models.model import Model, commit
+from decodax.models.model import Model, Params, commit
 
 HEAD, WIDTH, VOCABULARY = 128, 48, 61
 TOLERANCE = 1e-5  # of the largest logit
@@ -30,19 +34,27 @@ def block(**options) -> BlockConfig:
 BLOCKS = (block(), block(window=75, softcap=5.0))
 PLAIN = Model(ModelConfig(VOCABULARY, WIDTH, 512, BLOCKS, RMSNormConfig(1e-5), True))
 PARAMS = PLAIN.init(jax.random.key(0))
+# Latent attention and experts, then a recurrent layer.
+NORM = RMSNormConfig(1e-5)
+LATENT = MLAConfig(2, 16, 16, 128, None, Rope(64, 1e4), 80**-0.5, NORM, rope_interleaved=True)
+EXPERTS = MoEConfig(TopK(4, 2, "softmax", renormalise=True), 128)
+STATE = LightningConfig(2, 64, (0.1, 0.5), "silu", 0.1, NORM)
+OTHERS = (BlockConfig(LATENT, EXPERTS, NORM), BlockConfig(STATE, GatedMLPConfig(40), NORM))
+MIXED = Model(ModelConfig(VOCABULARY, 128, 512, OTHERS, NORM, True))
+MIXED_PARAMS = MIXED.init(jax.random.key(0))
 
 
-def in_kernels(implementation: str) -> Model:
-    return dataclasses.replace(PLAIN, execution=Execution(implementation))
+def in_kernels(implementation: str, model: Model = PLAIN) -> Model:
+    return dataclasses.replace(model, execution=Execution(implementation))
 
 
-def forwards(model: Model) -> list[np.ndarray]:
+def forwards(model: Model, params: Params = PARAMS) -> list[np.ndarray]:
     """Logits of two chunks of a prompt, a token, and a tree behind it; the second row ends with the first chunk."""
 
     @jax.jit
     def forward(tokens, caches, position, mask):
-        out = model.apply(PARAMS, tokens, position, caches, mask=mask)
-        return model.logits(PARAMS, out.hidden), out.rows
+        out = model.apply(params, tokens, position, caches, mask=mask)
+        return model.logits(params, out.hidden), out.rows
 
     tokens = jax.random.randint(jax.random.key(1), (2, 160), 0, VOCABULARY)
     caches, found, length = model.empty_cache(2, 256, jnp.float32), [], np.zeros(2, np.int32)
@@ -63,6 +75,12 @@ def forwards(model: Model) -> list[np.ndarray]:
 def test_logits_are_those_without_kernels(implementation):
     for got, want in zip(forwards(in_kernels(implementation)), forwards(PLAIN), strict=True):
         np.testing.assert_allclose(got, want, atol=TOLERANCE * np.abs(want).max())
+
+
+def test_latents_experts_and_states_are_those_without_kernels():
+    want, got = (forwards(model, MIXED_PARAMS) for model in (MIXED, in_kernels("tpu_interpreted", MIXED)))
+    for with_kernels, without in zip(got, want, strict=True):
+        np.testing.assert_allclose(with_kernels, without, atol=TOLERANCE * np.abs(without).max())
 
 
 def test_the_loop_writes_the_same_tokens():
