@@ -46,7 +46,7 @@ class LanguageModel:
     """
 
     model: Model
-    config: ModelConfig
+    config: ModelConfig = field(repr=False)
     params: Params = field(repr=False)
     tokenizer: Tokenizer | None
     path: Path
