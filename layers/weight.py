@@ -25,12 +25,14 @@ class Weight:
     """What a weight is: `axes` names each dimension by its letters (("NH", "D") for heads x head size by width).
 
     The first letter of a dimension is the one a mesh may split. `init` is "normal" (scaled by the square root of the
-    last dimension, its inputs), "ones" or "zeros".
+    last dimension, its inputs), "ones" or "zeros". `replicated`: every device holds all of it, whatever a mesh may
+    split; for small weights that all devices need, such as a router's.
     """
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     init: Literal["normal", "ones", "zeros"] = "normal"
+    replicated: bool = False
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape) or not AXES.issuperset("".join(self.axes)):

@@ -38,11 +38,11 @@ class Rules:
 
         Raises ValueError, naming the weight, when a size does not divide or two dimensions want the same mesh axis.
         """
-        spec = self.spec(mesh, weight.axes)
+        spec = PartitionSpec() if weight.replicated else self.spec(mesh, weight.axes)
         used = [name for axis in spec for name in _names(axis)]
         if len(set(used)) != len(used):
             raise ValueError(f"{name} (axes {weight.axes}) would use a mesh axis twice: {spec}")
-        for size, axis, letters in zip(weight.shape, spec, weight.axes, strict=True):
+        for size, axis, letters in zip(weight.shape, spec, weight.axes, strict=False):  # a spec may be shorter
             parts = num_devices(mesh, axis)
             if size % parts:
                 raise ValueError(

@@ -41,7 +41,7 @@ class ExpertChoice:
             )
 
     def weights(self, hidden_size: int) -> dict[str, Weight]:
-        return {"weight": Weight(("E", "D"), (self.num_experts, hidden_size))}
+        return {"weight": Weight(("E", "D"), (self.num_experts, hidden_size), replicated=True)}
 
     def route(self, tokens: Float[Array, "B T D"], weights: dict[str, Any]) -> Routes:
         num_tokens = tokens.shape[1]

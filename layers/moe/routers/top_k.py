@@ -82,11 +82,11 @@ class TopK:
             raise ValueError(f"group_score 'top2_sum' needs groups of at least 2 experts, got {num_groups} of {size}")
 
     def weights(self, hidden_size: int) -> dict[str, Weight]:
-        weights = {"weight": Weight(("E", "D"), (self.num_experts, hidden_size))}
+        weights = {"weight": Weight(("E", "D"), (self.num_experts, hidden_size), replicated=True)}
         if self.router_bias:
-            weights["bias"] = Weight(("E",), (self.num_experts,), "zeros")
+            weights["bias"] = Weight(("E",), (self.num_experts,), "zeros", replicated=True)
         if self.selection_bias:
-            weights["selection_bias"] = Weight(("E",), (self.num_experts,), "zeros")
+            weights["selection_bias"] = Weight(("E",), (self.num_experts,), "zeros", replicated=True)
         return weights
 
     def route(self, tokens: Float[Array, "B T D"], weights: dict[str, Any]) -> Routes:

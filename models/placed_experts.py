@@ -1,0 +1,59 @@
+"""A model whose experts lie where a table says: on several devices, some of them twice, or cut into slices."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import jax
+from jax.sharding import Mesh
+
+from decodax.layers.execution import Execution
+from decodax.layers.moe.layer import MoEConfig
+from decodax.layers.moe.placement import Placement
+from decodax.layers.weight import Weight
+from decodax.models.model import Model, Params
+from decodax.sharding.rules import Rules, place
+
+
+def place_experts(
+    model: Model, params: Params, placement: Placement | Mapping[int, Placement], mesh: Mesh, rules: Rules
+) -> tuple[Model, Params]:
+    """The same model with the weights of its experts in the order of the placement's slots, all weights on the mesh.
+
+    placement: of every layer with experts, or of each by its number. rules: with a pair ("E", a mesh axis, or several),
+        over whose devices the slots are split.
+    Raises ValueError for a placement of another number of experts or devices, and for a layer without one.
+    """
+    sparse = [index for index, block in enumerate(model.config.blocks) if isinstance(block.feed_forward, MoEConfig)]
+    placements = dict.fromkeys(sparse, placement) if isinstance(placement, Placement) else dict(placement)
+    if set(placements) != set(sparse):
+        raise ValueError(f"layers {sparse} have experts and need a placement each, got them for {sorted(placements)}")
+    execution = replace(model.execution, mesh=mesh, rules=rules)
+    num_devices = execution.num_parts("E")
+    blocks, params = list(model.config.blocks), dict(params)
+    for index, table in placements.items():
+        if table.num_devices != num_devices:
+            raise ValueError(
+                f"layer {index}: the rules split experts over {num_devices} devices of the mesh, and its placement is "
+                f"for {table.num_devices}"
+            )
+        mixture = blocks[index].feed_forward
+        assert isinstance(mixture, MoEConfig)
+        if mixture.placement is not None:
+            raise ValueError(f"layer {index} has a placement already: restore its weights first (Placement.restore)")
+        blocks[index] = replace(blocks[index], feed_forward=replace(mixture, placement=table))
+        own = params[f"blocks_{index}"]
+        experts = table.arrange(own["feed_forward"]["experts"])
+        params[f"blocks_{index}"] = {**own, "feed_forward": {**own["feed_forward"], "experts": experts}}
+    placed = replace(model, config=replace(model.config, blocks=tuple(blocks)), execution=execution)
+    return placed, _on_mesh(placed, params, execution)
+
+
+def _on_mesh(model: Model, params: Params, execution: Execution) -> Params:
+    mesh, rules = execution.mesh, execution.rules
+    assert mesh is not None
+
+    def put(path: tuple[jax.tree_util.DictKey, ...], weight: Weight, leaf: jax.Array) -> jax.Array:
+        return place(mesh, rules, leaf, weight, "/".join(str(part.key) for part in path))
+
+    described = model.config.weights()
+    return jax.tree_util.tree_map_with_path(put, described, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
