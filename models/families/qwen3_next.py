@@ -93,4 +93,5 @@ FAMILY = Family(
     mixer=_mixer,
     feed_forward=where(is_sparse, qwen_gated_shared_experts),
     block_tensors=_tensors,
+    elsewhere=lambda config: r"(model\.)?mtp\..*",  # layers for further tokens, which are not layers of the model
 )

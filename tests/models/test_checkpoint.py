@@ -68,6 +68,18 @@ def test_every_tensor_has_its_place_and_shape(name):
                 np.testing.assert_array_equal(leaf, file.get_tensor(name))
 
 
+def test_layers_for_further_tokens_are_no_surplus(tmp_path):
+    """Qwen3-Next's published files hold them; anything else that is not the model's is refused."""
+    folder = load_golden("qwen3_next").folder
+    shutil.copy(folder / "config.json", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "mtp.fc.weight": np.ones((2, 3), np.float32)}, tmp_path / "model.safetensors")
+    assert_same(params_of(tmp_path), params_of(folder))
+    save_file({**tensors, "model.mtpx.weight": np.ones((2, 3), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"surplus: model.mtpx.weight"):
+        params_of(tmp_path)
+
+
 def test_names_of_the_norms_of_gemma2():
     family, config = load_config(load_golden("gemma2").folder)
     names = family.tensor_names(config)
