@@ -61,7 +61,8 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     context, blocks = (0, ()) if problems else _blocks(raw, fields, family, problems)
     _refuse_unknown(raw, family, problems)
     if problems:
-        raise ValueError("this config cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        listed = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(f"this config cannot be used:{listed}")
     softcap = fields.get("final_logit_softcapping")
     return family, ModelConfig(
         vocab_size=fields["vocab_size"],
