@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -52,7 +53,7 @@ def _on_mesh(model: Model, params: Params, execution: Execution) -> Params:
     mesh, rules = execution.mesh, execution.rules
     assert mesh is not None
 
-    def put(path: tuple[jax.tree_util.DictKey, ...], weight: Weight, leaf: jax.Array) -> jax.Array:
+    def put(path: tuple[Any, ...], weight: Weight, leaf: jax.Array) -> jax.Array:
         return place(mesh, rules, leaf, weight, "/".join(str(part.key) for part in path))
 
     described = model.config.weights()
