@@ -16,6 +16,7 @@ from decodax.decoding.sampling import Sampling
 from decodax.decoding.state import _empty_state
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVCache
+from decodax.layers.kv_cache.latent import LatentCache
 from decodax.layers.weight import Weight
 from decodax.models.hf_config import read_config
 from decodax.models.model import Model
@@ -67,7 +68,10 @@ def test_kernels_of_the_decoding_loop(name, whole):
     assert count_kernels(compiled, attention) == num_layers
     assert count_kernels(compiled, "grouped_gate_up") == count_kernels(compiled, "grouped_matmul") == num_sparse
     expert_bytes = sum(leaf.size * 2 for leaf in jax.tree.leaves(params["blocks_1" if few > 1 else "blocks_0"])) // 4
-    assert compiled.memory_analysis().temp_size_in_bytes < expert_bytes  # no copy of the experts
+    # Rope keys are copied once, before the loop: narrower than a TPU's 128 lanes, they are kept as the kernel reads them.
+    latents = [cache for cache in state.caches if isinstance(cache, LatentCache)]
+    rope_bytes = 2 * BATCH * CAPACITY * 128 * len(latents)
+    assert compiled.memory_analysis().temp_size_in_bytes < expert_bytes + rope_bytes  # no copy of the experts
 
 
 def test_config_sizes_are_the_published_ones():
