@@ -68,7 +68,7 @@ def test_kernels_of_the_decoding_loop(name, whole):
     assert count_kernels(compiled, attention) == num_layers
     assert count_kernels(compiled, "grouped_gate_up") == count_kernels(compiled, "grouped_matmul") == num_sparse
     expert_bytes = sum(leaf.size * 2 for leaf in jax.tree.leaves(params["blocks_1" if few > 1 else "blocks_0"])) // 4
-    # Rope keys are copied once, before the loop: narrower than a TPU's 128 lanes, they are kept as the kernel reads them.
+    # Rope keys, narrower than 128 lanes, are copied once, before the loop, into the layout that the kernel reads.
     latents = [cache for cache in state.caches if isinstance(cache, LatentCache)]
     rope_bytes = 2 * BATCH * CAPACITY * 128 * len(latents)
     assert compiled.memory_analysis().temp_size_in_bytes < expert_bytes + rope_bytes  # no copy of the experts
