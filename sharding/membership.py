@@ -153,7 +153,7 @@ def first_host(nodes: str) -> str:
     >>> first_host("gpu[003,007-015].cluster,login1"), first_host("rack[1-2]node[01-10]"), first_host("a,b[1-3]")
     ('gpu003.cluster', 'rack1node01', 'a')
     """
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
+    first = re.match(r"(?:\[\w[^\]]*\]|[^,\[\]])+(?=,|$)", nodes)
     if first is None:
         raise ValueError(f"a SLURM node list must look like node[001-004],gpu7, got {nodes!r}")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])

@@ -165,7 +165,7 @@ def _disagreement(own: Greeting, other: Greeting, present: dict[int, Greeting]) 
         )
     if other.process_id in present:
         return ValueError(
-            f"each process must have an id of its own in 0..{own.num_processes - 1}, but {other.process_id} came twice, "
+            f"each process needs an id of its own in 0..{own.num_processes - 1}, but {other.process_id} came twice, "
             f"from {present[other.process_id].host} and from {other.host}"
         )
     if other.versions != own.versions:
