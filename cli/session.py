@@ -16,6 +16,7 @@ import jax
 import typer
 
 import decodax
+from decodax.cli import hosts
 from decodax.sharding.rules import MESH_AXES
 
 MAX_CACHE_BYTES = 2**30
@@ -75,7 +76,8 @@ def reported_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug or isinstance(error, typer.Exit | typer.BadParameter):
             raise
-        print_error(str(error) or type(error).__name__)
+        print_error(hosts.error_prefix() + (str(error) or type(error).__name__))
+        hosts.leave_if_joined(FAILED)
         raise typer.Exit(FAILED) from error
 
 

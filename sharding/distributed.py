@@ -6,14 +6,17 @@
     lm = decodax.load(path, mesh="tensor=16")                          # the same program in every process
 
 It comes before anything that makes JAX look for devices. Afterwards `jax.devices()` are those of all processes, and
-every process must run the same programs in the same order. When a process dies, the others end, too: at once where a
-collective notices, else when its heartbeats have been missed for `heartbeat_seconds`.
+every process must run the same programs in the same order. When one ends by an error it ends at once, and so do the
+others: where a collective notices (on CPU), else when its heartbeats have been missed for `heartbeat_seconds`.
 """
 
+import atexit
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
+from typing import NoReturn
 
 import jax
 
@@ -54,15 +57,30 @@ def start(
     )
     if jax.distributed.is_initialized():
         _check_same_run(membership)
-    elif membership is None:
+        return
+    if membership is None:
         _let_jax_find_out(timeout_seconds, heartbeat_seconds)
     elif membership.num_processes > 1:
         _join(membership, timeout_seconds, heartbeat_seconds)
+    if jax.distributed.is_initialized():
+        atexit.register(_leave_after_an_error)  # it runs before JAX's own, which was registered earlier
 
 
 def is_first() -> bool:
     """Whether this is process 0, the one that speaks to the user."""
     return jax.process_index() == 0
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Ends the process after an error without JAX's farewell, which waits for all others, as they do for this one."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _leave_after_an_error() -> None:
+    if getattr(sys, "last_value", None) is not None:  # an exception that nobody caught, and Python has shown
+        leave_at_once(1)
 
 
 def _join(membership: Membership, timeout_seconds: float, heartbeat_seconds: int) -> None:

@@ -139,7 +139,7 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, Any]:
     # As JAX does, so that two jobs on one node seldom meet.
     port = 2**16 - 2**12 + (_number(environ, "SLURM_JOB_ID") or 0) % 2**12
     return {
-        "coordinator": f"{first_host(nodes)}:{min(port, 2**16 - 1)}",
+        "coordinator": f"{first_host(nodes)}:{port}",
         "num_processes": num_processes,
         "process_id": _number(environ, "SLURM_PROCID"),
         "local_device_ids": _slurm_gpus(environ),

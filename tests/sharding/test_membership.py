@@ -15,8 +15,7 @@ SLURM = {
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "CUDA_VISIBLE_DEVICES": "0,1,2,3",
 }
-# 61440 = 2^16 - 2^12 is where JAX's own ports for SLURM begin (less one, which it starts at 61440 too); 200505 = 48 * 4096 + 3897
-SLURM_PORT = 61440 + 3897
+SLURM_PORT = 61440 + 3897  # of the last 4,096 ports, the one that the job's id picks: 200505 = 48 x 4096 + 3897
 
 
 def test_nothing_said_means_no_partners():
@@ -56,14 +55,18 @@ def test_tpu_slice_and_several():
     slice_ = {"TPU_WORKER_HOSTNAMES": "tpu-0.svc,tpu-1.svc,tpu-2.svc", "TPU_WORKER_ID": "2"}
     found = read_membership(slice_)
     assert found == Membership("tpu-0.svc:8482", 3, 2, None, "the TPU slice's variables")
-    several = {"MEGASCALE_NUM_SLICES": "5", "MEGASCALE_SLICE_ID": "4", "MEGASCALE_COORDINATOR_ADDRESS": "first.svc:8080"}
+    several = {
+        "MEGASCALE_NUM_SLICES": "5",
+        "MEGASCALE_SLICE_ID": "4",
+        "MEGASCALE_COORDINATOR_ADDRESS": "first.svc:8080",
+    }
     assert read_membership(slice_ | several) == Membership("first.svc:8482", 15, 14, None, "the TPU slice's variables")
 
 
 def test_leader_worker_set():
     environ = {"LWS_LEADER_ADDRESS": "llm-1.llm.ns", "LWS_GROUP_SIZE": "3", "LWS_WORKER_INDEX": "2"}
     assert read_membership(environ) == Membership("llm-1.llm.ns:8482", 3, 2, None, "LeaderWorkerSet")
-    with pytest.raises(ValueError, match="LeaderWorkerSet leave open process_id.*DECODAX_PROCESS_ID"):
+    with pytest.raises(ValueError, match=r"LeaderWorkerSet leave open process_id.*DECODAX_PROCESS_ID"):
         read_membership({name: value for name, value in environ.items() if name != "LWS_WORKER_INDEX"})
 
 
