@@ -70,8 +70,10 @@ def reported_errors(debug: bool) -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail again
+        hosts.leave_if_joined(READER_GONE)
         raise typer.Exit(READER_GONE) from None
     except KeyboardInterrupt:
+        hosts.leave_if_joined(INTERRUPTED)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         if debug or isinstance(error, typer.Exit | typer.BadParameter):

@@ -41,8 +41,8 @@ def start(
     """Joins this process with the others; a second call that says the same does nothing, nor does a run of one process.
 
     coordinator: HOST:PORT where process 0 runs, or "auto", which reads the environment (`membership.py`) and, where
-        that says nothing, asks JAX, which knows Cloud TPU virtual machines and Open MPI. Values given here stand above
-        the environment's.
+        that says nothing, asks JAX, which knows Cloud TPU virtual machines and Open MPI (and ends the process itself
+        when others do not come). Values given here stand above the environment's.
     local_device_ids: the GPUs of its machine that this process uses; by default all it sees.
     Raises TimeoutError, naming the address and who is missing, when not all have come within `timeout_seconds`;
     ValueError for values that do not fit, here or between processes; OSError when process 0 cannot listen at its port;
@@ -138,5 +138,5 @@ def _let_jax_find_out(timeout_seconds: float, heartbeat_seconds: int) -> None:
         raise ValueError(
             "nothing in the environment says with which processes this one runs: not SLURM (srun), LeaderWorkerSet, "
             "JobSet, a TPU slice, Open MPI or DECODAX_COORDINATOR, DECODAX_NUM_PROCESSES and DECODAX_PROCESS_ID. Pass "
-            f"the coordinator's HOST:PORT, the number of processes and this one's id ({error})"
+            "the coordinator's HOST:PORT, the number of processes and this one's id"
         ) from error
