@@ -4,9 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[1]
 DEVICES_EACH = 4
@@ -36,27 +39,42 @@ def environment(devices: int = DEVICES_EACH) -> dict[str, str]:
     return kept | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
-def start(arguments: Sequence[str], *, devices: int = DEVICES_EACH, **variables: str) -> subprocess.Popen[bytes]:
-    """`python ARGUMENTS` with its output in pipes."""
+@dataclass(frozen=True)
+class Started:
+    """A process, and the files that it writes to: what waits in a pipe could hold up the others, too."""
+
+    process: subprocess.Popen[bytes]
+    out: IO[bytes]
+    err: IO[bytes]
+
+    def ended(self) -> Ended:
+        texts = []
+        for file in (self.out, self.err):
+            file.seek(0)
+            texts.append(file.read().decode())
+            file.close()
+        return Ended(self.process.returncode, *texts)
+
+
+def start(arguments: Sequence[str], *, devices: int = DEVICES_EACH) -> Started:
+    """`python ARGUMENTS`, with so many CPU devices."""
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (`ended` closes them)
     command = [sys.executable, "-W", "error", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(devices) | variables, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(devices), stdin=subprocess.DEVNULL, stdout=out, stderr=err
     )
+    return Started(process, out, err)
 
 
-def finish(processes: Sequence[subprocess.Popen[bytes]], seconds: float = 240) -> list[Ended]:
-    """Waits for all; kills those that have not ended in time, whose code is then negative."""
-    ended = []
-    try:
-        for process in processes:
-            try:
-                out, err = process.communicate(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                out, err = process.communicate()
-            ended.append(Ended(process.returncode, out.decode(), err.decode()))
-    finally:
-        for process in processes:
-            process.kill()
-    return ended
+def finish(started: Sequence[Started], seconds: float = 240) -> list[Ended]:
+    """Waits for all; those that have not ended in time are killed, and their code is negative."""
+    deadline = time.monotonic() + seconds
+    for one in started:
+        try:
+            one.process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            break
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+    return [one.ended() for one in started]
