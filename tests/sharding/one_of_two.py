@@ -14,7 +14,7 @@ import numpy as np
 
 import decodax
 from decodax.sharding import distributed
-from decodax.sharding.host import to_host
+from decodax.sharding.host import from_first, to_host
 
 PROMPTS = ["def fib(n):\n    return", "import numpy"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,6 +68,8 @@ def main(port: str, process: int, folder: str, mesh: str, cases: list[str]) -> N
     for case in cases:
         if case == "differ":
             result: Any = differ(lm, process)
+        elif case == "settle":
+            result = from_first(lm.model.execution.mesh, [process + 0.1, -process])
         elif case == "logits":
             logits = decodax.logits(lm, np.arange(14).reshape(2, 7))
             result = to_host(logits).tolist()
