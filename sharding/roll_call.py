@@ -45,49 +45,58 @@ def call_roll(address: tuple[str, int], greeting: Greeting, timeout_seconds: flo
 
 def _host(address: tuple[str, int], greeting: Greeting, deadline: float, timeout_seconds: float) -> None:
     with _listen(address, greeting) as listener, contextlib.ExitStack() as stack:
-        present, lines = {0: greeting}, _Lines(listener, stack)
-        members: dict[int, socket.socket] = {}
+        lines, roll = _Lines(listener, stack), _Roll(greeting)
         error: Exception | None = None
-        while len(present) < greeting.num_processes and error is None:
-            wait = deadline - time.monotonic()
-            if wait <= 0:
-                error = TimeoutError(_missing(address, present, greeting.num_processes, timeout_seconds))
-                break
-            for connection, line in lines.wait(wait):
-                if line is None:  # it went away: perhaps to be started again
-                    for index in [index for index, member in members.items() if member is connection]:
-                        del members[index], present[index]
-                    continue
-                other = _read(line)
-                if other is None:
-                    lines.drop(connection)
-                    continue
-                error = _disagreement(greeting, other, present)
-                if error is not None:
-                    members[-1] = connection  # the one that does not fit hears why, like all others
-                    break
-                present[other.process_id], members[other.process_id] = other, connection
+        while error is None and len(roll.present) < greeting.num_processes:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                error = TimeoutError(_missing(address, roll.present, greeting.num_processes, timeout_seconds))
+            for connection, line in lines.wait(max(left, 0)):
+                error = error or roll.hear(connection, line)
         listener.close()  # JAX's coordinator is to listen there next
-        verdict = json.dumps({"error": None if error is None else str(error), "kind": type(error).__name__})
-        for member in members.values():
-            with contextlib.suppress(OSError):
-                member.sendall(verdict.encode() + b"\n")
+        roll.tell(error)
     if error is not None:
         raise error
 
 
+class _Roll:
+    """Those who are there, and the connections on which they wait for the verdict."""
+
+    def __init__(self, own: Greeting) -> None:
+        self.own, self.present = own, {own.process_id: own}
+        self.waiting: dict[socket.socket, int | None] = {}  # None: one that does not fit, and is to hear why
+
+    def hear(self, connection: socket.socket, line: bytes | None) -> ValueError | None:
+        """Takes a process in, or out when it went away (perhaps to be started again); says what does not fit."""
+        if line is None:
+            index = self.waiting.pop(connection, None)
+            if index is not None:
+                del self.present[index]
+            return None
+        other = _read(line)
+        if other is None:
+            return None
+        error = _disagreement(self.own, other, self.present)
+        self.waiting[connection] = None if error else other.process_id
+        if error is None:
+            self.present[other.process_id] = other
+        return error
+
+    def tell(self, error: Exception | None) -> None:
+        """The verdict, to all who wait."""
+        verdict = json.dumps({"error": None if error is None else str(error), "kind": type(error).__name__})
+        for connection in self.waiting:
+            with contextlib.suppress(OSError):
+                connection.sendall(verdict.encode() + b"\n")
+
+
 def _listen(address: tuple[str, int], greeting: Greeting) -> socket.socket:
     host, port = address
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() and not is_loopback(host) else socket.AF_INET
-    if host == "::1":
-        family = socket.AF_INET6
+    both = socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(
-            (host if is_loopback(host) else "", port),
-            family=family,
-            dualstack_ipv6=family == socket.AF_INET6 and not is_loopback(host),
-            backlog=greeting.num_processes,
-        )
+        if is_loopback(host):
+            return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(
@@ -125,10 +134,11 @@ class _Lines:
                 piece = b""
             before = self.received[connection]
             self.received[connection] = line = before + piece
-            if not piece or b"\n" in before:  # gone, or saying more than there is to say
-                self.drop(connection)
+            if not piece or b"\n" in before or len(line) > _MAX_LINE_BYTES:  # gone, or saying more than it should
+                self.selector.unregister(connection)
+                connection.close()
                 found.append((connection, None))
-            elif b"\n" in line or len(line) > _MAX_LINE_BYTES:
+            elif b"\n" in line:
                 found.append((connection, line))
         return found
 
@@ -138,10 +148,6 @@ class _Lines:
             connection.setblocking(False)
             self.received[connection] = b""
             self.selector.register(connection, selectors.EVENT_READ)
-
-    def drop(self, connection: socket.socket) -> None:
-        self.selector.unregister(connection)
-        connection.close()
 
 
 def _read(line: bytes) -> Greeting | None:
