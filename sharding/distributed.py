@@ -7,7 +7,8 @@
 
 It comes before anything that makes JAX look for devices. Afterwards `jax.devices()` are those of all processes, and
 every process must run the same programs in the same order. When one ends by an error it ends at once, and so do the
-others: where a collective notices (on CPU), else when its heartbeats have been missed for `heartbeat_seconds`.
+others: at once where a collective notices or process 0 is gone, else when heartbeats have been missed for
+`heartbeat_seconds`. (Measured on CPU: 0.2 s with JAX 0.10; with 0.12 90 s by heartbeats when process 1 of 2 died.)
 """
 
 import atexit
