@@ -35,7 +35,7 @@ def test_jax_that_has_begun_cannot_be_joined():
     """Before anybody is waited for: all others would wait for this process then."""
     jax.devices()
     with pytest.raises(RuntimeError, match="joined before JAX looks for devices"):
-        distributed.start("127.0.0.1:1", num_processes=2, process_id=1, environ={})
+        distributed.start("127.0.0.1:1", num_processes=2, process_id=1, timeout_seconds=1.0, environ={})
     distributed.start("127.0.0.1:1", num_processes=1, process_id=0, environ={})  # nobody to join
 
 
