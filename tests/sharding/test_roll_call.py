@@ -70,7 +70,7 @@ def test_process_zero_never_comes():
     ],
 )
 def test_those_who_do_not_fit_are_named_to_all(second: Greeting, message: str):
-    errors = outcomes(process(0), process(1, host="a"), second)
+    errors = outcomes(process(0), process(1, host="a"), second, seconds=3.0)  # who comes too late hears nothing
     texts = [message.format("a", "b"), message.format("b", "a")]
     told = [error for error in errors if isinstance(error, ValueError)]
     assert told[0] is errors[0] and any(text in str(told[0]) for text in texts)
