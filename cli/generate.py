@@ -102,7 +102,7 @@ def generate(
         texts = _read_prompts(prompts or [], file or [])
         if compilation_cache:
             session.use_compilation_cache()
-        with hosts.joined(distributed, num_processes, process_id, join_timeout):
+        with hosts.joined(distributed, num_processes, process_id, join_timeout, mesh):
             lm = decodax.load(model, dtype=dtype, mesh=mesh, invariant=invariant, adapter=adapter)
             _check_values(lm, options, len(texts))
             _run(lm, texts, options, as_json)

@@ -28,7 +28,11 @@ JOIN_TIMEOUT = distributed.JOIN_TIMEOUT_SECONDS
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout_seconds: float
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    timeout_seconds: float,
+    mesh: str | None,
 ) -> Iterator[None]:
     """Inside, this process is one of several, if that was asked for; only process 0 prints, and errors leave it."""
     if coordinator is None:
@@ -36,6 +40,8 @@ def joined(
             raise typer.BadParameter("--num-processes and --process-id go with --distributed HOST:PORT (or auto)")
         yield
         return
+    if mesh is None:
+        raise typer.BadParameter("--distributed needs --mesh: how the devices of all processes split one model")
     try:
         distributed.start(
             coordinator, num_processes=num_processes, process_id=process_id, timeout_seconds=timeout_seconds

@@ -20,9 +20,13 @@ def run(*arguments: str) -> Any:
     [
         (["--num-processes", "2"], "go with --distributed"),
         (["--process-id", "0"], "go with --distributed"),
-        (["--distributed", "host:1", "--num-processes", "2", "--process-id", "2"], "must be in 0..1"),
-        (["--distributed", "host:1", "--num-processes", "2"], "leave open process_id"),
-        (["--distributed", "host:x", "--num-processes", "2", "--process-id", "0"], "HOST:PORT"),
+        (["--distributed", "host:1", "--num-processes", "2", "--process-id", "1"], "needs --mesh"),
+        (
+            ["--mesh", "data=2", "--distributed", "host:1", "--num-processes", "2", "--process-id", "2"],
+            "must be in 0..1",
+        ),
+        (["--mesh", "data=2", "--distributed", "host:1", "--num-processes", "2"], "leave open process_id"),
+        (["--mesh", "data=2", "--distributed", "host:x", "--num-processes", "2", "--process-id", "0"], "HOST:PORT"),
     ],
 )
 def test_values_without_a_meaning_are_the_command_lines_fault(arguments: list[str], message: str):

@@ -100,7 +100,9 @@ def test_the_command_prints_once_and_the_same(folder: Path, alone: decodax.Langu
 
 def test_a_host_that_never_joins(folder: Path):
     port = processes.free_port()
-    (ended,) = processes.finish([processes.start(command(folder, port, 0, "--join-timeout", "1"))])
+    (ended,) = processes.finish(
+        [processes.start(command(folder, port, 0, "--mesh", "tensor=8", "--join-timeout", "1"))]
+    )
     assert ended.code == 1 and ended.out == ""
     assert f"error: 1 of 2 processes came to 127.0.0.1:{port} within 1 s; missing: 1. Check that" in ended.err
     assert len(ended.err.splitlines()) == 1
