@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.choice import Implementation
@@ -24,7 +23,7 @@ from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
 from decodax.models.tokenizer import Tokenizer, read_end_token_ids
-from decodax.sharding.rules import TENSOR, place
+from decodax.sharding.rules import TENSOR
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -67,21 +66,21 @@ def load(
     invariant: bool = False,
     implementation: Implementation | None = None,
 ) -> LanguageModel:
-    """A model folder in Hugging Face format, as it is; arguments and errors are those of `decodax.load`."""
+    """A model folder, as it is; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
     folder = find_folder(path_or_id)
     family, config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     end_token_ids = read_end_token_ids(folder)
-    put = None if mesh is None else partial(_put, mesh)
+    sharding_of = None if mesh is None else partial(_sharding, mesh)
     with _progress(f"loading {folder.name}") as progress:
-        params = load_params(folder, family, config, dtype=kind, put=put, progress=progress)
+        params = load_params(folder, family, config, dtype=kind, sharding_of=sharding_of, progress=progress)
     model = Model(config, invariant, Execution(implementation, mesh))
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 
-def _put(mesh: Mesh, array: np.ndarray, weight: Weight, path: tuple[str, ...]) -> jax.Array:
-    return place(mesh, TENSOR, array, weight, "/".join(path))
+def _sharding(mesh: Mesh, weight: Weight, path: tuple[str, ...]) -> Sharding:
+    return TENSOR.sharding(mesh, weight, "/".join(path))
 
 
 def find_folder(path_or_id: str | Path | None) -> Path:

@@ -23,13 +23,16 @@ from decodax.layers.execution import Execution
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.weight import Weight, fetch
-from decodax.models.checkpoint import Put, load_part
-from decodax.models.config import BlockConfig
+from decodax.models.checkpoint import ShardingOf, StoredWeights, open_part, read_params
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.families._contract import Family
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
+from decodax.models.orbax_arrays import has_arrays, open_arrays
 from decodax.models.stored_files import open_files, weight_files
 from decodax.models.transformer import Block
-from decodax.sharding.rules import place
+
+PART = "next_layer"  # its parameters beside the model's
 
 
 @dataclass(frozen=True)
@@ -116,26 +119,41 @@ def load_next_layer(folder: Path, model: Model, *, dtype: DTypeLike) -> Params:
     family, config = load_config(folder)
     if config != model.config:
         raise ValueError(f"{folder} holds another model than the one that its layer shall draft for: give its own")
-    layouts, names = family.next_layer_layouts(config), family.next_layer
-    assert names is not None  # or it would have none to name
-    prefix = names.prefix.format(config.num_layers)
-    if not any(f"model.{name.removeprefix('model.')}".startswith(prefix) for name in open_files(weight_files(folder))):
+    prefix = _prefix(family, config)
+    if not holds_next_layer(folder, family, config):
         raise ValueError(
             f"the files in {folder} hold no layer that predicts further tokens (no tensor is called {prefix}...): "
             "download them again with all layers, or take another strategy"
         )
-    return load_part(
-        folder,
-        layouts,
-        next_layer(model).weights(),
-        dtype=jnp.dtype(dtype),
-        put=_put(model.execution),
-        elsewhere=names.elsewhere(prefix),
-    )
+    opened = open_next_layer(folder, family, config)
+    return read_params(opened, dtype=jnp.dtype(dtype), sharding_of=_sharding_of(model.execution))[PART]
 
 
-def _put(execution: Execution) -> Put | None:
+def holds_next_layer(folder: Path, family: Family, config: ModelConfig) -> bool:
+    """Whether a model's folder holds such a layer, or a part of one; ValueError for a family without."""
+    prefix = _prefix(family, config)
+    if has_arrays(folder):
+        return any(name.startswith(f"{PART}.") for name in open_arrays(folder))
+    return any(f"model.{name.removeprefix('model.')}".startswith(prefix) for name in open_files(weight_files(folder)))
+
+
+def open_next_layer(folder: Path, family: Family, config: ModelConfig) -> StoredWeights:
+    """Its parameters under "next_layer", to be read in parts; ValueError where the files do not hold it whole."""
+    names = family.next_layer
+    assert names is not None  # or `holds_next_layer` had said so
+    layouts = {(PART, *path): stored for path, stored in family.next_layer_layouts(config).items()}
+    weights = {PART: next_layer(Model(config)).weights()}
+    return open_part(folder, layouts, weights, elsewhere=names.elsewhere(_prefix(family, config)))
+
+
+def _prefix(family: Family, config: ModelConfig) -> str:
+    family.next_layer_layouts(config)  # raises for a family without
+    assert family.next_layer is not None
+    return family.next_layer.prefix.format(config.num_layers)
+
+
+def _sharding_of(execution: Execution) -> ShardingOf | None:
     mesh, rules = execution.mesh, execution.rules
     if mesh is None:
         return None
-    return lambda array, weight, path: place(mesh, rules, array, weight, "/".join(path))
+    return lambda weight, path: rules.sharding(mesh, weight, "/".join(path))
