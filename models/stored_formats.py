@@ -185,11 +185,16 @@ def read_quantization(field: Any) -> Quantization | None:
     return Quantization(method, (block[0], block[1]))
 
 
+def stands_for_packed(name: str) -> bool:
+    """Whether a family's layout gives this name to numbers that are packed (mxfp4)."""
+    return name.endswith("_blocks")
+
+
 def scales_of(name: str, stored: Mapping[str, Entry]) -> str | None:
     """The name of the tensor with the scales of this one, if it is of a form that has them."""
     if stored[name].kind == _FP8_KIND:
         return f"{name}_scale_inv"
-    if stored[name].kind == "U8" and name.endswith("_blocks"):
+    if stored[name].kind == "U8" and stands_for_packed(name):
         return f"{name.removesuffix('_blocks')}_scales"
     return None
 
