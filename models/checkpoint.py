@@ -37,7 +37,7 @@ ShardingOf = Callable[[Weight, ParameterPath], Sharding | None]
 Progress = Callable[[int, int], None]
 
 PIECE_BYTES = 2**20  # read at once: small beside any weight that matters, and within a processor's cache
-UNMAPPED_BYTES = 2**26  # read from files before the memory of their pages is given back
+UNMAPPED_BYTES = 2**24  # read from files before the memory of their pages is given back
 _ALIGNMENT_BYTES = 64  # what JAX asks of a host buffer that it is to use in place
 _HUGE_PAGE_BYTES = 2**21  # Linux's large pages, for which NumPy asks with arrays of twice that size and more
 
@@ -75,7 +75,7 @@ class StoredWeights:
                     place[...] = piece
                 if not _is_finite(place):
                     self.not_finite[tensor.label] = None
-                self._mapped_bytes += piece.nbytes
+                self._mapped_bytes += len(place) * math.prod(tensor.shape[-1:]) * tensor.dtype.itemsize  # whole rows
                 if self._mapped_bytes >= UNMAPPED_BYTES:
                     forget_pages(self.stored)
                     self._mapped_bytes = 0

@@ -27,9 +27,10 @@ FOLDER = "params"  # in the model's folder
 # Arrays that are not the model's own (`models/next_layer.py`); `models/layouts.py` puts "model." in front.
 OTHER_PARTS = r"model\.next_layer\..*"
 METADATA = "_METADATA"
-CHUNK_BYTES = 2**24  # of an array in one file
+CHUNK_BYTES = 2**23  # of an array in one file
 
-_CACHE_BYTES = 4 * CHUNK_BYTES  # of chunks that are kept while pieces of them are read
+_CACHE_BYTES = 2 * CHUNK_BYTES  # of chunks that are kept while pieces of them are read
+_THREADS = 2  # each keeps memory of its own for what it has read
 _KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the words of safetensors
 _DICTIONARY_KEY = 2  # Orbax's number for the keys of dictionaries
 
@@ -86,7 +87,13 @@ def open_arrays(folder: Path) -> dict[str, StoredArray]:
         in_database = bool(metadata.get("use_ocdbt"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{root / METADATA} is no metadata of an Orbax checkpoint: {error!r}") from error
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    context = tensorstore.Context(
+        {
+            "cache_pool": {"total_bytes_limit": _CACHE_BYTES},
+            "file_io_concurrency": {"limit": _THREADS},
+            "data_copy_concurrency": {"limit": _THREADS},
+        }
+    )
     stored = {}
     for name in (array_name(tuple(key)) for key in keys):
         spec = {"driver": driver, "kvstore": _kvstore(root, name, in_database), "recheck_cached_data": "open"}
