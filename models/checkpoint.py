@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from decodax.layers.weight import Weight
 from decodax.models.config import ModelConfig
@@ -32,8 +32,9 @@ from decodax.models.orbax_arrays import OTHER_PARTS, array_name, has_arrays, ope
 from decodax.models.sources import Layouts, Region, region_shape, transfers, whole, whole_region
 from decodax.models.stored_files import Entry, forget_pages, open_files, weight_files
 from decodax.models.stored_formats import read_quantization
+from decodax.sharding.rules import Rules
 
-ShardingOf = Callable[[Weight, ParameterPath], Sharding | None]
+ShardingOf = Callable[[Weight, ParameterPath], Sharding]
 Progress = Callable[[int, int], None]
 
 PIECE_BYTES = 2**20  # read at once: small beside any weight that matters, and within a processor's cache
@@ -144,7 +145,7 @@ def load_params(
 ) -> dict[str, Any]:
     """The parameters of a folder, as nested as `config.weights()`, every leaf cast to `dtype`.
 
-    sharding_of: (description, path) -> where a parameter lies, None for the first device; by default all lie there.
+    sharding_of: (description, path) -> where a parameter lies; by default all lie on the first device.
     progress: called with (bytes done, bytes in all) after each parameter; of what this process's devices hold.
     Raises what `open_params` raises. Warns with NonFiniteWeightWarning.
     """
@@ -209,6 +210,13 @@ def _leaf(
 def to_device(host: np.ndarray, device: jax.Device | None) -> jax.Array:
     """The array on a device; on CPU it is the aligned host array itself, which nobody may write again."""
     return jax.device_put(host, device)
+
+
+def shardings_on(mesh: Mesh | None, rules: Rules) -> ShardingOf | None:
+    """Where each parameter lies on a mesh; None, the first device, without one."""
+    if mesh is None:
+        return None
+    return lambda weight, path: rules.sharding(mesh, weight, "/".join(path))
 
 
 def _quantization(folder: Path) -> Any:

@@ -13,18 +13,18 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from decodax.layers.weight import Weight
 from decodax.models import conversion
 from decodax.models import orbax_arrays as arrays
-from decodax.models.checkpoint import Progress
+from decodax.models.checkpoint import Progress, shardings_on
 from decodax.models.families._contract import ParameterPath
 from decodax.models.load import LanguageModel
-from decodax.models.sources import Region, Shape, region_shape
+from decodax.models.sources import Region, region_shape
 from decodax.models.staged_folder import StagedFolder
-
-PartOf = Callable[[Weight, ParameterPath], Shape]
+from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.rules import RULES, Rules
 
 
 def from_hf(
@@ -32,7 +32,8 @@ def from_hf(
     target: str | Path,
     *,
     dtype: DTypeLike | None = None,
-    part_of: PartOf | None = None,
+    mesh: Mesh | str | None = None,
+    rules: Rules = RULES,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> conversion.Conversion:
@@ -40,20 +41,20 @@ def from_hf(
 
     source: a model folder, also an Orbax one (to cut or to round it anew), or a loaded model.
     dtype: "float32", "bfloat16" or "float16", to which every weight is rounded; None keeps what is stored.
-    part_of: (description, path) -> the shape that one device will hold, so that each reads whole files; any mesh can
-        read any checkpoint without it.
+    mesh, rules: as for `decodax.load`. The arrays are cut so that each device of this mesh reads whole files; any mesh
+        reads any checkpoint, with this or without.
     overwrite: replace a target that is something else. progress: called with (bytes done, bytes in all).
     Raises FileExistsError, ValueError for a source that does not fit its config, DiskFullError (an OSError).
     Warns with NonFiniteWeightWarning, and of tensors that are left out.
     """
     opened = conversion.open_source(source)
     dtypes, weights = opened.dtypes(dtype), opened.weights.weights
-    chunks = {
-        path: arrays.chunk_shape(
-            weight.shape, dtypes[path].itemsize, None if part_of is None else part_of(weight, path)
-        )
-        for path, weight in weights.items()
-    }
+    mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
+    sharding_of = shardings_on(None if mesh is None else fit_mesh(mesh, opened.config), rules)
+    chunks = {}
+    for path, weight in weights.items():
+        part = None if sharding_of is None else sharding_of(weight, path).shard_shape(weight.shape)
+        chunks[path] = arrays.chunk_shape(weight.shape, dtypes[path].itemsize, part)
 
     def chunks_of(path: ParameterPath) -> list[tuple[str, Region]]:
         name = arrays.array_name(path)
@@ -82,8 +83,8 @@ def from_hf(
         metadata = arrays.metadata_of({path: weight.shape for path, weight in weights.items()})
         folder.write_file(f"{arrays.FOLDER}/{arrays.METADATA}", json.dumps(metadata).encode())
 
-    sizes = {arrays.array_name(path): list(chunk) for path, chunk in chunks.items()} if part_of else None
-    description = conversion.manifest(opened, dtypes, "orbax", chunks=sizes)
+    mesh_shape = None if mesh is None else dict(mesh.shape)
+    description = conversion.manifest(opened, dtypes, "orbax", cut_for_mesh=mesh_shape)
     config = conversion.config_json(opened, dtypes)
     return conversion.convert(
         opened, Path(target), description, config, pieces, write, overwrite=overwrite, progress=progress

@@ -23,7 +23,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.weight import Weight, fetch
-from decodax.models.checkpoint import ShardingOf, StoredWeights, open_part, read_params
+from decodax.models.checkpoint import StoredWeights, open_part, read_params, shardings_on
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.families._contract import Family
 from decodax.models.hf_config import load_config
@@ -31,8 +31,6 @@ from decodax.models.model import Model, Params
 from decodax.models.orbax_arrays import has_arrays, open_arrays
 from decodax.models.stored_files import open_files, weight_files
 from decodax.models.transformer import Block
-
-PART = "next_layer"  # its parameters beside the model's
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,9 @@ def load_next_layer(folder: Path, model: Model, *, dtype: DTypeLike) -> Params:
             f"the files in {folder} hold no layer that predicts further tokens (no tensor is called {prefix}...): "
             "download them again with all layers, or take another strategy"
         )
-    opened = open_next_layer(folder, family, config)
-    return read_params(opened, dtype=jnp.dtype(dtype), sharding_of=_sharding_of(model.execution))[PART]
+    opened, execution = open_next_layer(folder, family, config), model.execution
+    sharding_of = shardings_on(execution.mesh, execution.rules)
+    return read_params(opened, dtype=jnp.dtype(dtype), sharding_of=sharding_of)[PART]
 
 
 def holds_next_layer(folder: Path, family: Family, config: ModelConfig) -> bool:
@@ -150,10 +149,3 @@ def _prefix(family: Family, config: ModelConfig) -> str:
     family.next_layer_layouts(config)  # raises for a family without
     assert family.next_layer is not None
     return family.next_layer.prefix.format(config.num_layers)
-
-
-def _sharding_of(execution: Execution) -> ShardingOf | None:
-    mesh, rules = execution.mesh, execution.rules
-    if mesh is None:
-        return None
-    return lambda weight, path: rules.sharding(mesh, weight, "/".join(path))
