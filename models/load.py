@@ -74,7 +74,7 @@ def load(
     end_token_ids = read_end_token_ids(folder)
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     fitted = None if mesh is None else fit_mesh(mesh, config)
-    with _progress(f"loading {folder.name}") as progress:
+    with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
         params = load_params(folder, family, config, dtype=kind, sharding_of=sharding_of, progress=progress)
     model = Model(config, invariant, Execution(implementation, fitted, rules))
@@ -140,14 +140,14 @@ def working_dtype(dtype: DTypeLike | None) -> jnp.dtype:
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback that shows a bar on stderr, if that is a terminal, once the work has lasted longer than a second."""
+def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (bytes done, bytes in all) that shows a bar on stderr, if that is a terminal, after a second of work."""
     start, bar = monotonic(), None
 
     def update(done: int, total: int) -> None:
         nonlocal bar
         if bar is None and monotonic() - start > _SILENT_SECONDS and done < total:
-            bar = _bar(label, total)
+            bar = _bar(label, done, total)
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
 
@@ -158,13 +158,19 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
-def _bar(label: str, total: int) -> "Progress":
+def _bar(label: str, done: int, total: int) -> "Progress":
     from rich.console import Console  # late: most models load within a second
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(file=sys.stderr)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     bar.start()
-    bar.add_task(label, total=total)
+    bar.add_task(label, total=total, completed=done)
     return bar

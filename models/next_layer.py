@@ -32,6 +32,8 @@ from decodax.models.orbax_arrays import has_arrays, open_arrays
 from decodax.models.stored_files import open_files, weight_files
 from decodax.models.transformer import Block
 
+PART = "next_layer"  # its parameters beside the model's
+
 
 @dataclass(frozen=True)
 class NextLayer:
