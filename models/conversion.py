@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ _BESIDE = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")  # the tok
 _NOT_BESIDE = {"config.json", MANIFEST}
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Parameters that can be read region by region (`StoredWeights`, `HeldWeights`)."""
 

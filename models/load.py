@@ -141,7 +141,7 @@ def working_dtype(dtype: DTypeLike | None) -> jnp.dtype:
 
 @contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (bytes done, bytes in all) that shows a bar on stderr, if that is a terminal, after a second of work."""
+    """A callback (bytes done, bytes in all) that shows a bar on stderr, if that is a terminal, after a second."""
     start, bar = monotonic(), None
 
     def update(done: int, total: int) -> None:

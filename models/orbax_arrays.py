@@ -183,7 +183,7 @@ def metadata_of(shapes: Mapping[tuple[str, ...], Shape]) -> dict[str, Any]:
     def entry(path: tuple[str, ...], shape: Shape) -> dict[str, Any]:
         return {
             "key_metadata": [{"key": name, "key_type": _DICTIONARY_KEY} for name in path],
-            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)},
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(shape)},
         }
 
     tree = {str(path): entry(path, shape) for path, shape in shapes.items()}
