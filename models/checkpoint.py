@@ -34,6 +34,7 @@ from decodax.models.stored_files import Entry, forget_pages, open_files, weight_
 from decodax.models.stored_formats import read_quantization
 from decodax.sharding.rules import Rules
 
+Device = Any  # jax.Device, which type checkers take for a variable
 ShardingOf = Callable[[Weight, ParameterPath], Sharding]
 Progress = Callable[[int, int], None]
 
@@ -179,11 +180,11 @@ def read_params(
     return nested(leaves)
 
 
-def _local_slices(shape: tuple[int, ...], sharding: Sharding | None) -> list[tuple[Region, list[jax.Device | None]]]:
+def _local_slices(shape: tuple[int, ...], sharding: Sharding | None) -> list[tuple[Region, list[Device | None]]]:
     """The distinct slices that devices of this process hold, each with those devices; None is the first device."""
     if sharding is None:
         return [(whole_region(shape), [None])]
-    holders: dict[tuple[tuple[int, int], ...], list[jax.Device | None]] = {}
+    holders: dict[tuple[tuple[int, int], ...], list[Device | None]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         holders.setdefault(bounds, []).append(device)
@@ -195,7 +196,7 @@ def _leaf(
     path: ParameterPath,
     dtype: np.dtype,
     sharding: Sharding | None,
-    slices: list[tuple[Region, list[jax.Device | None]]],
+    slices: list[tuple[Region, list[Device | None]]],
 ) -> jax.Array:
     """One parameter on its devices; the host buffer of a slice is gone before the next is made, where it was copied."""
     parts: list[jax.Array] = []
@@ -207,7 +208,7 @@ def _leaf(
     return jax.make_array_from_single_device_arrays(opened.weights[path].shape, sharding, parts, dtype=dtype)
 
 
-def to_device(host: np.ndarray, device: jax.Device | None) -> jax.Array:
+def to_device(host: np.ndarray, device: Device | None) -> jax.Array:
     """The array on a device; on CPU it is the aligned host array itself, which nobody may write again."""
     return jax.device_put(host, device)
 

@@ -7,9 +7,8 @@ are stored; quantised ones (FP8, mxfp4) become float32, which holds their number
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,24 +68,18 @@ class HeldWeights:
         return np.ascontiguousarray(np.asarray(part).astype(dtype, copy=False)).reshape(region_shape(region))
 
 
-@dataclass(frozen=True, eq=False)
 class Joined:
     """A model's parameters and those of a layer behind it."""
 
-    parts: tuple[Weights, ...]
-
-    @cached_property
-    def weights(self) -> Mapping[ParameterPath, Weight]:
-        return {path: weight for part in self.parts for path, weight in part.weights.items()}
-
-    def _part(self, path: ParameterPath) -> Weights:
-        return next(part for part in self.parts if path in part.weights)
+    def __init__(self, *parts: Weights) -> None:
+        self._part = {path: part for part in parts for path in part.weights}
+        self.weights = {path: weight for part in parts for path, weight in part.weights.items()}
 
     def dtype(self, path: ParameterPath) -> np.dtype:
-        return self._part(path).dtype(path)
+        return self._part[path].dtype(path)
 
     def read(self, path: ParameterPath, region: Region, dtype: np.dtype) -> np.ndarray:
-        return self._part(path).read(path, region, dtype)
+        return self._part[path].read(path, region, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,28 +109,28 @@ def open_source(source: str | Path | LanguageModel) -> Source:
     """Reads what a source holds, without its numbers. The errors are those of `decodax.load`."""
     folder = source.path if isinstance(source, LanguageModel) else find_folder(source)
     family, config = load_config(folder)
-    layouts = family.layouts(config)
-    if isinstance(source, LanguageModel):
-        return Source(folder, family, config, _held(source, config), layouts, None)
-    parts: list[StoredWeights] = [open_params(folder, family, config)]
+    model = _held(source, config) if isinstance(source, LanguageModel) else open_params(folder, family, config)
+    layouts, behind = family.layouts(config), None
     if family.next_layer is not None and holds_next_layer(folder, family, config):
-        parts.append(open_next_layer(folder, family, config))
+        behind = open_next_layer(folder, family, config)
         layouts |= {(PART, *path): stored for path, stored in family.next_layer_layouts(config).items()}
+    weights = model if behind is None else Joined(model, behind)
+    if isinstance(model, HeldWeights):
+        return Source(folder, family, config, weights, layouts, None)
     files = sorted((folder / FOLDER).rglob("*")) if has_arrays(folder) else weight_files(folder)
-    return Source(
-        folder, family, config, Joined(tuple(parts)), layouts, _stamps(folder, files), _left_out(parts, family)
-    )
+    return Source(folder, family, config, weights, layouts, _stamps(folder, files), _left_out(model, behind, family))
 
 
-def _left_out(parts: Sequence[StoredWeights], family: Family) -> tuple[str, ...]:
-    stored = parts[0].stored
-    used = {source.name for part in parts for filled in part.filled.values() for source, _ in filled}
-    used |= {scales for name in used if (scales := scales_of(name, stored)) is not None}
-    copies = rf".*\.(?:{family.next_layer.copies})" if family.next_layer is not None and len(parts) > 1 else "(?!)"
+def _left_out(model: StoredWeights, behind: StoredWeights | None, family: Family) -> tuple[str, ...]:
+    """The tensors that neither holds, but for copies and what is derived from the config."""
+    parts = [model] if behind is None else [model, behind]
+    known = {source.name for part in parts for filled in part.filled.values() for source, _ in filled}
+    known |= {scales for name in known if (scales := scales_of(name, model.stored)) is not None} | {HEAD_NAME}
+    copies = rf".*\.(?:{family.next_layer.copies})" if family.next_layer is not None and behind is not None else "(?!)"
     return tuple(
         name
-        for name in stored
-        if name not in used | {HEAD_NAME} and not name.endswith(REDUNDANT_SUFFIXES) and not re.fullmatch(copies, name)
+        for name in model.stored
+        if name not in known and not name.endswith(REDUNDANT_SUFFIXES) and not re.fullmatch(copies, name)
     )
 
 

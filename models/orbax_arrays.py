@@ -101,7 +101,7 @@ def open_arrays(folder: Path) -> dict[str, StoredArray]:
             store = tensorstore.open(spec, open=True, read=True, context=context).result()
         except ValueError as error:
             raise ValueError(f"{root} holds no array {name} that can be read: {error}") from error
-        kind = store.dtype.name
+        kind = str(store.dtype.name)
         stored[name] = StoredArray(name, _KINDS.get(kind, kind), store)
     return stored
 
