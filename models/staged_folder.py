@@ -125,7 +125,8 @@ def staged(target: Path, plan: Mapping[str, Any], *, overwrite: bool, resume: bo
             _replace(partial / "content", target)
         finally:
             lock.release()
-        shutil.rmtree(partial)
+            if not any((partial / "content").glob("*")):  # it is the target now, or nothing was begun
+                shutil.rmtree(partial)
 
 
 def _begin(partial: Path, plan: Mapping[str, Any]) -> None:

@@ -47,8 +47,8 @@ def main() -> None:
         return
     for row in results:
         print(
-            f"process {row['process']}: peak {row['peak_bytes'] / 1e6:.0f} MB, {row['own_bytes'] / 1e6:.0f} MB of it its "
-            f"part of the {row['model_bytes'] / 1e9:.2f} GB and {row['before_bytes'] / 1e6:.0f} MB there before; "
+            f"process {row['process']}: peak {row['peak_bytes'] / 1e6:.0f} MB, of it {row['own_bytes'] / 1e6:.0f} its "
+            f"part of the {row['model_bytes'] / 1e9:.2f} GB and {row['before_bytes'] / 1e6:.0f} there before; "
             f"{row['seconds']:.1f} s"
         )
 

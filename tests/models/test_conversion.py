@@ -301,6 +301,8 @@ def test_weights_of_zeros_are_stored(tmp_path):
     zeros["model.norm.weight"][3] = -0.0  # equal to zero, and another number
     save_file(zeros, tmp_path / "source" / "model.safetensors")
     from_hf(tmp_path / "source", tmp_path / "orbax")
+    files = [file for file in (tmp_path / "orbax" / "params").glob("*/*") if not file.name.startswith(".")]
+    assert sum(file.stat().st_size for file in files) == sum(tensor.nbytes for tensor in zeros.values())
     to_hf(tmp_path / "orbax", tmp_path / "back")
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), zeros)
 
