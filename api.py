@@ -34,7 +34,7 @@ def load(
     adapter: str | Path | TrainedPart | None = None,
     implementation: Implementation | None = None,
 ) -> LanguageModel:
-    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
+    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json), or with Orbax arrays.
 
     path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
         small model that decodax carries.

@@ -13,9 +13,11 @@ accelerator it costs one slice. Nothing refers to the files afterwards.
 
 import json
 import math
+import mmap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from decodax.models.families._contract import EMBEDDING_NAME, HEAD_NAME, Family,
 from decodax.models.layouts import Expected, Filled, find_sources
 from decodax.models.orbax_arrays import OTHER_PARTS, array_name, has_arrays, open_arrays
 from decodax.models.sources import Layouts, Region, region_shape, transfers, whole, whole_region
-from decodax.models.stored_files import Entry, forget_pages, open_files, weight_files
+from decodax.models.stored_files import Entry, forget_pages, mappings_of, open_files, weight_files
 from decodax.models.stored_formats import read_quantization
 from decodax.sharding.rules import Rules
 
@@ -63,6 +65,10 @@ class StoredWeights:
     not_finite: dict[str, None] = field(default_factory=dict)
     _mapped_bytes: int = 0
 
+    @cached_property
+    def _mappings(self) -> list[mmap.mmap]:
+        return mappings_of(self.stored)
+
     def dtype(self, path: ParameterPath) -> np.dtype:
         """The type that holds a parameter's stored numbers exactly."""
         kinds = {tensor.dtype for _, tensor in self.filled[path]}
@@ -79,9 +85,13 @@ class StoredWeights:
                     self.not_finite[tensor.label] = None
                 self._mapped_bytes += len(place) * math.prod(tensor.shape[-1:]) * tensor.dtype.itemsize  # whole rows
                 if self._mapped_bytes >= UNMAPPED_BYTES:
-                    forget_pages(self.stored)
-                    self._mapped_bytes = 0
+                    self.forget_pages()
         return host
+
+    def forget_pages(self) -> None:
+        """Gives back the memory of the mapped files' pages that were read."""
+        forget_pages(self._mappings)
+        self._mapped_bytes = 0
 
     def warn(self, stacklevel: int) -> None:
         """Warns with NonFiniteWeightWarning where something read was not finite."""
@@ -175,7 +185,7 @@ def read_params(
         done += sizes[path]
         if progress is not None:
             progress(done, sum(sizes.values()))
-    forget_pages(opened.stored)
+    opened.forget_pages()
     opened.warn(stacklevel=4)
     return nested(leaves)
 

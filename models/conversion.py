@@ -7,7 +7,7 @@ are stored; quantised ones (FP8, mxfp4) become float32, which holds their number
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -89,6 +89,7 @@ class Source:
     folder: where its config and tokenizer are. layouts: where its parameters stand in safetensors.
     files: sizes in bytes and times of change of the files of its weights; None: it was a loaded model.
     left_out: stored tensors that belong to parts which decodax does not read.
+    stored: those of the weights that are read from files.
     """
 
     folder: Path
@@ -98,6 +99,7 @@ class Source:
     layouts: Mapping[ParameterPath, Layouts]
     files: Mapping[str, Any] | None
     left_out: tuple[str, ...] = ()
+    stored: tuple[StoredWeights, ...] = ()
 
     def dtypes(self, dtype: DTypeLike | None) -> dict[ParameterPath, np.dtype]:
         """In which type each parameter is written; ValueError for a type that models are not kept in."""
@@ -116,20 +118,21 @@ def open_source(source: str | Path | LanguageModel) -> Source:
         layouts |= {(PART, *path): stored for path, stored in family.next_layer_layouts(config).items()}
     weights = model if behind is None else Joined(model, behind)
     if isinstance(model, HeldWeights):
-        return Source(folder, family, config, weights, layouts, None)
+        return Source(folder, family, config, weights, layouts, None, (), () if behind is None else (behind,))
     files = sorted((folder / FOLDER).rglob("*")) if has_arrays(folder) else weight_files(folder)
-    return Source(folder, family, config, weights, layouts, _stamps(folder, files), _left_out(model, behind, family))
+    stored = (model,) if behind is None else (model, behind)
+    return Source(folder, family, config, weights, layouts, _stamps(folder, files), _left_out(stored, family), stored)
 
 
-def _left_out(model: StoredWeights, behind: StoredWeights | None, family: Family) -> tuple[str, ...]:
-    """The tensors that neither holds, but for copies and what is derived from the config."""
-    parts = [model] if behind is None else [model, behind]
+def _left_out(parts: Sequence[StoredWeights], family: Family) -> tuple[str, ...]:
+    """The tensors that no part holds, but for copies and what is derived from the config."""
+    stored = parts[0].stored
     known = {source.name for part in parts for filled in part.filled.values() for source, _ in filled}
-    known |= {scales for name in known if (scales := scales_of(name, model.stored)) is not None} | {HEAD_NAME}
-    copies = rf".*\.(?:{family.next_layer.copies})" if family.next_layer is not None and behind is not None else "(?!)"
+    known |= {scales for name in known if (scales := scales_of(name, stored)) is not None} | {HEAD_NAME}
+    copies = rf".*\.(?:{family.next_layer.copies})" if family.next_layer is not None and len(parts) > 1 else "(?!)"
     return tuple(
         name
-        for name in model.stored
+        for name in stored
         if name not in known and not name.endswith(REDUNDANT_SUFFIXES) and not re.fullmatch(copies, name)
     )
 
@@ -253,4 +256,6 @@ def convert(
             folder.write_file(file.name, file.read_bytes())
         folder.write_file(MANIFEST, (json.dumps(dict(description), indent=2) + "\n").encode())
         folder.write_file("config.json", config)
+    for part in source.stored:
+        part.warn(stacklevel=3)
     return Conversion(target, description, resumed)

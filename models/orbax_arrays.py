@@ -155,9 +155,7 @@ def create_array(root: Path, name: str, shape: Shape, dtype: np.dtype, chunk: Sh
     }
     spec = {"driver": "zarr", "kvstore": _kvstore(root, name, False), "metadata": metadata}
     with _disk_errors():
-        return tensorstore.open(
-            spec | {"store_data_equal_to_fill_value": True}, open=True, create=True, read=True, write=True
-        ).result()
+        return tensorstore.open(spec, open=True, create=True, read=True, write=True).result()
 
 
 def write_chunk(store: Any, region: Region, numbers: np.ndarray) -> None:

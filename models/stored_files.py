@@ -8,7 +8,7 @@ Format: https://github.com/huggingface/safetensors (8 bytes header size, JSON he
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -101,16 +101,20 @@ def open_files(files: list[Path]) -> dict[str, RawTensor]:
     return stored
 
 
-def forget_pages(stored: Mapping[str, Entry]) -> None:
-    """Gives back the memory of what has been read of the mapped files so far; what is read again is mapped again.
+def mappings_of(stored: Mapping[str, Entry]) -> list[mmap.mmap]:
+    """The mapped files in which these tensors stand."""
+    mappings = (tensor.mapping for tensor in stored.values() if isinstance(tensor, RawTensor))
+    return list({id(mapping): mapping for mapping in mappings}.values())
+
+
+def forget_pages(mappings: Iterable[mmap.mmap]) -> None:
+    """Gives back the memory of what has been read of mapped files so far; what is read again is mapped again.
 
     The kernel would do it only when memory runs short, and until then counts the pages as this process's.
     """
-    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
-        return
-    mappings = (tensor.mapping for tensor in stored.values() if isinstance(tensor, RawTensor))
-    for mapping in {id(mapping): mapping for mapping in mappings}.values():
-        mapping.madvise(mmap.MADV_DONTNEED)
+    if hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such thing
+        for mapping in mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _sizes(file: Path) -> str:

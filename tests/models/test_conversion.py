@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import decodax
 from decodax.models import orbax_arrays
-from decodax.models.checkpoint import StoredWeights
+from decodax.models.checkpoint import NonFiniteWeightWarning, StoredWeights
 from decodax.models.conversion import MANIFEST
 from decodax.models.from_hf import from_hf
 from decodax.models.model import Model
@@ -172,7 +172,25 @@ def test_wide_and_narrow_types_side_by_side(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     from_hf(tmp_path, tmp_path.with_name("orbax"))
     to_hf(tmp_path.with_name("orbax"), tmp_path.with_name("back"))
-    assert_same(load_file(tmp_path.with_name("back") / "model.safetensors"), tensors)
+    file = tmp_path.with_name("back") / "model.safetensors"
+    assert_same(load_file(file), tensors)
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8 : 8 + size]).items():
+        assert name == "__metadata__" or (8 + size + entry["data_offsets"][0]) % tensors[name].itemsize == 0
+
+
+def test_numbers_that_are_not_finite_go_along_and_are_named(tmp_path):
+    source = Path(shutil.copytree(LLAMA, tmp_path / "source"))
+    tensors = load_file(LLAMA / "model.safetensors")
+    bits = tensors["model.norm.weight"].view(np.uint32)
+    bits[:3] = 0x7FC01234, 0xFF800000, 0x7F800001  # NaN with a message, -infinity, a signalling NaN
+    save_file(tensors, source / "model.safetensors")
+    with pytest.warns(NonFiniteWeightWarning, match=r"in 1 weight\(s\) of .*source: model.norm.weight"):
+        from_hf(source, tmp_path / "orbax")
+    with pytest.warns(NonFiniteWeightWarning, match=r"orbax: final_norm.weight"):
+        to_hf(tmp_path / "orbax", tmp_path / "back")
+    assert_same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
 
 def test_what_stands_beside_goes_along(tmp_path):
