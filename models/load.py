@@ -65,6 +65,7 @@ def load(
     rules: Rules = RULES,
     invariant: bool = False,
     implementation: Implementation | None = None,
+    scatter_norms: bool = False,
 ) -> LanguageModel:
     """A model folder, as it is; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
@@ -77,7 +78,7 @@ def load(
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
         params = load_params(folder, family, config, dtype=kind, sharding_of=sharding_of, progress=progress)
-    model = Model(config, invariant, Execution(implementation, fitted, rules))
+    model = Model(config, invariant, Execution(implementation, fitted, rules, scatter_norms=scatter_norms))
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 
