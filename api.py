@@ -35,7 +35,7 @@ def load(
     implementation: Implementation | None = None,
     scatter_norms: bool = False,
 ) -> LanguageModel:
-    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
+    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json), or with Orbax arrays.
 
     path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
         small model that decodax carries.
