@@ -15,13 +15,17 @@ SHOWN = 5
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that was found: plans, the best first; programs of those that were compiled, in the same order."""
+    """All that was found: plans, the best first; programs of those that were compiled, in the same order.
+
+    refused: what the compiler said of plans that it found no room for; they are not among the others.
+    """
 
     objective: Objective
     plans: tuple[Plan, ...]
     programs: tuple[tuple[Program, ...], ...]
     room: Room
     per_layer: PerLayer | None
+    refused: tuple[str, ...] = ()
 
     @property
     def best(self) -> Plan:
@@ -47,6 +51,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "by_model_only": report.by_model_only,
         "plans": [plan_as_dict(plan) for plan in report.plans],
         "programs": [[_program(program) for program in programs] for programs in report.programs],
+        "refused_by_the_compiler": list(report.refused),
         "room": dataclasses.asdict(report.room),
         "layout_per_layer": None if report.per_layer is None else report.per_layer._asdict(),
     }
@@ -95,6 +100,8 @@ def print_report(report: Report) -> None:
     for plan, programs in zip(report.plans, report.programs, strict=False):
         for program in programs:
             console.print(_program_table(plan, program))
+    for refusal in report.refused:
+        console.print(f"left out: {refusal}")
     if report.by_model_only is not None:
         console.print(f"[bold]by the model only[/bold]: {report.by_model_only}")
     console.print(_room_text(report))
