@@ -25,7 +25,7 @@ class Ring:
     @property
     def hops(self) -> int:
         """From a chip to the one that is farthest away."""
-        return math.ceil(self.length / 2) if self.wraps else self.length - 1
+        return self.length // 2 if self.wraps else self.length - 1
 
 
 @dataclass(frozen=True)
