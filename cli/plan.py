@@ -46,7 +46,7 @@ def plan(
         for name, value in (("weights", weights), ("cache", cache)):
             _check(name, value, ("same", "int8"))
         from decodax.sharding.plan import report as reports
-        from decodax.sharding.plan.search import Workload
+        from decodax.sharding.plan.memory import Workload
         from decodax.sharding.plan.topology import parse_topology
 
         asked: Any = {"weights": weights, "cache": cache}

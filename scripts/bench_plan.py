@@ -33,8 +33,9 @@ from decodax.models.model import Model, Params
 from decodax.scripts import _bench_common as common
 from decodax.sharding.mesh import fit_mesh, read_mesh
 from decodax.sharding.plan.chips import Chip
+from decodax.sharding.plan.memory import Workload
 from decodax.sharding.plan.network import Switch
-from decodax.sharding.plan.search import Plan, Workload, degrees, plan_for
+from decodax.sharding.plan.search import Plan, degrees, plan_for
 from decodax.sharding.plan.topology import Topology
 from decodax.sharding.rules import RULES, place
 

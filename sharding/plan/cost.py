@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from decodax.sharding.plan.chips import Chip
 from decodax.sharding.plan.network import Kind, Ring
-from decodax.sharding.plan.parts import Part
+from decodax.sharding.plan.work import Part
 
 LIMITS = {
     "arithmetic": "arithmetic",

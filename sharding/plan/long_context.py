@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from decodax.models.model import Model
-from decodax.sharding.plan.search import Plan, memory_of
+from decodax.sharding.plan.memory import memory_of
+from decodax.sharding.plan.search import Plan
 from decodax.sharding.plan.split import abstract_state
 
 

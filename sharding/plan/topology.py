@@ -39,7 +39,7 @@ class Topology:
         """The stretches of the torus that each axis of a mesh runs over, given the axes' sizes in the mesh's order."""
         left = list(self.shape)
         found: dict[str, tuple[Ring, ...]] = {}
-        for name, size in reversed(sizes.items()):
+        for name, size in reversed(tuple(sizes.items())):
             found[name] = tuple(self.chip.network.ring(length, whole) for length, whole in self._take(left, size))
         return found
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from decodax.sharding.plan.layerwise import Choice, cheapest_layouts, layout_per_layer
-from decodax.sharding.plan.search import Workload, best_plans
+from decodax.sharding.plan.memory import Workload
+from decodax.sharding.plan.search import best_plans
 from decodax.sharding.plan.topology import parse_topology
 from tests.sharding.plan.published import config_of
 
