@@ -100,7 +100,7 @@ def _abstract(plan: Plan, config: ModelConfig) -> tuple[Model, Any, Any]:
         return jax.ShapeDtypeStruct(described.shape, dtype, sharding=rules.sharding(mesh, described, "weight"))
 
     params = jax.tree.map(weight, config.weights(), is_leaf=lambda leaf: isinstance(leaf, Weight))
-    state = abstract_state(model, plan.workload.batch, plan.workload.capacity, dtype)
+    state = abstract_state(config, plan.workload.batch, plan.workload.capacity, dtype)
     places = layout.shardings(state, mesh, rules)
     placed = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places

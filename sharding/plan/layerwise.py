@@ -136,5 +136,4 @@ def layout_per_layer(plans: Sequence[Plan]) -> PerLayer | None:
 
 def _outside(split: Split, plan: Plan) -> int:
     """Bytes of embedding and head on a chip."""
-    weights = {n: w for n, w in split.config.weights().items() if not n.startswith("blocks_")}
-    return split.weight_bytes(weights, plan.workload.dtype)
+    return split.weight_bytes(split.around_layers, plan.workload.dtype)

@@ -9,10 +9,8 @@ from it: bytes are those that the mesh leaves on a chip, where few key-value hea
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from decodax.models.model import Model
 from decodax.sharding.plan.memory import memory_of
 from decodax.sharding.plan.search import Plan
-from decodax.sharding.plan.split import abstract_state
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,9 @@ def room(plan: Plan) -> Room:
     rows = _largest(lambda count: fits(batch=count * step), longest // step) * step
     # The kernels take caches of multiples of 128 slots; a row has at least two tokens.
     tokens = max(_largest(lambda count: fits(context=count * 128), longest // 128) * 128, workload.context)
-    config = plan.split.config
-
-    def held(capacity: int) -> int:
-        state = abstract_state(Model(config), workload.batch, capacity, workload.cache_dtype)
-        return plan.split.state_bytes(state)
-
     least = 128 * plan.split.degree("context")
-    per_token = (held(2 * least) - held(least)) / least
+    held = [plan.split.decode_state_bytes(workload.batch, size, workload.cache_dtype) for size in (least, 2 * least)]
+    per_token = (held[1] - held[0]) / least
     row_bytes = plan.memory.cache / max(workload.batch // plan.split.num_parts("B", workload.batch), 1)
     return Room(per_token, rows, tokens, row_bytes / plan.topology.chip.host_bandwidth)
 

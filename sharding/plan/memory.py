@@ -1,14 +1,14 @@
 """What is to run, and what of it lies on a chip."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
 from decodax.decoding.sizes import cache_capacity
 from decodax.decoding.state import MAX_CHUNK_TOKENS
 from decodax.layers.execution import Execution
-from decodax.models.model import Model
-from decodax.sharding.plan.split import Split, abstract_state, named_weights
+from decodax.sharding.plan.split import Split, named_weights
 from decodax.sharding.plan.topology import Topology
 from decodax.sharding.plan.work import Stored, Tokens
 
@@ -62,21 +62,18 @@ def memory_of(split: Split, topology: Topology, workload: Workload) -> Memory:
     """What lies on a chip: the weights of its stage, the state of decoding, and what a prompt's chunk needs beside."""
     config, stages = split.config, split.degree("pipeline")
     int8 = workload.weights == "int8"
-    described = config.weights()
-    blocks = [name for name in described if name.startswith("blocks_")]
-    outside = {name: value for name, value in described.items() if name not in blocks}
-    sizes: dict[object, int] = {}
-    for block in config.blocks:
-        if block not in sizes:
-            sizes[block] = split.weight_bytes(block.weights(config.hidden_size), workload.dtype, int8=int8)
+
+    def held(weights: dict[str, Any]) -> int:
+        return split.weight_bytes(weights, workload.dtype, int8=int8)
+
+    sizes = {block: held(block.weights(config.hidden_size)) for block in split.layers}
     per_stage = config.num_layers // stages
     stage_bytes = [
         sum(sizes[block] for block in config.blocks[start : start + per_stage])
         for start in range(0, config.num_layers, per_stage)
     ]
-    weights = max(stage_bytes) + split.weight_bytes(outside, workload.dtype, int8=int8)
-    state = abstract_state(Model(config), workload.batch, workload.capacity, workload.cache_dtype)
-    cache = split.state_bytes(state) // stages
+    weights = max(stage_bytes) + held(split.around_layers)
+    cache = split.decode_state_bytes(workload.batch, workload.capacity, workload.cache_dtype) // stages
     return Memory(weights, cache, _temporaries(split, workload), topology.chip.usable_bytes)
 
 
@@ -87,7 +84,7 @@ def _temporaries(split: Split, workload: Workload) -> int:
     rows = workload.batch // split.num_parts("B", workload.batch)
     tokens = rows * chunk // split.num_parts("T", chunk)
     widest = 0
-    for block in dict.fromkeys(config.blocks):
+    for block in split.layers:
         for part in ("mixer", "feed_forward"):
             outputs = sum(
                 split.part_shape(weight, name)[0]

@@ -12,12 +12,13 @@ descriptions as the rules split them; attention from its cache. Collectives are 
 `mixture.py` has the experts.
 """
 
-from collections import Counter
-from functools import partial
+from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from decodax.layers.mixers._contract import Mixer
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.moe.layer import MoEConfig
@@ -30,7 +31,7 @@ from decodax.sharding.plan.work import Collective, Part, Shape, Tokens
 def forward_parts(split: Split, tokens: Tokens, *, with_logits: bool) -> list[Part]:
     """All parts of a forward; equal layers are one part with a count. Raises ValueError for what does not divide."""
     parts = [_embedding(split, tokens)]
-    for block, count in Counter(split.config.blocks).items():
+    for block, count in split.layers.items():
         parts += block_parts(split, tokens, block, count)
     return [*parts, _head(split, tokens)] if with_logits else parts
 
@@ -48,9 +49,9 @@ def _embedding(split: Split, tokens: Tokens) -> Part:
 
 def _head(split: Split, tokens: Tokens) -> Part:
     """The logits of each row's last token, and greedy choice with its log-probability."""
-    config, rows = split.config, Shape(split, tokens).rows
+    rows = Shape(split, tokens).rows
     flops, weight_bytes, activations = Shape(split, tokens).products(
-        {"head": config.weights()["embedding"], "final_norm": config.final_norm.weights(config.hidden_size)}, rows
+        {"head": split.around_layers["embedding"], "final_norm": split.around_layers["final_norm"]}, rows
     )
     axes = split.axes_of("V")
     few = (4, 4, 8)  # the maximum, its index; the chosen logit beside the sum of exponentials
@@ -91,13 +92,17 @@ def _cache_bytes(shape: Shape, block: BlockConfig) -> tuple[float, float]:
     """What one chip reads of a layer's cache: bytes whatever it holds, and bytes for each token that the chip holds."""
     split, least = shape.split, 128 * shape.split.degree("context")
 
-    def held(capacity: int) -> int:
-        make = partial(block.mixer.empty_cache, shape.tokens.rows, capacity, jnp.dtype(shape.tokens.cache_dtype))
-        return split.state_bytes(jax.eval_shape(make))
-
-    short, long = held(least), held(2 * least)
+    short, long = (
+        split.state_bytes(_empty_cache(block.mixer, shape.tokens.rows, capacity, shape.tokens.cache_dtype))
+        for capacity in (least, 2 * least)
+    )
     per_token = (long - short) / 128
     return 2 * (short - 128 * per_token), per_token  # a state is read and written
+
+
+@lru_cache(maxsize=256)
+def _empty_cache(mixer: Mixer, rows: int, capacity: int, dtype: str) -> Any:
+    return jax.eval_shape(lambda: mixer.empty_cache(rows, capacity, jnp.dtype(dtype)))
 
 
 def _mixing_flops(shape: Shape, block: BlockConfig, seen: float) -> float:
@@ -111,8 +116,7 @@ def _mixing_flops(shape: Shape, block: BlockConfig, seen: float) -> float:
         mixing = 2 * mixer.num_heads * (mixer.nope_size + mixer.rope_size + mixer.value_size) * seen
         made = 2 * mixer.latent_rank * mixer.num_heads * (mixer.nope_size + mixer.value_size)
         return (mixing + made * shape.tokens.cached / shape.tokens.new) / parts
-    cache = jax.eval_shape(lambda: mixer.empty_cache(1, 1, jnp.float32))
-    state = sum(leaf.size for leaf in jax.tree.leaves(cache))
+    state = sum(leaf.size for leaf in jax.tree.leaves(_empty_cache(mixer, 1, 1, "float32")))
     return 6 * state / parts  # decayed, added to, read
 
 

@@ -6,9 +6,10 @@ the compiler counts; `tests/sharding/plan/test_compiled.py` compares them.
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from decodax.decoding.sampling import Sampling
 from decodax.decoding.state import DecodeState, _empty_state
 from decodax.layers.execution import Execution
 from decodax.layers.weight import Weight
-from decodax.models.config import ModelConfig
+from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 from decodax.sharding import layout
 from decodax.sharding.mesh import fit_mesh
@@ -62,13 +63,28 @@ class Split:
         return dict(self.sizes).get(axis, 1)
 
     @cached_property
+    def layers(self) -> Counter[BlockConfig]:
+        """Each kind of layer, and how many there are."""
+        return Counter(self.config.blocks)
+
+    @cached_property
+    def few_layers(self) -> ModelConfig:
+        """The model with one layer of each kind."""
+        return dataclasses.replace(self.config, blocks=tuple(self.layers))
+
+    @cached_property
+    def around_layers(self) -> dict[str, Any]:
+        """Descriptions of the weights outside of the layers."""
+        return dataclasses.replace(self.config, blocks=()).weights()
+
+    @cached_property
     def mesh(self) -> Mesh:
         """Fitted to the model, with seats in place of devices."""
         names, shape = zip(*self.sizes, strict=True)
         seats = np.empty(math.prod(shape), object)
         seats[:] = [Seat(index) for index in range(len(seats))]
         kinds = (AxisType.Auto,) * len(names)
-        return fit_mesh(Mesh(seats.reshape(shape), names, axis_types=kinds), self.config)
+        return fit_mesh(Mesh(seats.reshape(shape), names, axis_types=kinds), self.few_layers)
 
     def axes_of(self, letter: str, count: int | None = None) -> tuple[str, ...]:
         """The axes of MESH_AXES over which `count` things of this letter are split."""
@@ -80,7 +96,15 @@ class Split:
 
     def part_shape(self, weight: Weight, name: str) -> tuple[int, ...]:
         """What one chip holds of a weight. Raises ValueError, naming it, if it does not divide."""
-        return self._part(self.rules.sharding(self.mesh, weight, name), weight.shape)
+        key = (weight, name)
+        if key not in self._known_parts:
+            self._known_parts[key] = self._part(self.rules.sharding(self.mesh, weight, name), weight.shape)
+        return self._known_parts[key]
+
+    @cached_property
+    def _known_parts(self) -> dict[tuple[Weight, str], tuple[int, ...]]:
+        """As every forward that is looked at asks for the same."""
+        return {}
 
     def _part(self, sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, ...]:
         axes = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
@@ -96,6 +120,12 @@ class Split:
             math.prod(self._part(place, leaf.shape)) * leaf.dtype.itemsize
             for place, leaf in zip(places, leaves, strict=True)
         )
+
+    def decode_state_bytes(self, batch: int, capacity: int, dtype: DTypeLike) -> int:
+        """What one chip holds of the state of `batch` rows with room for `capacity` tokens each."""
+        state = abstract_state(self.few_layers, batch, capacity, jnp.dtype(dtype))
+        further = zip(state.caches, self.layers.values(), strict=True)
+        return self.state_bytes(state) + sum((count - 1) * self.state_bytes(cache) for cache, count in further)
 
     def weight_bytes(self, weights: Mapping[str, Any], dtype: DTypeLike, *, int8: bool = False) -> int:
         """What one chip holds of these weights."""
@@ -131,13 +161,14 @@ def is_product(name: str, weight: Weight) -> bool:
     return len(weight.shape) >= 2 and not weight.replicated and weight.axes[0][0] not in "VXW" and "router" not in name
 
 
-def abstract_state(model: Model, batch: int, capacity: int, dtype: DTypeLike) -> DecodeState:
+@lru_cache(maxsize=64)
+def abstract_state(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> DecodeState:
     """The shapes of a state of greedy decoding: `batch` rows with room for `capacity` tokens each."""
-    single = dataclasses.replace(model, execution=Execution("xla"))  # of which only shapes count
+    single = Model(config, execution=Execution("xla"))  # of which only shapes count
 
     def start(sampling: Sampling) -> DecodeState:
         tokens, one = np.zeros((batch, capacity), np.int32), np.ones(batch, np.int32)
         stops = np.zeros((batch, 0), np.int32)
         return _empty_state(single, dtype, tokens, one, one, one.astype(np.uint32), stops, sampling)
 
-    return jax.eval_shape(start, Sampling.create(batch, model.config.vocab_size))
+    return jax.eval_shape(start, Sampling.create(batch, config.vocab_size))

@@ -11,7 +11,7 @@ from decodax import decoding
 from decodax.layers.execution import Execution
 from decodax.layers.weight import Weight
 from decodax.sharding.mesh import fit_mesh, read_mesh
-from decodax.sharding.plan.split import Split, abstract_state
+from decodax.sharding.plan.split import Split
 from decodax.sharding.rules import RULES, place
 from tests.model_kinds import LAYERS, model_of, params_of
 from tests.sharding.plan.published import config_of
@@ -79,5 +79,4 @@ def test_as_many_bytes_as_really_lie_on_a_device(kind, sizes):
     assert split.weight_bytes(model.config.weights(), "float32") == held(params)
     prompt, lengths = np.zeros((batch, 2), np.int32), np.full(batch, 1)
     state = decoding.init(on_mesh, params, prompt, lengths, 30, np.zeros(batch, np.uint32))
-    planned = abstract_state(model, batch, state.tokens.shape[1], jnp.float32)
-    assert split.state_bytes(planned) == held(state)
+    assert split.decode_state_bytes(batch, state.tokens.shape[1], jnp.float32) == held(state)
