@@ -30,7 +30,7 @@ def draw(report: Report, image: Path) -> None:
             left = [start + value for start, value in zip(left, values, strict=True)]
     time.set(yticks=places, yticklabels=names, xlabel="ms per token", title="time, by the model")
     for axes in (memory, time):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     workload, topology = report.best.workload, report.best.topology
     figure.suptitle(f"{topology.name}: {workload.batch} rows of {workload.context} tokens")
     image.parent.mkdir(parents=True, exist_ok=True)
