@@ -26,7 +26,7 @@ def mixture(shape: Shape, layer: MoEConfig, weights: dict[str, Any], count: int)
 def _busiest(shape: Shape, layer: MoEConfig, experts: dict[str, Any]) -> tuple[float, float, float, float]:
     """FLOPs, bytes of weights, of caches (none) and of activations of the device that runs the most experts."""
     split, tokens, router = shape.split, shape.tokens, layer.router
-    all_tokens, num_devices = tokens.rows * tokens.new, split.num_parts("E")
+    all_tokens, num_devices = _group_tokens(shape), split.num_parts("E")
     chance = 1 - (1 - router.experts_per_token / router.num_experts) ** all_tokens
     read = busiest_experts(router.num_experts // num_devices, num_devices, chance)
     choices = max(all_tokens * router.experts_per_token / num_devices, read)
@@ -44,30 +44,35 @@ def _busiest(shape: Shape, layer: MoEConfig, experts: dict[str, Any]) -> tuple[f
 def _collectives(shape: Shape, layer: MoEConfig) -> Iterator[Collective]:
     """Those of the way to run experts that suits so many choices."""
     split, tokens = shape.split, shape.tokens
-    all_tokens = tokens.rows * tokens.new
-    choices = round(all_tokens * layer.router.experts_per_token)
+    per_token, of_group = layer.router.experts_per_token, _group_tokens(shape)
     width = split.config.hidden_size * tokens.item_bytes
-    rows, tensor, over = split.axes_of("B", tokens.rows), split.axes_of("F"), split.axes_of("E")
-    way = choose_way(Execution("xla", split.mesh, split.rules), choices)
+    tensor, over = split.axes_of("F"), split.axes_of("E")
+    way = choose_way(Execution("xla", split.mesh, split.rules), round(tokens.rows * tokens.new * per_token))
     if not over or isinstance(way, GatherScatter):
-        if rows:
-            yield Collective("all-gather", rows, all_tokens * width)
+        if gathered := tuple(axis for axis in split.axes_of("B", tokens.rows) if axis in over):
+            # The tokens; each choice's slot and gate, and whether there is one.
+            for size in (width, 4 * per_token, 4 * per_token, per_token):
+                yield Collective("all-gather", gathered, of_group * size)
         if tensor:  # results of all choices, those of other devices being zeros; what is shared goes with them
             beside = 0 if layer.shared is None else shape.hidden_bytes
-            yield Collective("all-reduce", tensor, choices * width + beside)
+            yield Collective("all-reduce", tensor, of_group * per_token * width + beside)
         if over:
-            yield Collective("all-reduce", over, all_tokens * width)
+            yield Collective("all-reduce", over, of_group * width)
         return
     num_devices = split.num_parts("E")
-    own = -(-all_tokens // num_devices)
-    room = default_capacity(-(-choices // num_devices), num_devices) * num_devices
-    elsewhere = tuple(axis for axis in rows if axis not in over)
-    if elsewhere:
-        yield Collective("all-gather", elsewhere, own * width)
+    own = -(-of_group // num_devices)
+    room = default_capacity(round(own * per_token), num_devices) * num_devices
     yield from [Collective("all-to-all", over, room * width)] * 2
     if tensor:
         yield Collective("all-reduce", tensor, room * width)
         yield from () if layer.shared is None else shape.sums("F")
+
+
+def _group_tokens(shape: Shape) -> int:
+    """Tokens of the devices that share one set of experts: rows on other groups of devices stay there."""
+    split, tokens = shape.split, shape.tokens
+    groups = [axis for axis in split.axes_of("B", tokens.rows) if axis not in split.axes_of("E")]
+    return tokens.rows * tokens.new // math.prod(split.degree(axis) for axis in groups)
 
 
 def busiest_experts(held: int, num_devices: int, chance: float) -> float:

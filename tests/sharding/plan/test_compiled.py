@@ -45,14 +45,24 @@ def check_sums(plan, program):
     assert sum(one.num_bytes * count for one, count in program.collectives) == pytest.approx(bytes_said, rel=0.01)
 
 
-@pytest.mark.parametrize(("topology", "sizes"), [("v5e:2x4", {"tensor": 8})])
-def test_a_step_of_two_layers(topology, sizes, as_users_compile):
-    config = config_of("Llama-3.1-8B", num_hidden_layers=2)
+@pytest.mark.parametrize(
+    ("name", "num_layers", "sizes"),
+    [
+        ("Llama-3.1-8B", 2, {"tensor": 8}),
+        pytest.param("Llama-3.1-8B", 2, {"data": 2, "tensor": 4}, marks=pytest.mark.slow),
+        pytest.param("DeepSeek-V3", 4, {"expert": 4, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("DeepSeek-V3", 4, {"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_step_of_few_layers(name, num_layers, sizes, as_users_compile):
+    config = config_of(name, num_hidden_layers=num_layers)
+    topology = "v5e:2x4" if name.startswith("Llama") else "v5p:2x2x2"
     plan = plan_for(config, parse_topology(topology), WORKLOAD, sizes)
     program = compile_step(plan)
     check_bytes(plan, program)
     check_sums(plan, program)
-    assert (program.num_layers, program.of_layers) == (2, 2) and program.temporary_bytes < program.state_bytes
+    assert program.num_layers == program.of_layers == num_layers and program.temporary_bytes < program.state_bytes
 
 
 @pytest.mark.slow

@@ -67,6 +67,10 @@ def test_axes_of_a_mesh_take_whole_axes_of_the_torus():
     assert v5p.rings({"expert": 16, "tensor": 8}) == {"tensor": (eight,), "expert": (four, four)}
     assert v5p.rings({"tensor": 128}) == {"tensor": (four, four, eight)}
     assert v5p.rings({"data": 8, "tensor": 16}) == {"tensor": (four, four), "data": (eight,)}
+    # A stretch of an axis is a line, even where the whole axis is a ring; and two axes are better than one.
+    assert v5p.rings({"data": 2, "tensor": 64}) == {"tensor": (four, four, Ring(4, False)), "data": (Ring(2, False),)}
+    flat = Topology(TPUS["v5p"], (2, 2, 4))
+    assert flat.rings({"data": 4, "tensor": 4}) == {"tensor": (Ring(2, False),) * 2, "data": (four,)}
     line = Ring(4, False)
     assert v5e.rings({"tensor": 16}) == {"tensor": (line, line)}
     # Eight of 4 x 4: an axis, and half of the other, whose other half is left to data.
