@@ -1,7 +1,8 @@
 """A slice of TPUs or a machine of GPUs by its name: `v5e:4x4`, `v5p:4x4x8`, `gpu:h200x8`.
 
-How the axes of a mesh lie on a TPU's torus decides what their collectives cost. An axis takes whole axes of the torus
-where some multiply to its size, as many as it can, the last axis of the mesh first; else a stretch of them.
+How the axes of a mesh lie on a TPU's torus decides what their collectives cost. As JAX places them, the last axis of
+the mesh first: an axis takes whole axes of the torus where some multiply to its size, as many as it can; else the
+longest, and a stretch of a further one.
 """
 
 import itertools
@@ -54,7 +55,7 @@ class Topology:
                         left[index] = 1
                     return taken
         taken = []
-        for index in axes:
+        for index in sorted(axes, key=lambda index: -left[index]):
             length = math.gcd(left[index], size)
             if length > 1:
                 taken.append((length, length == self.shape[index]))

@@ -73,6 +73,7 @@ def test_a_prompt(sizes, as_users_compile):
     plan = plan_for(config, parse_topology("v5e:2x4"), WORKLOAD, sizes)
     program = compile_prompt(plan)
     assert (program.num_layers, program.of_layers) == (2, 32)
+    assert program.temporary_bytes < plan.memory.temporaries
     large = Counter({one.kind: 0 for one, _ in program.collectives})
     tokens = 8 * 512 // sizes.get("data", 1)
     for one, count in program.collectives:

@@ -1,13 +1,20 @@
 """A roofline by hand: what is added up, what goes on meanwhile, and what limits."""
 
 import dataclasses
+import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from decodax.sharding.plan.chips import GPUS, H200, TPUS, V5E
 from decodax.sharding.plan.cost import LIMITS, cost
 from decodax.sharding.plan.network import Ring
+from decodax.sharding.plan.topology import Topology
 from decodax.sharding.plan.work import Collective, Part
+from decodax.sharding.topologies import tpu_devices
 
 RINGS = {"tensor": (Ring(4, False), Ring(4, False))}
 SUM = Collective("all-reduce", ("tensor",), 1.0)  # 12 hops of a microsecond
@@ -69,16 +76,6 @@ def test_chips_make_sense(chip):
 def test_libtpu_gives_as_much_memory(chip):
     """What it says when it refuses a program that is too large."""
     pytest.importorskip("libtpu", reason="asking libtpu needs it (Linux on x86-64)")
-    import re
-
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    from decodax.sharding.plan.topology import Topology
-    from decodax.sharding.topologies import tpu_devices
-
     slice_of_four = next(shape for shape in TPUS[chip].slices if np.prod(shape) == 4)
     device = np.array(tpu_devices(Topology(TPUS[chip], slice_of_four).name)[:1])
     place = NamedSharding(Mesh(device, ("one",)), PartitionSpec())

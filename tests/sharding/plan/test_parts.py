@@ -1,6 +1,7 @@
 """What a forward costs, by hand, and against what XLA counts in a program compiled here."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,9 @@ def test_a_step_of_llama_by_hand():
     sums = [one for part in parts.values() for one in part.collectives * part.count]
     assert [one.num_bytes for one in sums].count(2 * 8 * 8192) == 161 and len(sums) == 164
     assert {(one.kind, one.axes) for one in sums} == {("all-reduce", ("tensor",))}
+    # Over 16 chips the axis is in two for the key-value heads, and a sum goes over both parts.
+    more = parts_of(config, {"tensor": 16}, Tokens(8, 1, 2047))
+    assert {one.axes for part in more.values() for one in part.collectives} == {("tensor",)}
 
 
 def test_int8_halves_the_bytes_of_layers_and_of_the_cache():
@@ -61,6 +65,8 @@ def test_rows_and_slots_are_dealt_out():
         assert per_row == pytest.approx(one if quantity == "weight_bytes" else one / 4, rel=1e-4)
         if quantity == "cache_bytes":
             assert per_slot == pytest.approx(one / 4, rel=1e-3)
+    mixing = 8 * 4 * 32 * 128 * 4097  # each chip mixes with a quarter of the slots, after all of the products
+    assert whole["attention"].flops - slots["attention"].flops == pytest.approx(3 / 4 * mixing)
     assert not whole["attention"].collectives and not rows["attention"].collectives
     (merge,) = slots["attention"].collectives
     assert merge.axes == ("context",) and merge.num_bytes == 8 * 32 * (128 + 2) * 4  # whatever is cached
@@ -69,8 +75,6 @@ def test_rows_and_slots_are_dealt_out():
 def test_a_window_bounds_what_is_read():
     tokens = Tokens(2, 1, 4096)
     config = config_of("Llama-3.1-8B", num_hidden_layers=1)
-    from dataclasses import replace
-
     block = config.blocks[0]
     windowed = replace(config, blocks=(replace(block, mixer=replace(block.mixer, window=512)),))
     full, less = (parts_of(one, {}, tokens)["attention"] for one in (config, windowed))

@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from decodax.sharding.plan.cost import cost
 from decodax.sharding.plan.memory import Workload, memory_of
+from decodax.sharding.plan.parts import forward_parts
 from decodax.sharding.plan.search import OBJECTIVES, DoesNotFitError, best_plans, degrees, plan_for
 from decodax.sharding.plan.split import Split
 from decodax.sharding.plan.topology import parse_topology
@@ -101,9 +103,6 @@ def test_a_pipeline_fills_and_drains():
 
 def test_a_prompts_time_is_that_of_its_chunks():
     """Sampled chunks of a long prompt give what all of them add up to."""
-    from decodax.sharding.plan.cost import cost
-    from decodax.sharding.plan.parts import forward_parts
-
     workload = Workload(1, 65536)
     plan = plan_for(LLAMA, V5E_8, workload, {"tensor": 8})
     rings = V5E_8.rings({"tensor": 8})
@@ -117,3 +116,11 @@ def test_a_prompts_time_is_that_of_its_chunks():
 def test_a_workload_has_rows_and_tokens():
     with pytest.raises(ValueError, match="at least 1 row of 2 tokens, got 0 rows of 2048"):
         Workload(0, 2048)
+
+
+def test_room_for_temporaries():
+    """A chunk's hidden states, a feed-forward layer's outputs on a chip, and logits; compiled programs need less."""
+    split = Split.of(LLAMA, {"tensor": 8})
+    outputs = 2 * 14336 // 8 + 4096
+    expected = 8 * 512 * (outputs + 4 * 4096) * 2 + 2 * 8 * 128256 // 8 * 4
+    assert memory_of(split, V5E_8, Workload(8, 2048)).temporaries == expected
