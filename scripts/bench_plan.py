@@ -41,11 +41,12 @@ from decodax.sharding.rules import RULES, place
 
 NUM_DEVICES = 8
 SHAPES = {
-    "small": common.Shape(4, 512, 8, 8, 64, 1536, 4096),
+    "wide": common.Shape(4, 512, 8, 8, 64, 1536, 4096),  # whose weights are worth splitting
+    "narrow": common.Shape(4, 64, 8, 8, 8, 192, 512),  # whose sums take longer than its weights
     "tiny": common.Shape(2, 32, 8, 8, 8, 48, 64),
 }
 BATCH = 8
-TOKENS = {"small": (32, 48), "tiny": (5, 6)}  # prompt, new
+TOKENS = {"wide": (32, 48), "narrow": (32, 48), "tiny": (5, 6)}  # prompt, new
 SUM_SIZES = (1 << 12, 1 << 16, 1 << 20)  # bytes
 REPEATED = 16  # sums in a row, to see one of them
 TARGETS = {"measured seconds of the chosen mesh, over the best": 1.1}
@@ -202,14 +203,20 @@ class Runner:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SHAPES), default="small")
+    parser.add_argument("--size", choices=list(SHAPES), action="append", help="may be repeated; default: wide, narrow")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=common.RESULTS / "bench_plan_cpu.json")
     options = parser.parse_args(arguments)
-    size = options.size
+    sizes = {size: compare(size, options.rounds) for size in options.size or ("wide", "narrow")}
+    head = common.machine() | {"batch": BATCH, "targets": TARGETS}
+    common.write_json(options.output, head | {"sizes": sizes})
+
+
+def compare(size: str, rounds: int) -> dict[str, Any]:
+    """Every mesh for a model of this size: predicted, checked, measured."""
     model = SHAPES[size].model()
     params = common.random_params(model, seed=0)
-    Console().print("rates of this machine")
+    Console().print(f"{size}: rates of this machine")
     chip, rates = measured_chip(SHAPES[size])
     plans = plans_of(size, chip)
     runners = {text: Runner(size, *on_mesh(model, params, text)) for text in plans}
@@ -217,13 +224,12 @@ def main(arguments: list[str] | None = None) -> None:
     expected = Runner(size, model, params).tokens()
     for text, runner in runners.items():
         common.require_equal_tokens(text, runner.tokens(), expected)
-    measured = common.summarise(common.alternate(dict(runners), options.rounds))
-    result = report(plans, measured)
-    shape = {"size": size, "shape": dataclasses.asdict(SHAPES[size]), "batch": BATCH, "tokens": TOKENS[size]}
-    common.write_json(options.output, common.machine() | shape | {"targets": TARGETS, "rates": rates} | result)
+    measured = common.summarise(common.alternate(dict(runners), rounds))
+    shape = {"shape": dataclasses.asdict(SHAPES[size]), "tokens": TOKENS[size]}
+    return shape | {"rates": rates} | report(size, plans, measured)
 
 
-def report(plans: dict[str, Plan], measured: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
+def report(size: str, plans: dict[str, Plan], measured: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Predicted beside measured, the best prediction first."""
     order = sorted(plans, key=lambda text: plans[text].seconds_per_token)
     took = {text: measured[text]["ms per token"]["median"] for text in order}
@@ -233,7 +239,7 @@ def report(plans: dict[str, Plan], measured: dict[str, dict[str, dict[str, float
         for text in order
     ]
     columns = ["mesh", "predicted ms", "measured ms", "over the best", "limited by"]
-    common.print_table(f"a decoding step of {BATCH} rows", columns, rows)
+    common.print_table(f"{size}: a decoding step of {BATCH} rows", columns, rows)
     listed = {
         text: {"predicted ms": plans[text].seconds_per_token * 1e3, "measured ms": measured[text]["ms per token"]}
         for text in order

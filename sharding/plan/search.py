@@ -8,7 +8,7 @@ layout for every layer. Its dynamic programme is in `layerwise.py`; here all lay
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,9 +80,8 @@ def best_plans(
     objective: Objective = "time-per-token",
     *,
     mesh: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Plan]:
-    """Every plan that fits, the best first. mesh: look at this one alone. progress: called with (done, total).
+    """Every plan that fits, the best first. mesh: look at this one alone.
 
     Raises ValueError for a mesh of another size, or that the model or the batch does not divide over;
     `DoesNotFitError`, with what is missing and the smallest topology that would do, where nothing fits.
@@ -92,8 +91,7 @@ def best_plans(
     else:
         candidates = list(degrees(config, topology.num_chips, workload.batch))
     plans, refusals = [], []
-    for done, sizes in enumerate(candidates):
-        progress(done, len(candidates))
+    for sizes in candidates:
         try:
             plans.append(plan_for(config, topology, workload, sizes))
         except ValueError as error:

@@ -18,7 +18,7 @@ def test_at_a_tiny_size(tmp_path, monkeypatch):
     ])  # fmt: skip
     path = tmp_path / "result.json"
     bench_plan.main(["--size", "tiny", "--rounds", "1", "--output", str(path)])
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text())["sizes"]["tiny"]
     assert set(result["meshes"]) == {"tensor=8", "tensor=4,data=2"}
     took = {mesh: one["measured ms"]["median"] for mesh, one in result["meshes"].items()}
     assert result["best"] == min(took, key=took.get) and result["chosen"] in took
