@@ -8,9 +8,9 @@ for each of its tokens
     ring, window            (s - 1) kv                     where a window lets it end after s devices
     Ulysses                 (q + c kv + o) (n - 1) / n     c copies of key-value heads
 
-So Ulysses sends less wherever heads divide, unless a narrow window keeps the ring short; the ring takes all else. A ring
-hides what it sends behind its products, and an all-to-all does not, so with links that are fast for the model it may be
-worth asking for.
+So Ulysses sends less wherever heads divide, unless a narrow window keeps the ring short; the ring takes all else. A
+ring hides what it sends behind its products, and an all-to-all does not, so where links are fast for the model it may
+be worth asking for.
 """
 
 from typing import Literal, get_args
@@ -30,12 +30,12 @@ def choose_way(
     num_kv_heads: int,
     query_size: int,
     kv_size: int,
-    value_size: int,
+    result_size: int,
     window: int | None,
 ) -> Way:
     """The way that was asked for, or the one that sends less for these sizes.
 
-    num_tokens, num_heads and num_kv_heads are those of a device. kv_size: numbers of a head's key and value together.
+    num_tokens, num_heads and num_kv_heads are those of a device. Sizes are per head, kv_size that of a key and a value.
 
     Raises ValueError for a way that does not exist.
     """
@@ -46,7 +46,7 @@ def choose_way(
     copies = num_copies(num_heads, num_kv_heads, num_devices)
     if copies is None:
         return "ring"
-    query, key_value, result = num_heads * query_size, num_kv_heads * kv_size, num_heads * value_size
+    query, key_value, result = num_heads * query_size, num_kv_heads * kv_size, num_heads * result_size
     by_ring = (num_steps(num_tokens, num_devices, window) - 1) * key_value
     if is_zigzag(num_tokens, num_devices, window):
         by_ring += query + key_value + result

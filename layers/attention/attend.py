@@ -91,7 +91,8 @@ def _over_tokens(mask: Mask, execution: Execution, options: dict[str, Any]) -> A
         return Part(*flash_prefill(query, key, value, **rows, **options, implementation=execution.implementation))
 
     def among_new(query: Array, key: Array, value: Array) -> Part:
-        return exchange(query, *contained(key, value), block, window=span.window, execution=execution)
+        sizes = {"result_size": value.shape[3], "window": span.window}
+        return exchange(query, *contained(key, value), block, **sizes, execution=execution)
 
     def cached(query: Array, key: Array, value: Array, position: Array, mask: OwnSlots, cache: Any) -> Part:
         new = jax.ShapeDtypeStruct((*key.shape[:2], query.shape[1], key.shape[3]), key.dtype)

@@ -143,12 +143,14 @@ def exchange(
     value: Array,
     block: Callable[[Array, Array, Array, Array], Part],
     *,
+    result_size: int,
     window: int | None,
     execution: Execution,
 ) -> Part:
-    """What a device's queries read of all new tokens, by the way that suits; keys may be anything that `block` takes.
+    """What a device's queries read of all new tokens, by the way that suits.
 
-    block: what queries read of keys and values, and how many tokens the first query stands behind the first key.
+    block: what queries read of keys and values, with how many tokens the first query stands behind the first key. Keys
+    and values may be anything that is sent in their place, and of which `block` makes them.
     """
     axis = execution.mesh_axes("T")
     way = choose_way(
@@ -159,7 +161,7 @@ def exchange(
         num_kv_heads=key.shape[1],
         query_size=query.shape[3],
         kv_size=key.shape[3] + value.shape[3],
-        value_size=value.shape[3],
+        result_size=result_size,
         window=window,
     )
     with jax.named_scope(way):
