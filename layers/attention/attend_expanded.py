@@ -48,7 +48,8 @@ class Expansion:
 
         def heads(weight: Array) -> Array:
             flat = linear(latent, weight)
-            return jnp.moveaxis(flat.reshape(*latent.shape[:2], self.num_heads, -1), 2, 1)
+            by_head = (self.num_heads, weight.shape[0] // self.num_heads)
+            return jnp.moveaxis(flat.reshape(*latent.shape[:2], *by_head), 2, 1)
 
         shared = jnp.broadcast_to(rope_key[:, None], (latent.shape[0], self.num_heads, *rope_key.shape[1:]))
         return jnp.concatenate([heads(self.key_up), shared], axis=3), heads(self.value_up)
