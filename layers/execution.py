@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
 from decodax.sharding import layout
@@ -15,6 +15,7 @@ from decodax.sharding.context import Way
 from decodax.sharding.rules import RULES, Rules, automatic, num_devices
 
 TILE_TOKENS = 128  # slots of a cache that kernels read at a time
+STEP_TOKENS = 64  # new tokens up to which a forward is a decoding step or a small tree, and all devices have them all
 _TOKENS = "TS"  # a kernel gets all tokens and all slots of its rows and heads
 
 
@@ -119,6 +120,10 @@ class Execution:
             return array
         spec = self.rules.spec(self.mesh, axes.split(), array.shape)
         return jax.lax.with_sharding_constraint(array, NamedSharding(automatic(self.mesh), spec))
+
+    def by_tokens(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states inside a jitted function, told to be split by tokens if they are a chunk of a prompt."""
+        return self.split(hidden, "B T D") if hidden.shape[1] > STEP_TOKENS and self.num_parts("T") > 1 else hidden
 
     def joined(self, tree: Any) -> Any:
         """The tree with every array on the mesh, whole on each device unless it is there already.

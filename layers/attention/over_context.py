@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int
 
 from decodax.layers import pytree
 from decodax.layers.attention.mask import Mask, Span, Tokens
-from decodax.layers.execution import Execution
+from decodax.layers.execution import STEP_TOKENS, Execution
 from decodax.layers.kv_cache._contract import Splittable
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 from decodax.sharding.context import choose_way
@@ -30,8 +30,6 @@ from decodax.sharding.merging import Part, merge
 from decodax.sharding.ring import ring
 from decodax.sharding.split_cache import merge_over_devices, read_by_all
 from decodax.sharding.ulysses import ulysses
-
-STEP_TOKENS = 64  # new tokens behind a cache up to which all devices have them all: a decoding step, or a small tree
 
 
 @pytree.dataclass
