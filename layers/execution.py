@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -26,6 +26,10 @@ class Execution:
     mesh, rules: the devices that weights and states are split over, and how. A kernel runs on each device's part, so
     heads have to divide over them.
 
+    scatter_norms: between the parts of a block, tokens are split over the devices that split heads, too. So the sum
+    after a part becomes a reduce-scatter, norms and sums run on each device's share, and what is normed is gathered for
+    the next part (TokenWeave, arXiv 2505.11329, without its fused kernel).
+
     experts: how the experts of a mixture run: a name of METHODS in `layers/moe/experts/`, one of its objects, or None
     for the one that suits the devices and the number of tokens.
 
@@ -38,6 +42,7 @@ class Execution:
     rules: Rules = RULES
     experts: Hashable | None = None
     context: Way | None = None
+    scatter_norms: bool = False
 
     @property
     def on_one_device(self) -> "Execution":
@@ -74,8 +79,8 @@ class Execution:
     ) -> Callable[..., Any]:
         """`function` run by every device on its part of the arguments, given their axes ("B K S H").
 
-        None: a tree whose classes declare the axes of its arrays (`sharding/layout.py`), or no array at all. Tokens (T)
-        and slots (S) are whole, but for those that `split` names.
+        None: a tree, its arrays split as its classes declare (`sharding/layout.py`), and whole where they say nothing.
+        Tokens (T) and slots (S) are whole, but for those that `split` names.
 
         The compiler cannot split a kernel by itself, as it does the operations around it.
         """
@@ -91,7 +96,7 @@ class Execution:
 
             def spec(axes: str) -> PartitionSpec:
                 letters = axes.split()
-                return rules.spec(mesh, letters, [counts[letter] for letter in letters])
+                return rules.spec(mesh, letters, [counts.get(letter) for letter in letters])
 
             def specs(axes: str | None, argument: Any) -> Any:
                 if axes is not None:
@@ -122,8 +127,21 @@ class Execution:
         return jax.lax.with_sharding_constraint(array, NamedSharding(automatic(self.mesh), spec))
 
     def by_tokens(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Hidden states inside a jitted function, told to be split by tokens if they are a chunk of a prompt."""
-        return self.split(hidden, "B T D") if hidden.shape[1] > STEP_TOKENS and self.num_parts("T") > 1 else hidden
+        """Hidden states between blocks, inside a jitted function: split by tokens if they are a chunk of a prompt."""
+        is_split = hidden.shape[1] > STEP_TOKENS and self.num_parts("T") > 1 and not self.scatter_norms
+        return self.split(hidden, "B T D") if is_split else hidden
+
+    def scattered(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states between the parts of a block, inside a jitted function; unchanged without `scatter_norms`."""
+        if self.mesh is None or not self.scatter_norms:
+            return hidden
+        whole = self.split(hidden, "B T D")
+        place = NamedSharding(automatic(self.mesh), scatter_of(self, hidden.shape[0], hidden.shape[1]).spec)
+        return jax.lax.with_sharding_constraint(whole, place)
+
+    def whole(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What a part of a block reads of what was `scattered`."""
+        return self.split(normed, "B T D") if self.scatter_norms else normed
 
     def joined(self, tree: Any) -> Any:
         """The tree with every array on the mesh, whole on each device unless it is there already.
@@ -139,6 +157,24 @@ class Execution:
             return leaf if is_there else jax.device_put(leaf, everywhere)
 
         return jax.tree.map(place, tree)
+
+
+class Scatter(NamedTuple):
+    """How hidden states are scattered: over which axis of [B, T, D] (None: they are not), and the whole of the spec."""
+
+    axis: int | None
+    spec: PartitionSpec
+
+
+def scatter_of(execution: Execution, batch: int, num_tokens: int) -> Scatter:
+    """Rows are split over the devices that split heads if they divide, else the tokens of a row, else neither."""
+    heads, split = execution.mesh_axes("N"), [execution.mesh_axes("B", batch), execution.mesh_axes("T", num_tokens)]
+    assert execution.mesh is not None
+    for axis, size in enumerate((batch, num_tokens)):
+        if size % num_devices(execution.mesh, (*split[axis], *heads)) == 0:
+            split[axis] = (*split[axis], *heads)
+            return Scatter(axis, PartitionSpec(split[0] or None, split[1] or None))
+    return Scatter(None, PartitionSpec(split[0] or None, split[1] or None))
 
 
 ON_THIS_DEVICE = Execution()

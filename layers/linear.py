@@ -5,8 +5,13 @@ special way) is one more case here and nowhere else.
 """
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from decodax.layers.execution import Execution, scatter_of
+from decodax.sharding.rules import automatic
 
 
 def linear(
@@ -18,17 +23,51 @@ def linear(
 ) -> Float[Array, "*batch out"]:
     """inputs times weight transposed, plus bias; the weight is [outputs, inputs], the result in `output_dtype`.
 
-    The product is written with two-dimensional operands: XLA's CPU backend then reads the weight in place. That
-    backend repacks the second operand of a matrix product at every call, so there the weight comes first: measured 1.2
-    to 2 times faster for 2 to 64 rows. The barrier keeps XLA from swapping the operands back.
+    XLA's CPU backend reads a two-dimensional weight in place. It repacks the second operand of a matrix product at
+    every call, so there the weight comes first: measured 1.2 to 2 times faster for 2 to 64 rows. The barrier keeps XLA
+    from swapping the operands back. Axes of the inputs stay apart, as rows and tokens may be split over devices.
     """
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    over_last = (((1,), (1,)), ((), ()))
+    last = inputs.ndim - 1
     dtype = output_dtype or inputs.dtype
-    if rows.shape[0] > 1 and jax.default_backend() == "cpu":
-        product = jax.lax.dot_general(weight, rows, over_last, preferred_element_type=dtype)
-        product = jax.lax.optimization_barrier(product).T
+
+    def weight_first(inputs: Array, weight: Array) -> Array:
+        product = jax.lax.dot_general(weight, inputs, (((1,), (last,)), ((), ())), preferred_element_type=dtype)
+        return jnp.moveaxis(jax.lax.optimization_barrier(product), 0, last)
+
+    def weight_last(inputs: Array, weight: Array) -> Array:
+        return jax.lax.dot_general(inputs, weight, (((last,), (1,)), ((), ())), preferred_element_type=dtype)
+
+    if inputs.size > inputs.shape[-1]:
+        # By the device that the program is compiled for, which need not be one of this machine.
+        product = jax.lax.platform_dependent(inputs, weight, cpu=weight_first, default=weight_last)
     else:
-        product = jax.lax.dot_general(rows, weight, over_last, preferred_element_type=dtype)
-    product = product if bias is None else product + bias.astype(product.dtype)[None, :]
-    return product.reshape(*inputs.shape[:-1], weight.shape[0])
+        product = weight_last(inputs, weight)
+    return product if bias is None else product + bias.astype(product.dtype).reshape(*[1] * last, -1)
+
+
+def linear_from_parts(
+    inputs: Float[Array, "B T in_"],
+    weight: Float[Array, "D in_"],
+    bias: Float[Array, " D"] | None = None,
+    *,
+    letter: str,
+    execution: Execution,
+) -> Float[Array, "B T D"]:
+    """`linear` for the product that ends a part of a block, whose inputs (heads or features, `letter`) may be split.
+
+    Each device has its part of a sum. By default the compiler adds the parts up for all devices (an all-reduce); with
+    `scatter_norms` each gets the sum of its own rows or tokens (a reduce-scatter).
+    """
+    parts = execution.mesh_axes(letter)
+    scatter = scatter_of(execution, *inputs.shape[:2]) if execution.scatter_norms and parts else None
+    if scatter is None or scatter.axis is None:
+        return linear(inputs, weight, bias)
+    axis, mesh = scatter.axis, automatic(execution.mesh)
+
+    def own(inputs: Array, weight: Array) -> Array:
+        return jax.lax.psum_scatter(linear(inputs, weight), parts, scatter_dimension=axis, tiled=True)
+
+    whole = [execution.mesh_axes(name, size) or None for name, size in zip("BT", inputs.shape, strict=False)]
+    in_specs = (PartitionSpec(*whole, parts), PartitionSpec(None, parts))
+    summed = jax.shard_map(own, mesh=mesh, in_specs=in_specs, out_specs=scatter.spec, check_vma=False)(inputs, weight)
+    return summed if bias is None else summed + bias.astype(summed.dtype)[None, None, :]

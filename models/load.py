@@ -65,6 +65,7 @@ def load(
     rules: Rules = RULES,
     invariant: bool = False,
     implementation: Implementation | None = None,
+    scatter_norms: bool = False,
 ) -> LanguageModel:
     """A model folder in Hugging Face format, as it is; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
@@ -76,7 +77,7 @@ def load(
     fitted = None if mesh is None else fit_mesh(mesh, config)
     with _progress(f"loading {folder.name}") as progress:
         params = load_params(folder, family, config, dtype=kind, put=put_on(fitted, rules), progress=progress)
-    model = Model(config, invariant, Execution(implementation, fitted, rules))
+    model = Model(config, invariant, Execution(implementation, fitted, rules, scatter_norms=scatter_norms))
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 
