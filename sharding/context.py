@@ -22,7 +22,7 @@ Way = Literal["ring", "ulysses"]
 
 
 def choose_way(
-    asked: Way | None,
+    asked: str | None,
     *,
     num_tokens: int,
     num_devices: int,
@@ -39,10 +39,11 @@ def choose_way(
 
     Raises ValueError for a way that does not exist.
     """
-    if asked is not None and asked not in get_args(Way):
-        raise ValueError(f"context must be one of {', '.join(get_args(Way))} or None, got {asked!r}")
+    for way in get_args(Way):
+        if asked == way:
+            return way
     if asked is not None:
-        return asked
+        raise ValueError(f"context must be one of {', '.join(get_args(Way))} or None, got {asked!r}")
     copies = num_copies(num_heads, num_kv_heads, num_devices)
     if copies is None:
         return "ring"

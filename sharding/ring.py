@@ -104,7 +104,9 @@ def _in_zigzag(query: Array, key: Array, value: Array, attention: BlockAttention
         )
 
     halves = _rotate(seen, absorb, (low_key, high_key), (low_value, high_value), num_devices, axis)
-    return Part(*(_from_zigzag(low, high, axis) for low, high in zip(*halves, strict=True)))
+    (low_result, low_lse), (high_result, high_lse) = halves
+    result = _from_zigzag(low_result.astype(query.dtype), high_result.astype(query.dtype), axis)
+    return Part(result, _from_zigzag(low_lse, high_lse, axis))
 
 
 def _rotate(seen, absorb, key, value, steps: int, axis: MeshAxes):
