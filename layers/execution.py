@@ -131,6 +131,13 @@ class Execution:
         is_split = hidden.shape[1] > STEP_TOKENS and self.num_parts("T") > 1 and not self.scatter_norms
         return self.split(hidden, "B T D") if is_split else hidden
 
+    def all_tokens(self, heads: Float[Array, "B T N _"]) -> Float[Array, "B T N _"]:
+        """What a recurrence goes through, inside a jitted function: every device has all tokens of its rows and heads.
+
+        A state is handed from token to token, and the compiler would send it from device to device in a loop.
+        """
+        return self.split(heads, "B _ N _") if self.num_parts("T") > 1 else heads
+
     def scattered(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states between the parts of a block, inside a jitted function; unchanged without `scatter_norms`."""
         if self.mesh is None or not self.scatter_norms:
