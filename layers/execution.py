@@ -131,12 +131,12 @@ class Execution:
         is_split = hidden.shape[1] > STEP_TOKENS and self.num_parts("T") > 1 and not self.scatter_norms
         return self.split(hidden, "B T D") if is_split else hidden
 
-    def all_tokens(self, heads: Float[Array, "B T N _"]) -> Float[Array, "B T N _"]:
+    def all_tokens(self, array: Array, axes: str) -> Array:
         """What a recurrence goes through, inside a jitted function: every device has all tokens of its rows and heads.
 
         A state is handed from token to token, and the compiler would send it from device to device in a loop.
         """
-        return self.split(heads, "B _ N _") if self.num_parts("T") > 1 else heads
+        return self.split(array, axes.replace("T", "_")) if self.num_parts("T") > 1 else array
 
     def scattered(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states between the parts of a block, inside a jitted function; unchanged without `scatter_norms`."""

@@ -40,9 +40,8 @@ def linear_recurrence(
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take these operands.
     """
-    query, key, value, log_decay = map(execution.all_tokens, (query, key, value, log_decay))
     output = _recurrence(query, key, value, log_decay, position, mask, past, scale, execution)
-    return execution.all_tokens(output)
+    return execution.all_tokens(output, "B T N _")
 
 
 def _recurrence(
