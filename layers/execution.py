@@ -131,12 +131,16 @@ class Execution:
         is_split = hidden.shape[1] > STEP_TOKENS and self.num_parts("T") > 1 and not self.scatter_norms
         return self.split(hidden, "B T D") if is_split else hidden
 
-    def all_tokens(self, array: Array, axes: str) -> Array:
-        """What a recurrence goes through, inside a jitted function: every device has all tokens of its rows and heads.
+    def all_tokens(self, array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """What a recurrence goes through, inside a jitted function: every device has all tokens of what it has.
 
         A state is handed from token to token, and the compiler would send it from device to device in a loop.
         """
-        return self.split(array, axes.replace("T", "_")) if self.num_parts("T") > 1 else array
+        if self.mesh is None or self.num_parts("T") == 1:
+            return array
+        any_way = PartitionSpec.UNCONSTRAINED
+        spec = PartitionSpec(any_way, None, *[any_way] * (array.ndim - 2))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(automatic(self.mesh), spec))
 
     def scattered(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states between the parts of a block, inside a jitted function; unchanged without `scatter_norms`."""

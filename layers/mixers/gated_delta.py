@@ -116,12 +116,12 @@ class GatedDelta(nn.Module):
     ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
-        inputs = self.execution.all_tokens(inputs, "B T D")
+        inputs = self.execution.all_tokens(inputs)
         past = past_of(cache, config.empty_cache(inputs.shape[0], 0, inputs.dtype))
         projected = linear(inputs, weight["query_key_value_gate"])
         # Over a mesh every device convolves all channels: the split is by heads, and the channels are all queries, then
         # all keys. One gather is less than what the compiler sends to sort them.
-        *parts, gate = _parts(config, projected)
+        *parts, gate = map(self.execution.all_tokens, _parts(config, projected))
         parts = (self.execution.split(part, "B _ _ _").reshape(*inputs.shape[:2], -1) for part in parts)
         columns = self.execution.split(jnp.concatenate(list(parts), axis=2), "B _ _")
         gate = gate.reshape(*inputs.shape[:2], config.num_value_heads, config.value_size)
@@ -135,7 +135,7 @@ class GatedDelta(nn.Module):
         parts = (self.execution.split(part, "B _ _") for part in jnp.split(convolved, (keys, 2 * keys), axis=2))
         query, key, value = (self.execution.split(heads, "B _ N _") for heads in _heads(config, *parts))
         read, corrected = delta_recurrence(query, key, value, log_decay, beta, position, mask, past, scale=config.scale)
-        read, corrected = (self.execution.all_tokens(heads, "B T N _") for heads in (read, corrected))
+        read, corrected = (self.execution.all_tokens(heads) for heads in (read, corrected))
         normed = RMSNorm(config.norm, config.value_size, "H", name="norm")(read)
         gated = normed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
         flat = gated.astype(inputs.dtype).reshape(*inputs.shape[:2], -1)

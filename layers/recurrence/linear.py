@@ -41,7 +41,7 @@ def linear_recurrence(
     Raises NotImplementedError if `execution` asks for a kernel that does not take these operands.
     """
     output = _recurrence(query, key, value, log_decay, position, mask, past, scale, execution)
-    return execution.all_tokens(output, "B T N _")
+    return execution.all_tokens(output)
 
 
 def _recurrence(
