@@ -29,7 +29,7 @@ CASES = [
     for kind in wide.LAYERS
     for mesh in ("context=8", COMBINED)
 ]
-# Sums are taken in another order than on one device: a few roundings of numbers of about 1, over a few layers.
+# Sums are taken in another order than on one device: a few roundings over a few layers, beside the largest logit.
 TOLERANCE = 1e-4
 
 
@@ -71,7 +71,7 @@ def test_logits(kind, mesh):
         model, params = wide.model_of(kind, over), wide.params_of(kind, over)
         forward.clear_cache()
         logits.append(np.asarray(forward(params, tokens)))
-    np.testing.assert_allclose(logits[1], logits[0], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(logits[1], logits[0], atol=TOLERANCE * np.abs(logits[0]).max(), rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "mesh"), CASES)
