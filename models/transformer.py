@@ -101,12 +101,14 @@ class Transformer(nn.Module):
         layers: tuple[int, int],
         capture: tuple[int, ...],
     ) -> Forward:
+        hidden = self.execution.by_tokens(hidden)
         captured = {layers[0]: hidden} if layers[0] in capture else {}
         rows, routes = [], []
         hidden = self.execution.scattered(hidden)
         for index in range(*layers):
             cache = None if caches is None else caches[index]
             hidden, new_rows, new_routes = self.blocks[index](hidden, position, row_length, cache, mask)
+            hidden = self.execution.by_tokens(hidden)
             rows.append(new_rows)
             routes.append(new_routes)
             if index + 1 in capture:
