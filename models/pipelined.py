@@ -44,12 +44,12 @@ def run_in_stages(
     blocks: tuple[Any, ...],
     hidden: Float[Array, "B T D"],
     rows: Rows,
-    caches: tuple[Any, ...] | None,
+    caches: tuple[Any, ...],
 ) -> tuple[Float[Array, "B T D"], tuple[Stacked, ...]]:
     """The hidden states after the stages' layers, and the new rows of each of their places.
 
     blocks, caches: those of the stages' own places; every array has the stages in front, caches as `Stacked`, or
-    `Staged` with a stacked cache and stacked rows.
+    `Staged` with a stacked cache and stacked rows, or None.
     """
     assert execution.mesh is not None
     (axis,) = execution.mesh_axes("L")
@@ -60,7 +60,6 @@ def run_in_stages(
     )
     in_place = execution.reads_parts_in_place(num_tokens)
     held, everywhere = PartitionSpec(axis), PartitionSpec()
-    caches = (None,) * len(stages.own) if caches is None else caches
     stacks = tuple(_stack_of(cache) for cache in caches)
     staged_at = tuple(cache.position if isinstance(cache, Staged) else None for cache in caches)
 
