@@ -19,6 +19,7 @@ from decodax.kernels_pallas.choice import Implementation
 from decodax.models.load import LanguageModel
 from decodax.models.load import load as _load
 from decodax.models.model import Model, Params
+from decodax.sharding.rules import RULES, Rules
 
 __all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
 
@@ -27,7 +28,8 @@ def load(
     path_or_id: str | Path | None = None,
     *,
     dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
+    rules: Rules = RULES,
     invariant: bool = False,
     adapter: str | Path | TrainedPart | None = None,
     implementation: Implementation | None = None,
@@ -38,8 +40,9 @@ def load(
         small model that decodax carries.
     dtype: "float32", "bfloat16" or "float16", in which the weights are kept; by default float32 on CPU (where bfloat16
         is many times slower) and bfloat16 on accelerators.
-    mesh: a JAX mesh with an axis "tensor", over which the weights are split (`sharding.rules.TENSOR`); by default they
-        lie on the first device.
+    mesh: the devices to run on, as a text like "tensor=4,data=2" or a JAX mesh with such axes (data, pipeline, context,
+        expert, tensor); by default the first device. Weights are read straight to where they belong.
+    rules: how weights and caches are split over the mesh (`sharding.rules`); the default serves every such mesh.
     invariant: have a token get the same logits, to the last bit, alone and in a draft, so that speculative decoding
         gives plain decoding's tokens in every dtype; slower (`Model.invariant`).
     adapter: a change of the weights that `decodax train layer_skip` made, to be merged into them: its folder, or the
@@ -47,9 +50,11 @@ def load(
     implementation: which kernels the layers run, "xla", "tpu" or "gpu" (`kernels_pallas/choice.py`); by default those
         of this device for what they take, and XLA for the rest. `decodax bench --kernels` shows the choice.
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
-    and not possible, ValueError for files that do not fit or are not understood.
+    and not possible, ValueError for files that do not fit or are not understood, and for a mesh that does not fit the
+    devices or the model.
     """
-    lm = _load(path_or_id, dtype=dtype, mesh=mesh, invariant=invariant, implementation=implementation)
+    options: Any = {"mesh": mesh, "rules": rules, "invariant": invariant, "implementation": implementation}
+    lm = _load(path_or_id, dtype=dtype, **options)
     return lm if adapter is None else with_adapter(lm, adapter)
 
 

@@ -28,6 +28,7 @@ def generate(
     ] = None,
     model: session.ModelName = None,
     dtype: session.Dtype = None,
+    mesh: session.MeshName = None,
     invariant: session.Invariant = False,
     adapter: session.Adapter = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to each prompt.")] = _DEFAULT[
@@ -97,7 +98,7 @@ def generate(
         texts = _read_prompts(prompts or [], file or [])
         if compilation_cache:
             session.use_compilation_cache()
-        lm = decodax.load(model, dtype=dtype, invariant=invariant, adapter=adapter)
+        lm = decodax.load(model, dtype=dtype, mesh=mesh, invariant=invariant, adapter=adapter)
         _check_values(lm, options, len(texts))
         if as_json:
             out = _generate_quietly(lm, texts, options)

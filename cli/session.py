@@ -16,6 +16,7 @@ import jax
 import typer
 
 import decodax
+from decodax.sharding.rules import MESH_AXES
 
 MAX_CACHE_BYTES = 2**30
 FAILED, INTERRUPTED, READER_GONE = 1, 130, 141  # the last two as shells count them: 128 + SIGINT, 128 + SIGPIPE
@@ -43,6 +44,15 @@ Invariant = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option(help="A change of the model's weights, merged into them: what `train layer_skip` wrote."),
+]
+
+MeshName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXIS=N,AXIS=N...",
+        help="Devices to split the model over, like tensor=4,data=2 "
+        f"(axes: {', '.join(MESH_AXES)}). Default: one device.",
+    ),
 ]
 
 

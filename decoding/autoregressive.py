@@ -44,6 +44,6 @@ def autoregressive(model: Model) -> Decode:
         )
 
     def decode(params: Params, state: DecodeState, max_tokens: Int[Array, ""] | int | None = None) -> DecodeState:
-        return run_until_done(lambda state: step(params, state), state, max_tokens)
+        return run_until_done(lambda state: step(params, state), state, max_tokens, model.execution)
 
     return decode

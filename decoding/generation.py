@@ -135,7 +135,7 @@ class _Plan:
             warnings.warn(f"{self.name} falls back to plain decoding: {self.fallback}", stacklevel=4)
         self.params, self.draft_params, self.depth = lm.params, None, None
         if isinstance(chosen, Speculation):
-            self.draft_params, self.depth = chosen.draft_params, chosen.depth
+            self.draft_params, self.depth = lm.model.execution.joined(chosen.draft_params), chosen.depth
             self.params = lm.params if chosen.params is None else chosen.params
             if not isinstance(options.strategy, str):
                 self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"

@@ -7,14 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from decodax.decoding.state import DecodeState
+from decodax.layers.execution import Execution
 
 
 def run_until_done(
-    step: Callable[[DecodeState], DecodeState], state: DecodeState, max_tokens: Int[Array, ""] | int | None
+    step: Callable[[DecodeState], DecodeState],
+    state: DecodeState,
+    max_tokens: Int[Array, ""] | int | None,
+    execution: Execution,
 ) -> DecodeState:
     """Repeats `step` until every row is done, or, with `max_tokens`, until some row has gained so many.
 
-    A step that emits several tokens may go past `max_tokens`; what is emitted is kept.
+    A step that emits several tokens may go past `max_tokens`; what is emitted is kept. Over a mesh the state lies where
+    it lay, in every round.
     """
     aim = jnp.int32(jnp.iinfo(jnp.int32).max if max_tokens is None else max_tokens)
     begin = state.length
@@ -22,4 +27,4 @@ def run_until_done(
     def unfinished(state: DecodeState) -> Array:
         return (jnp.max(state.length - begin) < aim) & ~jnp.all(state.done)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return jax.lax.while_loop(unfinished, lambda state: execution.laid_out(step(state)), execution.laid_out(state))

@@ -51,7 +51,8 @@ class Speculative:
         """
         if state.draft is None:
             state = self.start(params, draft_params, state)
-        return run_until_done(lambda state: self.step(params, draft_params, state), state, max_tokens)
+        step = lambda state: self.step(params, draft_params, state)
+        return run_until_done(step, state, max_tokens, self.model.execution)
 
     def start(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
         """The state with the drafter's own, which has read the prompts, and with counts at zero.

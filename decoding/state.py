@@ -62,8 +62,8 @@ class DecodeState:
     a strategy that drafts has started.
     """
 
-    tokens: Int[Array, "B S"]
-    logprobs: Float[Array, "B S"]
+    tokens: Int[Array, "B room"]
+    logprobs: Float[Array, "B room"]
     length: Int[Array, " B"]
     limit: Int[Array, " B"]
     done: Bool[Array, " B"]
@@ -172,17 +172,17 @@ def init(
     state = _empty_state(
         model,
         dtype,
-        jnp.asarray(padded),
-        jnp.asarray(length),
-        jnp.asarray(limit),
-        jnp.asarray(seed, jnp.uint32),
-        jnp.asarray(stops),
+        padded,
+        length,
+        limit,
+        np.asarray(seed, np.uint32),
+        stops,
         sampling,
         policy,
     )
     if depth is not None:
         depth.check(model, params)
-        state = dataclasses.replace(state, depth=depth.start(model, params, batch))
+        state = dataclasses.replace(state, depth=model.execution.joined(depth.start(model, params, batch)))
     # Not the depth itself: those that read prompts alike share the compiled code.
     reader = None if depth is None else depth.prompt_reader
     start = 0
@@ -216,7 +216,7 @@ def _empty_state(
     batch, capacity = tokens.shape
     history = History.start(tokens, length, vocab_size=model.config.vocab_size, with_counts=sampling.needs_counts)
     no = jnp.zeros(batch, bool)
-    return DecodeState(
+    state = DecodeState(
         tokens=tokens,
         logprobs=jnp.zeros((batch, capacity), jnp.float32),
         length=length,
@@ -231,6 +231,7 @@ def _empty_state(
         num_target_forwards=jnp.int32(0),
         layer_counts=LayerCounts.zero(batch),
     )
+    return model.execution.laid_out(state)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -238,7 +239,8 @@ def _prefill_chunk(
     model: Model, reader: PromptReader | None, chunk: int, params: Params, state: DecodeState, start: Int[Array, ""]
 ) -> DecodeState:
     """Runs prompt tokens start .. start + chunk - 1 of every row and commits those before the row's last token."""
-    return (read_prompt if reader is None else reader.read_prompt)(model, params, state, start, chunk)
+    read = read_prompt if reader is None else reader.read_prompt
+    return model.execution.laid_out(read(model, params, state, start, chunk))
 
 
 def read_prompt(model: Model, params: Params, state: DecodeState, start: Int[Array, ""], chunk: int) -> DecodeState:

@@ -9,9 +9,9 @@
 | K      | key-value heads                 | C      | draft tokens                          |
 | G      | query heads per key-value head  | L      | layers                                |
 | H      | head size                       | D      | model width                           |
-| R      | rank of a latent                |        |                                       |
+| R      | rank of a latent                | W      | taps of a short convolution           |
 
 `AXES` is what a weight's description may use, and what sharding rules map to mesh axes.
 """
 
-AXES = frozenset("BTSNKGHDFVEXCLR")
+AXES = frozenset("BTSNKGHDFVEXCLRW")

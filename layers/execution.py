@@ -5,20 +5,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
-from decodax.sharding.rules import TENSOR, Rules, automatic, num_devices
+from decodax.sharding import layout
+from decodax.sharding.rules import RULES, Rules, automatic, num_devices
 
 TILE_TOKENS = 128  # slots of a cache that kernels read at a time
+_TOKENS = "TS"  # a kernel gets all tokens and all slots of its rows and heads
 
 
 @dataclass(frozen=True)
 class Execution:
     """implementation: of the kernels (`kernels_pallas/choice.py`); None takes those made for this process's device.
 
-    mesh, rules: the devices that weights are split over, and how. A kernel runs on each device's part, so heads have to
-    divide over them.
+    mesh, rules: the devices that weights and states are split over, and how. A kernel runs on each device's part, so
+    heads have to divide over them.
 
     experts: how the experts of a mixture run: a name of METHODS in `layers/moe/experts/`, one of its objects, or None
     for the one that suits the devices and the number of tokens.
@@ -26,7 +29,7 @@ class Execution:
 
     implementation: Implementation | None = None
     mesh: Mesh | None = None
-    rules: Rules = TENSOR
+    rules: Rules = RULES
     experts: Hashable | None = None
 
     @property
@@ -36,29 +39,77 @@ class Execution:
         runs_xla = asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
         return 1 if runs_xla else TILE_TOKENS
 
-    def num_parts(self, letter: str) -> int:
-        """Over how many devices an axis is split."""
-        if self.mesh is None:
-            return 1
-        (axis,) = self.rules.spec(self.mesh, (letter,))
-        return num_devices(self.mesh, axis)
+    def mesh_axes(self, letter: str, count: int | None = None) -> tuple[str, ...]:
+        """The mesh axes over which an axis is split that has `count` things to split (None: any number)."""
+        return () if self.mesh is None else self.rules.mesh_axes(self.mesh, letter, count)
+
+    def num_parts(self, letter: str, count: int | None = None) -> int:
+        """Over how many devices an axis is split that has `count` things to split (None: any number)."""
+        return 1 if self.mesh is None else num_devices(self.mesh, self.mesh_axes(letter, count))
+
+    def part_shape(self, shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
+        """What `per_device` gives each device of an array of this shape."""
+        names = ("_" if letter in _TOKENS else letter for letter in axes.split())
+        return tuple(size // self.num_parts(name, size) for name, size in zip(names, shape, strict=True))
 
     def per_device(
         self, function: Callable[..., Any], in_axes: tuple[str | None, ...], out_axes: tuple[str, ...]
     ) -> Callable[..., Any]:
         """`function` run by every device on its part of the arguments, given their axes ("B K S H"; None: no array).
 
-        The compiler cannot split a kernel by itself, as it does the operations around it.
+        The compiler cannot split a kernel by itself, as it does the operations around it. Tokens and slots are whole.
         """
         if self.mesh is None:
             return function
-        mesh = self.mesh
+        mesh, rules = automatic(self.mesh), self.rules
 
-        def spec(axes: str | None) -> PartitionSpec:
-            return PartitionSpec() if axes is None else self.rules.spec(mesh, axes.split())
+        def run(*arguments: Any) -> Any:
+            counts: dict[str, int] = {}
+            for axes, argument in zip(in_axes, arguments, strict=True):
+                counts |= {} if axes is None else dict(zip(axes.split(), argument.shape, strict=True))
 
-        in_specs, out_specs = tuple(map(spec, in_axes)), tuple(map(spec, out_axes))
-        return jax.shard_map(function, mesh=automatic(mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            def spec(axes: str | None) -> PartitionSpec:
+                letters = () if axes is None else axes.split()
+                names = tuple("_" if letter in _TOKENS else letter for letter in letters)
+                return rules.spec(mesh, names, [counts[letter] for letter in letters])
+
+            in_specs, out_specs = tuple(map(spec, in_axes)), tuple(map(spec, out_axes))
+            return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+                *arguments
+            )
+
+        return run
+
+    def shardings(self, tree: Any) -> Any:
+        """Where the arrays of a state lie, by the axes that its classes declare (`sharding/layout.py`)."""
+        assert self.mesh is not None, "a single device needs no shardings"
+        return layout.shardings(tree, self.mesh, self.rules)
+
+    def laid_out(self, tree: Any) -> Any:
+        """A state inside a jitted function, told to lie where `shardings` says; unchanged on a single device."""
+        return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def split(self, array: Array, axes: str) -> Array:
+        """An array inside a jitted function, told to be split by its axes ("B T D"); unchanged on a single device."""
+        if self.mesh is None:
+            return array
+        spec = self.rules.spec(self.mesh, axes.split(), array.shape)
+        return jax.lax.with_sharding_constraint(array, NamedSharding(automatic(self.mesh), spec))
+
+    def joined(self, tree: Any) -> Any:
+        """The tree with every array on the mesh, whole on each device unless it is there already.
+
+        A jitted function takes arrays of one set of devices. Unchanged on a single device.
+        """
+        if self.mesh is None:
+            return tree
+        everywhere, devices = NamedSharding(automatic(self.mesh), PartitionSpec()), set(self.mesh.devices.flat)
+
+        def place(leaf: Any) -> jax.Array:
+            is_there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+            return leaf if is_there else jax.device_put(leaf, everywhere)
+
+        return jax.tree.map(place, tree)
 
 
 ON_THIS_DEVICE = Execution()

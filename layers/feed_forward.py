@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from decodax.layers.execution import Execution
 from decodax.layers.linear import linear
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch_own
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -107,7 +107,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
-        weight = {name: fetch(self, name, w) for name, w in self.config.weights(self.hidden_size).items()}
+        weight = fetch_own(self, self.config.weights(self.hidden_size))
         gate = linear(inputs, weight["gate"], weight.get("gate_bias"))
         up = linear(inputs, weight["up"], weight.get("up_bias"))
         return linear(gated(self.config.activation, gate, up), weight["down"], weight.get("down_bias")), None

@@ -21,8 +21,9 @@ class RMSNormConfig:
     eps: float
     unit_offset: bool = False
 
-    def weights(self, size: int, axis: str = "D") -> dict[str, Weight]:
-        return {"weight": Weight((axis,), (size,), "zeros" if self.unit_offset else "ones")}
+    def weights(self, size: int, axis: str = "D", whole: int = 1) -> dict[str, Weight]:
+        """`axis` names the `size` coordinates; of several heads' norm, `whole` of them are one head's."""
+        return {"weight": Weight((axis,), (size,), "zeros" if self.unit_offset else "ones", whole=whole)}
 
 
 class RMSNorm(nn.Module):

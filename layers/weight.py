@@ -8,8 +8,9 @@ Matrices are stored as Hugging Face stores them, [outputs, inputs], and always t
 [heads, head size, inputs] was measured at half the decode speed on CPU, because XLA transposes it at every step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -26,23 +27,38 @@ class Weight:
 
     The first letter of a dimension is the one a mesh may split. `init` is "normal" (scaled by the square root of the
     last dimension, its inputs), "ones" or "zeros". `replicated`: every device holds all of it, whatever a mesh may
-    split; for small weights that all devices need, such as a router's.
+    split; for small weights that all devices need, such as a router's. `whole`: how many numbers of a dimension with
+    several letters belong together, as a head's do; a mesh never parts them.
     """
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     init: Literal["normal", "ones", "zeros"] = "normal"
     replicated: bool = False
+    whole: int = 1
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape) or not AXES.issuperset("".join(self.axes)):
             raise ValueError(f"a weight needs known axis letters for each dimension, got {self.axes} for {self.shape}")
+        if any(len(letters) > 1 and size % self.whole for letters, size in zip(self.axes, self.shape, strict=True)):
+            raise ValueError(f"a weight {self.axes} of {self.shape} does not divide into wholes of {self.whole}")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many things each dimension has that a mesh may deal out: its size, or the number of its wholes."""
+        sizes = zip(self.axes, self.shape, strict=True)
+        return tuple(size // self.whole if len(letters) > 1 else size for letters, size in sizes)
 
     def initial(self, key: Array, dtype: DTypeLike = jnp.float32) -> Array:
         """A fresh value of this weight."""
         if self.init == "normal":
             return (jax.random.normal(key, self.shape) * self.shape[-1] ** -0.5).astype(dtype)
         return (jnp.ones if self.init == "ones" else jnp.zeros)(self.shape, dtype)
+
+
+def fetch_own(module: nn.Module, described: Mapping[str, Any]) -> dict[str, Array]:
+    """The values of all weights that stand directly in `described`; those further down are of modules inside this."""
+    return {name: fetch(module, name, weight) for name, weight in described.items() if isinstance(weight, Weight)}
 
 
 def fetch(module: nn.Module, name: str, weight: Weight) -> Array:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from decodax.layers.weight import Weight
 from decodax.models.config import ModelConfig
@@ -26,6 +27,7 @@ from decodax.models.layouts import Expected, find_sources
 from decodax.models.sources import Layouts, Source, transfers
 from decodax.models.stored_files import open_files, weight_files
 from decodax.models.stored_formats import StoredTensor, read_quantization
+from decodax.sharding import rules as sharding
 
 Put = Callable[[np.ndarray, Weight, ParameterPath], jax.Array]
 
@@ -114,6 +116,13 @@ def load_part(
             stacklevel=3,
         )
     return _nested(leaves)
+
+
+def put_on(mesh: Mesh | None, rules: sharding.Rules) -> Put | None:
+    """What brings a parameter to its place on a mesh; None, for the first device, without one."""
+    if mesh is None:
+        return None
+    return lambda array, weight, path: sharding.place(mesh, rules, array, weight, "/".join(path))
 
 
 def _quantization(folder: Path) -> Any:

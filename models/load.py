@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from time import monotonic
@@ -12,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.choice import Implementation
 from decodax.layers.execution import Execution
-from decodax.layers.weight import Weight
-from decodax.models.checkpoint import load_params
+from decodax.models.checkpoint import load_params, put_on
 from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
 from decodax.models.tokenizer import Tokenizer, read_end_token_ids
-from decodax.sharding.rules import TENSOR, place
+from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.rules import RULES, Rules
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -63,7 +61,8 @@ def load(
     path_or_id: str | Path | None = None,
     *,
     dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
+    rules: Rules = RULES,
     invariant: bool = False,
     implementation: Implementation | None = None,
 ) -> LanguageModel:
@@ -73,15 +72,12 @@ def load(
     family, config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     end_token_ids = read_end_token_ids(folder)
-    put = None if mesh is None else partial(_put, mesh)
+    mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
+    fitted = None if mesh is None else fit_mesh(mesh, config)
     with _progress(f"loading {folder.name}") as progress:
-        params = load_params(folder, family, config, dtype=kind, put=put, progress=progress)
-    model = Model(config, invariant, Execution(implementation, mesh))
+        params = load_params(folder, family, config, dtype=kind, put=put_on(fitted, rules), progress=progress)
+    model = Model(config, invariant, Execution(implementation, fitted, rules))
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
-
-
-def _put(mesh: Mesh, array: np.ndarray, weight: Weight, path: tuple[str, ...]) -> jax.Array:
-    return place(mesh, TENSOR, array, weight, "/".join(path))
 
 
 def find_folder(path_or_id: str | Path | None) -> Path:

@@ -23,13 +23,12 @@ from decodax.layers.execution import Execution
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.weight import Weight, fetch
-from decodax.models.checkpoint import Put, load_part
+from decodax.models.checkpoint import load_part, put_on
 from decodax.models.config import BlockConfig
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
 from decodax.models.stored_files import open_files, weight_files
 from decodax.models.transformer import Block
-from decodax.sharding.rules import place
 
 
 @dataclass(frozen=True)
@@ -129,13 +128,6 @@ def load_next_layer(folder: Path, model: Model, *, dtype: DTypeLike) -> Params:
         layouts,
         next_layer(model).weights(),
         dtype=jnp.dtype(dtype),
-        put=_put(model.execution),
+        put=put_on(model.execution.mesh, model.execution.rules),
         elsewhere=names.elsewhere(prefix),
     )
-
-
-def _put(execution: Execution) -> Put | None:
-    mesh, rules = execution.mesh, execution.rules
-    if mesh is None:
-        return None
-    return lambda array, weight, path: place(mesh, rules, array, weight, "/".join(path))

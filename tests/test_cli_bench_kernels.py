@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 import decodax
 from decodax.cli import app, bench_kernels
 from decodax.kernels_pallas import KERNELS, choice, module_of, shapes_of
-from decodax.layers.attention import attend_absorbed, attend_expanded, attend_kernels
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.rope import Rope
 from decodax.models.hf_config import load_config, read_config
@@ -27,8 +26,7 @@ def nothing_is_loaded(monkeypatch):
 @pytest.fixture
 def on_hopper(monkeypatch):
     """This process's device as the choice sees it."""
-    for module in (choice, attend_kernels, attend_absorbed, attend_expanded):
-        monkeypatch.setattr(module, "backend_of_this_device", lambda: ("gpu", "the device is a Hopper GPU"))
+    monkeypatch.setattr(choice, "backend_of_this_device", lambda: ("gpu", "the device is a Hopper GPU"))
 
 
 def run(*arguments):

@@ -74,9 +74,8 @@ class NestedDraft(Drafter):
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, DecodeState]:
         inner = self._started(draft_params, state.draft, state)
         before = inner.caches
-        inner = run_until_done(
-            lambda inner: self.inner.step(draft_params["model"], draft_params["drafter"], inner), inner, None
-        )
+        step = lambda inner: self.inner.step(draft_params["model"], draft_params["drafter"], inner)
+        inner = run_until_done(step, inner, None, self.inner.model.execution)
         place = state.length[:, None] - 1 + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
         token = jnp.take_along_axis(inner.tokens, jnp.minimum(place, inner.tokens.shape[1] - 1), axis=1)
         is_candidate = place < inner.length[:, None]

@@ -1,5 +1,6 @@
 """Finds the draft that goes with a model, and checks that the two fit."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from decodax.models.load import LanguageModel, find_folder, load
 from decodax.models.tokenizer import Tokenizer
+from decodax.sharding.rules import Rules
 
 FACTS_FILE = "draft.json"
+# A draft is small, and what its devices would have to tell each other takes longer than what they would save: each has
+# all of it, for its own rows.
+DRAFT_RULES = Rules((("B", ("data", "expert")),))
 # Of a draft about which nothing is known: shares of positions at which its r-th guess is the target's token.
 TYPICAL_RANKS = (0.6, 0.14, 0.06, 0.04)
 
@@ -41,7 +47,8 @@ def find_draft(strategy: str, lm: LanguageModel, draft: str | Path | LanguageMod
             )
         draft = lm.path / "draft"
     if not isinstance(draft, LanguageModel):
-        draft = _load(str(draft), jax.tree.leaves(lm.params)[0].dtype.name)
+        draft = _load(str(draft), jax.tree.leaves(lm.params)[0].dtype.name, lm.model.execution.mesh)
+    draft = _beside(lm, draft)
     _check_vocabulary(lm, draft)
     facts = _facts(draft.path)
     ranks = tuple(facts.get("rank_acceptance", TYPICAL_RANKS))
@@ -49,8 +56,18 @@ def find_draft(strategy: str, lm: LanguageModel, draft: str | Path | LanguageMod
 
 
 @lru_cache(maxsize=4)
-def _load(path: str, dtype: str) -> LanguageModel:
-    return load(path, dtype=dtype)
+def _load(path: str, dtype: str, mesh: Mesh | None) -> LanguageModel:
+    return load(path, dtype=dtype, mesh=mesh, rules=DRAFT_RULES)
+
+
+def _beside(lm: LanguageModel, draft: LanguageModel) -> LanguageModel:
+    """The draft on the devices of the model."""
+    execution = lm.model.execution
+    if execution.mesh is None or draft.model.execution.mesh is not None:
+        return draft
+    own = dataclasses.replace(draft.model.execution, mesh=execution.mesh, rules=DRAFT_RULES)
+    model = dataclasses.replace(draft.model, execution=own)
+    return dataclasses.replace(draft, model=model, params=own.joined(draft.params))
 
 
 def _facts(folder: Path) -> dict[str, Any]:

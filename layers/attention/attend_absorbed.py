@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, backend_of_this_device, choose
+from decodax.kernels_pallas.choice import Choice, choose
 from decodax.kernels_pallas.mla_decode import MAX_QUERIES, NewLatents, choose_mla_decode, mla_decode
 from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS
 from decodax.layers.attention.attend_xla import BLOCK_TOKENS, attend_in_xla
@@ -24,7 +24,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import Cache
 from decodax.layers.kv_cache.full import KVRows
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 
 ACCELERATOR_BLOCK_TOKENS = 2048  # a step of a loop costs a host round trip there; not measured
 
@@ -61,11 +61,9 @@ def choose_absorbed(query_latent: Any, query_rope: Any, mask: Mask, cache: Any, 
     Raises NotImplementedError if `execution` asks for a kernel that does not take them.
     """
     asked = execution.implementation
-    if asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla"):
-        return choose("mla_decode", asked, lambda backend: None)
-    misfit = _misfit(query_latent, mask, cache, execution)
-    if misfit is not None:
-        return choose("mla_decode", asked, lambda backend: misfit)
+    choice = choose("mla_decode", asked, lambda backend: _misfit(query_latent, mask, cache, execution))
+    if choice.backend == "xla":
+        return choice
     batch, num_queries, num_heads, _ = query_latent.shape
     bare, num_new = unstaged(cache), num_queries + num_staged(cache)
 
@@ -100,15 +98,6 @@ def _misfit(query_latent: Any, mask: Mask, cache: Any, execution: Execution) -> 
     if query_latent.shape[2] % num_parts:
         return f"{query_latent.shape[2]} heads do not divide over {num_parts} devices"
     return None
-
-
-def unstaged(cache: Any) -> Any:
-    """The cache itself, without what is staged beside it."""
-    return cache.cache if isinstance(cache, Staged) else cache
-
-
-def num_staged(cache: Any) -> int:
-    return cache.position.shape[1] if isinstance(cache, Staged) else 0
 
 
 def _in_xla(query_latent, query_rope, rows: LatentRows, position, mask, cache, *, scale: float) -> Array:

@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, backend_of_this_device, choose
+from decodax.kernels_pallas.choice import Choice, choose
 from decodax.kernels_pallas.flash_prefill import choose_flash_prefill, flash_prefill
 from decodax.kernels_pallas.padding import padded
 from decodax.layers import pytree
-from decodax.layers.attention.attend_absorbed import attend_in_blocks, num_staged, unstaged
+from decodax.layers.attention.attend_absorbed import attend_in_blocks
 from decodax.layers.attention.gradients import with_gradients_of
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVRows
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 from decodax.layers.linear import linear
 
 BLOCK_TOKENS = (1024, 512, 256, 128)  # of a cache, for the kernel: the first that divides it
@@ -112,11 +112,9 @@ def choose_expanded(query: Any, value_size: int, mask: Mask, cache: Any, executi
     Raises NotImplementedError if `execution` asks for a kernel that does not take them.
     """
     asked = execution.implementation
-    if asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla"):
-        return choose("flash_prefill", asked, lambda backend: None)
-    misfit = _misfit(query, mask, cache, execution)
-    if misfit is not None:
-        return choose("flash_prefill", asked, lambda backend: misfit)
+    choice = choose("flash_prefill", asked, lambda backend: _misfit(query, mask, cache, execution))
+    if choice.backend == "xla":
+        return choice
     batch, num_queries, num_heads, size = query.shape
     num_heads //= execution.num_parts("N")
     sources = [num_queries] if cache is None else [num_queries, _block_tokens(cache.capacity)]

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.layers import pytree
+from decodax.layers.kv_cache._write import write_tokens
 
 
 @pytree.dataclass
@@ -110,23 +111,15 @@ class KVCache:
         offset = jnp.arange(key.shape[2], dtype=jnp.int32)[None, :]
         slot = jnp.where(offset < count[:, None], self.length[:, None] + offset, self.capacity)
 
-        # Heads are indexed and not sliced: otherwise XLA for TPU keeps heads beside tokens inside a loop, and copies
-        # the whole cache at every step into the layout that a kernel reads.
-        row, head = (jnp.arange(size, dtype=jnp.int32) for size in self.key.shape[:2])
-        place = (row[:, None, None], head[None, :, None], slot[:, None, :])
-
-        def write(buffer: Array, new: Array) -> Array:
-            return buffer.at[place].set(new.astype(buffer.dtype), mode="drop")
-
         new_kept = self.kept
         if self.kept is not None:
             fresh = jnp.ones(slot.shape, bool) if kept is None else kept
-            new_kept = write(self.kept, jnp.broadcast_to(fresh[:, None, :], (*self.kept.shape[:2], slot.shape[1])))
+            marks = jnp.broadcast_to(fresh[:, None, :], (*self.kept.shape[:2], slot.shape[1]))
+            new_kept = write_tokens(self.kept, marks, slot, axis=2)
         elif kept is not None:
             raise ValueError("rows with `kept` need a cache made with track_kept=True, got one without")
-        return dataclasses.replace(
-            self, key=write(self.key, key), value=write(self.value, value), length=self.length + count, kept=new_kept
-        )
+        key, value = (write_tokens(old, new, slot, axis=2) for old, new in ((self.key, key), (self.value, value)))
+        return dataclasses.replace(self, key=key, value=value, length=self.length + count, kept=new_kept)
 
 
 class MarkedCache:

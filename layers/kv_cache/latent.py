@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.layers import pytree
+from decodax.layers.kv_cache._write import write_tokens
 
 
 @pytree.dataclass
@@ -122,18 +123,13 @@ class LatentCache:
             raise ValueError("rows with `kept` need a cache made with track_kept=True, got one without")
         offset = jnp.arange(latent.shape[1], dtype=jnp.int32)[None, :]
         slot = jnp.where(offset < count[:, None], self.length[:, None] + offset, self.capacity)
-        place = (jnp.arange(latent.shape[0], dtype=jnp.int32)[:, None], slot)
-
-        def write(buffer: Array, new: Array) -> Array:
-            return buffer.at[place].set(new.astype(buffer.dtype), mode="drop")
-
         new_kept = self.kept
         if new_kept is not None:
-            new_kept = write(new_kept, jnp.ones(slot.shape, bool) if kept is None else kept)
+            new_kept = write_tokens(new_kept, jnp.ones(slot.shape, bool) if kept is None else kept, slot, axis=1)
         return dataclasses.replace(
             self,
-            latent=write(self.latent, latent),
-            rope_key=write(self.rope_key, rope_key),
+            latent=write_tokens(self.latent, latent, slot, axis=1),
+            rope_key=write_tokens(self.rope_key, rope_key, slot, axis=1),
             length=self.length + count,
             kept=new_kept,
         )

@@ -25,6 +25,16 @@ class Staged:
     position: Int[Array, "B U"]
 
 
+def unstaged(cache: Any) -> Any:
+    """The cache itself, without what is staged beside it."""
+    return cache.cache if isinstance(cache, Staged) else cache
+
+
+def num_staged(cache: Any) -> int:
+    """How many tokens are staged beside a cache."""
+    return cache.position.shape[1] if isinstance(cache, Staged) else 0
+
+
 def stage(caches: tuple[Any, ...], rows: tuple[Any, ...], position: Int[Array, "B U"]) -> tuple[Staged, ...]:
     """Every layer's cache with its staged rows."""
     return tuple(Staged(cache, staged, position) for cache, staged in zip(caches, rows, strict=True))

@@ -30,7 +30,7 @@ from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.kv_cache.tailed import TailedCache, TailedRows
 from decodax.layers.linear import linear
 from decodax.layers.rope import Rope, rotate
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch_own
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,16 @@ class CCAConfig:
     def weights(self, hidden_size: int) -> dict[str, Any]:
         wide, narrow = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         weights: dict[str, Any] = {
-            "query": Weight(("NH", "D"), (wide, hidden_size)),
-            "key": Weight(("KH", "D"), (narrow, hidden_size)),
+            "query": Weight(("NH", "D"), (wide, hidden_size), whole=self.head_size),
+            "key": Weight(("KH", "D"), (narrow, hidden_size), whole=self.head_size),
             "value": Weight(("KH", "D"), (self.half_values, hidden_size)),
             "delayed_value": Weight(("KH", "D"), (self.half_values, hidden_size)),
-            "depthwise": Weight(("H", "T"), (self.num_convolved, self.depthwise_width)),
+            "depthwise": Weight(("H", "W"), (self.num_convolved, self.depthwise_width)),
             "depthwise_bias": Weight(("H",), (self.num_convolved,), "zeros"),
-            "grouped": Weight(("H", "HT"), (self.num_convolved, self.head_size * self.grouped_width)),
+            "grouped": Weight(("H", "HW"), (self.num_convolved, self.head_size * self.grouped_width)),
             "grouped_bias": Weight(("H",), (self.num_convolved,), "zeros"),
             "key_temperature": Weight(("K",), (self.num_kv_heads,), "ones"),
-            "out": Weight(("D", "NH"), (hidden_size, wide)),
+            "out": Weight(("D", "NH"), (hidden_size, wide), whole=self.head_size),
         }
         if self.bias:
             biased = {"query": wide, "key": narrow, "value": self.half_values, "delayed_value": self.half_values}
@@ -141,7 +141,7 @@ class CCA(nn.Module):
         config = self.config
         if isinstance(cache, Tile):
             raise ValueError("attention with convolutions has no invariant mode: use a model with invariant=False")
-        weight = {name: fetch(self, name, described) for name, described in config.weights(self.hidden_size).items()}
+        weight = fetch_own(self, config.weights(self.hidden_size))
 
         def project(name: str) -> Float[Array, "B T _"]:
             return linear(inputs, weight[name], weight.get(f"{name}_bias"))

@@ -16,7 +16,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.attend_invariant import Tile
@@ -24,21 +23,20 @@ from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.predecessors import predecessors
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import ACTIVATIONS
-from decodax.layers.kv_cache._contract import CachePolicy
-from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
 from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.linear import linear
+from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.delta import delta_recurrence
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch_own
 
 LENGTH_EPS = 1e-6  # added to the squared length of queries and keys
 
 
 @dataclass(frozen=True)
-class GatedDeltaConfig:
+class GatedDeltaConfig(RecurrentConfig):
     """`num_key_heads` K of `key_size` channels serve `num_value_heads` N = K G of `value_size`; a state per value head.
 
     convolution_width: W, tokens that the convolution reads, its own included. activation: behind it, a name of
@@ -77,31 +75,27 @@ class GatedDeltaConfig:
         G decays.
         """
         values = self.num_value_heads * self.value_size
-        mixed = self.num_columns + values
+        mixed, group = self.num_columns + values, self.num_value_heads // self.num_key_heads
         return {
-            "query_key_value_gate": Weight(("KH", "D"), (mixed, hidden_size)),
-            "beta_decay": Weight(("KG", "D"), (2 * self.num_value_heads, hidden_size)),
-            "convolution": Weight(("H", "T"), (self.num_columns, self.convolution_width)),
+            "query_key_value_gate": Weight(("KH", "D"), (mixed, hidden_size), whole=mixed // self.num_key_heads),
+            "beta_decay": Weight(("KG", "D"), (2 * self.num_value_heads, hidden_size), whole=2 * group),
+            "convolution": Weight(("H", "W"), (self.num_columns, self.convolution_width)),
             "decay_rate": Weight(("N",), (self.num_value_heads,), "zeros"),
             "decay_bias": Weight(("N",), (self.num_value_heads,), "ones"),
             "norm": self.norm.weights(self.value_size, "H"),
-            "out": Weight(("D", "NH"), (hidden_size, values)),
+            "out": Weight(("D", "NH"), (hidden_size, values), whole=self.value_size),
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return GatedDelta(self, hidden_size, name=name)
 
-    def empty_cache(
-        self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
-    ) -> RecurrentCache:
-        """A state of fixed size, and the convolution's tail in `dtype`; `policy` is for layers that keep tokens."""
-        state_shape = (self.num_value_heads, self.key_size, self.value_size)
-        return RecurrentCache.empty(
-            batch_size, state_shape, capacity, dtype, (self.convolution_width - 1, self.num_columns)
-        )
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_value_heads, self.key_size, self.value_size
 
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> RecurrentRows:
-        return self.empty_cache(batch_size, 0, dtype).empty_rows(num_tokens, dtype, per_channel=False)
+    @property
+    def tail_shape(self) -> tuple[int, int]:
+        return self.convolution_width - 1, self.num_columns
 
 
 class GatedDelta(nn.Module):
@@ -120,8 +114,7 @@ class GatedDelta(nn.Module):
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
         config = self.config
-        described = config.weights(self.hidden_size)
-        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+        weight = fetch_own(self, config.weights(self.hidden_size))
         past = past_of(cache, config.empty_cache(inputs.shape[0], 0, inputs.dtype))
         columns, gate = _columns_and_gate(config, linear(inputs, weight["query_key_value_gate"]))
         beta, log_decay = _beta_and_decay(config, linear(inputs, weight["beta_decay"]), weight)

@@ -15,25 +15,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache._contract import CachePolicy
-from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
 from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.linear import linear
+from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.linear import linear_recurrence
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch_own
 
 
 @dataclass(frozen=True)
-class GatedLinearConfig:
+class GatedLinearConfig(RecurrentConfig):
     """`key_size` and `value_size` are channels per head; `scale` multiplies query x key.
 
     gate_rank: R, inner size of the decay's gate. gate_temperature: divides its logarithm, so that decays start near 1.
@@ -47,6 +45,8 @@ class GatedLinearConfig:
     scale: float
     norm: RMSNormConfig
 
+    decays_per_channel = True
+
     def __post_init__(self) -> None:
         sizes = (self.num_heads, self.key_size, self.value_size, self.gate_rank)
         if min(sizes) < 1 or self.gate_temperature <= 0:
@@ -58,28 +58,23 @@ class GatedLinearConfig:
     def weights(self, hidden_size: int) -> dict[str, Any]:
         keys, values = self.num_heads * self.key_size, self.num_heads * self.value_size
         return {
-            "query": Weight(("NH", "D"), (keys, hidden_size)),
-            "key": Weight(("NH", "D"), (keys, hidden_size)),
-            "value": Weight(("NH", "D"), (values, hidden_size)),
-            "gate": Weight(("NH", "D"), (values, hidden_size)),
+            "query": Weight(("NH", "D"), (keys, hidden_size), whole=self.key_size),
+            "key": Weight(("NH", "D"), (keys, hidden_size), whole=self.key_size),
+            "value": Weight(("NH", "D"), (values, hidden_size), whole=self.value_size),
+            "gate": Weight(("NH", "D"), (values, hidden_size), whole=self.value_size),
             "decay_down": Weight(("R", "D"), (self.gate_rank, hidden_size)),
-            "decay_up": Weight(("NH", "R"), (keys, self.gate_rank)),
-            "decay_bias": Weight(("NH",), (keys,), "zeros"),
+            "decay_up": Weight(("NH", "R"), (keys, self.gate_rank), whole=self.key_size),
+            "decay_bias": Weight(("NH",), (keys,), "zeros", whole=self.key_size),
             "norm": self.norm.weights(self.value_size, "H"),
-            "out": Weight(("D", "NH"), (hidden_size, values)),
+            "out": Weight(("D", "NH"), (hidden_size, values), whole=self.value_size),
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return GatedLinear(self, hidden_size, execution, name=name)
 
-    def empty_cache(
-        self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
-    ) -> RecurrentCache:
-        """A state of fixed size; `policy` and `dtype` are for layers that keep tokens."""
-        return RecurrentCache.empty(batch_size, (self.num_heads, self.key_size, self.value_size), capacity, dtype)
-
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> RecurrentRows:
-        return self.empty_cache(batch_size, 0, dtype).empty_rows(num_tokens, dtype, per_channel=True)
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, self.key_size, self.value_size
 
 
 class GatedLinear(nn.Module):
@@ -99,8 +94,7 @@ class GatedLinear(nn.Module):
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
         config = self.config
-        described = config.weights(self.hidden_size)
-        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+        weight = fetch_own(self, config.weights(self.hidden_size))
         batch, num_tokens, _ = inputs.shape
 
         def project(name: str, size: int) -> Float[Array, "B T N H"]:

@@ -24,7 +24,7 @@ from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch_own
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,24 @@ class GQAConfig:
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
         wide, narrow = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        per_head = self.query_size // self.num_heads
         weights: dict[str, Any] = {
-            "query": Weight(("NH", "D"), (self.query_size, hidden_size)),
-            "key": Weight(("KH", "D"), (narrow, hidden_size)),
-            "value": Weight(("KH", "D"), (narrow, hidden_size)),
-            "out": Weight(("D", "NH"), (hidden_size, wide)),
+            "query": Weight(("NH", "D"), (self.query_size, hidden_size), whole=per_head),
+            "key": Weight(("KH", "D"), (narrow, hidden_size), whole=self.head_size),
+            "value": Weight(("KH", "D"), (narrow, hidden_size), whole=self.head_size),
+            "out": Weight(("D", "NH"), (hidden_size, wide), whole=self.head_size),
         }
         if self.qkv_bias:
-            weights["query_bias"] = Weight(("NH",), (self.query_size,), "zeros")
-            weights["key_bias"] = Weight(("KH",), (narrow,), "zeros")
-            weights["value_bias"] = Weight(("KH",), (narrow,), "zeros")
+            weights["query_bias"] = Weight(("NH",), (self.query_size,), "zeros", whole=per_head)
+            weights["key_bias"] = Weight(("KH",), (narrow,), "zeros", whole=self.head_size)
+            weights["value_bias"] = Weight(("KH",), (narrow,), "zeros", whole=self.head_size)
         if self.out_bias:
             weights["out_bias"] = Weight(("D",), (hidden_size,), "zeros")
         if self.sinks:
             weights["sinks"] = Weight(("N",), (self.num_heads,), "zeros")
         if self.head_norm is not None:
-            weights["query_norm"] = self.head_norm.weights(*self.normed("query"))
-            weights["key_norm"] = self.head_norm.weights(*self.normed("key"))
+            weights["query_norm"] = self.head_norm.weights(*self.normed("query"), self.head_size)
+            weights["key_norm"] = self.head_norm.weights(*self.normed("key"), self.head_size)
         return weights
 
     @property
@@ -123,8 +124,7 @@ class GQA(nn.Module):
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], KVRows]:
         config = self.config
-        described = config.weights(self.hidden_size)
-        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+        weight = fetch_own(self, config.weights(self.hidden_size))
 
         def project(name: str) -> Float[Array, "B T _"]:
             return linear(inputs, weight[name], weight.get(f"{name}_bias"))

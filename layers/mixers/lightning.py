@@ -15,22 +15,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import ACTIVATIONS
-from decodax.layers.kv_cache._contract import CachePolicy
-from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
 from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.linear import linear
+from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.linear import linear_recurrence
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch_own
 
 
 def minimax_slopes(num_heads: int, layer: int, num_layers: int) -> tuple[float, ...]:
@@ -53,7 +51,7 @@ def transnormer_slopes(num_heads: int, layer: int, num_layers: int) -> tuple[flo
 
 
 @dataclass(frozen=True)
-class LightningConfig:
+class LightningConfig(RecurrentConfig):
     """`head_size` of queries, keys and values alike; `scale` multiplies query x key.
 
     slopes: one per head, at least 0: minus the logarithm of its decay per token. activation: on queries, keys and
@@ -77,23 +75,18 @@ class LightningConfig:
         """`query_key_value` holds a head's three parts one behind the other, head by head."""
         wide = self.num_heads * self.head_size
         return {
-            "query_key_value": Weight(("NH", "D"), (3 * wide, hidden_size)),
-            "gate": Weight(("NH", "D"), (wide, hidden_size)),
-            "norm": self.norm.weights(wide, "NH"),
-            "out": Weight(("D", "NH"), (hidden_size, wide)),
+            "query_key_value": Weight(("NH", "D"), (3 * wide, hidden_size), whole=3 * self.head_size),
+            "gate": Weight(("NH", "D"), (wide, hidden_size), whole=self.head_size),
+            "norm": self.norm.weights(wide, "NH", self.head_size),
+            "out": Weight(("D", "NH"), (hidden_size, wide), whole=self.head_size),
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return Lightning(self, hidden_size, execution, name=name)
 
-    def empty_cache(
-        self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
-    ) -> RecurrentCache:
-        """A state of fixed size; `policy` and `dtype` are for layers that keep tokens."""
-        return RecurrentCache.empty(batch_size, (self.num_heads, self.head_size, self.head_size), capacity, dtype)
-
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> RecurrentRows:
-        return self.empty_cache(batch_size, 0, dtype).empty_rows(num_tokens, dtype, per_channel=False)
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, self.head_size, self.head_size
 
 
 class Lightning(nn.Module):
@@ -113,8 +106,7 @@ class Lightning(nn.Module):
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
         config = self.config
-        described = config.weights(self.hidden_size)
-        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+        weight = fetch_own(self, config.weights(self.hidden_size))
         batch, num_tokens, _ = inputs.shape
         heads = linear(inputs, weight["query_key_value"])
         if config.activation is not None:

@@ -23,7 +23,7 @@ from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch_own
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class MFAConfig:
         return {
             "query_down": Weight(("R", "D"), (rank, hidden_size)),
             "query_norm": self.norm.weights(rank, "R"),
-            "query_up": Weight(("NH", "R"), (wide, rank)),
+            "query_up": Weight(("NH", "R"), (wide, rank), whole=size),
             "key": Weight(("H", "D"), (size, hidden_size)),
             "value": Weight(("H", "D"), (size, hidden_size)),
-            "out": Weight(("D", "NH"), (hidden_size, wide)),
+            "out": Weight(("D", "NH"), (hidden_size, wide), whole=size),
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
@@ -83,8 +83,7 @@ class MFA(nn.Module):
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], KVRows]:
         config = self.config
-        described = config.weights(self.hidden_size)
-        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+        weight = fetch_own(self, config.weights(self.hidden_size))
 
         compressed = linear(inputs, weight["query_down"])
         compressed = RMSNorm(config.norm, config.query_rank, "R", name="query_norm")(compressed)

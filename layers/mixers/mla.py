@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS
-from decodax.layers.attention.attend_absorbed import attend_absorbed, unstaged
+from decodax.layers.attention.attend_absorbed import attend_absorbed
 from decodax.layers.attention.attend_expanded import Expansion, attend_expanded
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask
@@ -22,11 +22,11 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.staged import Staged, unstaged
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch_own
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,22 @@ class MLAConfig:
         return min(self.latent_rank * expanded_size // more_per_token, MAX_NEW_TOKENS)
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
-        query_size, rank = self.num_heads * (self.nope_size + self.rope_size), self.latent_rank
+        per_head, rank = self.nope_size + self.rope_size, self.latent_rank
+        query_size = self.num_heads * per_head
         keys, values = self.num_heads * self.nope_size, self.num_heads * self.value_size
         weights: dict[str, Any] = {
             "latent_down": Weight(("R", "D"), (rank + self.rope_size, hidden_size)),
             "latent_norm": self.norm.weights(rank, "R"),
-            "key_up": Weight(("NH", "R"), (keys, rank)),
-            "value_up": Weight(("NH", "R"), (values, rank)),
-            "out": Weight(("D", "NH"), (hidden_size, values)),
+            "key_up": Weight(("NH", "R"), (keys, rank), whole=self.nope_size),
+            "value_up": Weight(("NH", "R"), (values, rank), whole=self.value_size),
+            "out": Weight(("D", "NH"), (hidden_size, values), whole=self.value_size),
         }
         if self.query_rank is None:
-            weights["query"] = Weight(("NH", "D"), (query_size, hidden_size))
+            weights["query"] = Weight(("NH", "D"), (query_size, hidden_size), whole=per_head)
         else:
             weights["query_down"] = Weight(("R", "D"), (self.query_rank, hidden_size))
             weights["query_norm"] = self.norm.weights(self.query_rank, "R")
-            weights["query_up"] = Weight(("NH", "R"), (query_size, self.query_rank))
+            weights["query_up"] = Weight(("NH", "R"), (query_size, self.query_rank), whole=per_head)
         if self.bias:
             weights["latent_down_bias"] = Weight(("R",), (rank + self.rope_size,), "zeros")
             weights["out_bias"] = Weight(("D",), (hidden_size,), "zeros")
@@ -125,8 +126,7 @@ class MLA(nn.Module):
         config = self.config
         if isinstance(cache, Tile):
             raise ValueError("latent attention has no invariant mode: use a model with invariant=False")
-        described = config.weights(self.hidden_size)
-        weight = {name: fetch(self, name, w) for name, w in described.items() if isinstance(w, Weight)}
+        weight = fetch_own(self, config.weights(self.hidden_size))
 
         def project(name: str, inputs: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
             return linear(inputs, weight[name], weight.get(f"{name}_bias"))

@@ -23,7 +23,7 @@ from decodax.layers.moe.experts import Setting, choose_way
 from decodax.layers.moe.placement import Placement
 from decodax.layers.moe.routers import Router
 from decodax.layers.moe.routes import Routes
-from decodax.layers.weight import Weight, fetch
+from decodax.layers.weight import Weight, fetch, fetch_own
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Weights(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
-        return {name: fetch(self, name, weight) for name, weight in self.described.items()}
+        return fetch_own(self, self.described)
 
 
 class MoE(nn.Module):

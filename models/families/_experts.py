@@ -54,44 +54,40 @@ def either(*names: str) -> Layouts:
     return tuple(layout for name in names for layout in whole(name))
 
 
+def experts_at(config: MoEConfig, gate: str, up: str, down: str) -> BlockTensors:
+    """Where the experts are: one matrix each, by names with {} in the expert's place, or stacked by transformers."""
+    layouts = gated_experts(
+        config.router.num_experts,
+        config.intermediate_size,
+        gate=gate,
+        up=up,
+        down=down,
+        stacked_gate_up="mlp.experts.gate_up_proj",
+        stacked_down="mlp.experts.down_proj",
+    )
+    return {f"feed_forward/experts/{name}": several for name, several in layouts.items()}
+
+
 def expert_tensors(block: BlockConfig) -> BlockTensors:
     """The names of most families with experts, which began with Qwen2-MoE; also those of layers without."""
     if not isinstance(block.feed_forward, MoEConfig):
         return BLOCK_TENSORS
-    config = block.feed_forward
-    experts = gated_experts(
-        config.router.num_experts,
-        config.intermediate_size,
-        gate="mlp.experts.{}.gate_proj.weight",
-        up="mlp.experts.{}.up_proj.weight",
-        down="mlp.experts.{}.down_proj.weight",
-        stacked_gate_up="mlp.experts.gate_up_proj",
-        stacked_down="mlp.experts.down_proj",
-    )
+    names = (f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down"))
     return {
         **BLOCK_TENSORS,
         "feed_forward/router/weight": "mlp.gate.weight",
         "feed_forward/router/selection_bias": "mlp.gate.e_score_correction_bias",
-        **{f"feed_forward/experts/{name}": layouts for name, layouts in experts.items()},
+        **experts_at(block.feed_forward, *names),
         **{f"feed_forward/shared/{name}": f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")},
     }
 
 
 def mixtral_tensors(block: BlockConfig) -> BlockTensors:
     """Mixtral's names: w1, w3 and w2 for gate, up and down, in a `block_sparse_moe`."""
-    config = block.feed_forward
-    assert isinstance(config, MoEConfig)
-    experts = gated_experts(
-        config.router.num_experts,
-        config.intermediate_size,
-        gate="block_sparse_moe.experts.{}.w1.weight",
-        up="block_sparse_moe.experts.{}.w3.weight",
-        down="block_sparse_moe.experts.{}.w2.weight",
-        stacked_gate_up="mlp.experts.gate_up_proj",
-        stacked_down="mlp.experts.down_proj",
-    )
+    assert isinstance(block.feed_forward, MoEConfig)
+    names = (f"block_sparse_moe.experts.{{}}.{name}.weight" for name in ("w1", "w3", "w2"))
     return {
         **BLOCK_TENSORS,
         "feed_forward/router/weight": either("block_sparse_moe.gate.weight", "mlp.gate.weight"),
-        **{f"feed_forward/experts/{name}": layouts for name, layouts in experts.items()},
+        **experts_at(block.feed_forward, *names),
     }

@@ -151,12 +151,11 @@ def test_what_no_kernel_takes_is_said(num_new, mask, change, words):
 
 def test_heads_that_do_not_divide_over_the_devices():
     mesh = jax.make_mesh((4,), ("tensor",), devices=jax.devices()[:4])
-    with pytest.raises(NotImplementedError, match="2 key-value heads do not divide over 4 devices"):
+    with pytest.raises(NotImplementedError, match="4 heads for 2 of keys and values do not divide over 4 devices"):
         chosen(1, Causal(), Execution("tpu", mesh))
 
 
 def test_a_chip_takes_what_fits_it_without_being_asked(monkeypatch):
-    monkeypatch.setattr("decodax.layers.attention.attend_kernels.backend_of_this_device", lambda: ("tpu", "a TPU"))
     monkeypatch.setattr("decodax.kernels_pallas.choice.backend_of_this_device", lambda: ("tpu", "a TPU"))
     assert chosen(1, Causal(), Execution()).backend == "tpu"
     assert chosen(70, Causal(), Execution()).backend == "tpu"
