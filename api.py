@@ -19,6 +19,7 @@ from decodax.kernels_pallas.choice import Implementation
 from decodax.models.load import LanguageModel
 from decodax.models.load import load as _load
 from decodax.models.model import Model, Params
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
 
 __all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
@@ -33,6 +34,7 @@ def load(
     invariant: bool = False,
     adapter: str | Path | TrainedPart | None = None,
     implementation: Implementation | None = None,
+    pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
 
@@ -49,12 +51,14 @@ def load(
         name of one inside the model's folder.
     implementation: which kernels the layers run, "xla", "tpu" or "gpu" (`kernels_pallas/choice.py`); by default those
         of this device for what they take, and XLA for the rest. `decodax bench --kernels` shows the choice.
+    pipeline: on a mesh with an axis "pipeline", into how many chunks each stage's layers are dealt, and into how many
+        micro-batches the rows (`sharding.pipeline.Pipeline`).
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
     and not possible, ValueError for files that do not fit or are not understood, and for a mesh that does not fit the
     devices or the model.
     """
     options: Any = {"mesh": mesh, "rules": rules, "invariant": invariant, "implementation": implementation}
-    lm = _load(path_or_id, dtype=dtype, **options)
+    lm = _load(path_or_id, dtype=dtype, pipeline=pipeline, **options)
     return lm if adapter is None else with_adapter(lm, adapter)
 
 

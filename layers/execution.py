@@ -10,6 +10,8 @@ from jaxtyping import Array
 
 from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
 from decodax.sharding import layout
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
+from decodax.sharding.regions import mesh_here, on_each_device
 from decodax.sharding.rules import RULES, Rules, automatic, num_devices
 
 TILE_TOKENS = 128  # slots of a cache that kernels read at a time
@@ -25,19 +27,26 @@ class Execution:
 
     experts: how the experts of a mixture run: a name of METHODS in `layers/moe/experts/`, one of its objects, or None
     for the one that suits the devices and the number of tokens.
+
+    pipeline: how layers are dealt out to stages, and rows to micro-batches, where the mesh has an axis for that.
     """
 
     implementation: Implementation | None = None
     mesh: Mesh | None = None
     rules: Rules = RULES
     experts: Hashable | None = None
+    pipeline: Pipeline = ONE_CHUNK
+
+    @property
+    def runs_xla(self) -> bool:
+        """Whether no kernels run."""
+        asked = self.implementation
+        return asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
 
     @property
     def cache_multiple(self) -> int:
         """The capacity of a cache should be a multiple of so many tokens, for the kernels that run to take it."""
-        asked = self.implementation
-        runs_xla = asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
-        return 1 if runs_xla else TILE_TOKENS
+        return 1 if self.runs_xla else TILE_TOKENS
 
     def mesh_axes(self, letter: str, count: int | None = None) -> tuple[str, ...]:
         """The mesh axes over which an axis is split that has `count` things to split (None: any number)."""
@@ -61,7 +70,7 @@ class Execution:
         """
         if self.mesh is None:
             return function
-        mesh, rules = automatic(self.mesh), self.rules
+        mesh, rules = self.mesh, self.rules
 
         def run(*arguments: Any) -> Any:
             counts: dict[str, int] = {}
@@ -74,9 +83,7 @@ class Execution:
                 return rules.spec(mesh, names, [counts[letter] for letter in letters])
 
             in_specs, out_specs = tuple(map(spec, in_axes)), tuple(map(spec, out_axes))
-            return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-                *arguments
-            )
+            return on_each_device(function, mesh, in_specs, out_specs)(*arguments)
 
         return run
 
@@ -94,7 +101,7 @@ class Execution:
         if self.mesh is None:
             return array
         spec = self.rules.spec(self.mesh, axes.split(), array.shape)
-        return jax.lax.with_sharding_constraint(array, NamedSharding(automatic(self.mesh), spec))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh_here(self.mesh), spec))
 
     def joined(self, tree: Any) -> Any:
         """The tree with every array on the mesh, whole on each device unless it is there already.

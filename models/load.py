@@ -22,7 +22,9 @@ from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
 from decodax.models.tokenizer import Tokenizer, read_end_token_ids
 from decodax.sharding.mesh import fit_mesh, read_mesh
-from decodax.sharding.rules import RULES, Rules
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
+from decodax.sharding.rules import RULES, Rules, place_tree
+from decodax.sharding.stacks import stack_params
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -65,6 +67,7 @@ def load(
     rules: Rules = RULES,
     invariant: bool = False,
     implementation: Implementation | None = None,
+    pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
     """A model folder in Hugging Face format, as it is; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
@@ -74,9 +77,12 @@ def load(
     end_token_ids = read_end_token_ids(folder)
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     fitted = None if mesh is None else fit_mesh(mesh, config)
+    model = Model(config, invariant, Execution(implementation, fitted, rules, pipeline=pipeline))
+    stages = model.stages
     with _progress(f"loading {folder.name}") as progress:
         params = load_params(folder, family, config, dtype=kind, put=put_on(fitted, rules), progress=progress)
-    model = Model(config, invariant, Execution(implementation, fitted, rules))
+    if fitted is not None and stages is not None:
+        params = place_tree(fitted, rules, stack_params(params, stages), model.weights())
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 

@@ -95,9 +95,9 @@ class Model:
 
         def entry(place: int) -> Any:
             one = make(blocks[stages.layers(place)[0]])
-            if place not in stages.own:
+            if place not in stages.stacks:
                 return one
-            return Stacked(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (stages.num_stages, *leaf.shape)), one))
+            return Stacked(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (stages.stack_size, *leaf.shape)), one))
 
         return tuple(map(entry, range(stages.num_places)))
 
@@ -180,7 +180,7 @@ class Model:
                 new.append(added)
             return hidden, tuple(new)
 
-        own = stages.own
+        own = stages.stacks
         hidden, before = run_on_all(range(stages.before), hidden)
         weights = tuple(params[f"blocks_{place}"] for place in own)
         held = caches[own.start : own.stop]

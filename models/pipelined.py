@@ -6,6 +6,9 @@ stage to the first (`sharding/pipeline.py` says when who does what). That is all
 result, once, to all of them. Caches stay where their layers are; a stage reads the micro-batch's part of its own.
 
 Only the axis of stages is divided by hand; tensor, data and expert parallelism go on inside each stage as without them.
+For that, all stages run the very same instructions in every tick: a chunk's weights and caches are picked out of those
+of the stage by its number, and a stage without work computes what nobody reads. A branch per chunk would have devices
+wait in one that others do not take, wherever the compiler lets them permute something.
 """
 
 from collections.abc import Callable
@@ -16,13 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from decodax.layers.attention.attend_kernels import DECODE_TOKENS
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.part import MicroBatch, part_of
+from decodax.layers.kv_cache.part import MicroBatch, at, cut, part_of
 from decodax.layers.kv_cache.stacked import Stacked
 from decodax.layers.kv_cache.staged import Staged
 from decodax.sharding.pipeline import Schedule, Stages, best_micro_batches
-from decodax.sharding.rules import automatic
+from decodax.sharding.regions import on_each_device
 
 
 class Rows(NamedTuple):
@@ -48,8 +52,8 @@ def run_in_stages(
 ) -> tuple[Float[Array, "B T D"], tuple[Stacked, ...]]:
     """The hidden states after the stages' layers, and the new rows of each of their places.
 
-    blocks, caches: those of the stages' own places; every array has the stages in front, caches as `Stacked`, or
-    `Staged` with a stacked cache and stacked rows, or None.
+    blocks, caches: those of the stages' places, in stacks of layers: caches as `Stacked`, or `Staged` with a stacked
+    cache and stacked rows, or None.
     """
     assert execution.mesh is not None
     (axis,) = execution.mesh_axes("L")
@@ -58,66 +62,54 @@ def run_in_stages(
     schedule = Schedule(
         stages.num_stages, stages.chunks, _micro_batches(execution, stages, batch // groups, batch * num_tokens)
     )
-    in_place = execution.reads_parts_in_place(num_tokens)
-    held, everywhere = PartitionSpec(axis), PartitionSpec()
-    stacks = tuple(_stack_of(cache) for cache in caches)
-    staged_at = tuple(cache.position if isinstance(cache, Staged) else None for cache in caches)
+    # A kernel would have the part of the cache copied for it. For a chunk of a prompt that is little beside the rest.
+    in_place = execution.runs_xla or (execution.implementation is None and num_tokens <= DECODE_TOKENS)
+    ring = [(stage, (stage + 1) % stages.num_stages) for stage in range(stages.num_stages)]
 
     def on_stage(stage, blocks, stacks, staged_at, hidden, rows):
         stage = stage[0]
-        blocks, stacks = jax.tree.map(lambda leaf: leaf[0], (blocks, stacks))
-        caches = tuple(map(_with_position, stacks, staged_at))
 
-        def run_chunk(chunk: int, hidden: Array, part: MicroBatch) -> tuple[Array, tuple[Any, ...]]:
+        def run_chunk(chunk: Array, hidden: Array, part: MicroBatch) -> tuple[Array, tuple[Any, ...]]:
             own_rows, new = _part_of_rows(rows, part), []
-            for place in stages.chunk(chunk):
-                index = place - stages.before
-                cache = caches[index]
-                if cache is not None and part.count > 1:
-                    cache = part_of(cache, part, in_place=in_place)
-                hidden, added = run_layer(place, blocks[index], hidden, own_rows, cache)
+            for index, place in enumerate(stages.stacks):
+                weights = jax.tree.map(lambda stack: at(chunk, stack), blocks[index])
+                cache = _read(stacks[index], staged_at[index], chunk, part, in_place)
+                hidden, added = run_layer(place, weights, hidden, own_rows, cache)
                 new.append(added)
             return hidden, tuple(new)
 
-        def micro_batch(index: Array) -> MicroBatch:
-            last = schedule.micro_batches - 1
-            return MicroBatch(jnp.clip(index, 0, last), schedule.micro_batches, groups)
-
-        def tick(tick: Array, carried: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
-            waiting, handed, collected = carried
+        def work(tick: Array, stage: Array | int) -> tuple[Array, MicroBatch, Array]:
             chunk, index, is_busy = schedule.work(tick, stage)
-            chunk, part = jnp.clip(chunk, 0, stages.chunks - 1), micro_batch(index)
+            index = jnp.clip(index, 0, schedule.micro_batches - 1)
+            part = MicroBatch(index, schedule.micro_batches, groups)
+            return jnp.clip(chunk, 0, stages.chunks - 1), part, is_busy
+
+        def run_tick(tick: Array, carried: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+            waiting, handed, collected = carried
+            chunk, part, is_busy = work(tick, stage)
             entering = jnp.where(stage == 0, part.cut(waiting), handed)
-            branches = [
-                lambda hidden, part, chunk=chunk: run_chunk(chunk, hidden, part) for chunk in range(stages.chunks)
-            ]
-            left, new = jax.lax.switch(chunk, branches, entering, part)
+            left, new = run_chunk(chunk, entering, part)
             collected = jax.tree.map(lambda held, added: part.put_at(chunk, held, added, is_busy), collected, new)
-            ring = [(one, (one + 1) % stages.num_stages) for one in range(stages.num_stages)]
             handed = jax.lax.ppermute(left, axis, ring)
             # What comes around to the first stage waits there for its next chunk; after the last it is the result.
-            _, index, is_busy = schedule.work(tick, stages.num_stages - 1)
-            return micro_batch(index).put(waiting, handed, is_busy), handed, collected
+            _, part, is_busy = work(tick, stages.num_stages - 1)
+            return part.put(waiting, handed, is_busy), handed, collected
 
-        shapes = jax.eval_shape(lambda: run_chunk(0, micro_batch(jnp.int32(0)).cut(hidden), micro_batch(jnp.int32(0))))
-        collected = jax.tree.map(lambda leaf: jnp.zeros((stages.chunks, batch, *leaf.shape[1:]), leaf.dtype), shapes[1])
-        nothing = jnp.zeros(shapes[0].shape, hidden.dtype)
+        first = work(jnp.int32(0), 0)[1]
+        left, new = jax.eval_shape(lambda: run_chunk(jnp.int32(0), first.cut(hidden), first))
+        collected = jax.tree.map(lambda leaf: jnp.zeros((stages.chunks, batch, *leaf.shape[1:]), leaf.dtype), new)
+        nothing = jnp.zeros(left.shape, left.dtype)
         with jax.named_scope("pipeline"):
-            hidden, _, collected = jax.lax.fori_loop(0, schedule.num_ticks, tick, (hidden, nothing, collected))
-        result = jax.lax.psum(jnp.where(stage == 0, hidden, jnp.zeros_like(hidden)), axis)
-        new = [jax.tree.map(lambda leaf, chunk=chunk: leaf[chunk], collected) for chunk in range(stages.chunks)]
-        return result, jax.tree.map(lambda leaf: leaf[None], tuple(added for chunk in new for added in chunk))
+            hidden, _, collected = jax.lax.fori_loop(0, schedule.num_ticks, run_tick, (hidden, nothing, collected))
+        return jax.lax.psum(jnp.where(stage == 0, hidden, jnp.zeros_like(hidden)), axis), collected
 
-    run = jax.shard_map(
-        on_stage,
-        mesh=automatic(execution.mesh),
-        axis_names={axis},
-        in_specs=(held, held, held, everywhere, everywhere, everywhere),
-        out_specs=(everywhere, held),
-        check_vma=False,
-    )
-    number = jnp.arange(stages.num_stages, dtype=jnp.int32)
-    hidden, new = run(number, blocks, stacks, staged_at, hidden, rows)
+    held, everywhere = PartitionSpec(axis), PartitionSpec()
+    in_specs = (held, held, held, everywhere, everywhere, everywhere)
+    run = on_each_device(on_stage, execution.mesh, in_specs, (everywhere, held), over={axis})
+    numbers = jnp.arange(stages.num_stages, dtype=jnp.int32)
+    stacks = tuple(map(_stacks_of, caches))
+    staged_at = tuple(cache.position if isinstance(cache, Staged) else None for cache in caches)
+    hidden, new = run(numbers, blocks, stacks, staged_at, hidden, rows)
     return hidden, tuple(map(Stacked, new))
 
 
@@ -137,15 +129,17 @@ def _micro_batches(execution: Execution, stages: Stages, num_rows: int, num_toke
     return asked
 
 
-def _stack_of(cache: Any) -> Any:
-    """The arrays of a cache that have the stages in front: those of the cache, and of rows staged with it."""
-    if isinstance(cache, Staged):
-        return _stack_of(cache.cache), cache.rows.each
-    return None if cache is None else cache.each
+def _stacks_of(cache: Any) -> tuple[Any, Any]:
+    """What of a cache, and of rows staged with it, has the layers in front."""
+    bare, staged = (cache.cache, cache.rows.each) if isinstance(cache, Staged) else (cache, None)
+    return None if bare is None else bare.each, staged
 
 
-def _with_position(stack: Any, staged_at: Array | None) -> Any:
-    return stack if staged_at is None else Staged(*stack, staged_at)
+def _read(stacks: tuple[Any, Any], staged_at: Array | None, chunk: Array, part: MicroBatch, in_place: bool) -> Any:
+    """What a layer gets as its cache for some of the rows."""
+    cache, staged = stacks
+    cache = None if cache is None else part_of(cache, chunk, part, in_place=in_place)
+    return cache if staged_at is None else Staged(cache, cut(staged, chunk, part), part.cut(staged_at))
 
 
 def _part_of_rows(rows: Rows, part: MicroBatch) -> Rows:

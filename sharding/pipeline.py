@@ -40,13 +40,16 @@ class Pipeline:
             raise ValueError(f"outside must be two numbers of layers, first and last, got {self.outside}")
 
 
+ONE_CHUNK = Pipeline()
+
+
 @dataclass(frozen=True)
 class Stages:
     """Which layers are whose. What a device holds is a list of places, and so are its caches and parameters.
 
-    Places: `before` layers that all devices run, then chunks * chunk_layers layers of its own, then `after` that all
-    run. The layer at own place r * chunk_layers + i of stage s is layer before + (r * num_stages + s) * chunk_layers +
-    i of the model.
+    Places: `before` layers that all devices run, then `chunk_layers` stacks, then `after` layers that all run. A stack
+    holds what num_stages * chunks layers have at the same place of their chunks, those of a stage one behind the other:
+    entry s * chunks + r of stack i is layer before + (r * num_stages + s) * chunk_layers + i of the model.
     """
 
     num_stages: int
@@ -56,33 +59,34 @@ class Stages:
     after: int = 0
 
     @property
-    def own(self) -> range:
-        """The places that hold another layer on each stage."""
-        return range(self.before, self.before + self.chunks * self.chunk_layers)
+    def stacks(self) -> range:
+        """The places that hold other layers on each stage."""
+        return range(self.before, self.before + self.chunk_layers)
+
+    @property
+    def stack_size(self) -> int:
+        return self.num_stages * self.chunks
 
     @property
     def num_places(self) -> int:
-        return self.own.stop + self.after
-
-    def chunk(self, index: int) -> range:
-        """The places of one chunk."""
-        start = self.before + index * self.chunk_layers
-        return range(start, start + self.chunk_layers)
+        return self.stacks.stop + self.after
 
     def layers(self, place: int) -> tuple[int, ...]:
-        """The layer of the model at a place: of each stage, or the one that all run.
+        """The layers of the model at a place, in the order of the stack; one that all run alone.
 
-        >>> [Stages(num_stages=2, chunks=2, chunk_layers=1, before=1).layers(place) for place in range(3)]
-        [(0,), (1, 2), (3, 4)]
+        >>> [Stages(num_stages=2, chunks=2, chunk_layers=1, before=1).layers(place) for place in range(2)]
+        [(0,), (1, 3, 2, 4)]
         """
         if place < self.before:
             return (place,)
-        num_inside = self.num_stages * len(self.own)
-        if place >= self.own.stop:
-            return (self.before + num_inside + place - self.own.stop,)
-        chunk, i = divmod(place - self.before, self.chunk_layers)
-        first = self.before + chunk * self.num_stages * self.chunk_layers + i
-        return tuple(first + stage * self.chunk_layers for stage in range(self.num_stages))
+        if place >= self.stacks.stop:
+            return (place + (self.stack_size - 1) * self.chunk_layers,)
+        first = [
+            (chunk * self.num_stages + stage) * self.chunk_layers
+            for stage in range(self.num_stages)
+            for chunk in range(self.chunks)
+        ]
+        return tuple(place + start for start in first)
 
 
 def find_stages(blocks: Sequence[Any], num_stages: int, pipeline: Pipeline) -> Stages:

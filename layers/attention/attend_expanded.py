@@ -25,6 +25,7 @@ from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVRows
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.part import Part
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 from decodax.layers.linear import linear
 
@@ -56,7 +57,7 @@ class Expansion:
 class ExpandedCache:
     """Reads a cache of latents as the keys and values of all heads. Values are padded with zeros to the keys' size."""
 
-    latents: LatentCache
+    latents: LatentCache | Part
     expand: Expansion
 
     @property
@@ -85,7 +86,7 @@ def attend_expanded(
     expand: Expansion,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: LatentCache | Staged | None,
+    cache: LatentCache | Part | Staged | None,
     *,
     scale: float,
     execution: Execution,

@@ -1,9 +1,10 @@
 """Some of the rows of a batch, and what a cache holds of them, read where it lies.
 
-Pipeline stages work on a few rows at a time (`models/pipelined.py`). Cutting those out of a cache would copy them at
-every tick; a `Part` cuts what is read of them, block by block, which costs nothing.
+Pipeline stages work on a few rows at a time, and on one chunk of their layers (`models/pipelined.py`). Cutting those
+out of the caches would copy them at every tick. A `Part` cuts what is read of them, block by block, at no cost.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from decodax.layers import pytree
 from decodax.layers.kv_cache._contract import Cache
 from decodax.layers.kv_cache.latent import LatentCache
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.stacked import first_of
 from decodax.layers.kv_cache.tailed import TailedCache
 
 
@@ -34,6 +35,8 @@ class MicroBatch:
 
     def cut(self, array: Array) -> Array:
         """These rows of an array [B, ...]."""
+        if self.count == 1:
+            return array
         part = jax.lax.dynamic_index_in_dim(self._grouped(array, 0), self.index, 1, keepdims=False)
         return part.reshape(-1, *array.shape[1:])
 
@@ -55,51 +58,61 @@ class MicroBatch:
 
 @pytree.dataclass
 class Part:
-    """A cache of which only some rows are read: all that attention in plain JAX asks of a cache, and never written."""
+    """Some rows of one cache of a stack: all that attention in plain JAX asks of a cache, and never written."""
 
-    cache: Any
+    stack: Any
+    layer: Int[Array, ""]
     rows: MicroBatch
 
     @property
     def length(self) -> Int[Array, " B"]:
-        return self.rows.cut(self.cache.length)
+        return self.rows.cut(at(self.layer, self.stack.length))
 
     @property
     def capacity(self) -> int:
-        return self.cache.capacity
+        return first_of(self.stack).capacity
 
     def read(
         self, start: Int[Array, ""], num_tokens: int
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "#B S"], Bool[Array, "B #K S"]]:
-        """As `Cache.read`; positions may be the same for all rows."""
-        return tuple(map(self._rows_of, self.cache.read(start, num_tokens)))
+        """As `Cache.read`."""
+        return self._part_of(jax.vmap(lambda cache: cache.read(start, num_tokens))(self.stack))
 
     def read_latents(
         self, start: Int[Array, ""], num_tokens: int
     ) -> tuple[Float[Array, "B S R"], Float[Array, "B S H"], Int[Array, "1 S"], Bool[Array, "B S"]]:
         """As `LatentCache.read_latents`."""
-        return tuple(map(self._rows_of, self.cache.read_latents(start, num_tokens)))
+        return self._part_of(jax.vmap(lambda cache: cache.read_latents(start, num_tokens))(self.stack))
 
     def commit(self, rows: Any, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "Part":
         raise TypeError("a part of a cache is only read: commit to the cache of all rows")
 
-    def _rows_of(self, array: Array) -> Array:
-        return array if array.shape[0] == 1 < self.cache.length.shape[0] else self.rows.cut(array)
+    def _part_of(self, slots: tuple[Array, ...]) -> tuple[Array, ...]:
+        """What was read of all rows of all layers, cut down to these; positions may be the same for all rows."""
+        batch = self.stack.length.shape[1]
+        of_layer = (at(self.layer, array) for array in slots)
+        return tuple(self.rows.cut(array) if array.shape[0] == batch else array for array in of_layer)
 
 
-def part_of(cache: Any, rows: MicroBatch, *, in_place: bool) -> Any:
-    """What a layer is to read of its cache (or `Staged`) for some of the rows.
+def part_of(stack: Any, layer: Int[Array, ""], rows: MicroBatch, *, in_place: bool) -> Any:
+    """What a layer is to read for some of the rows, out of the stack of caches (or of what is staged) that its is in.
 
     in_place: read keys, values and latents where they lie; else, as kernels need it, they are cut out. Recurrent states
-    are cut out always: a layer reads all of a state, and once.
+    are cut out always: a layer reads all of a state, and once. Nothing is, if the stack is one cache and the part all.
     """
-    if isinstance(cache, Staged):
-        return Staged(part_of(cache.cache, rows, in_place=in_place), _cut(cache.rows, rows), rows.cut(cache.position))
-    if isinstance(cache, TailedCache):
-        return TailedCache(part_of(cache.kv, rows, in_place=in_place), rows.cut(cache.tail))
-    reads_slots = isinstance(cache, LatentCache | Cache)
-    return Part(cache, rows) if reads_slots and in_place else _cut(cache, rows)
+    if isinstance(stack, TailedCache):
+        tail = cut(stack.tail, layer, rows)
+        return dataclasses.replace(stack, kv=part_of(stack.kv, layer, rows, in_place=in_place), tail=tail)
+    is_all = rows.count == 1 and stack.length.shape[0] == 1
+    reads_slots = isinstance(stack, LatentCache | Cache)
+    return Part(stack, layer, rows) if reads_slots and in_place and not is_all else cut(stack, layer, rows)
 
 
-def _cut(tree: Any, rows: MicroBatch) -> Any:
-    return jax.tree.map(rows.cut, tree)
+def cut(tree: Any, layer: Int[Array, ""], rows: MicroBatch) -> Any:
+    """Some rows of one layer, of arrays [layers, B, ...]."""
+    return jax.tree.map(lambda stack: rows.cut(at(layer, stack)), tree)
+
+
+def at(layer: Int[Array, ""], stack: Array) -> Array:
+    """One of the arrays of a stack [layers, ...]."""
+    return stack[0] if stack.shape[0] == 1 else jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)

@@ -1,7 +1,7 @@
-"""What pipeline stages hold for one place among their layers: the caches, or the rows, of several layers in one tree.
+"""What pipeline stages hold for one place of their chunks of layers: the caches, or the rows, of several layers.
 
-Every stage holds the cache of another layer there, so the arrays have an axis of stages in front, and a device has its
-own part of it. To whoever commits or stages, a stack is one cache, or one layer's rows, like any other.
+The arrays have an axis of layers in front, and a device has those of its own stage. To whoever commits or stages, a
+stack is one cache, or one layer's rows, like any other.
 """
 
 from typing import Any
@@ -14,19 +14,19 @@ from decodax.layers import pytree
 
 @pytree.dataclass
 class Stacked:
-    """`each`: a cache or the rows of a forward (the same class for all), every array with the stages in front."""
+    """`each`: a cache or the rows of a forward (the same class for all), every array with the layers in front."""
 
     each: Any = pytree.stacked("L")
 
     @property
     def length(self) -> Int[Array, " B"]:
-        """Of a cache: tokens written so far, of which all stages have the same number."""
+        """Of a cache: tokens written so far, of which all layers have the same number."""
         return self.each.length[0]
 
     @property
     def capacity(self) -> int:
         """Of a cache: slots in each row."""
-        return jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], self.each)).capacity
+        return first_of(self.each).capacity
 
     @property
     def marks_tokens(self) -> bool:
@@ -40,3 +40,8 @@ class Stacked:
     def place(self, new: "Stacked", slot: Int[Array, " T"]) -> "Stacked":
         """Every layer's staged rows with new ones at the given slots (see staged.py)."""
         return Stacked(jax.vmap(lambda staged, fresh: staged.place(fresh, slot))(self.each, new.each))
+
+
+def first_of(stack: Any) -> Any:
+    """The first of a stack, as shapes."""
+    return jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stack))

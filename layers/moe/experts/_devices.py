@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -13,7 +12,7 @@ from decodax.layers.moe.dispatch import Exchange, Slots, combine, exchange_in_ro
 from decodax.layers.moe.experts._contract import Setting
 from decodax.layers.moe.placement import Placement
 from decodax.layers.moe.routes import Routes
-from decodax.sharding.rules import automatic
+from decodax.sharding.regions import on_each_device
 
 AXES = {
     "gate": ("E", "F", "D"),
@@ -83,12 +82,11 @@ def on_devices(
     """
     if execution.mesh is None:
         return function
-    mesh = automatic(execution.mesh)
-    weight_specs = {name: execution.rules.spec(mesh, weight_axes[name]) for name in weights}
+    weight_specs = {name: execution.rules.spec(execution.mesh, weight_axes[name]) for name in weights}
     per_token = PartitionSpec(tokens)
     in_specs = (per_token, per_token, per_token, weight_specs)
     out_specs = (per_token, PartitionSpec())
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return on_each_device(function, execution.mesh, in_specs, out_specs)
 
 
 def run_exchanged(
