@@ -12,7 +12,6 @@ from decodax.decoding.trained_part import TrainedPart, find_part
 from decodax.layers.adapters.low_rank import merged
 from decodax.models.load import LanguageModel
 from decodax.models.model import Params
-from decodax.sharding.stacks import stack_params, unstack_params
 
 KIND = "layer_skip"
 
@@ -27,11 +26,9 @@ def with_adapter(lm: LanguageModel, adapter: str | Path | TrainedPart) -> Langua
         given, inside = Path(adapter).expanduser(), lm.path / adapter
         adapter = inside if inside.is_dir() and not given.exists() else given
     part = find_part(KIND, lm, adapter)
-    stages = lm.model.stages
-    params = lm.params if stages is None else unstack_params(lm.params, stages)
+    params = lm.model.unstacked(lm.params)
     _check(params, part.params["low_rank"], part.name, lm.path.name)
-    params = merged(params, part.params["low_rank"])
-    params = params if stages is None else stack_params(params, stages)
+    params = lm.model.stacked(merged(params, part.params["low_rank"]))
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, lm.params)
     return dataclasses.replace(lm, params=params, adapter=part)
 

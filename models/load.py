@@ -24,7 +24,6 @@ from decodax.models.tokenizer import Tokenizer, read_end_token_ids
 from decodax.sharding.mesh import fit_mesh, read_mesh
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules, place_tree
-from decodax.sharding.stacks import stack_params
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -78,11 +77,10 @@ def load(
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     fitted = None if mesh is None else fit_mesh(mesh, config)
     model = Model(config, invariant, Execution(implementation, fitted, rules, pipeline=pipeline))
-    stages = model.stages
     with _progress(f"loading {folder.name}") as progress:
         params = load_params(folder, family, config, dtype=kind, put=put_on(fitted, rules), progress=progress)
-    if fitted is not None and stages is not None:
-        params = place_tree(fitted, rules, stack_params(params, stages), model.weights())
+    if fitted is not None and model.stages is not None:
+        params = place_tree(fitted, rules, model.stacked(params), model.weights())
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 

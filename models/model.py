@@ -29,7 +29,7 @@ from decodax.models.invariant import logits_in_tiles, run_in_tiles
 from decodax.models.pipelined import Rows, run_in_stages
 from decodax.models.transformer import Block, Forward, Transformer
 from decodax.sharding.pipeline import Stages, find_stages
-from decodax.sharding.stacks import stack_params, stack_weights
+from decodax.sharding.stacks import stack_params, stack_weights, unstack_params
 
 Params = dict[str, Any]
 
@@ -75,7 +75,15 @@ class Model:
         plain = Transformer(self.config, Execution("xla"))  # of which only the parameters' shapes count
         params = jax.jit(plain.init)(key, token, token, token + 1, Causal())["params"]
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        return self.stacked(params)
+
+    def stacked(self, params: Params) -> Params:
+        """Parameters with one subtree per layer, as this model takes them: unchanged but for pipeline stages."""
         return params if self.stages is None else stack_params(params, self.stages)
+
+    def unstacked(self, params: Params) -> Params:
+        """The other way round: this model's parameters with one subtree per layer."""
+        return params if self.stages is None else unstack_params(params, self.stages)
 
     def empty_cache(
         self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache

@@ -37,8 +37,8 @@ class Rows(NamedTuple):
     mask: Mask
 
 
-RunLayer = Callable[[int, Any, Float[Array, "B T D"], Rows, Any], tuple[Float[Array, "B T D"], Any]]
-"""(place, parameters of its block, hidden states, rows, cache) -> hidden states, new rows."""
+# (place, weights of its block, hidden states, what belongs to their rows, cache) -> hidden states, new rows
+RunLayer = Callable[[int, Any, Array, Rows, Any], tuple[Array, Any]]
 
 
 def run_in_stages(
