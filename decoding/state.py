@@ -24,6 +24,7 @@ from decodax.decoding.sizes import bucket, cache_capacity, check_cache_fits
 from decodax.layers import pytree
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
+from decodax.layers.kv_cache.write import write_tokens
 from decodax.models.model import Model, Params
 
 HostOrDevice = np.ndarray | Array
@@ -95,14 +96,13 @@ class DecodeState:
         up_to_stop = jnp.min(jnp.where(is_stop, offset + 1, token.shape[1]), axis=1)
         taken = jnp.minimum(jnp.minimum(count, up_to_stop), self.limit - self.length)
         taken = jnp.where(self.done, 0, taken)
-        row = jnp.arange(token.shape[0])[:, None]
         slot = jnp.where(offset < taken[:, None], self.length[:, None] + offset, self.tokens.shape[1])
         stopped = jnp.any(is_stop & (offset == taken[:, None] - 1), axis=1)
         length = self.length + taken
         state = dataclasses.replace(
             self,
-            tokens=self.tokens.at[row, slot].set(token, mode="drop"),
-            logprobs=self.logprobs.at[row, slot].set(logprob, mode="drop"),
+            tokens=write_tokens(self.tokens, token, slot, axis=1),
+            logprobs=write_tokens(self.logprobs, logprob, slot, axis=1),
             length=length,
             done=self.done | stopped | (length >= self.limit),
             history=self.history.record(token, taken),

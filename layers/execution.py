@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
 from decodax.sharding import layout
@@ -25,6 +25,10 @@ class Execution:
     mesh, rules: the devices that weights and states are split over, and how. A kernel runs on each device's part, so
     heads have to divide over them.
 
+    scatter_norms: between the parts of a block, tokens are split over the devices that split heads, too. So the sum
+    after a part becomes a reduce-scatter, norms and sums run on each device's share, and what is normed is gathered for
+    the next part (TokenWeave, arXiv 2505.11329, without its fused kernel).
+
     experts: how the experts of a mixture run: a name of METHODS in `layers/moe/experts/`, one of its objects, or None
     for the one that suits the devices and the number of tokens.
 
@@ -35,6 +39,7 @@ class Execution:
     mesh: Mesh | None = None
     rules: Rules = RULES
     experts: Hashable | None = None
+    scatter_norms: bool = False
     pipeline: Pipeline = ONE_CHUNK
 
     @property
@@ -64,7 +69,7 @@ class Execution:
     def per_device(
         self, function: Callable[..., Any], in_axes: tuple[str | None, ...], out_axes: tuple[str, ...]
     ) -> Callable[..., Any]:
-        """`function` run by every device on its part of the arguments, given their axes ("B K S H"; None: no array).
+        """`function` run by every device on its part of the arguments, given their axes ("B K S H"; None: all of it).
 
         The compiler cannot split a kernel by itself, as it does the operations around it. Tokens and slots are whole.
         """
@@ -80,7 +85,7 @@ class Execution:
             def spec(axes: str | None) -> PartitionSpec:
                 letters = () if axes is None else axes.split()
                 names = tuple("_" if letter in _TOKENS else letter for letter in letters)
-                return rules.spec(mesh, names, [counts[letter] for letter in letters])
+                return rules.spec(mesh, names, [counts.get(letter) for letter in letters])
 
             in_specs, out_specs = tuple(map(spec, in_axes)), tuple(map(spec, out_axes))
             return on_each_device(function, mesh, in_specs, out_specs)(*arguments)
@@ -103,6 +108,18 @@ class Execution:
         spec = self.rules.spec(self.mesh, axes.split(), array.shape)
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh_here(self.mesh), spec))
 
+    def scattered(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states between the parts of a block, inside a jitted function; unchanged without `scatter_norms`."""
+        if self.mesh is None or not self.scatter_norms:
+            return hidden
+        whole = self.split(hidden, "B T D")
+        place = NamedSharding(mesh_here(self.mesh), scatter_of(self, hidden.shape[0], hidden.shape[1]).spec)
+        return jax.lax.with_sharding_constraint(whole, place)
+
+    def whole(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What a part of a block reads of what was `scattered`."""
+        return self.split(normed, "B T D") if self.scatter_norms else normed
+
     def joined(self, tree: Any) -> Any:
         """The tree with every array on the mesh, whole on each device unless it is there already.
 
@@ -117,6 +134,24 @@ class Execution:
             return leaf if is_there else jax.device_put(leaf, everywhere)
 
         return jax.tree.map(place, tree)
+
+
+class Scatter(NamedTuple):
+    """How hidden states are scattered: over which axis of [B, T, D] (None: they are not), and the whole of the spec."""
+
+    axis: int | None
+    spec: PartitionSpec
+
+
+def scatter_of(execution: Execution, batch: int, num_tokens: int) -> Scatter:
+    """Rows are split over the devices that split heads if they divide, else the tokens of a row, else neither."""
+    heads, split = execution.mesh_axes("N"), [execution.mesh_axes("B", batch), execution.mesh_axes("T", num_tokens)]
+    assert execution.mesh is not None
+    for axis, size in enumerate((batch, num_tokens)):
+        if size % num_devices(execution.mesh, (*split[axis], *heads)) == 0:
+            split[axis] = (*split[axis], *heads)
+            return Scatter(axis, PartitionSpec(split[0] or None, split[1] or None))
+    return Scatter(None, PartitionSpec(split[0] or None, split[1] or None))
 
 
 ON_THIS_DEVICE = Execution()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from decodax.layers.execution import Execution
-from decodax.layers.linear import linear
+from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.weight import Weight, fetch_own
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -96,7 +96,7 @@ class GatedMLPConfig:
         return weights
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
-        return GatedMLP(self, hidden_size, name=name)
+        return GatedMLP(self, hidden_size, execution, name=name)
 
 
 class GatedMLP(nn.Module):
@@ -104,10 +104,13 @@ class GatedMLP(nn.Module):
 
     config: GatedMLPConfig
     hidden_size: int
+    execution: Execution
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
         weight = fetch_own(self, self.config.weights(self.hidden_size))
         gate = linear(inputs, weight["gate"], weight.get("gate_bias"))
         up = linear(inputs, weight["up"], weight.get("up_bias"))
-        return linear(gated(self.config.activation, gate, up), weight["down"], weight.get("down_bias")), None
+        product = gated(self.config.activation, gate, up)
+        down, bias = weight["down"], weight.get("down_bias")
+        return linear_from_parts(product, down, bias, letter="F", execution=self.execution), None

@@ -5,8 +5,12 @@ special way) is one more case here and nowhere else.
 """
 
 import jax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from decodax.layers.execution import Execution, scatter_of
+from decodax.sharding.regions import on_each_device
 
 
 def linear(
@@ -25,10 +29,47 @@ def linear(
     rows = inputs.reshape(-1, inputs.shape[-1])
     over_last = (((1,), (1,)), ((), ()))
     dtype = output_dtype or inputs.dtype
-    if rows.shape[0] > 1 and jax.default_backend() == "cpu":
+
+    def weight_first(rows: Array, weight: Array) -> Array:
         product = jax.lax.dot_general(weight, rows, over_last, preferred_element_type=dtype)
-        product = jax.lax.optimization_barrier(product).T
+        return jax.lax.optimization_barrier(product).T
+
+    def weight_last(rows: Array, weight: Array) -> Array:
+        return jax.lax.dot_general(rows, weight, over_last, preferred_element_type=dtype)
+
+    if rows.shape[0] > 1:
+        # By the device that the program is compiled for, which need not be one of this machine.
+        product = jax.lax.platform_dependent(rows, weight, cpu=weight_first, default=weight_last)
     else:
-        product = jax.lax.dot_general(rows, weight, over_last, preferred_element_type=dtype)
+        product = weight_last(rows, weight)
     product = product if bias is None else product + bias.astype(product.dtype)[None, :]
     return product.reshape(*inputs.shape[:-1], weight.shape[0])
+
+
+def linear_from_parts(
+    inputs: Float[Array, "B T in_"],
+    weight: Float[Array, "D in_"],
+    bias: Float[Array, " D"] | None = None,
+    *,
+    letter: str,
+    execution: Execution,
+) -> Float[Array, "B T D"]:
+    """`linear` for the product that ends a part of a block, whose inputs (heads or features, `letter`) may be split.
+
+    Each device has its part of a sum. By default the compiler adds the parts up for all devices (an all-reduce); with
+    `scatter_norms` each gets the sum of its own rows or tokens (a reduce-scatter).
+    """
+    parts = execution.mesh_axes(letter)
+    scatter = scatter_of(execution, *inputs.shape[:2]) if execution.scatter_norms and parts else None
+    if scatter is None or scatter.axis is None:
+        return linear(inputs, weight, bias)
+    assert execution.mesh is not None
+    axis = scatter.axis
+
+    def own(inputs: Array, weight: Array) -> Array:
+        return jax.lax.psum_scatter(linear(inputs, weight), parts, scatter_dimension=axis, tiled=True)
+
+    whole = [execution.mesh_axes(name, size) or None for name, size in zip("BT", inputs.shape, strict=False)]
+    in_specs = (PartitionSpec(*whole, parts), PartitionSpec(None, parts))
+    summed = on_each_device(own, execution.mesh, in_specs, scatter.spec)(inputs, weight)
+    return summed if bias is None else summed + bias.astype(summed.dtype)[None, None, :]

@@ -71,12 +71,13 @@ def run_in_stages(
 
         def run_chunk(chunk: Array, hidden: Array, part: MicroBatch) -> tuple[Array, tuple[Any, ...]]:
             own_rows, new = _part_of_rows(rows, part), []
+            hidden = execution.scattered(hidden)
             for index, place in enumerate(stages.stacks):
                 weights = jax.tree.map(lambda stack: at(chunk, stack), blocks[index])
                 cache = _read(stacks[index], staged_at[index], chunk, part, in_place)
                 hidden, added = run_layer(place, weights, hidden, own_rows, cache)
                 new.append(added)
-            return hidden, tuple(new)
+            return execution.whole(hidden), tuple(new)
 
         def work(tick: Array, stage: Array | int) -> tuple[Array, MicroBatch, Array]:
             chunk, index, is_busy = schedule.work(tick, stage)

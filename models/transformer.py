@@ -53,15 +53,16 @@ class Block(nn.Module):
         def norm(name: str, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             return RMSNorm(config.norm, size, name=name)(inputs)
 
+        whole = self.execution.whole
         mixer = config.mixer.module(size, "mixer", self.execution)
         normed = norm("mixer_norm", hidden)
-        added, rows = mixer(normed, position, row_length, cache, mask)
+        added, rows = mixer(whole(normed), position, row_length, cache, mask)
         if config.post_norms:
             added = norm("mixer_post_norm", added)
         hidden = _sum(config.mixer_residual, hidden, normed, added)
         feed_forward = config.feed_forward.module(size, "feed_forward", self.execution)
         normed = norm("feed_forward_norm", hidden)
-        added, routes = feed_forward(normed)
+        added, routes = feed_forward(whole(normed))
         if config.post_norms:
             added = norm("feed_forward_post_norm", added)
         return _sum(config.feed_forward_residual, hidden, normed, added), rows, routes
@@ -104,6 +105,7 @@ class Transformer(nn.Module):
     ) -> Forward:
         captured = {layers[0]: hidden} if layers[0] in capture else {}
         rows, routes = [], []
+        hidden = self.execution.scattered(hidden)
         for index in range(*layers):
             cache = None if caches is None else caches[index]
             hidden, new_rows, new_routes = self.blocks[index](hidden, position, row_length, cache, mask)
@@ -111,7 +113,7 @@ class Transformer(nn.Module):
             routes.append(new_routes)
             if index + 1 in capture:
                 captured[index + 1] = hidden
-        return Forward(hidden, tuple(rows), captured, tuple(routes))
+        return Forward(self.execution.whole(hidden), tuple(rows), captured, tuple(routes))
 
     def normed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.final_norm(hidden)

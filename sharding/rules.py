@@ -55,12 +55,12 @@ class Rules:
                 names = names[:-1]
         return names
 
-    def spec(self, mesh: Mesh, axes: Sequence[str], counts: Sequence[int] | None = None) -> PartitionSpec:
+    def spec(self, mesh: Mesh, axes: Sequence[str], counts: Sequence[int | None] | None = None) -> PartitionSpec:
         """How an array with these axes is split; a dimension is named by its letters, of which the first decides.
 
         counts: of each dimension, how many things there are to be split: its size, or the number of heads in it.
         """
-        known = (None,) * len(axes) if counts is None else counts
+        known: Sequence[int | None] = (None,) * len(axes) if counts is None else counts
         names = (self.mesh_axes(mesh, letters[0], count) for letters, count in zip(axes, known, strict=True))
         return PartitionSpec(*(_entry(several) for several in names))
 
@@ -106,11 +106,11 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-DATA = Rules((("B", "data"),))  # rows of a batch
+DATA = Rules((("B", ("data", "expert")),))  # rows of a batch, also over those devices that split experts only
 TENSOR = Rules(  # Megatron-LM, arXiv 1909.08053: heads, feed-forward and vocabulary; two sums over devices in a block
     (("N", ("tensor", COPIES)), ("K", ("tensor", COPIES)), ("F", ("tensor", COPIES)), ("V", ("tensor", COPIES)))
 )
-EXPERT = Rules((("E", "expert"), ("B", "expert")))  # whole experts, and rows where there are no experts
+EXPERT = Rules((("E", "expert"),))  # whole experts
 CONTEXT = Rules((("T", "context"), ("S", "context")))  # tokens of a prompt, and slots of a cache
 PIPELINE = Rules((("L", "pipeline"),))  # layers
 RULES = DATA | TENSOR | EXPERT | CONTEXT | PIPELINE

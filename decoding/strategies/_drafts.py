@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from decodax.models.load import LanguageModel, find_folder, load
 from decodax.models.tokenizer import Tokenizer
-from decodax.sharding.rules import Rules
+from decodax.sharding.rules import DATA
 
 FACTS_FILE = "draft.json"
 # A draft is small, and what its devices would have to tell each other takes longer than what they would save: each has
 # all of it, for its own rows.
-DRAFT_RULES = Rules((("B", ("data", "expert")),))
+DRAFT_RULES = DATA
 # Of a draft about which nothing is known: shares of positions at which its r-th guess is the target's token.
 TYPICAL_RANKS = (0.6, 0.14, 0.06, 0.04)
 

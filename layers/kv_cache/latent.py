@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.layers import pytree
-from decodax.layers.kv_cache._write import write_tokens
+from decodax.layers.kv_cache.write import write_tokens
 
 
 @pytree.dataclass

@@ -28,7 +28,7 @@ from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVRows
 from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.kv_cache.tailed import TailedCache, TailedRows
-from decodax.layers.linear import linear
+from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.weight import Weight, fetch_own
 
@@ -174,7 +174,8 @@ class CCA(nn.Module):
             seen = Staged(seen, cache.rows.kv, cache.position)
         options = {"scale": config.scale, "softcap": None, "execution": self.execution}
         mixed = attend(query, key, value, position, mask, seen, **options)
-        output = linear(mixed.reshape(*inputs.shape[:2], -1), weight["out"], weight.get("out_bias"))
+        flat, over_heads = mixed.reshape(*inputs.shape[:2], -1), {"letter": "N", "execution": self.execution}
+        output = linear_from_parts(flat, weight["out"], weight.get("out_bias"), **over_heads)
         return output, TailedRows(KVRows(key, value), columns)
 
 

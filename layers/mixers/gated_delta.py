@@ -25,7 +25,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import ACTIVATIONS
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear
+from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
@@ -87,7 +87,7 @@ class GatedDeltaConfig(RecurrentConfig):
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
-        return GatedDelta(self, hidden_size, name=name)
+        return GatedDelta(self, hidden_size, execution, name=name)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -103,6 +103,7 @@ class GatedDelta(nn.Module):
 
     config: GatedDeltaConfig
     hidden_size: int
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -116,31 +117,35 @@ class GatedDelta(nn.Module):
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
         past = past_of(cache, config.empty_cache(inputs.shape[0], 0, inputs.dtype))
-        columns, gate = _columns_and_gate(config, linear(inputs, weight["query_key_value_gate"]))
+        projected = linear(inputs, weight["query_key_value_gate"])
+        # Over a mesh every device convolves all channels: the split is by heads, and the channels are all queries, then
+        # all keys. One gather is less than what the compiler sends to sort them.
+        *parts, gate = _parts(config, projected)
+        parts = (self.execution.split(part, "B T _ _").reshape(*inputs.shape[:2], -1) for part in parts)
+        columns = self.execution.split(jnp.concatenate(list(parts), axis=2), "B T _")
+        gate = gate.reshape(*inputs.shape[:2], config.num_value_heads, config.value_size)
         beta, log_decay = _beta_and_decay(config, linear(inputs, weight["beta_decay"]), weight)
 
         assert past.cache.tail is not None
         window = predecessors(columns, position, mask, past.cache.tail, past.columns)
         convolved = jnp.einsum("btwc,cw->btc", window, weight["convolution"], preferred_element_type=jnp.float32)
         convolved = ACTIVATIONS[config.activation](convolved).astype(inputs.dtype)
-        query, key, value = _heads(config, convolved)
+        keys = config.num_key_heads * config.key_size
+        parts = (self.execution.split(part, "B T _") for part in jnp.split(convolved, (keys, 2 * keys), axis=2))
+        query, key, value = (self.execution.split(heads, "B T N _") for heads in _heads(config, *parts))
         read, corrected = delta_recurrence(query, key, value, log_decay, beta, position, mask, past, scale=config.scale)
         normed = RMSNorm(config.norm, config.value_size, "H", name="norm")(read)
         gated = normed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
         flat = gated.astype(inputs.dtype).reshape(*inputs.shape[:2], -1)
-        return linear(flat, weight["out"]), RecurrentRows(key, corrected, log_decay, columns)
+        output = linear_from_parts(flat, weight["out"], letter="N", execution=self.execution)
+        return output, RecurrentRows(key, corrected, log_decay, columns)
 
 
-def _columns_and_gate(
-    config: GatedDeltaConfig, projected: Float[Array, "B T features"]
-) -> tuple[Float[Array, "B T columns"], Float[Array, "B T N I"]]:
-    """What is convolved (all queries, all keys, all values), and the gate of each value head."""
-    tokens, size = projected.shape[:2], config.key_size
-    per_key_head = projected.reshape(*tokens, config.num_key_heads, -1)
+def _parts(config: GatedDeltaConfig, projected: Float[Array, "B T features"]) -> list[Float[Array, "B T K _"]]:
+    """What belongs to each key head: its query, its key, and the values and the gates of its value heads."""
+    size, per_key_head = config.key_size, projected.reshape(*projected.shape[:2], config.num_key_heads, -1)
     values = config.num_value_heads // config.num_key_heads * config.value_size
-    parts = jnp.split(per_key_head, (size, 2 * size, 2 * size + values), axis=3)
-    columns = jnp.concatenate([part.reshape(*tokens, -1) for part in parts[:3]], axis=2)
-    return columns, parts[3].reshape(*tokens, config.num_value_heads, config.value_size)
+    return jnp.split(per_key_head, (size, 2 * size, 2 * size + values), axis=3)
 
 
 def _beta_and_decay(
@@ -155,17 +160,18 @@ def _beta_and_decay(
 
 
 def _heads(
-    config: GatedDeltaConfig, convolved: Float[Array, "B T columns"]
+    config: GatedDeltaConfig,
+    query: Float[Array, "B T KH"],
+    key: Float[Array, "B T KH"],
+    value: Float[Array, "B T NI"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N I"]]:
     """Queries and keys of length 1, repeated for the value heads that they serve, and values."""
-    tokens, keys = convolved.shape[:2], config.num_key_heads * config.key_size
-    query, key, value = jnp.split(convolved, (keys, 2 * keys), axis=2)
-    group = config.num_value_heads // config.num_key_heads
+    tokens, group = value.shape[:2], config.num_value_heads // config.num_key_heads
 
     def directions(flat: Array) -> Array:
         heads = flat.reshape(*tokens, config.num_key_heads, config.key_size).astype(jnp.float32)
         length = jax.lax.rsqrt(jnp.sum(jnp.square(heads), axis=3, keepdims=True) + LENGTH_EPS)
-        return jnp.repeat((heads * length).astype(convolved.dtype), group, axis=2)
+        return jnp.repeat((heads * length).astype(flat.dtype), group, axis=2)
 
     value = value.reshape(*tokens, config.num_value_heads, config.value_size)
     return directions(query), directions(key), value

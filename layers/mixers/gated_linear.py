@@ -22,7 +22,7 @@ from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear
+from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
@@ -111,4 +111,6 @@ class GatedLinear(nn.Module):
             query, key, value, log_decay, position, mask, past, scale=config.scale, execution=self.execution
         )
         gated = RMSNorm(config.norm, config.value_size, "H", name="norm")(read) * jax.nn.silu(gate)
-        return linear(gated.reshape(batch, num_tokens, -1), weight["out"]), RecurrentRows(key, value, log_decay)
+        flat = gated.reshape(batch, num_tokens, -1)
+        output = linear_from_parts(flat, weight["out"], letter="N", execution=self.execution)
+        return output, RecurrentRows(key, value, log_decay)

@@ -21,7 +21,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVRows
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear
+from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.weight import Weight, fetch_own
@@ -155,4 +155,5 @@ class GQA(nn.Module):
             mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         flat = flat if gate is None else flat * jax.nn.sigmoid(gate)
-        return linear(flat, weight["out"], weight.get("out_bias")), KVRows(key, value)
+        output = linear_from_parts(flat, weight["out"], weight.get("out_bias"), letter="N", execution=self.execution)
+        return output, KVRows(key, value)

@@ -23,7 +23,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import ACTIVATIONS
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear
+from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
@@ -122,4 +122,5 @@ class Lightning(nn.Module):
         flat = read.reshape(batch, num_tokens, -1)
         normed = RMSNorm(config.norm, flat.shape[2], "NH", name="norm")(flat)
         gated = jax.nn.sigmoid(linear(inputs, weight["gate"])) * normed
-        return linear(gated, weight["out"]), RecurrentRows(key, value, log_decay)
+        output = linear_from_parts(gated, weight["out"], letter="N", execution=self.execution)
+        return output, RecurrentRows(key, value, log_decay)

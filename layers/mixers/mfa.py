@@ -20,7 +20,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVRows
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear
+from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.weight import Weight, fetch_own
@@ -97,4 +97,5 @@ class MFA(nn.Module):
             mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
         else:
             mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
-        return linear(mixed.reshape(*inputs.shape[:2], -1), weight["out"]), KVRows(key, value)
+        flat = mixed.reshape(*inputs.shape[:2], -1)
+        return linear_from_parts(flat, weight["out"], letter="N", execution=self.execution), KVRows(key, value)

@@ -24,7 +24,7 @@ from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
 from decodax.layers.kv_cache.part import Part
 from decodax.layers.kv_cache.staged import Staged, unstaged
-from decodax.layers.linear import linear
+from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.weight import Weight, fetch_own
@@ -160,4 +160,5 @@ class MLA(nn.Module):
             mixed = attend_absorbed(query_latent, query_rope, rows, position, mask, cache, **options)
             mixed = jnp.einsum("btnr,njr->btnj", mixed, value_up.reshape(by_head))
         flat = mixed.reshape(*inputs.shape[:2], -1)
-        return project("out", flat), rows
+        out, bias = weight["out"], weight.get("out_bias")
+        return linear_from_parts(flat, out, bias, letter="N", execution=self.execution), rows

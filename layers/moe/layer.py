@@ -117,7 +117,7 @@ class MoE(nn.Module):
         config, described = self.config, self.config.weights(self.hidden_size)
         with jax.named_scope("route"):
             router = _Weights(described["router"], name="router")()
-            routes = config.router.route(inputs, router)
+            routes = self._routes(inputs, router)
         with jax.named_scope("experts"):
             experts = _Weights(described["experts"], name="experts")()
             tokens = inputs.reshape(-1, inputs.shape[-1])
@@ -133,12 +133,22 @@ class MoE(nn.Module):
                 output = self._with_shared(inputs, output, described)
         return output, replace(routes, num_overflowed=num_overflowed)
 
+    def _routes(self, inputs: Float[Array, "B T D"], weights: dict[str, Array]) -> Routes:
+        """Every device routes the rows that it has: the compiler would gather all scores to find the largest."""
+
+        def route(tokens: Array, weights: dict[str, Array]) -> tuple[Array, Array]:
+            routes = self.config.router.route(tokens, weights)
+            return routes.expert, routes.gate
+
+        return Routes.of(*self.execution.per_device(route, ("B T D", None), ("B T X", "B T X"))(inputs, weights))
+
     def _with_shared(
         self, inputs: Float[Array, "B T D"], output: Float[Array, "B T D"], described: dict[str, Any]
     ) -> Float[Array, "B T D"]:
         config = self.config
         assert config.shared is not None
-        shared, _ = GatedMLP(config.shared, self.hidden_size, name="shared")(inputs)
+        whole_sums = replace(self.execution, scatter_norms=False)  # added up together with those of the experts
+        shared, _ = GatedMLP(config.shared, self.hidden_size, whole_sums, name="shared")(inputs)
         if config.shared_gate:
             weight = fetch(self, "shared_gate", described["shared_gate"])
             share = jax.nn.sigmoid(linear(inputs, weight, output_dtype=jnp.float32))

@@ -71,7 +71,7 @@ def test_every_layer_has_one_place(stages):
 
 
 def test_first_layers_of_another_kind_stand_outside():
-    assert find_stages("ddd" + "m" * 8, 4, Pipeline()) == Stages(4, 1, 2, before=3)
+    assert find_stages("dd" + "m" * 8, 4, Pipeline()) == Stages(4, 1, 2, before=2)
     assert find_stages("lllf" * 4, 2, Pipeline(chunks=2)) == Stages(2, 2, 4)
     assert find_stages("ababab", 2, Pipeline(outside=(0, 2))) == Stages(2, 1, 2, after=2)
 
@@ -84,7 +84,7 @@ def test_first_layers_of_another_kind_stand_outside():
         ("dmmmmmm", 4, Pipeline(), r"6 layers \(of 7, 1 before and 0 after the stages\) do not.*outside=\(3, 0\)"),
         ("ababab", 2, Pipeline(), r"layers 0 and 3 would stand at the same place.*kind \('a' and 'b'\).*\(2, 0\)"),
         ("mmmmmm", 3, Pipeline(chunks=4), r"6 layers do not divide into 3 pipeline stages of 4 chunk.*chunks=1"),
-        ("abcd", 2, Pipeline(), r"layers 0 and 2 would stand .* use another size of the mesh axis"),
+        ("abca", 2, Pipeline(), r"layers 0 and 2 would stand .* use another size of the mesh axis"),
     ],
 )
 def test_layers_that_make_no_stages_say_which_and_what_would_do(kinds, num_stages, pipeline, message):

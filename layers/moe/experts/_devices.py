@@ -13,6 +13,7 @@ from decodax.layers.moe.experts._contract import Setting
 from decodax.layers.moe.placement import Placement
 from decodax.layers.moe.routes import Routes
 from decodax.sharding.regions import on_each_device
+from decodax.sharding.rules import num_devices
 
 AXES = {
     "gate": ("E", "F", "D"),
@@ -27,7 +28,8 @@ MeshAxes = str | tuple[str, ...]
 
 def mesh_axes(execution: Execution, letter: str) -> MeshAxes | None:
     """Over which axes of the mesh a dimension of the weights is split, None for none."""
-    return None if execution.mesh is None else execution.rules.spec(execution.mesh, (letter,))[0]
+    names = execution.mesh_axes(letter)
+    return names if len(names) > 1 else names[0] if names else None
 
 
 def expert_axes(execution: Execution, way: str) -> MeshAxes:
@@ -76,17 +78,40 @@ def on_devices(
     tokens: MeshAxes | None,
     weight_axes: dict[str, tuple[str, ...]] = AXES,
 ) -> Callable[..., tuple[Array, Array]]:
-    """`function(tokens, slot, gate, weights)` run by every device, giving (tokens, a number that all agree on).
+    """`function(tokens, slot, gate, weights)` run by every device, giving (tokens, a number to be added up).
 
-    tokens: the mesh axes over which tokens are split, None if every device has all of them.
+    tokens: the mesh axes of the experts over which tokens are split; without any, all devices of one expert group have
+    the same. Rows that lie on other groups of devices stay there. Each device gets as many tokens as the others, some
+    of them perhaps empty (slot -1).
     """
     if execution.mesh is None:
         return function
-    weight_specs = {name: execution.rules.spec(execution.mesh, weight_axes[name]) for name in weights}
-    per_token = PartitionSpec(tokens)
-    in_specs = (per_token, per_token, per_token, weight_specs)
-    out_specs = (per_token, PartitionSpec())
-    return on_each_device(function, execution.mesh, in_specs, out_specs)
+    mesh, groups = execution.mesh, row_axes(execution)
+    split = (*groups, *((tokens,) if isinstance(tokens, str) else tokens or ()))
+    weight_specs = {name: execution.rules.spec(mesh, weight_axes[name]) for name in weights}
+    per_token = PartitionSpec(split)
+
+    def local(tokens: Array, slot: Array, gate: Array, weights: dict[str, Any]) -> tuple[Array, Array]:
+        output, number = function(tokens, slot, gate, weights)
+        return output, jax.lax.psum(number, groups)
+
+    in_specs, out_specs = (per_token, per_token, per_token, weight_specs), (per_token, PartitionSpec())
+    run = on_each_device(local, mesh, in_specs, out_specs)
+
+    def padded(tokens: Array, slot: Array, gate: Array, weights: dict[str, Any]) -> tuple[Array, Array]:
+        num_tokens = tokens.shape[0]
+        missing = ((0, -num_tokens % num_devices(mesh, split)), (0, 0))
+        slot = jnp.pad(slot, missing, constant_values=-1)
+        output, number = run(jnp.pad(tokens, missing), slot, jnp.pad(gate, missing), weights)
+        return output[:num_tokens], number
+
+    return padded
+
+
+def row_axes(execution: Execution) -> tuple[str, ...]:
+    """The mesh axes that split rows and not experts: each of their devices has experts for itself."""
+    experts = execution.mesh_axes("E")
+    return tuple(name for name in execution.mesh_axes("B") if name not in experts)
 
 
 def run_exchanged(
@@ -105,25 +130,21 @@ def run_exchanged(
     assigned: slots [M, Y] and gates. prepare: what a device does with its weights before it runs them.
     capacity: assignments from one device to another in one round; None for twice the mean.
     """
-    execution, num_tokens = setting.execution, tokens.shape[0]
-    num_devices = execution.num_parts("E")
-    per_device = -(-num_tokens // num_devices)
-    slot, gate = assigned
+    execution, (slot, gate) = setting.execution, assigned
+    assert execution.mesh is not None  # or experts would not be split
+    parts = execution.num_parts("E")
     if capacity is None:
-        capacity = default_capacity(per_device * slot.shape[1], num_devices)
+        per_device = -(-tokens.shape[0] // (parts * num_devices(execution.mesh, row_axes(execution))))
+        capacity = default_capacity(per_device * slot.shape[1], parts)
 
     def local(tokens: Array, slot: Array, gate: Array, weights: dict[str, Any]) -> tuple[Array, Array]:
         slots = local_slots(prepare(weights), setting)
         results, num_overflowed = exchange_in_rounds(
-            tokens, slot, slots=slots, num_devices=num_devices, capacity=capacity, exchange=exchange, over=over
+            tokens, slot, slots=slots, num_devices=parts, capacity=capacity, exchange=exchange, over=over
         )
         return combine(results, gate, slot >= 0).astype(tokens.dtype), num_overflowed
 
-    missing = per_device * num_devices - num_tokens
-    tokens, gate = (jnp.pad(array, ((0, missing), (0, 0))) for array in (tokens, gate))
-    slot = jnp.pad(slot, ((0, missing), (0, 0)), constant_values=-1)
-    output, num_overflowed = on_devices(local, execution, weights, tokens=over)(tokens, slot, gate, weights)
-    return output[:num_tokens], num_overflowed
+    return on_devices(local, execution, weights, tokens=over)(tokens, slot, gate, weights)
 
 
 def default_capacity(num_assignments: int, num_devices: int) -> int:

@@ -128,9 +128,4 @@ def _gathered(
         results = run_slots(tokens, expert, local_slots(whole, setting))
         return combine(results, gate, expert >= 0).astype(tokens.dtype), jnp.zeros((), jnp.int32)
 
-    num_tokens = tokens.shape[0]
-    missing = -num_tokens % setting.execution.num_parts("E")
-    tokens, gate = (jnp.pad(array, ((0, missing), (0, 0))) for array in (tokens, routes.gate))
-    expert = jnp.pad(routes.expert, ((0, missing), (0, 0)), constant_values=-1)
-    output, num_overflowed = on_devices(local, setting.execution, weights, tokens=over)(tokens, expert, gate, weights)
-    return output[:num_tokens], num_overflowed
+    return on_devices(local, setting.execution, weights, tokens=over)(tokens, routes.expert, routes.gate, weights)

@@ -1,0 +1,78 @@
+"""What devices tell each other while they decode, counted in the compiled loop: two sums a layer, and no more."""
+
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from decodax import decoding
+from decodax.sharding.plan.hlo import collectives_of
+from tests.sharding import wide
+
+NUM_LAYERS = 2
+FLOAT_BYTES = 4
+
+
+def compiled(kind, mesh, decode=decoding.autoregressive, **execution):
+    model, params = wide.model_of(kind, mesh, **execution), wide.params_of(kind, mesh)
+    state = wide.start(model, params)
+    return jax.jit(decode(model), donate_argnums=1).lower(params, state).compile(), state
+
+
+def by_layer(program):
+    """(how often each kind stands in each layer, and the collectives outside of layers)."""
+    found = collectives_of(program.as_text())
+    counts = {layer: Counter() for layer in range(NUM_LAYERS)}
+    for collective in found:
+        if collective.layer is not None:
+            counts[collective.layer][collective.kind] += 1
+    return counts, [collective for collective in found if collective.layer is None]
+
+
+@pytest.mark.parametrize("kind", ["dense", "mla"])
+def test_tensor_parallel_layers_take_two_sums(kind):
+    """Nothing of the size of logits moves, though half of the rows draw: the vocabulary is split to the last choice."""
+    program, _ = compiled(kind, "tensor=8")
+    counts, others = by_layer(program)
+    assert set(map(tuple, (count.items() for count in counts.values()))) == {(("all-reduce", 2),)}
+    assert {collective.kind for collective in others} == {"all-reduce"}
+    embedded = wide.NUM_ROWS * wide.WIDTH * FLOAT_BYTES
+    assert (
+        max(collective.num_bytes for collective in others) <= embedded < wide.NUM_ROWS * wide.VOCABULARY * FLOAT_BYTES
+    )
+
+
+def test_data_parallel_layers_say_nothing():
+    counts, others = by_layer(compiled("dense", "data=8")[0])
+    assert not any(counts.values())
+    assert max(collective.num_bytes for collective in others) <= FLOAT_BYTES  # whether all rows are done, and how far
+
+
+def test_scattered_norms_take_a_scatter_and_a_gather_for_every_sum():
+    counts, others = by_layer(compiled("dense", "tensor=8", scatter_norms=True)[0])
+    last = counts[NUM_LAYERS - 1]
+    last["all-gather"] -= 1  # of what comes out of the last layer
+    assert list(counts.values()) == [{"reduce-scatter": 2, "all-gather": 2}] * NUM_LAYERS
+    assert {collective.kind for collective in others} == {"all-reduce"}
+
+
+def test_experts_on_the_rows_of_their_group():
+    """A layer of experts over a data axis takes no more sums than a dense one, and moves no rows between groups."""
+    counts, _ = by_layer(compiled("moe", "tensor=4,data=2")[0])
+    assert [count.keys() for count in counts.values()] == [{"all-reduce"}] * NUM_LAYERS
+
+
+@pytest.mark.parametrize("mesh", ["tensor=8", "tensor=2,data=4"])
+def test_caches_are_neither_gathered_nor_copied(mesh):
+    program, state = compiled("dense", mesh)
+    text = program.as_text()
+    for cache in state.caches:
+        for buffer in (cache.key, cache.value):
+            part = buffer.sharding.shard_shape(buffer.shape)
+            for shape in (part, buffer.shape):
+                written = f"f32[{','.join(map(str, shape))}]"
+                assert not [line for line in text.splitlines() if f"= {written}" in line and " copy(" in line]
+            assert np.prod(part) < buffer.size
+    gathered = [collective.num_bytes for collective in collectives_of(text)]
+    assert max(gathered) < state.caches[0].key.nbytes // 8

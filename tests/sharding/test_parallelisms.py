@@ -1,0 +1,69 @@
+"""Every way to split a model over eight devices gives what one device gives, in every decoding scheme."""
+
+import jax
+import numpy as np
+import pytest
+
+from decodax import decoding
+from decodax.decoding.drafters import DraftModel
+from decodax.decoding.verifiers import ExactMatch
+from tests.sharding import wide
+
+MESHES = ("tensor=8", "tensor=2,data=4", "tensor=2,expert=4", "data=2,expert=2,tensor=2")
+QUICK = {("dense", "tensor=8"), ("moe", "data=2,expert=2,tensor=2"), ("mla", "tensor=2,data=4"), ("linear", "tensor=8")}
+HAS_EXPERTS = ("moe", "mla")
+CASES = [
+    pytest.param(kind, mesh, marks=() if (kind, mesh) in QUICK else pytest.mark.slow)
+    for kind in wide.LAYERS
+    for mesh in MESHES
+    if "expert" not in mesh or kind in HAS_EXPERTS
+]
+# Sums over devices are taken in another order than on one: a few roundings of numbers of about 1, over a few layers.
+LOGITS_TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize(("kind", "mesh"), CASES)
+def test_logits(kind, mesh):
+    split = wide.full_logits(wide.model_of(kind, mesh), wide.params_of(kind, mesh))
+    np.testing.assert_allclose(split, wide.single_logits(kind), atol=LOGITS_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "mesh"), CASES)
+def test_plain_decoding(kind, mesh):
+    model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
+    state = wide.start(model, params)
+    places = [leaf.sharding for leaf in jax.tree.leaves(state.caches)]
+    assert not all(place.is_fully_replicated for place in places)
+    out = jax.jit(decoding.autoregressive(model), donate_argnums=1)(params, state)
+    assert [leaf.sharding for leaf in jax.tree.leaves(out.caches)] == places
+    np.testing.assert_array_equal(out.tokens, wide.single_tokens(kind))
+
+
+@pytest.mark.parametrize(("kind", "mesh"), CASES)
+def test_speculative_decoding(kind, mesh):
+    model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
+    drafter = DraftModel.likeliest(wide.draft_model(kind, model), (-1, 0, 0, 1))
+    decode = jax.jit(decoding.speculative(model, drafter, ExactMatch()), donate_argnums=2)
+    out = decode(params, model.execution.joined(wide.draft_of(kind)), wide.start(model, params))
+    np.testing.assert_array_equal(out.tokens, wide.single_tokens(kind))
+    assert out.counts.accepted.sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
+def test_norms_scattered_over_devices(kind):
+    """Rows are split where they divide (eight rows), else tokens of a row (one row of sixteen)."""
+    mesh = "tensor=4,data=2"
+    model, params = wide.model_of(kind, mesh, scatter_norms=True), wide.params_of(kind, mesh)
+    np.testing.assert_allclose(wide.full_logits(model, params), wide.single_logits(kind), atol=LOGITS_TOLERANCE, rtol=0)
+    out = jax.jit(decoding.autoregressive(model))(params, wide.start(model, params))
+    np.testing.assert_array_equal(out.tokens, wide.single_tokens(kind))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_fewer_rows_than_devices(num_rows):
+    """Rows that do not divide over the devices are on all of them."""
+    model, params = wide.model_of("dense", "tensor=2,data=4"), wide.params_of("dense", "tensor=2,data=4")
+    tokens, length = wide.PROMPTS[:num_rows], wide.LENGTHS[:num_rows]
+    state = decoding.init(model, params, tokens, length, wide.NEW, np.arange(num_rows), stop_token_ids=wide.NO_STOPS)
+    out = jax.jit(decoding.autoregressive(model))(params, state)
+    np.testing.assert_array_equal(out.tokens[0], wide.single_tokens("dense")[0])

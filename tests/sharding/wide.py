@@ -1,0 +1,115 @@
+"""Tiny models of every kind that divide over eight devices, a draft for each, and what one device makes of prompts."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decodax import decoding
+from decodax.layers.execution import Execution
+from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.mixers.gated_delta import GatedDeltaConfig
+from decodax.layers.mixers.gated_linear import GatedLinearConfig
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.moe.layer import MoEConfig
+from decodax.layers.moe.routers.top_k import TopK
+from decodax.layers.rope import Rope
+from decodax.layers.weight import Weight
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.model import Model
+from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.rules import DATA, place
+from tests.tiny import NORM
+
+VOCABULARY, WIDTH, NUM_ROWS = 48, 24, 8
+LENGTHS = np.array([5, 17, 1, 9, 12, 3, 16, 7])
+PROMPTS = np.random.default_rng(0).integers(0, VOCABULARY, (NUM_ROWS, 17))
+NEW = 11
+NO_STOPS = (-1,)
+
+MLP = GatedMLPConfig(40)
+EXPERTS = MoEConfig(TopK(8, 2, "softmax", renormalise=True), 16, shared=GatedMLPConfig(24), shared_gate=True)
+GROUPED = GQAConfig(8, 2, 6, Rope(6, 1e4), scale=0.4, qkv_bias=True)  # fewer key-value heads than devices
+WINDOWED = GQAConfig(8, 8, 6, Rope(6, 1e4), scale=0.4, window=5)
+LATENT = MLAConfig(8, 5, 7, 11, None, Rope(4, 100.0), 0.35, NORM, rope_interleaved=True)
+LINEAR = GatedLinearConfig(8, 5, 7, gate_rank=3, gate_temperature=4.0, scale=0.5, norm=NORM)
+DELTA = GatedDeltaConfig(8, 8, 5, 7, convolution_width=3, activation="silu", scale=0.5, norm=NORM)
+LAYERS = {
+    "dense": ((GROUPED, MLP), (WINDOWED, MLP)),
+    "moe": ((GROUPED, MLP), (WINDOWED, EXPERTS)),
+    "mla": ((LATENT, MLP), (LATENT, EXPERTS)),
+    "linear": ((LINEAR, MLP), (DELTA, MLP)),
+}
+
+
+@cache
+def model_of(kind: str, mesh: str | None = None, **execution: Any) -> Model:
+    """The model over the mesh of this text, by default on one device."""
+    blocks = tuple(BlockConfig(mixer, feed_forward, NORM) for mixer, feed_forward in LAYERS[kind])
+    config = ModelConfig(VOCABULARY, WIDTH, 512, blocks, NORM, tie_embeddings=False)
+    if mesh is None:
+        return Model(config)
+    return Model(config, execution=Execution(mesh=fit_mesh(read_mesh(mesh), config), **execution))
+
+
+@cache
+def params_of(kind: str, mesh: str | None = None) -> dict:
+    """All random, norms and biases too, drawn by NumPy; over a mesh, where its rules say."""
+    random = np.random.default_rng(1)
+    model = model_of(kind, mesh)
+
+    def draw(path: tuple[Any, ...], weight: Weight) -> jax.Array:
+        size = 0.3 if len(weight.shape) == 1 else 1.5 * weight.shape[-1] ** -0.5
+        array = ((weight.init == "ones") + size * random.standard_normal(weight.shape)).astype(np.float32)
+        if mesh is None:
+            return jnp.asarray(array)
+        name = "/".join(str(part.key) for part in path)
+        return place(model.execution.mesh, model.execution.rules, array, weight, name)
+
+    return jax.tree_util.tree_map_with_path(draw, model.config.weights(), is_leaf=lambda leaf: isinstance(leaf, Weight))
+
+
+@cache
+def draft_of(kind: str) -> dict:
+    """A draft of the same kind that mostly agrees."""
+    random = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: leaf + 0.05 * random.standard_normal(leaf.shape, np.float32), params_of(kind))
+
+
+def draft_model(kind: str, model: Model) -> Model:
+    """The draft's model, on the devices of `model`: whole on each."""
+    return dataclasses.replace(model, execution=dataclasses.replace(model.execution, rules=DATA))
+
+
+def start(model: Model, params: dict) -> decoding.DecodeState:
+    """The state of the eight prompts, half of them to be sampled."""
+    sampling = decoding.Sampling.create(NUM_ROWS, VOCABULARY, temperature=[0.0, 0.8] * 4, top_p=0.9)
+    rows = np.arange(NUM_ROWS)
+    return decoding.init(model, params, PROMPTS, LENGTHS, NEW, rows, sampling=sampling, stop_token_ids=NO_STOPS)
+
+
+def full_logits(model: Model, params: dict) -> jax.Array:
+    """Logits after every token of the prompts, as rows of one length, without a cache."""
+
+    @jax.jit
+    def forward(params: dict, tokens: jax.Array) -> jax.Array:
+        position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return model.logits(params, model.apply(params, tokens, position).hidden)
+
+    return forward(params, np.asarray(PROMPTS[:, :16], np.int32))
+
+
+@cache
+def single_logits(kind: str) -> np.ndarray:
+    return np.asarray(full_logits(model_of(kind), params_of(kind)))
+
+
+@cache
+def single_tokens(kind: str) -> np.ndarray:
+    """What plain decoding on one device writes."""
+    model, params = model_of(kind), params_of(kind)
+    return np.asarray(jax.jit(decoding.autoregressive(model))(params, start(model, params)).tokens)
