@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from decodax.layers import pytree
 from decodax.layers.kv_cache._contract import Cache
 from decodax.layers.kv_cache.latent import LatentCache
-from decodax.layers.kv_cache.stacked import first_of
+from decodax.layers.kv_cache.stacked import first_of, lengths_of
 from decodax.layers.kv_cache.tailed import TailedCache
 
 
@@ -66,7 +66,7 @@ class Part:
 
     @property
     def length(self) -> Int[Array, " B"]:
-        return self.rows.cut(at(self.layer, self.stack.length))
+        return self.rows.cut(at(self.layer, lengths_of(self.stack)))
 
     @property
     def capacity(self) -> int:
@@ -89,7 +89,7 @@ class Part:
 
     def _part_of(self, slots: tuple[Array, ...]) -> tuple[Array, ...]:
         """What was read of all rows of all layers, cut down to these; positions may be the same for all rows."""
-        batch = self.stack.length.shape[1]
+        batch = lengths_of(self.stack).shape[1]
         of_layer = (at(self.layer, array) for array in slots)
         return tuple(self.rows.cut(array) if array.shape[0] == batch else array for array in of_layer)
 
@@ -103,7 +103,7 @@ def part_of(stack: Any, layer: Int[Array, ""], rows: MicroBatch, *, in_place: bo
     if isinstance(stack, TailedCache):
         tail = cut(stack.tail, layer, rows)
         return dataclasses.replace(stack, kv=part_of(stack.kv, layer, rows, in_place=in_place), tail=tail)
-    is_all = rows.count == 1 and stack.length.shape[0] == 1
+    is_all = rows.count == 1 and jax.tree.leaves(stack)[0].shape[0] == 1
     reads_slots = isinstance(stack, LatentCache | Cache)
     return Part(stack, layer, rows) if reads_slots and in_place and not is_all else cut(stack, layer, rows)
 

@@ -21,7 +21,7 @@ class Stacked:
     @property
     def length(self) -> Int[Array, " B"]:
         """Of a cache: tokens written so far, of which all layers have the same number."""
-        return self.each.length[0]
+        return lengths_of(self.each)[0]
 
     @property
     def capacity(self) -> int:
@@ -40,6 +40,11 @@ class Stacked:
     def place(self, new: "Stacked", slot: Int[Array, " T"]) -> "Stacked":
         """Every layer's staged rows with new ones at the given slots (see staged.py)."""
         return Stacked(jax.vmap(lambda staged, fresh: staged.place(fresh, slot))(self.each, new.each))
+
+
+def lengths_of(stack: Any) -> Int[Array, "L B"]:
+    """Of a stack of caches: the tokens in each row."""
+    return jax.vmap(lambda cache: cache.length)(stack)
 
 
 def first_of(stack: Any) -> Any:
