@@ -34,6 +34,7 @@ def load(
     invariant: bool = False,
     adapter: str | Path | TrainedPart | None = None,
     implementation: Implementation | None = None,
+    scatter_norms: bool = False,
     pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
@@ -51,14 +52,23 @@ def load(
         name of one inside the model's folder.
     implementation: which kernels the layers run, "xla", "tpu" or "gpu" (`kernels_pallas/choice.py`); by default those
         of this device for what they take, and XLA for the rest. `decodax bench --kernels` shows the choice.
+    scatter_norms: over a mesh with an axis "tensor", have each device norm its share of the tokens (`Execution`); the
+        sums over devices become reduce-scatters and all-gathers.
     pipeline: on a mesh with an axis "pipeline", into how many chunks each stage's layers are dealt, and into how many
         micro-batches the rows (`sharding.pipeline.Pipeline`).
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
     and not possible, ValueError for files that do not fit or are not understood, and for a mesh that does not fit the
     devices or the model.
     """
-    options: Any = {"mesh": mesh, "rules": rules, "invariant": invariant, "implementation": implementation}
-    lm = _load(path_or_id, dtype=dtype, pipeline=pipeline, **options)
+    options: Any = {
+        "mesh": mesh,
+        "rules": rules,
+        "invariant": invariant,
+        "implementation": implementation,
+        "scatter_norms": scatter_norms,
+        "pipeline": pipeline,
+    }
+    lm = _load(path_or_id, dtype=dtype, **options)
     return lm if adapter is None else with_adapter(lm, adapter)
 
 

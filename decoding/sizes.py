@@ -1,5 +1,6 @@
 """Sizes of buffers: rounded to a few values so that compiled code is reused, and checked against free memory."""
 
+import math
 import os
 
 import jax
@@ -32,9 +33,18 @@ def cache_capacity(num_tokens: int, execution: Execution) -> int:
 
 
 def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> int:
-    """Bytes of an empty cache, without making it."""
+    """Bytes of an empty cache, without making it; over a mesh, those in the memory of one device.
+
+    The devices of a CPU have one memory.
+    """
     shapes = jax.eval_shape(lambda: model.empty_cache(batch_size, capacity, dtype, policy))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    mesh = model.execution.mesh
+    if mesh is None:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    placed = zip(jax.tree.leaves(shapes), jax.tree.leaves(model.execution.shardings(shapes)), strict=True)
+    of_one = sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in placed)
+    local = mesh.local_devices
+    return of_one * (len(local) if local and local[0].platform == "cpu" else 1)
 
 
 def free_bytes() -> int | None:

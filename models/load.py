@@ -66,6 +66,7 @@ def load(
     rules: Rules = RULES,
     invariant: bool = False,
     implementation: Implementation | None = None,
+    scatter_norms: bool = False,
     pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
     """A model folder in Hugging Face format, as it is; arguments and errors are those of `decodax.load`."""
@@ -76,7 +77,8 @@ def load(
     end_token_ids = read_end_token_ids(folder)
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     fitted = None if mesh is None else fit_mesh(mesh, config)
-    model = Model(config, invariant, Execution(implementation, fitted, rules, pipeline=pipeline))
+    execution = Execution(implementation, fitted, rules, scatter_norms=scatter_norms, pipeline=pipeline)
+    model = Model(config, invariant, execution)
     with _progress(f"loading {folder.name}") as progress:
         params = load_params(folder, family, config, dtype=kind, put=put_on(fitted, rules), progress=progress)
     if fitted is not None and model.stages is not None:

@@ -23,6 +23,7 @@ from decodax.sharding.pipeline import Pipeline
 from decodax.sharding.plan.hlo import collectives_of
 from decodax.sharding.rules import place_tree
 from tests.golden_files import load_golden
+from tests.odd_drafters import RandomTrees
 from tests.sharding import wide
 from tests.tiny import NORM
 
@@ -113,7 +114,7 @@ def decode_program(kind, mesh, chunks):
     return jax.jit(decoding.autoregressive(model), donate_argnums=1).lower(params, state).compile(), params, state
 
 
-@pytest.mark.parametrize(("kind", "mesh", "chunks"), cases(("dense", FOUR, 1), ("mla", FOUR, 1)))
+@pytest.mark.parametrize(("kind", "mesh", "chunks"), cases(("dense", FOUR, 1)))
 def test_plain_decoding(kind, mesh, chunks):
     """The caches lie where they lay, on the stages of their layers."""
     program, params, state = decode_program(kind, mesh, chunks)
@@ -125,27 +126,29 @@ def test_plain_decoding(kind, mesh, chunks):
 
 @pytest.mark.parametrize(("kind", "mesh", "chunks"), cases(("moe", TWO, 1), ("linear", TWO, 1)))
 def test_speculative_decoding(kind, mesh, chunks):
-    """Trees of drafts of a model that is whole on each device."""
+    """Another tree in every row and round, whose nodes are mostly what plain decoding writes there."""
     model, params = in_stages(kind, mesh, chunks, micro_batches=2)
-    drafter = DraftModel.likeliest(wide.draft_model(kind, model), (-1, 0, 0, 1))
-    decode = jax.jit(decoding.speculative(model, drafter, ExactMatch()), donate_argnums=2)
-    random = np.random.default_rng(7)
-    repeats = num_stages(mesh) * chunks
-    draft = jax.tree.map(lambda x: x + 0.02 * random.standard_normal(x.shape, np.float32), params_of(kind, repeats))
-    out = decode(params, model.execution.joined(draft), wide.start(model, params))
-    np.testing.assert_array_equal(out.tokens, single_tokens(kind, repeats))
-    assert out.counts.accepted.sum() > 0
+    wanted = single_tokens(kind, num_stages(mesh) * chunks)
+    decode = jax.jit(decoding.speculative(model, RandomTrees(capture=(), model=model), ExactMatch()), donate_argnums=2)
+    out = decode(params, model.execution.joined(jnp.asarray(wanted)), wide.start(model, params))
+    np.testing.assert_array_equal(out.tokens, wanted)
+    assert out.counts.accepted.sum() > 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", wide.LAYERS)
-def test_a_draft_in_stages(kind):
-    """As the draft is the target itself, nearly all of what it offers greedy rows is accepted, and half of the rest."""
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_draft_model(kind, staged):
+    """The draft is whole on each device; or it runs in stages, too, and its rows are staged beside stacks of caches."""
     model, params = in_stages(kind, TWO, 2)
-    decode = jax.jit(decoding.speculative(model, DraftModel.likeliest(model, (-1, 0, 1)), ExactMatch()))
-    out = decode(params, params, wide.start(model, params))
+    draft, draft_params = model, params
+    if not staged:
+        draft, draft_params = wide.draft_model(kind, model), model.execution.joined(params_of(kind, 4))
+    decode = jax.jit(decoding.speculative(model, DraftModel.likeliest(draft, (-1, 0, 1)), ExactMatch()))
+    out = decode(params, draft_params, wide.start(model, params))
     np.testing.assert_array_equal(out.tokens, single_tokens(kind, 4))
-    assert out.counts.accepted[0] > 0.6 * out.counts.offered[0]
+    # It is the target itself: only rows that are sampled turn down what is likeliest.
+    assert out.counts.accepted[0] > 0.5 * out.counts.offered[0]
 
 
 @pytest.mark.parametrize("kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mla", "linear"))])

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import decodax
 from decodax.layers.weight import Weight
-from decodax.sharding.rules import TENSOR, Rules, place
+from decodax.sharding.rules import RULES, TENSOR, Rules, place
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,31 @@ def test_what_cannot_be_split_is_named():
         both.sharding(mesh, Weight(("F", "D"), (4, 4)), "up")
     with pytest.raises(ValueError, match="each letter needs one mesh axis"):
         Rules((("F", "tensor"), ("F", "data")))
+
+
+def test_heads_are_not_parted():
+    """Twelve numbers divide over four devices, three heads do not."""
+    mesh = mesh_of(4, AxisType.Auto)
+    with pytest.raises(
+        ValueError, match="query: its axis N of 3 does not divide over the 4 devices of mesh axis tensor"
+    ):
+        TENSOR.sharding(mesh, Weight(("NH", "D"), (12, 5), whole=4), "query")
+    with pytest.raises(ValueError, match="does not divide into wholes of 5"):
+        Weight(("NH", "D"), (12, 5), whole=5)
+
+
+def test_key_value_heads_are_split_as_far_as_they_divide():
+    axes = {"data": 2, "tensor": 2, "tensor_copies": 2}
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * 3)
+    for heads, split in ((1, None), (2, "tensor"), (4, ("tensor", "tensor_copies")), (6, "tensor"), (3, None)):
+        key = Weight(("KH", "D"), (heads * 5, 7), whole=5)
+        assert RULES.sharding(mesh, key, "key").spec == PartitionSpec(split, None)
+    assert RULES.mesh_axes(mesh, "B", 3) == () and RULES.mesh_axes(mesh, "B", 6) == ("data",)
+
+
+def test_rules_combine():
+    rows_and_heads = Rules((("B", "data"),)) | Rules((("N", "tensor"), ("B", ("data", "expert"))))
+    assert rows_and_heads.pairs == (("B", ("data", "expert")), ("N", ("tensor",)))
 
 
 def test_axes_that_the_mesh_lacks_are_replicated():
