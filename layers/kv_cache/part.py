@@ -35,10 +35,16 @@ class MicroBatch:
 
     def cut(self, array: Array) -> Array:
         """These rows of an array [B, ...]."""
+        return self.cut_at(jnp.int32(0), array[None])
+
+    def cut_at(self, layer: Int[Array, ""], arrays: Array) -> Array:
+        """As `cut`, of one of several arrays [layers, B, ...]; in one step, so that no more than that is read."""
         if self.count == 1:
-            return array
-        part = jax.lax.dynamic_index_in_dim(self._grouped(array, 0), self.index, 1, keepdims=False)
-        return part.reshape(-1, *array.shape[1:])
+            return at(layer, arrays)
+        grouped = self._grouped(arrays)
+        start = (layer, 0, self.index, *(0,) * (grouped.ndim - 3))
+        part = jax.lax.dynamic_slice(grouped, start, (1, self.groups, 1, *grouped.shape[3:]))
+        return part.reshape(-1, *arrays.shape[2:])
 
     def put(self, array: Array, new: Array, is_wanted: Bool[Array, ""]) -> Array:
         """The array [B, ...] with these rows replaced; as it was, if they are not wanted."""
@@ -46,14 +52,14 @@ class MicroBatch:
 
     def put_at(self, layer: Int[Array, ""], arrays: Array, new: Array, is_wanted: Bool[Array, ""]) -> Array:
         """As `put`, in one of several arrays [layers, B, ...]."""
-        grouped = self._grouped(arrays, 1)
+        grouped = self._grouped(arrays)
         start = (layer, 0, self.index, *(0,) * (grouped.ndim - 3))
         held = jax.lax.dynamic_slice(grouped, start, (1, self.groups, 1, *grouped.shape[3:]))
         new = jnp.where(is_wanted, new.reshape(held.shape), held)
         return jax.lax.dynamic_update_slice(grouped, new, start).reshape(arrays.shape)
 
-    def _grouped(self, array: Array, axis: int) -> Array:
-        return array.reshape(*array.shape[:axis], self.groups, self.count, -1, *array.shape[axis + 1 :])
+    def _grouped(self, arrays: Array) -> Array:
+        return arrays.reshape(arrays.shape[0], self.groups, self.count, -1, *arrays.shape[2:])
 
 
 @pytree.dataclass
@@ -66,7 +72,7 @@ class Part:
 
     @property
     def length(self) -> Int[Array, " B"]:
-        return self.rows.cut(at(self.layer, lengths_of(self.stack)))
+        return self.rows.cut_at(self.layer, lengths_of(self.stack))
 
     @property
     def capacity(self) -> int:
@@ -90,8 +96,9 @@ class Part:
     def _part_of(self, slots: tuple[Array, ...]) -> tuple[Array, ...]:
         """What was read of all rows of all layers, cut down to these; positions may be the same for all rows."""
         batch = lengths_of(self.stack).shape[1]
-        of_layer = (at(self.layer, array) for array in slots)
-        return tuple(self.rows.cut(array) if array.shape[0] == batch else array for array in of_layer)
+        is_per_row = [array.shape[1] == batch for array in slots]
+        cuts = (self.rows.cut_at if per_row else at for per_row in is_per_row)
+        return tuple(cut_at(self.layer, array) for cut_at, array in zip(cuts, slots, strict=True))
 
 
 def part_of(stack: Any, layer: Int[Array, ""], rows: MicroBatch, *, in_place: bool) -> Any:
@@ -110,7 +117,7 @@ def part_of(stack: Any, layer: Int[Array, ""], rows: MicroBatch, *, in_place: bo
 
 def cut(tree: Any, layer: Int[Array, ""], rows: MicroBatch) -> Any:
     """Some rows of one layer, of arrays [layers, B, ...]."""
-    return jax.tree.map(lambda stack: rows.cut(at(layer, stack)), tree)
+    return jax.tree.map(lambda stack: rows.cut_at(layer, stack), tree)
 
 
 def at(layer: Int[Array, ""], stack: Array) -> Array:
