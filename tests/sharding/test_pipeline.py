@@ -5,9 +5,12 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from decodax.layers.weight import Weight
+from decodax.sharding.mesh import read_mesh
 from decodax.sharding.pipeline import Pipeline, Schedule, Stages, best_micro_batches, find_stages
+from decodax.sharding.rules import RULES
 from decodax.sharding.stacks import stack_params, stack_weights, unstack_params
 
 
@@ -133,3 +136,9 @@ def test_parameters_are_stacked_by_place_and_come_back():
     described = stack_weights(weights, stages)
     assert described["blocks_0"]["mixer"]["out"] == Weight(("D", "NH"), (3, 2))
     assert described["blocks_1"]["mixer"]["out"] == Weight(("L", "D", "NH"), (4, 3, 2))
+
+
+def test_a_stage_holds_only_its_own_of_replicated_weights():
+    mesh = read_mesh("pipeline=2,expert=2,tensor=2")
+    router = Weight(("L", "E", "D"), (4, 6, 3), replicated=True)
+    assert RULES.sharding(mesh, router, "router").spec == PartitionSpec("pipeline", None, None)
