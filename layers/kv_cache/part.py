@@ -93,7 +93,7 @@ class Part:
     def commit(self, rows: Any, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "Part":
         raise TypeError("a part of a cache is only read: commit to the cache of all rows")
 
-    def _part_of(self, slots: tuple[Array, ...]) -> tuple[Array, ...]:
+    def _part_of(self, slots: tuple[Array, ...]) -> Any:
         """What was read of all rows of all layers, cut down to these; positions may be the same for all rows."""
         batch = lengths_of(self.stack).shape[1]
         is_per_row = [array.shape[1] == batch for array in slots]
