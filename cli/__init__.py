@@ -1,4 +1,4 @@
-"""The `decodax` command: generate, bench, methods, train."""
+"""The `decodax` command: generate, bench, methods, plan, train."""
 
 from decodax.cli.app import app, main
 

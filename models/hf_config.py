@@ -25,11 +25,11 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 
 def load_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """Reads `config.json` of a folder.
+    """Reads `config.json` of a folder, or such a file itself.
 
     Raises FileNotFoundError without the file, ValueError when it is no JSON object or `read_config` refuses it.
     """
-    path = folder / "config.json"
+    path = folder if folder.is_file() else folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: a model folder in Hugging Face format is expected")
     try:

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,13 +25,9 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from decodax.sharding.topologies import require_libtpu, tpu_devices
+
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-_TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # processes side by side
-}
 # What XLA asks of a device: figures of the H100 SXM (NVIDIA H100 whitepaper; CUDA's device query for the limits).
 _HOPPER = """
 gpu_device_info {
@@ -62,8 +58,8 @@ def prepare(backend: str) -> None:
     """Raises ModuleNotFoundError, with what to install, if this process cannot compile for "tpu" or "gpu"."""
     if backend == "gpu":
         _gpu()
-    elif importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("compiling for TPU needs libtpu (Linux on x86-64): pip install 'decodax[tpu]'")
+    else:
+        require_libtpu()
 
 
 def compile_for_tpu(chip: str, function: Callable[..., Any], *arguments: Any, **jit_options: Any) -> Any:
@@ -82,23 +78,16 @@ def compile_for_tpu(chip: str, function: Callable[..., Any], *arguments: Any, **
 
 @cache
 def _tpu(chip: str) -> NamedSharding:
-    return _on_first_device(_tpu_topology(chip))
-
-
-@cache
-def _tpu_topology(chip: str) -> Any:
-    for name, value in _TPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    return _on_first_device(tpu_devices(CHIPS[chip]))
 
 
 def tpu_mesh(chip: str, num_chips: int) -> Mesh:
     """Chips of one host that is not there, as a mesh with the axis "tensor". Raises as `compile_for_tpu`."""
-    return Mesh(np.array(_tpu_topology(chip).devices[:num_chips]), ("tensor",))
+    return Mesh(np.array(tpu_devices(CHIPS[chip])[:num_chips]), ("tensor",))
 
 
-def _on_first_device(topology: Any) -> NamedSharding:
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("device",)), PartitionSpec())
+def _on_first_device(devices: Sequence[Any]) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices[:1]), ("device",)), PartitionSpec())
 
 
 def count_kernels(compiled: Any, name: str) -> int:
@@ -150,7 +139,8 @@ def _gpu() -> NamedSharding:
     os.environ["PATH"] = os.pathsep.join([str(_ptxas().parent), os.environ.get("PATH", "")])
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     options = {"topology": "1x1x1", "target_config": _HOPPER}
-    return _on_first_device(topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", **options))
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", **options)
+    return _on_first_device(topology.devices)
 
 
 def _ptxas() -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from decodax.layers.weight import Weight
@@ -52,7 +53,9 @@ def read_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
         hint = f": with JAX_NUM_CPU_DEVICES={wanted} in the environment a CPU counts as so many" if is_cpu else ""
         raise ValueError(f"the mesh {text!r} needs {wanted} devices, and there {verb} {found} {kind}{hint}")
     kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    # By itself JAX refuses to split an axis of a larger TPU's network between two axes of a mesh.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=kinds)
 
 
 def fit_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:

@@ -1,0 +1,59 @@
+"""How many rows of which length a plan has room for, and what sharing a machine among long contexts costs.
+
+Challenges in Deploying Long-Context Transformers: A Theoretical Peak Performance Analysis, arXiv 2405.08944. Everything
+follows from the bytes of a cached token: rows at once = (memory - weights) / (bytes per token x tokens), the time to
+read a prompt, a step's time with all caches, and the time to bring a context to the host or back over PCIe. Departs
+from it: bytes are those that the mesh leaves on a chip, where few key-value heads are held in copies.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from decodax.sharding.plan.memory import memory_of
+from decodax.sharding.plan.search import Plan
+
+
+@dataclass(frozen=True)
+class Room:
+    """cached_token_bytes: of one more token in every row, on a chip. most_rows: of the plan's context. most_tokens: in
+    each of the plan's rows. switch_seconds: to bring one row's cache to the host's memory, or back.
+    """
+
+    cached_token_bytes: float
+    most_rows: int
+    most_tokens: int
+    switch_seconds: float
+
+    def session_seconds(self, plan: Plan, turns: int, tokens_per_turn: int) -> float:
+        """Of a conversation: the prompt once, then `turns` answers, with its context fetched and put away each time."""
+        answers = turns * tokens_per_turn * plan.seconds_per_token
+        return plan.prompt_seconds + answers + 2 * turns * self.switch_seconds
+
+
+def room(plan: Plan) -> Room:
+    """What fits with the plan's mesh; multiples of its rows and of the slots that a cache grows by."""
+    step = plan.groups * plan.split.degree("data")
+    workload, longest = plan.workload, 2**30
+
+    def fits(**changed: int) -> bool:
+        return memory_of(plan.split, plan.topology, replace(workload, **changed)).free >= 0
+
+    rows = _largest(lambda count: fits(batch=count * step), longest // step) * step
+    # The kernels take caches of multiples of 128 slots; a row has at least two tokens.
+    tokens = max(_largest(lambda count: fits(context=count * 128), longest // 128) * 128, workload.context)
+    least = 128 * plan.split.degree("context")
+    held = [plan.split.decode_state_bytes(workload.batch, size, workload.cache_dtype) for size in (least, 2 * least)]
+    per_token = (held[1] - held[0]) / least
+    row_bytes = plan.memory.cache / max(workload.batch // plan.split.num_parts("B", workload.batch), 1)
+    return Room(per_token, rows, tokens, row_bytes / plan.topology.chip.host_bandwidth)
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to the limit that fits, if all smaller ones do; 0 if none does."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,96 @@
+"""What is to run, and what of it lies on a chip."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from decodax.decoding.sizes import cache_capacity
+from decodax.decoding.state import MAX_CHUNK_TOKENS
+from decodax.layers.execution import Execution
+from decodax.sharding.plan.split import Split, named_weights
+from decodax.sharding.plan.topology import Topology
+from decodax.sharding.plan.work import Stored, Tokens
+
+
+@dataclass(frozen=True)
+class Workload:
+    """batch: rows at once. context: tokens of each, prompt and output. dtype, weights, cache: as in `Tokens`."""
+
+    batch: int
+    context: int
+    dtype: str = "bfloat16"
+    weights: Stored = "same"
+    cache: Stored = "same"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.context < 2:
+            raise ValueError(f"a plan needs at least 1 row of 2 tokens, got {self.batch} rows of {self.context}")
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row's cache: a size that kernels take."""
+        return cache_capacity(self.context, Execution("tpu"))
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.tokens(1, 0).cache_dtype)
+
+    def tokens(self, new: int, cached: int, rows: int | None = None) -> Tokens:
+        return Tokens(self.batch if rows is None else rows, new, cached, self.dtype, self.weights, self.cache)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest chip. temporaries: those of a prompt's chunk, estimated; compiling tells."""
+
+    weights: int
+    cache: int
+    temporaries: int
+    usable: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.temporaries
+
+    @property
+    def free(self) -> int:
+        return self.usable - self.total
+
+
+def memory_of(split: Split, topology: Topology, workload: Workload) -> Memory:
+    """What lies on a chip: the weights of its stage, the state of decoding, and what a prompt's chunk needs beside."""
+    config, stages = split.config, split.degree("pipeline")
+    int8 = workload.weights == "int8"
+
+    def held(weights: dict[str, Any]) -> int:
+        return split.weight_bytes(weights, workload.dtype, int8=int8)
+
+    sizes = {block: held(block.weights(config.hidden_size)) for block in split.layers}
+    per_stage = config.num_layers // stages
+    stage_bytes = [
+        sum(sizes[block] for block in config.blocks[start : start + per_stage])
+        for start in range(0, config.num_layers, per_stage)
+    ]
+    weights = max(stage_bytes) + held(split.around_layers)
+    cache = split.decode_state_bytes(workload.batch, workload.capacity, workload.cache_dtype) // stages
+    return Memory(weights, cache, _temporaries(split, workload), topology.chip.usable_bytes)
+
+
+def _temporaries(split: Split, workload: Workload) -> int:
+    """An estimate: hidden states, the widest layer's products and the logits, of one chunk or step."""
+    config, item = split.config, jnp.dtype(workload.dtype).itemsize
+    chunk = min(MAX_CHUNK_TOKENS, workload.context)
+    rows = workload.batch // split.num_parts("B", workload.batch)
+    tokens = rows * chunk // split.num_parts("T", chunk)
+    widest = 0
+    for block in split.layers:
+        for part in ("mixer", "feed_forward"):
+            outputs = sum(
+                split.part_shape(weight, name)[0]
+                for name, weight in named_weights(block.weights(config.hidden_size)[part])
+                if len(weight.shape) == 2
+            )
+            widest = max(widest, outputs)
+    logits = rows * config.vocab_size // split.num_parts("V") * 4
+    return tokens * (widest + 4 * config.hidden_size) * item + 2 * logits

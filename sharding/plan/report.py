@@ -1,0 +1,200 @@
+"""A plan in words: tables for a terminal, and a dictionary for programs."""
+
+import dataclasses
+from typing import Any
+
+from decodax.sharding.plan.chips import Chip
+from decodax.sharding.plan.compiled import Program, cannot_compile
+from decodax.sharding.plan.cost import LIMITS, Cost
+from decodax.sharding.plan.layerwise import PerLayer
+from decodax.sharding.plan.long_context import Room
+from decodax.sharding.plan.search import Objective, Plan
+
+SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that was found: plans, the best first; programs of those that were compiled, in the same order.
+
+    refused: what the compiler said of plans that it found no room for; they are not among the others.
+    """
+
+    objective: Objective
+    plans: tuple[Plan, ...]
+    programs: tuple[tuple[Program, ...], ...]
+    room: Room
+    per_layer: PerLayer | None
+    refused: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> Plan:
+        return self.plans[0]
+
+    @property
+    def by_model_only(self) -> str | None:
+        """Why nothing was compiled, None if something was."""
+        return None if self.programs else cannot_compile(self.best) or "nothing was compiled, as was asked"
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """For `json.dumps`."""
+    best, workload = report.best, report.best.workload
+    return {
+        "topology": best.topology.name,
+        "chip": _chip(best.topology.chip),
+        "num_chips": best.topology.num_chips,
+        "workload": dataclasses.asdict(workload),
+        "objective": report.objective,
+        "mesh": best.split.text,
+        "rules": "decodax.sharding.rules.RULES",
+        "by_model_only": report.by_model_only,
+        "plans": [plan_as_dict(plan) for plan in report.plans],
+        "programs": [[_program(program) for program in programs] for programs in report.programs],
+        "refused_by_the_compiler": list(report.refused),
+        "room": dataclasses.asdict(report.room),
+        "layout_per_layer": None if report.per_layer is None else report.per_layer._asdict(),
+    }
+
+
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "mesh": plan.split.text,
+        "bytes_per_chip": dataclasses.asdict(plan.memory) | {"total": plan.memory.total, "free": plan.memory.free},
+        "seconds_per_token": plan.seconds_per_token,
+        "tokens_per_second": plan.tokens_per_second,
+        "prompt_seconds": plan.prompt_seconds,
+        "seconds_to_first_token": plan.seconds_to_first_token,
+        "groups_of_rows": plan.groups,
+        "token": _cost(plan.token),
+        "prompt_chunk": _cost(plan.chunk),
+    }
+
+
+def _chip(chip: Chip) -> dict[str, Any]:
+    left_out = ("slices", "network")
+    fields = {field.name: getattr(chip, field.name) for field in dataclasses.fields(chip) if field.name not in left_out}
+    return fields | {"network": dataclasses.asdict(chip.network)}
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return dataclasses.asdict(cost) | {"total_seconds": cost.total, "limited_by": cost.limit}
+
+
+def _program(program: Program) -> dict[str, Any]:
+    fields = dataclasses.asdict(program) | {"total_bytes": program.total_bytes}
+    fields["collectives"] = [
+        {"kind": one.kind, "num_bytes": one.num_bytes, "devices": one.devices, "count": count}
+        for one, count in program.collectives
+    ]
+    return fields
+
+
+def print_report(report: Report) -> None:
+    """Tables on stdout: the plans, what the best one's time is made of, what was compiled, what fits."""
+    from rich.console import Console
+
+    console = Console()
+    for table in (_plans_table(report), _time_table(report.best)):
+        console.print(table)
+    for plan, programs in zip(report.plans, report.programs, strict=False):
+        for program in programs:
+            console.print(_program_table(plan, program))
+    for refusal in report.refused:
+        console.print(f"left out: {refusal}")
+    if report.by_model_only is not None:
+        console.print(f"[bold]by the model only[/bold]: {report.by_model_only}")
+    console.print(_room_text(report))
+    if report.per_layer is not None and report.per_layer.seconds < 0.99 * report.per_layer.seconds_with_one:
+        gain = 1 - report.per_layer.seconds / report.per_layer.seconds_with_one
+        console.print(f"a layout for each layer could save {gain:.0%} of the layers' time; `load` takes one for all")
+    console.print(f'[bold]decodax.load(..., mesh="{report.best.split.text}")[/bold], with the default rules')
+
+
+def _plans_table(report: Report) -> Any:
+    from rich.table import Table
+
+    best = report.best
+    workload = best.workload
+    title = (
+        f"{best.topology.name} ({best.topology.num_chips} x {best.topology.chip.title}): {workload.batch} rows of "
+        f"{workload.context} tokens, weights {workload.dtype if workload.weights == 'same' else workload.weights}"
+    )
+    table = Table(title=title, caption=f"{len(report.plans)} meshes fit; the best for {report.objective} come first")
+    table.add_column("mesh", no_wrap=True)
+    for heading in ("ms per token", "tokens/s", "ms per prompt", "weights GiB", "cache GiB", "free GiB"):
+        table.add_column(heading, justify="right")
+    table.add_column("limited by")
+    for plan in report.plans[:SHOWN]:
+        sizes = (plan.memory.weights, plan.memory.cache, plan.memory.free)
+        numbers = [f"{plan.seconds_per_token * 1e3:.2f}", f"{plan.tokens_per_second:.0f}"]
+        numbers += [f"{plan.prompt_seconds * 1e3:.0f}", *(f"{size / 2**30:.2f}" for size in sizes)]
+        table.add_row(plan.split.text, *numbers, plan.token.limit)
+    return table
+
+
+def _time_table(plan: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"where the time of {plan.split.text} goes, per chip")
+    table.add_column("")
+    for heading in ("token, ms", "meanwhile", "chunk of a prompt, ms", "meanwhile"):
+        table.add_column(heading, justify="right")
+    for name, words in LIMITS.items():
+        cells = []
+        for cost in (plan.token, plan.chunk):
+            hidden = cost.hidden.get(name)
+            cells += [f"{cost.seconds[name] * 1e3:.3f}", "" if hidden is None else f"{hidden * 1e3:.3f}"]
+        table.add_row(words, *cells)
+    table.add_section()
+    totals = [(cost.total * 1e3, cost.flops / 1e9, cost.moved_bytes / 1e9) for cost in (plan.token, plan.chunk)]
+    for index, words in enumerate(("in all", "GFLOP", "GB moved")):
+        table.add_row(words, f"{totals[0][index]:.3f}", "", f"{totals[1][index]:.3f}", "")
+    table.add_section()
+    for label, cost in (("token", plan.token), ("chunk", plan.chunk)):
+        for one in cost.collectives:
+            what = f"{one.count} x {one.kind} over {'+'.join(one.axes)}"
+            size = f"{one.num_bytes / 1e6:.2f} MB, {one.seconds * 1e3:.3f} ms"
+            cells = [size, "", "", ""] if label == "token" else ["", "", size, ""]
+            table.add_row(what, *cells)
+    return table
+
+
+def _program_table(plan: Plan, program: Program) -> Any:
+    from rich.table import Table
+
+    layers = "" if program.num_layers == program.of_layers else f", {program.num_layers} of {program.of_layers} layers"
+    usable = plan.memory.usable
+    title = (
+        f"compiled for {plan.topology.name}: {program.what} of {plan.split.text}{layers}, in {program.seconds:.0f} s"
+    )
+    table = Table(title=title, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for words, size in (
+        ("weights", program.weight_bytes),
+        ("cache and state", program.state_bytes),
+        ("arguments, as the compiler counts them", program.argument_bytes),
+        ("temporaries", program.temporary_bytes),
+        ("code", program.code_bytes),
+        ("in all", program.total_bytes),
+        ("memory that a program may use", usable),
+    ):
+        table.add_row(words, f"{size / 2**30:.3f} GiB")
+    table.add_section()
+    table.add_row("GFLOP", f"{program.flops / 1e9:.2f}")
+    table.add_row("GB accessed in all memories", f"{program.accessed_bytes / 1e9:.2f}")
+    table.add_section()
+    for one, count in program.collectives:
+        among = "" if one.devices is None else f" among {one.devices}"
+        table.add_row(f"{count} x {one.kind}{among}", f"{one.num_bytes:,} bytes each")
+    return table
+
+
+def _room_text(report: Report) -> str:
+    plan, room = report.best, report.room
+    return (
+        f"room for {room.most_rows:,} rows of {plan.workload.context:,} tokens, or {plan.workload.batch} rows of "
+        f"{room.most_tokens:,}; a further token of every row takes {room.cached_token_bytes:,.0f} bytes on a chip; "
+        f"one row's cache goes to the host in {room.switch_seconds * 1e3:.1f} ms"
+    )

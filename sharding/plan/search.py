@@ -1,0 +1,212 @@
+"""Finds the mesh for a model on a topology: every division of the chips that the model allows, by its modelled cost.
+
+Degrees of the axes data, pipeline, context, expert and tensor multiply to the number of chips. The rules are `RULES`,
+which serve every mesh, so what is chosen is what `decodax.load(mesh=...)` takes.
+
+Galvatron: Efficient Transformer Training over Multiple GPUs Using Automatic Parallelism, arXiv 2211.13878, searches a
+layout for every layer. Its dynamic programme is in `layerwise.py`; here all layers share one, as `load` wants it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from decodax.decoding.state import MAX_CHUNK_TOKENS
+from decodax.layers.moe.layer import MoEConfig
+from decodax.models.config import ModelConfig
+from decodax.sharding.mesh import read_mesh_shape
+from decodax.sharding.plan.cost import Cost, cost
+from decodax.sharding.plan.memory import Memory, Workload, memory_of
+from decodax.sharding.plan.parts import forward_parts
+from decodax.sharding.plan.split import Split
+from decodax.sharding.plan.topology import Topology
+from decodax.sharding.rules import MESH_AXES
+
+Objective = Literal["time-to-first-token", "time-per-token", "throughput", "fit"]
+OBJECTIVES: tuple[Objective, ...] = ("time-per-token", "time-to-first-token", "throughput", "fit")
+_SAMPLES = 5  # chunks of a long prompt that are looked at; the time of one grows evenly with what stands before it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run. token: a decoding step at full context. prompt_seconds: of reading prompts of `context` tokens.
+
+    groups: rows are run in so many groups, one behind the other through the stages of a pipeline.
+    """
+
+    topology: Topology
+    split: Split
+    workload: Workload
+    memory: Memory
+    token: Cost
+    chunk: Cost
+    prompt_seconds: float
+    groups: int
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Between two tokens of a row."""
+        return self.token.total
+
+    @property
+    def seconds_to_first_token(self) -> float:
+        return self.prompt_seconds + self.token.total
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together."""
+        return self.workload.batch / self.token.total
+
+    def score(self, objective: Objective) -> tuple[float, float]:
+        """The smaller, the better; the free memory decides between equals."""
+        values = {
+            "time-per-token": self.seconds_per_token,
+            "time-to-first-token": self.seconds_to_first_token,
+            "throughput": -self.tokens_per_second,
+            "fit": 0.0,
+        }
+        return values[objective], -float(self.memory.free)
+
+
+class DoesNotFitError(ValueError):
+    """No mesh leaves room for the model."""
+
+
+def best_plans(
+    config: ModelConfig,
+    topology: Topology,
+    workload: Workload,
+    objective: Objective = "time-per-token",
+    *,
+    mesh: str | None = None,
+) -> list[Plan]:
+    """Every plan that fits, the best first. mesh: look at this one alone.
+
+    Raises ValueError for a mesh of another size, or that the model or the batch does not divide over;
+    `DoesNotFitError`, with what is missing and the smallest topology that would do, where nothing fits.
+    """
+    if mesh is not None:
+        candidates = [_asked(mesh, topology, workload)]
+    else:
+        candidates = list(degrees(config, topology.num_chips, workload.batch))
+    plans, refusals = [], []
+    for sizes in candidates:
+        try:
+            plans.append(plan_for(config, topology, workload, sizes))
+        except ValueError as error:
+            refusals.append(f"{Split.of(config, sizes).text}: {error}")
+    if not plans:
+        raise ValueError(
+            f"{topology.name} has {topology.num_chips} chips, and no mesh of them divides this model. {refusals[0]}"
+        )
+    fitting = [plan for plan in plans if plan.memory.free >= 0]
+    if not fitting:
+        raise DoesNotFitError(_what_is_missing(config, topology, workload, plans))
+    return sorted(fitting, key=lambda plan: plan.score(objective))
+
+
+def _asked(mesh: str, topology: Topology, workload: Workload) -> dict[str, int]:
+    sizes = read_mesh_shape(mesh)
+    if math.prod(sizes.values()) != topology.num_chips:
+        raise ValueError(
+            f"the mesh {mesh!r} needs {math.prod(sizes.values())} chips, and {topology.name} has {topology.num_chips}"
+        )
+    rows = sizes.get("data", 1) * sizes.get("pipeline", 1)
+    if workload.batch % rows:
+        raise ValueError(
+            f"a batch of {workload.batch} does not divide over data={sizes.get('data', 1)} and "
+            f"pipeline={sizes.get('pipeline', 1)}: use a multiple of {rows} rows, or another mesh"
+        )
+    return sizes
+
+
+def degrees(config: ModelConfig, num_chips: int, batch: int) -> Iterator[dict[str, int]]:
+    """Sizes of the mesh axes for so many chips; rows have to divide over data and pipeline, layers over pipeline."""
+    has_experts = any(isinstance(block.feed_forward, MoEConfig) for block in config.blocks)
+    for sizes in _factors(num_chips, len(MESH_AXES)):
+        found: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
+        if batch % (found["data"] * found["pipeline"]) or config.num_layers % found["pipeline"]:
+            continue
+        if found["expert"] > 1 and not has_experts:
+            continue
+        yield found
+
+
+def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as a product of `count` factors, in order."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            for rest in _factors(number // first, count - 1):
+                yield first, *rest
+
+
+def plan_for(config: ModelConfig, topology: Topology, workload: Workload, sizes: dict[str, int]) -> Plan:
+    """The plan with this mesh, whether it fits or not. Raises ValueError for what does not divide."""
+    split = Split.of(config, sizes)
+    rings = topology.rings(dict(split.sizes))
+    groups = split.degree("pipeline")
+    rows = workload.batch // groups
+
+    def forward(new: int, cached: int, *, with_logits: bool) -> Cost:
+        tokens = workload.tokens(new, cached, rows)
+        return cost(forward_parts(split, tokens, with_logits=with_logits), topology.chip, rings)
+
+    token = forward(1, workload.context - 1, with_logits=True)
+    chunk = min(MAX_CHUNK_TOKENS, workload.context)
+    num_chunks = math.ceil(workload.context / chunk)
+    looked_at = sorted({round(i * (num_chunks - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)})
+    chunks = [forward(chunk, index * chunk, with_logits=False) for index in looked_at]
+    mean = _mean_over(looked_at, [one.total for one in chunks], num_chunks)
+    # Groups follow each other through the stages: all of them take as long as one, but for filling and draining.
+    steps = num_chunks * groups
+    prompt_seconds = mean * num_chunks * (steps + groups - 1) / steps
+    return Plan(
+        topology, split, workload, memory_of(split, topology, workload), token, chunks[-1], prompt_seconds, groups
+    )
+
+
+def _mean_over(places: list[int], values: list[float], count: int) -> float:
+    """The mean over 0 .. count - 1 of what runs straight between these places."""
+    if len(places) == 1:
+        return values[0]
+    total = values[-1]
+    for i in range(len(places) - 1):
+        length = places[i + 1] - places[i]
+        slope = (values[i + 1] - values[i]) / length
+        total += sum(values[i] + slope * step for step in range(length))
+    return total / count
+
+
+def _what_is_missing(config: ModelConfig, topology: Topology, workload: Workload, plans: list[Plan]) -> str:
+    nearest = max(plans, key=lambda plan: plan.memory.free)
+    memory = nearest.memory
+    said = (
+        f"this does not fit on {topology.name}: with {nearest.split.text} a chip needs {_gib(memory.total)} "
+        f"({_gib(memory.weights)} of weights, {_gib(memory.cache)} of cache, {_gib(memory.temporaries)} beside) and "
+        f"has {_gib(memory.usable)}: {_gib(-memory.free)} too few"
+    )
+    larger = smallest_that_fits(config, topology, workload)
+    if larger is not None:
+        return f"{said}. The smallest that would do is {larger.name}"
+    return f"{said}, and no larger slice of {topology.chip.title} would do: use a smaller batch or context"
+
+
+def smallest_that_fits(config: ModelConfig, topology: Topology, workload: Workload) -> Topology | None:
+    """The smallest slice of the same chip on which some mesh fits."""
+    for larger in topology.larger:
+        for sizes in degrees(config, larger.num_chips, workload.batch):
+            try:
+                split = Split.of(config, sizes)
+                if memory_of(split, larger, workload).free >= 0:
+                    return larger
+            except ValueError:
+                continue
+    return None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,126 @@
+"""Which meshes are looked at, which are chosen, and what is said where nothing fits."""
+
+import math
+import re
+
+import pytest
+
+from decodax.sharding.plan.cost import cost
+from decodax.sharding.plan.memory import Workload, memory_of
+from decodax.sharding.plan.parts import forward_parts
+from decodax.sharding.plan.search import OBJECTIVES, DoesNotFitError, best_plans, degrees, plan_for
+from decodax.sharding.plan.split import Split
+from decodax.sharding.plan.topology import parse_topology
+from decodax.sharding.rules import MESH_AXES
+from tests.sharding.plan.published import config_of
+
+V5E_8, V5E_16 = parse_topology("v5e:2x4"), parse_topology("v5e:4x4")
+LLAMA = config_of("Llama-3.1-8B")
+
+
+def test_every_division_of_the_chips():
+    found = [tuple(sizes.values()) for sizes in degrees(LLAMA, 8, 8)]
+    assert len(set(found)) == len(found) and {math.prod(sizes) for sizes in found} == {8}
+    assert all(tuple(sizes) == MESH_AXES for sizes in degrees(LLAMA, 8, 8))
+    assert len(found) == 20  # 8 = 2 x 2 x 2 over four axes: no experts, so none over expert
+    experts = list(degrees(config_of("DeepSeek-V3"), 8, 8))
+    assert max(sizes["expert"] for sizes in experts) == 8
+    assert {sizes["pipeline"] for sizes in experts} == {1}  # 61 layers do not divide
+
+
+def test_rows_have_to_divide():
+    for sizes in degrees(LLAMA, 8, 6):
+        assert 6 % (sizes["data"] * sizes["pipeline"]) == 0
+    assert {sizes["data"] for sizes in degrees(LLAMA, 8, 6)} == {1, 2}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_best_comes_first(objective):
+    plans = best_plans(LLAMA, parse_topology("v5e:2x2"), Workload(8, 2048), objective)
+    values = {
+        "time-per-token": [plan.seconds_per_token for plan in plans],
+        "time-to-first-token": [plan.seconds_to_first_token for plan in plans],
+        "throughput": [-plan.tokens_per_second for plan in plans],
+        "fit": [-plan.memory.free for plan in plans],
+    }[objective]
+    assert values == sorted(values)
+    assert all(plan.memory.free >= 0 for plan in plans)
+
+
+def test_one_row_is_decoded_by_tensor_and_many_by_data():
+    """A row's weights are read by all chips together; many rows are, until their sums take longer than the weights."""
+    one = best_plans(LLAMA, V5E_8, Workload(1, 2048))[0]
+    many = best_plans(LLAMA, parse_topology("v6e:2x4"), Workload(512, 256), "throughput")[0]
+    assert one.split.text == "tensor=8" and many.split.degree("tensor") == 4
+
+
+def test_the_mesh_that_was_asked_for():
+    (plan,) = best_plans(LLAMA, V5E_8, Workload(8, 2048), mesh="tensor=4,data=2")
+    assert plan.split.text == "tensor=4,data=2"
+    with pytest.raises(ValueError, match=r"the mesh 'tensor=4' needs 4 chips, and v5e:2x4 has 8"):
+        best_plans(LLAMA, V5E_8, Workload(8, 2048), mesh="tensor=4")
+    with pytest.raises(ValueError, match=r"a batch of 3 does not divide over data=8 .* use a multiple of 8 rows"):
+        best_plans(LLAMA, V5E_8, Workload(3, 2048), mesh="data=8")
+    with pytest.raises(ValueError, match="a mesh has axes data, pipeline, context, expert, tensor"):
+        best_plans(LLAMA, V5E_8, Workload(8, 2048), mesh="tensors=8")
+    with pytest.raises(ValueError, match=r"axis V of 128259 does not divide over the 8 devices"):
+        best_plans(config_of("Llama-3.1-8B", vocab_size=128259), V5E_8, Workload(8, 2048), mesh="tensor=8")
+
+
+def test_a_model_that_cannot_fit_says_by_how_much_and_where_it_would():
+    workload = Workload(8, 2048)
+    expected = r"does not fit on v5e:2x2.* too few\. The smallest that would do is"
+    with pytest.raises(DoesNotFitError, match=expected) as error:
+        best_plans(config_of("Llama-3.1-70B"), parse_topology("v5e:2x2"), workload)
+    text = str(error.value)
+    assert text.endswith("v5e:4x4")  # 141 GB over 8 chips are more than 16 each
+    needed, had, missing = (float(re.search(pattern, text)[1]) for pattern in (
+        r"a chip needs ([\d.]+) GiB", r"and has ([\d.]+) GiB", r": ([\d.]+) GiB too few",
+    ))  # fmt: skip
+    assert missing == pytest.approx(needed - had, abs=0.011) and had == 15.75
+    fits = best_plans(config_of("Llama-3.1-70B"), V5E_16, workload)
+    assert fits and fits[0].memory.free >= 0
+    with pytest.raises(DoesNotFitError, match="no larger slice of NVIDIA H100 SXM would do"):
+        best_plans(config_of("DeepSeek-V3"), parse_topology("gpu:h100x8"), workload)
+
+
+def test_memory_of_a_pipeline_is_that_of_a_stage():
+    whole = memory_of(Split.of(LLAMA, {"tensor": 2}), V5E_8, Workload(8, 2048))
+    stage = memory_of(Split.of(LLAMA, {"tensor": 2, "pipeline": 4}), V5E_8, Workload(8, 2048))
+    embedding_and_head = 2 * 2 * 128256 * 4096 // 2 + 2 * 4096
+    assert stage.weights - embedding_and_head == pytest.approx((whole.weights - embedding_and_head) / 4)
+    assert stage.cache == whole.cache // 4
+
+
+def test_a_pipeline_fills_and_drains():
+    """Prompts of 4 chunks in 2 groups through 2 stages: (8 + 1) / 8 of the time without a bubble."""
+    piped = plan_for(LLAMA, V5E_8, Workload(8, 2048), {"tensor": 4, "pipeline": 2})
+    half = plan_for(LLAMA, V5E_8, Workload(8, 2048), {"tensor": 4, "data": 2})
+    assert piped.groups == 2
+    assert piped.seconds_per_token == pytest.approx(half.seconds_per_token, rel=0.02)
+    assert piped.prompt_seconds == pytest.approx(half.prompt_seconds * 9 / 8, rel=0.02)
+
+
+def test_a_prompts_time_is_that_of_its_chunks():
+    """Sampled chunks of a long prompt give what all of them add up to."""
+    workload = Workload(1, 65536)
+    plan = plan_for(LLAMA, V5E_8, workload, {"tensor": 8})
+    rings = V5E_8.rings({"tensor": 8})
+    every = (
+        cost(forward_parts(plan.split, workload.tokens(512, start), with_logits=False), V5E_8.chip, rings).total
+        for start in range(0, 65536, 512)
+    )
+    assert plan.prompt_seconds == pytest.approx(sum(every), rel=0.01)
+
+
+def test_a_workload_has_rows_and_tokens():
+    with pytest.raises(ValueError, match="at least 1 row of 2 tokens, got 0 rows of 2048"):
+        Workload(0, 2048)
+
+
+def test_room_for_temporaries():
+    """A chunk's hidden states, a feed-forward layer's outputs on a chip, and logits; compiled programs need less."""
+    split = Split.of(LLAMA, {"tensor": 8})
+    outputs = 2 * 14336 // 8 + 4096
+    expected = 8 * 512 * (outputs + 4 * 4096) * 2 + 2 * 8 * 128256 // 8 * 4
+    assert memory_of(split, V5E_8, Workload(8, 2048)).temporaries == expected
