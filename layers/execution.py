@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
 from decodax.sharding import layout
 from decodax.sharding.context import Way
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
+from decodax.sharding.regions import mesh_here, on_each_device
 from decodax.sharding.rules import RULES, Rules, automatic, num_devices
 
 TILE_TOKENS = 128  # slots of a cache that kernels read at a time
@@ -36,6 +38,8 @@ class Execution:
 
     context: how the tokens of a prompt read each other that are split over devices, "ring" or "ulysses"; None for the
     one that sends less (`sharding/context.py`).
+
+    pipeline: how layers are dealt out to stages, and rows to micro-batches, where the mesh has an axis for that.
     """
 
     implementation: Implementation | None = None
@@ -44,6 +48,13 @@ class Execution:
     experts: Hashable | None = None
     context: Way | None = None
     scatter_norms: bool = False
+    pipeline: Pipeline = ONE_CHUNK
+
+    @property
+    def runs_xla(self) -> bool:
+        """Whether no kernels run."""
+        asked = self.implementation
+        return asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
 
     @property
     def on_one_device(self) -> "Execution":
@@ -53,9 +64,7 @@ class Execution:
     @property
     def cache_multiple(self) -> int:
         """The capacity of a cache should be a multiple of so many tokens: its slots divide, and kernels take them."""
-        asked = self.implementation
-        runs_xla = asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
-        return (1 if runs_xla else TILE_TOKENS) * self.num_parts("S")
+        return (1 if self.runs_xla else TILE_TOKENS) * self.num_parts("S")
 
     def mesh_axes(self, letter: str, count: int | None = None) -> tuple[str, ...]:
         """The mesh axes over which an axis is split that has `count` things to split (None: any number)."""
@@ -87,7 +96,7 @@ class Execution:
         """
         if self.mesh is None:
             return function
-        mesh, whole = automatic(self.mesh), set(_TOKENS) - set(split)
+        mesh, whole = self.mesh, set(_TOKENS) - set(split)
         rules = Rules(tuple((letter, axis) for letter, axis in self.rules.pairs if letter not in whole))
 
         def run(*arguments: Any) -> Any:
@@ -105,9 +114,7 @@ class Execution:
                 return jax.tree.map(lambda sharding: sharding.spec, layout.shardings(argument, mesh, rules))
 
             in_specs = tuple(map(specs, in_axes, arguments))
-            out_specs = tuple(map(spec, out_axes))
-            on_devices = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-            return on_devices(*arguments)
+            return on_each_device(function, mesh, in_specs, tuple(map(spec, out_axes)))(*arguments)
 
         return run
 
@@ -125,7 +132,7 @@ class Execution:
         if self.mesh is None:
             return array
         spec = self.rules.spec(self.mesh, axes.split(), array.shape)
-        return jax.lax.with_sharding_constraint(array, NamedSharding(automatic(self.mesh), spec))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh_here(self.mesh), spec))
 
     def by_tokens(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states between blocks, inside a jitted function: split by tokens if they are a chunk of a prompt."""
@@ -141,14 +148,14 @@ class Execution:
             return array
         any_way = PartitionSpec.UNCONSTRAINED
         spec = PartitionSpec(any_way, None, *[any_way] * (array.ndim - 2))
-        return jax.lax.with_sharding_constraint(array, NamedSharding(automatic(self.mesh), spec))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh_here(self.mesh), spec))
 
     def scattered(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states between the parts of a block, inside a jitted function; unchanged without `scatter_norms`."""
         if self.mesh is None or not self.scatter_norms:
             return hidden
         whole = self.split(hidden, "B T D")
-        place = NamedSharding(automatic(self.mesh), scatter_of(self, hidden.shape[0], hidden.shape[1]).spec)
+        place = NamedSharding(mesh_here(self.mesh), scatter_of(self, hidden.shape[0], hidden.shape[1]).spec)
         return jax.lax.with_sharding_constraint(whole, place)
 
     def whole(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from decodax.layers.execution import Execution, scatter_of
-from decodax.sharding.rules import automatic
+from decodax.sharding.regions import on_each_device
 
 
 def linear(
@@ -62,12 +62,13 @@ def linear_from_parts(
     scatter = scatter_of(execution, *inputs.shape[:2]) if execution.scatter_norms and parts else None
     if scatter is None or scatter.axis is None:
         return linear(inputs, weight, bias)
-    axis, mesh = scatter.axis, automatic(execution.mesh)
+    assert execution.mesh is not None
+    axis = scatter.axis
 
     def own(inputs: Array, weight: Array) -> Array:
         return jax.lax.psum_scatter(linear(inputs, weight), parts, scatter_dimension=axis, tiled=True)
 
     whole = [execution.mesh_axes(name, size) or None for name, size in zip("BT", inputs.shape, strict=False)]
     in_specs = (PartitionSpec(*whole, parts), PartitionSpec(None, parts))
-    summed = jax.shard_map(own, mesh=mesh, in_specs=in_specs, out_specs=scatter.spec, check_vma=False)(inputs, weight)
+    summed = on_each_device(own, execution.mesh, in_specs, scatter.spec)(inputs, weight)
     return summed if bias is None else summed + bias.astype(summed.dtype)[None, None, :]

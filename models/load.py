@@ -22,7 +22,8 @@ from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
 from decodax.models.tokenizer import Tokenizer, read_end_token_ids
 from decodax.sharding.mesh import fit_mesh, read_mesh
-from decodax.sharding.rules import RULES, Rules
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
+from decodax.sharding.rules import RULES, Rules, place_tree
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -66,6 +67,7 @@ def load(
     invariant: bool = False,
     implementation: Implementation | None = None,
     scatter_norms: bool = False,
+    pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
     """A model folder, as it is; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
@@ -75,10 +77,13 @@ def load(
     end_token_ids = read_end_token_ids(folder)
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     fitted = None if mesh is None else fit_mesh(mesh, config)
+    execution = Execution(implementation, fitted, rules, scatter_norms=scatter_norms, pipeline=pipeline)
+    model = Model(config, invariant, execution)
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
         params = load_params(folder, family, config, dtype=kind, sharding_of=sharding_of, progress=progress)
-    model = Model(config, invariant, Execution(implementation, fitted, rules, scatter_norms=scatter_norms))
+    if fitted is not None and model.stages is not None:
+        params = place_tree(fitted, rules, model.stacked(params), model.weights())
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 

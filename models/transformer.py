@@ -26,6 +26,8 @@ class Forward(NamedTuple):
     rows: one entry per layer of the range, what its cache's `commit` takes.
     captured: {i: Float[B, T, D]}, the residual stream after i layers (0: the embeddings) for each i asked for.
     routes: one entry per layer of the range, which experts its tokens chose (`layers/moe/routes.py`); None without any.
+
+    In pipeline stages rows have one entry per place (`models/pipelined.py`), and routes none.
     """
 
     hidden: Float[Array, "B T D"]

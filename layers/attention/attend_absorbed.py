@@ -25,6 +25,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import Cache
 from decodax.layers.kv_cache.full import KVRows
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.part import CachePart
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 
 ACCELERATOR_BLOCK_TOKENS = 2048  # a step of a loop costs a host round trip there; not measured
@@ -36,7 +37,7 @@ def attend_absorbed(
     rows: LatentRows,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: LatentCache | Staged,
+    cache: LatentCache | CachePart | Staged,
     *,
     scale: float,
     execution: Execution,

@@ -26,6 +26,7 @@ from decodax.layers.attention.over_context import OwnSlots, exchange, over_slots
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVRows
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.part import CachePart
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 from decodax.layers.linear import linear
 from decodax.sharding.merging import Part, merge
@@ -59,7 +60,7 @@ class Expansion:
 class ExpandedCache:
     """Reads a cache of latents as the keys and values of all heads. Values are padded with zeros to the keys' size."""
 
-    latents: LatentCache
+    latents: LatentCache | CachePart
     expand: Expansion
 
     @property
@@ -88,7 +89,7 @@ def attend_expanded(
     expand: Expansion,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: LatentCache | Staged | None,
+    cache: LatentCache | CachePart | Staged | None,
     *,
     scale: float,
     execution: Execution,
