@@ -16,14 +16,15 @@ from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.choice import Implementation
 from decodax.layers.execution import Execution
-from decodax.models.checkpoint import load_params, shardings_on
+from decodax.models.checkpoint import open_params, read_params, shardings_on
 from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
+from decodax.models.stacked_weights import in_stages
 from decodax.models.tokenizer import Tokenizer, read_end_token_ids
 from decodax.sharding.mesh import fit_mesh, read_mesh
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
-from decodax.sharding.rules import RULES, Rules, place_tree
+from decodax.sharding.rules import RULES, Rules
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -81,9 +82,10 @@ def load(
     model = Model(config, invariant, execution)
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
-        params = load_params(folder, family, config, dtype=kind, sharding_of=sharding_of, progress=progress)
-    if fitted is not None and model.stages is not None:
-        params = place_tree(fitted, rules, model.stacked(params), model.weights())
+        opened = open_params(folder, family, config)
+        if model.stages is not None:
+            opened = in_stages(opened, model.weights(), model.stages)
+        params = read_params(opened, dtype=kind, sharding_of=sharding_of, progress=progress)
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 

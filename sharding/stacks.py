@@ -43,6 +43,12 @@ def _by_place(tree: dict[str, Any], stages: Stages, stack: Callable[[list[Any]],
     return result
 
 
+def layer_names(stages: Stages) -> dict[str, tuple[str, ...]]:
+    """The layers of the model that the subtree of each place holds, both by their names among parameters."""
+    places = range(stages.num_places)
+    return {f"{_BLOCK}{place}": tuple(f"{_BLOCK}{layer}" for layer in stages.layers(place)) for place in places}
+
+
 def _outside_blocks(tree: dict[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in tree.items() if not name.startswith(_BLOCK)}
 
