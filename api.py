@@ -35,7 +35,7 @@ def load(
     implementation: Implementation | None = None,
     scatter_norms: bool = False,
 ) -> LanguageModel:
-    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json).
+    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json), or with Orbax arrays.
 
     path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
         small model that decodax carries.
@@ -101,7 +101,7 @@ def logits(lm: LanguageModel, tokens: Int[Array | np.ndarray, "B T"]) -> Float[A
         raise ValueError(
             f"rows hold {rows.shape[1]} tokens, the model's context is {lm.config.max_position_embeddings}"
         )
-    return _logits(lm.model, lm.params, jnp.asarray(rows, jnp.int32))
+    return _logits(lm.model, lm.params, rows.astype(np.int32))
 
 
 def _full_forward(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

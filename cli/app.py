@@ -6,6 +6,7 @@ import typer
 
 import decodax
 from decodax.cli.bench import bench
+from decodax.cli.convert import convert
 from decodax.cli.generate import generate
 from decodax.cli.methods import methods
 from decodax.cli.plan import plan
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, bench, methods, plan):
+for command in (generate, bench, convert, plan, methods):
     app.command(epilog=_EXIT_CODES)(command)
 app.add_typer(train, name="train", epilog=_EXIT_CODES)
 

@@ -35,6 +35,7 @@ class Measurement:
 def bench(
     model: session.ModelName = None,
     dtype: session.Dtype = None,
+    mesh: session.MeshName = None,
     batch: Annotated[str, typer.Option(metavar="B,B...", help="Batch sizes to measure.")] = "1,8",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in each prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add to each prompt.")] = 128,
@@ -61,6 +62,8 @@ def bench(
     """
     with session.reported_errors(debug):
         sizes = _read_sizes(batch)
+        if mesh is not None and (kernels or routing is not None):
+            raise typer.BadParameter("--mesh is for measuring speed, not with --kernels or --routing")
         if kernels:
             _show_kernels(model, dtype, sizes[0], prompt_tokens, new_tokens, as_json)
             return
@@ -70,7 +73,7 @@ def bench(
         if texts is not None:
             raise typer.BadParameter("texts are prompts for --routing, which was not given")
         jax.config.update("jax_enable_compilation_cache", False)
-        lm = decodax.load(model, dtype=dtype)
+        lm = decodax.load(model, dtype=dtype, mesh=mesh)
         results = []
         for size in sizes:
             with session.progress(f"batch {size}"):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import decodax
-from decodax.cli import session
+from decodax.cli import hosts, session
 from decodax.decoding.generation import Generation, Stats
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.strategies import METHODS as STRATEGIES
@@ -29,6 +29,10 @@ def generate(
     model: session.ModelName = None,
     dtype: session.Dtype = None,
     mesh: session.MeshName = None,
+    distributed: hosts.Coordinator = None,
+    num_processes: hosts.NumProcesses = None,
+    process_id: hosts.ProcessId = None,
+    join_timeout: hosts.JoinTimeout = hosts.JOIN_TIMEOUT,
     invariant: session.Invariant = False,
     adapter: session.Adapter = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to each prompt.")] = _DEFAULT[
@@ -98,19 +102,25 @@ def generate(
         texts = _read_prompts(prompts or [], file or [])
         if compilation_cache:
             session.use_compilation_cache()
-        lm = decodax.load(model, dtype=dtype, mesh=mesh, invariant=invariant, adapter=adapter)
-        _check_values(lm, options, len(texts))
-        if as_json:
-            out = _generate_quietly(lm, texts, options)
-            _print_json(lm, texts, out)
-        else:
-            out = _stream(lm, texts[0], options) if len(texts) == 1 else _generate_quietly(lm, texts, options)
-            if len(texts) > 1:
-                print("\n\n".join(_bold(text) + new for text, new in zip(texts, out.text or (), strict=True)))
-            print(_summary(out.stats, out.finish_reasons), file=sys.stderr)
-        failed = [str(row) for row, reason in enumerate(out.finish_reasons) if reason == "failed"]
-        if failed:
-            raise ArithmeticError(f"the logits became NaN or infinite in prompt {', '.join(failed)} (counted from 0)")
+        with hosts.joined(distributed, num_processes, process_id, join_timeout, mesh):
+            lm = decodax.load(model, dtype=dtype, mesh=mesh, invariant=invariant, adapter=adapter)
+            _check_values(lm, options, len(texts))
+            _run(lm, texts, options, as_json)
+
+
+def _run(lm: decodax.LanguageModel, texts: list[str], options: dict[str, Any], as_json: bool) -> None:
+    """Generates and prints; raises ArithmeticError, after that, where a row failed."""
+    if as_json:
+        out = _generate_quietly(lm, texts, options)
+        _print_json(lm, texts, out)
+    else:
+        out = _stream(lm, texts[0], options) if len(texts) == 1 else _generate_quietly(lm, texts, options)
+        if len(texts) > 1:
+            print("\n\n".join(_bold(text) + new for text, new in zip(texts, out.text or (), strict=True)))
+        print(_summary(out.stats, out.finish_reasons), file=sys.stderr)
+    failed = [str(row) for row, reason in enumerate(out.finish_reasons) if reason == "failed"]
+    if failed:
+        raise ArithmeticError(f"the logits became NaN or infinite in prompt {', '.join(failed)} (counted from 0)")
 
 
 def _options(**options: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import jax
 import typer
 
 import decodax
+from decodax.cli import hosts
 from decodax.sharding.rules import MESH_AXES
 
 MAX_CACHE_BYTES = 2**30
@@ -69,13 +70,16 @@ def reported_errors(debug: bool) -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail again
+        hosts.leave_if_joined(READER_GONE)
         raise typer.Exit(READER_GONE) from None
     except KeyboardInterrupt:
+        hosts.leave_if_joined(INTERRUPTED)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         if debug or isinstance(error, typer.Exit | typer.BadParameter):
             raise
-        print_error(str(error) or type(error).__name__)
+        print_error(hosts.error_prefix() + (str(error) or type(error).__name__))
+        hosts.leave_if_joined(FAILED)
         raise typer.Exit(FAILED) from error
 
 

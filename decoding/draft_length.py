@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from decodax.decoding.sizes import bucket
 from decodax.models.model import Model, Params
+from decodax.sharding.host import from_first
 
 if TYPE_CHECKING:
     from decodax.decoding.strategies._drafts import Draft
@@ -40,14 +41,16 @@ def latency_curve(
 ) -> dict[int, float]:
     """Seconds of a forward with logits over N tokens per row behind `cached_tokens`, for each N; medians.
 
-    The sizes take turns, so that a machine whose speed drifts is as slow for one as for another.
+    The sizes take turns, so that a machine whose speed drifts is as slow for one as for another. Over several processes
+    the first one's measurements count, as all must choose alike.
     """
     capacity = bucket(cached_tokens + max(num_tokens))
     caches = model.empty_cache(batch_size, capacity, jax.tree.leaves(params)[0].dtype)
     length = jnp.full(batch_size, cached_tokens, jnp.int32)
     caches = jax.tree.map(lambda leaf: length if leaf.ndim == 1 else leaf, caches)
 
-    return _alternating(forwards(model, params, caches, cached_tokens, num_tokens))
+    seconds = _alternating(forwards(model, params, caches, cached_tokens, num_tokens))
+    return dict(zip(seconds, from_first(model.execution.mesh, list(seconds.values())), strict=True))
 
 
 def forwards(

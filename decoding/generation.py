@@ -29,6 +29,7 @@ from decodax.decoding.strategies import Speculation, Strategy
 from decodax.decoding.text_watcher import TextWatcher
 from decodax.decoding.verifiers import Verifier
 from decodax.models.model import Model
+from decodax.sharding.host import check_same, to_host
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -203,6 +204,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     if options.stop_strings and lm.tokenizer is None:
         raise ValueError(f"{lm.path} has no tokenizer.json: use stop_token_ids instead of stop")
     ends = lm.end_token_ids if options.stop_token_ids is None else tuple(options.stop_token_ids)
+    check_same(lm.model.execution.mesh, _said(lm, rows, options))
     plan = _Plan(lm, options)
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
     lengths = np.asarray([len(ids) for ids in rows], np.int32)
@@ -234,6 +236,20 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     return _result(lm, state, watcher, plan, clock, (prefill_seconds, decode_seconds, prefill_forwards))
 
 
+def _said(lm: "LanguageModel", rows: list[np.ndarray], options: GenerateOptions) -> dict[str, str | bytes]:
+    """What all processes of a run must have been given alike, under the names of the arguments.
+
+    Of a strategy or a draft that is an object only its kind is compared. The text is looked at between blocks of
+    tokens, so processes that stream run other programs than those that do not.
+    """
+    said = {field.name: repr(getattr(options, field.name)) for field in dataclasses.fields(options)}
+    strategy = options.strategy
+    said["strategy"] = strategy if isinstance(strategy, str) else type(strategy).__name__
+    said |= {name: str(getattr(options, name) is not None) for name in ("draft", "on_text")}
+    prompts = b";".join(ids.astype(np.int64).tobytes() for ids in rows)
+    return {"model": repr(lm.config), "prompts": prompts, **said}
+
+
 class _Clock:
     """Laps of wall-clock time without what went into compiling."""
 
@@ -254,7 +270,7 @@ def _decode(plan: _Plan, state: DecodeState, watcher: TextWatcher) -> DecodeStat
     block = watcher.options.block_tokens if watcher.needed else np.iinfo(np.int32).max
     while not bool(jnp.all(state.done)):
         state = plan.decode(state, np.int32(block))
-        state = dataclasses.replace(state, done=state.done | jnp.asarray(watcher.look(state)))
+        state = dataclasses.replace(state, done=state.done | watcher.look(state))
     watcher.finish()
     return state
 
@@ -269,8 +285,8 @@ def _result(
 ) -> Generation:
     """Cuts each row's new tokens out of the final state."""
     prefill_seconds, decode_seconds, prefill_forwards = times
-    tokens, logprobs, lengths = (np.asarray(x) for x in (state.tokens, state.logprobs, state.length))
-    failed, stop_ids = np.asarray(state.failed), np.asarray(state.stop_token_ids)
+    end_state = (state.tokens, state.logprobs, state.length, state.failed, state.stop_token_ids, state.layer_counts)
+    tokens, logprobs, lengths, failed, stop_ids, layer_counts = to_host(end_state)
     new, scores, reasons = [], [], []
     for row, start in enumerate(watcher.prompt_lengths):
         kept = watcher.num_kept[row]
@@ -289,8 +305,8 @@ def _result(
         compile_seconds=clock.compiled,
         strategy=plan.name,
         num_layers=lm.config.num_layers,
-        layer_forwards=int(state.layer_counts.batch),
-        row_layers=int(np.sum(np.asarray(state.layer_counts.row))),
+        layer_forwards=int(layer_counts.batch),
+        row_layers=int(np.sum(layer_counts.row)),
         fallback=plan.fallback,
         **_draft_counts(state),
     )
@@ -301,7 +317,7 @@ def _draft_counts(state: DecodeState) -> dict[str, Any]:
     """The counts of drafts as plain numbers, none for a strategy that does not draft."""
     if state.counts is None:
         return {}
-    counts = jax.tree.map(np.asarray, state.counts)
+    counts = to_host(state.counts)
     return {
         "draft_forwards": int(counts.num_draft_forwards),
         "accepted_lengths": tuple(map(int, counts.accepted_lengths)),

@@ -49,7 +49,7 @@ def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: DTypeLike, 
 
 def free_bytes() -> int | None:
     """Memory that the default device can still give, None where the platform does not tell."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]  # no process can ask another one's device
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]

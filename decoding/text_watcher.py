@@ -8,6 +8,7 @@ import numpy as np
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.state import DecodeState
 from decodax.models.tokenizer import StreamDecoder
+from decodax.sharding.host import to_host
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -33,7 +34,7 @@ class TextWatcher:
 
     def look(self, state: DecodeState) -> np.ndarray:
         """Reads new tokens; gives Bool[B], true for rows in which a stop string has appeared."""
-        tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
+        tokens, lengths = to_host((state.tokens, state.length))
         for row, decoder in enumerate(self._decoders):
             start = self.prompt_lengths[row]
             while self.num_kept[row] is None and start + self._read[row] < lengths[row]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -123,8 +124,13 @@ class Execution:
         everywhere, devices = NamedSharding(automatic(self.mesh), PartitionSpec()), set(self.mesh.devices.flat)
 
         def place(leaf: Any) -> jax.Array:
-            is_there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
-            return leaf if is_there else jax.device_put(leaf, everywhere)
+            if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
+                return leaf
+            if everywhere.is_fully_addressable:
+                return jax.device_put(leaf, everywhere)
+            # Every process has the whole; `device_put` would send it around to see that they agree.
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, everywhere, lambda index: host[index])
 
         return jax.tree.map(place, tree)
 

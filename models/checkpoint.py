@@ -1,37 +1,47 @@
-"""Reads the weights of a Hugging Face folder (safetensors, one file or several with an index) into parameters.
+"""Reads the weights of a folder (safetensors, one file or several with an index, or Orbax arrays) into parameters.
 
-One parameter at a time, in pieces: from the mapped file, cast on the way, into one aligned host buffer, and from there
-to the device. On CPU that buffer becomes the parameter itself, so reading costs no more host memory than the parameters
-and one piece; on an accelerator it costs one parameter. Nothing refers to the file afterwards.
+One parameter at a time, in pieces: from the mapped file, cast on the way, into aligned host buffers, and from there to
+the devices. Where a sharding says where a parameter lies, each slice that a device of this process holds is read by
+itself and only once, so a process reads no more than its devices hold. On CPU such a buffer becomes the device's part
+itself, and reading costs no more host memory than the parameters, one piece, and UNMAPPED_BYTES of the files; on an
+accelerator it costs one slice. Nothing refers to the files afterwards.
 
 `models/stored_files.py` opens the files, `models/layouts.py` finds the tensors that fill each parameter,
 `models/sources.py` says which part of them, and `models/stored_formats.py` reads their numbers.
+`models/orbax_arrays.py` gives the arrays of an Orbax checkpoint as if they stood in such files.
 """
 
 import json
 import math
+import mmap
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from decodax.layers.weight import Weight
 from decodax.models.config import ModelConfig
 from decodax.models.families._contract import EMBEDDING_NAME, HEAD_NAME, Family, ParameterPath
-from decodax.models.layouts import Expected, find_sources
-from decodax.models.sources import Layouts, Source, transfers
-from decodax.models.stored_files import open_files, weight_files
-from decodax.models.stored_formats import StoredTensor, read_quantization
-from decodax.sharding import rules as sharding
+from decodax.models.layouts import Expected, Filled, find_sources
+from decodax.models.orbax_arrays import OTHER_PARTS, array_name, has_arrays, open_arrays
+from decodax.models.sources import Layouts, Region, region_shape, transfers, whole, whole_region
+from decodax.models.stored_files import Entry, forget_pages, mappings_of, open_files, weight_files
+from decodax.models.stored_formats import read_quantization
+from decodax.sharding.rules import Rules
 
-Put = Callable[[np.ndarray, Weight, ParameterPath], jax.Array]
+Device = Any  # jax.Device, which type checkers take for a variable
+ShardingOf = Callable[[Weight, ParameterPath], Sharding]
+Progress = Callable[[int, int], None]
 
 PIECE_BYTES = 2**20  # read at once: small beside any weight that matters, and within a processor's cache
+UNMAPPED_BYTES = 2**24  # read from files before the memory of their pages is given back
 _ALIGNMENT_BYTES = 64  # what JAX asks of a host buffer that it is to use in place
 _HUGE_PAGE_BYTES = 2**21  # Linux's large pages, for which NumPy asks with arrays of twice that size and more
 
@@ -40,89 +50,184 @@ class NonFiniteWeightWarning(UserWarning):
     """A checkpoint holds NaN or infinity: what the model computes with it will most likely be NaN."""
 
 
+@dataclass
+class StoredWeights:
+    """Parameters as they stand in files that have been found to hold them all.
+
+    weights: their descriptions, in the order of the files. not_finite: the tensors in which NaN or infinity has been
+    read so far, by name.
+    """
+
+    folder: Path
+    weights: Mapping[ParameterPath, Weight]
+    filled: Filled
+    stored: Mapping[str, Entry]
+    not_finite: dict[str, None] = field(default_factory=dict)
+    _mapped_bytes: int = 0
+
+    @cached_property
+    def _mappings(self) -> list[mmap.mmap]:
+        return mappings_of(self.stored)
+
+    def dtype(self, path: ParameterPath) -> np.dtype:
+        """The type that holds a parameter's stored numbers exactly."""
+        kinds = {tensor.dtype for _, tensor in self.filled[path]}
+        return np.dtype(jnp.promote_types(*kinds) if len(kinds) == 2 else jnp.result_type(*kinds))
+
+    def read(self, path: ParameterPath, region: Region, dtype: np.dtype) -> np.ndarray:
+        """These numbers of a parameter, rounded to `dtype`, in a `host_buffer` of their own."""
+        host = host_buffer(region_shape(region), dtype)
+        for source, tensor in self.filled[path]:
+            for place, piece in transfers(source, tensor, self.weights[path].shape, region, host, PIECE_BYTES):
+                with np.errstate(all="ignore"):  # what overflows in a narrower type is found below
+                    place[...] = piece
+                if not _is_finite(place):
+                    self.not_finite[tensor.label] = None
+                self._mapped_bytes += len(place) * math.prod(tensor.shape[-1:]) * tensor.dtype.itemsize  # whole rows
+                if self._mapped_bytes >= UNMAPPED_BYTES:
+                    self.forget_pages()
+        return host
+
+    def forget_pages(self) -> None:
+        """Gives back the memory of the mapped files' pages that were read."""
+        forget_pages(self._mappings)
+        self._mapped_bytes = 0
+
+    def warn(self, stacklevel: int) -> None:
+        """Warns with NonFiniteWeightWarning where something read was not finite."""
+        if self.not_finite:
+            warnings.warn(
+                f"NaN or infinity in {len(self.not_finite)} weight(s) of {self.folder}: {', '.join(self.not_finite)}",
+                NonFiniteWeightWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+
+def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeights:
+    """The parameters of a folder, to be read in parts.
+
+    Raises FileNotFoundError for missing files; ValueError for damaged ones, and one that lists every missing, surplus
+    and misshapen weight.
+    """
+    if has_arrays(folder):
+        return open_part(folder, {}, config.weights(), elsewhere=OTHER_PARTS)
+    tied_head = (HEAD_NAME, EMBEDDING_NAME) if config.tie_embeddings else None
+    elsewhere = None if family.elsewhere is None else family.elsewhere(config)
+    return open_part(folder, family.layouts(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
+
+
+def open_part(
+    folder: Path,
+    layouts: Mapping[ParameterPath, Layouts],
+    weights: Mapping[str, Any],
+    *,
+    tied_head: tuple[str, str] | None = None,
+    elsewhere: str | None = ".*",
+) -> StoredWeights:
+    """The parameters of a part of a checkpoint: `weights` describes them, `layouts` says where they stand.
+
+    In an Orbax checkpoint they stand under their own names, whatever the layouts say.
+    tied_head: the names of a head and of the embedding that it must equal where both are stored.
+    elsewhere: a regular expression for the whole names of stored tensors that belong to other parts; by default all
+        that the layouts do not name do.
+    The errors are those of `open_params`.
+    """
+    described = flat_weights(weights)
+    shapes = {path: weight.shape for path, weight in described.items()}
+    if has_arrays(folder):
+        stored: Mapping[str, Entry] = open_arrays(folder)
+        own_names = {path: whole(array_name(path)) for path in described}
+        expected = Expected(own_names, shapes, elsewhere=elsewhere)
+    else:
+        stored = open_files(weight_files(folder))
+        expected = Expected(layouts, shapes, _quantization(folder), tied_head, elsewhere)
+    filled = find_sources(stored, expected, str(folder))
+    return StoredWeights(folder, {path: described[path] for path in filled}, filled, stored)
+
+
 def load_params(
     folder: Path,
     family: Family,
     config: ModelConfig,
     *,
     dtype: jnp.dtype,
-    put: Put | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    sharding_of: ShardingOf | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The parameters of a folder, as nested as `config.weights()`, every leaf cast to `dtype`.
 
-    put: (host array, description, path) -> device array, for shardings; by default the first device. It may keep the
-        host array: nobody writes it again.
-    progress: called with (bytes done, bytes in all) after each parameter.
-    Raises FileNotFoundError for missing files; ValueError for damaged ones, and one that lists every missing, surplus
-    and misshapen weight. Warns with NonFiniteWeightWarning.
+    sharding_of: (description, path) -> where a parameter lies; by default all lie on the first device.
+    progress: called with (bytes done, bytes in all) after each parameter; of what this process's devices hold.
+    Raises what `open_params` raises. Warns with NonFiniteWeightWarning.
     """
-    return load_part(
-        folder,
-        family.layouts(config),
-        config.weights(),
-        dtype=dtype,
-        put=put,
-        progress=progress,
-        tied_head=(HEAD_NAME, EMBEDDING_NAME) if config.tie_embeddings else None,
-        elsewhere=None if family.elsewhere is None else family.elsewhere(config),
-    )
+    opened = open_params(folder, family, config)
+    return read_params(opened, dtype=dtype, sharding_of=sharding_of, progress=progress)
 
 
-def load_part(
-    folder: Path,
-    layouts: Mapping[ParameterPath, Layouts],
-    weights: Mapping[str, Any],
+def read_params(
+    opened: StoredWeights,
     *,
     dtype: jnp.dtype,
-    put: Put | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    tied_head: tuple[str, str] | None = None,
-    elsewhere: str | None = ".*",
+    sharding_of: ShardingOf | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a part of a checkpoint: `weights` describes them, `layouts` says where they stand.
-
-    tied_head: the names of a head and of the embedding that it must equal where both are stored.
-    elsewhere: a regular expression for the whole names of stored tensors that belong to other parts; by default all
-        that the layouts do not name do.
-    The other arguments, errors and warnings are those of `load_params`.
-    """
-    put = put or (lambda array, weight, path: jax.device_put(array))
+    """All these parameters on their devices; the arguments and the warning are those of `load_params`."""
     dtype = np.dtype(dtype)
-    described = _flat(weights)
-    shapes = {path: weight.shape for path, weight in described.items()}
-    stored = open_files(weight_files(folder))
-    expected = Expected(layouts, shapes, _quantization(folder), tied_head, elsewhere)
-    filled = find_sources(stored, expected, str(folder))
-    total = sum(math.prod(shapes[path]) * dtype.itemsize for path in filled)
-    done, leaves, not_finite = 0, {}, {}
-
-    def transfer(path: ParameterPath) -> jax.Array:  # a function, so that one host buffer is gone before the next
-        host = host_buffer(shapes[path], dtype)
-        for source, tensor in filled[path]:
-            if not _fill(host, source, tensor):
-                not_finite[tensor.label] = None
-        return jax.block_until_ready(put(host, described[path], path))
-
-    for path in filled:
-        leaves[path] = transfer(path)
-        done += math.prod(shapes[path]) * dtype.itemsize
+    shardings = {path: sharding_of(weight, path) if sharding_of else None for path, weight in opened.weights.items()}
+    slices = {path: _local_slices(opened.weights[path].shape, sharding) for path, sharding in shardings.items()}
+    sizes = {
+        path: sum(math.prod(region_shape(region)) for region, _ in local) * dtype.itemsize
+        for path, local in slices.items()
+    }
+    done, leaves = 0, {}
+    for path, sharding in shardings.items():
+        leaves[path] = _leaf(opened, path, dtype, sharding, slices[path])
+        done += sizes[path]
         if progress is not None:
-            progress(done, total)
-    if not_finite:
-        warnings.warn(
-            f"NaN or infinity in {len(not_finite)} weight(s) of {folder}: {', '.join(not_finite)}",
-            NonFiniteWeightWarning,
-            stacklevel=3,
-        )
-    return _nested(leaves)
+            progress(done, sum(sizes.values()))
+    opened.forget_pages()
+    opened.warn(stacklevel=4)
+    return nested(leaves)
 
 
-def put_on(mesh: Mesh | None, rules: sharding.Rules) -> Put | None:
-    """What brings a parameter to its place on a mesh; None, for the first device, without one."""
+def _local_slices(shape: tuple[int, ...], sharding: Sharding | None) -> list[tuple[Region, list[Device | None]]]:
+    """The distinct slices that devices of this process hold, each with those devices; None is the first device."""
+    if sharding is None:
+        return [(whole_region(shape), [None])]
+    holders: dict[tuple[tuple[int, int], ...], list[Device | None]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    return [(tuple(slice(*bound) for bound in bounds), devices) for bounds, devices in holders.items()]
+
+
+def _leaf(
+    opened: StoredWeights,
+    path: ParameterPath,
+    dtype: np.dtype,
+    sharding: Sharding | None,
+    slices: list[tuple[Region, list[Device | None]]],
+) -> jax.Array:
+    """One parameter on its devices; the host buffer of a slice is gone before the next is made, where it was copied."""
+    parts: list[jax.Array] = []
+    for region, devices in slices:
+        host = opened.read(path, region, dtype)
+        parts += jax.block_until_ready([to_device(host, device) for device in devices])
+    if sharding is None:
+        return parts[0]
+    return jax.make_array_from_single_device_arrays(opened.weights[path].shape, sharding, parts, dtype=dtype)
+
+
+def to_device(host: np.ndarray, device: Device | None) -> jax.Array:
+    """The array on a device; on CPU it is the aligned host array itself, which nobody may write again."""
+    return jax.device_put(host, device)
+
+
+def shardings_on(mesh: Mesh | None, rules: Rules) -> ShardingOf | None:
+    """Where each parameter lies on a mesh; None, the first device, without one."""
     if mesh is None:
         return None
-    return lambda array, weight, path: sharding.place(mesh, rules, array, weight, "/".join(path))
+    return lambda weight, path: rules.sharding(mesh, weight, "/".join(path))
 
 
 def _quantization(folder: Path) -> Any:
@@ -131,16 +236,6 @@ def _quantization(folder: Path) -> Any:
     if not file.is_file():
         return None
     return read_quantization(json.loads(file.read_text(encoding="utf-8")).get("quantization_config"))
-
-
-def _fill(host: np.ndarray, source: Source, tensor: StoredTensor) -> bool:
-    """Copies what a source gives into its place in a parameter; whether all of it is finite."""
-    is_finite = True
-    for place, piece in transfers(source, tensor, host, PIECE_BYTES):
-        with np.errstate(all="ignore"):  # what overflows in a narrower type is found below
-            place[...] = piece
-        is_finite = is_finite and _is_finite(place)
-    return is_finite
 
 
 def host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -163,14 +258,16 @@ def _is_finite(array: np.ndarray) -> bool:
     return bool(magnitude.max(initial=0) < infinity)
 
 
-def _flat(tree: Mapping[str, Any], prefix: ParameterPath = ()) -> dict[ParameterPath, Weight]:
+def flat_weights(tree: Mapping[str, Any], prefix: ParameterPath = ()) -> dict[ParameterPath, Weight]:
+    """The leaves of nested descriptions by their paths."""
     leaves: dict[ParameterPath, Weight] = {}
     for name, value in tree.items():
-        leaves |= {(*prefix, name): value} if isinstance(value, Weight) else _flat(value, (*prefix, name))
+        leaves |= {(*prefix, name): value} if isinstance(value, Weight) else flat_weights(value, (*prefix, name))
     return leaves
 
 
-def _nested(leaves: dict[ParameterPath, jax.Array]) -> dict[str, Any]:
+def nested(leaves: Mapping[ParameterPath, Any]) -> dict[str, Any]:
+    """The other way round."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         branch = tree

@@ -8,7 +8,7 @@ import numpy as np
 
 from decodax.models.families._contract import ParameterPath
 from decodax.models.sources import Layout, Layouts, Shape, Source, renamed
-from decodax.models.stored_files import RawTensor
+from decodax.models.stored_files import Entry, RawTensor
 from decodax.models.stored_formats import Quantization, StoredTensor, interpret, is_stored_as, scales_of
 
 Filled = dict[ParameterPath, list[tuple[Source, StoredTensor]]]  # what each parameter is filled from
@@ -40,7 +40,7 @@ class Expected:
     elsewhere: str | None = None
 
 
-def find_sources(stored: Mapping[str, RawTensor], expected: Expected, where: str) -> Filled:
+def find_sources(stored: Mapping[str, Entry], expected: Expected, where: str) -> Filled:
     """The stored tensors that fill each parameter, in the order of the files.
 
     Of a parameter's layouts, the one is taken of which most is there. Raises ValueError that lists every missing,
@@ -72,7 +72,7 @@ def find_sources(stored: Mapping[str, RawTensor], expected: Expected, where: str
     return {path: [(source, tensors[source.name]) for source in nearest[path]] for path in in_order}
 
 
-def _share(layout: Layout, stored: Mapping[str, RawTensor]) -> float:
+def _share(layout: Layout, stored: Mapping[str, Entry]) -> float:
     return sum(source.name in stored for source in layout) / len(layout)
 
 
@@ -86,7 +86,7 @@ def _check_places(path: ParameterPath, layout: Layout, shape: Shape) -> None:
         )
 
 
-def _missing(layout: Layout, layouts: Layouts, shape: Shape, stored: Mapping[str, RawTensor]) -> list[str]:
+def _missing(layout: Layout, layouts: Layouts, shape: Shape, stored: Mapping[str, Entry]) -> list[str]:
     """A line for each tensor that this layout lacks; the first also names the others where nothing tells them apart."""
     lines = [
         f"missing: {source.name} {list(source.stored_shape(shape))}" for source in layout if source.name not in stored
@@ -98,7 +98,7 @@ def _missing(layout: Layout, layouts: Layouts, shape: Shape, stored: Mapping[str
 
 
 def _tensors(
-    stored: Mapping[str, RawTensor],
+    stored: Mapping[str, Entry],
     nearest: Mapping[ParameterPath, Layout],
     expected: Expected,
     problems: dict[str, None],
@@ -122,7 +122,7 @@ def _tensors(
 
 
 def _surplus(
-    stored: Mapping[str, RawTensor],
+    stored: Mapping[str, Entry],
     layouts: Mapping[ParameterPath, Layouts],
     nearest: Mapping[ParameterPath, Layout],
     expected: Expected,
@@ -149,7 +149,8 @@ def _surplus(
     return lines
 
 
-def _equal(one: RawTensor, other: RawTensor) -> bool:
+def _equal(one: Entry, other: Entry) -> bool:
+    assert isinstance(one, RawTensor) and isinstance(other, RawTensor)  # only names of files are tied
     if one.kind != other.kind or one.shape != other.shape:
         return False
     pieces = range(0, one.content.size, _COMPARED_BYTES)

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.choice import Implementation
 from decodax.layers.execution import Execution
-from decodax.models.checkpoint import load_params, put_on
+from decodax.models.checkpoint import load_params, shardings_on
 from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
@@ -67,7 +67,7 @@ def load(
     implementation: Implementation | None = None,
     scatter_norms: bool = False,
 ) -> LanguageModel:
-    """A model folder in Hugging Face format, as it is; arguments and errors are those of `decodax.load`."""
+    """A model folder, as it is; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
     folder = find_folder(path_or_id)
     family, config = load_config(folder)
@@ -75,8 +75,9 @@ def load(
     end_token_ids = read_end_token_ids(folder)
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     fitted = None if mesh is None else fit_mesh(mesh, config)
-    with _progress(f"loading {folder.name}") as progress:
-        params = load_params(folder, family, config, dtype=kind, put=put_on(fitted, rules), progress=progress)
+    with byte_progress(f"loading {folder.name}") as progress:
+        sharding_of = shardings_on(fitted, rules)
+        params = load_params(folder, family, config, dtype=kind, sharding_of=sharding_of, progress=progress)
     model = Model(config, invariant, Execution(implementation, fitted, rules, scatter_norms=scatter_norms))
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
@@ -140,14 +141,14 @@ def working_dtype(dtype: DTypeLike | None) -> jnp.dtype:
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback that shows a bar on stderr, if that is a terminal, once the work has lasted longer than a second."""
+def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (bytes done, bytes in all) that shows a bar on stderr, if that is a terminal, after a second."""
     start, bar = monotonic(), None
 
     def update(done: int, total: int) -> None:
         nonlocal bar
         if bar is None and monotonic() - start > _SILENT_SECONDS and done < total:
-            bar = _bar(label, total)
+            bar = _bar(label, done, total)
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
 
@@ -158,13 +159,19 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
-def _bar(label: str, total: int) -> "Progress":
+def _bar(label: str, done: int, total: int) -> "Progress":
     from rich.console import Console  # late: most models load within a second
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(file=sys.stderr)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     bar.start()
-    bar.add_task(label, total=total)
+    bar.add_task(label, total=total, completed=done)
     return bar

@@ -23,12 +23,16 @@ from decodax.layers.execution import Execution
 from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.weight import Weight, fetch
-from decodax.models.checkpoint import load_part, put_on
-from decodax.models.config import BlockConfig
+from decodax.models.checkpoint import StoredWeights, open_part, read_params, shardings_on
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.families._contract import Family
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
+from decodax.models.orbax_arrays import has_arrays, open_arrays
 from decodax.models.stored_files import open_files, weight_files
 from decodax.models.transformer import Block
+
+PART = "next_layer"  # its parameters beside the model's
 
 
 @dataclass(frozen=True)
@@ -115,19 +119,35 @@ def load_next_layer(folder: Path, model: Model, *, dtype: DTypeLike) -> Params:
     family, config = load_config(folder)
     if config != model.config:
         raise ValueError(f"{folder} holds another model than the one that its layer shall draft for: give its own")
-    layouts, names = family.next_layer_layouts(config), family.next_layer
-    assert names is not None  # or it would have none to name
-    prefix = names.prefix.format(config.num_layers)
-    if not any(f"model.{name.removeprefix('model.')}".startswith(prefix) for name in open_files(weight_files(folder))):
+    prefix = _prefix(family, config)
+    if not holds_next_layer(folder, family, config):
         raise ValueError(
             f"the files in {folder} hold no layer that predicts further tokens (no tensor is called {prefix}...): "
             "download them again with all layers, or take another strategy"
         )
-    return load_part(
-        folder,
-        layouts,
-        next_layer(model).weights(),
-        dtype=jnp.dtype(dtype),
-        put=put_on(model.execution.mesh, model.execution.rules),
-        elsewhere=names.elsewhere(prefix),
-    )
+    opened, execution = open_next_layer(folder, family, config), model.execution
+    sharding_of = shardings_on(execution.mesh, execution.rules)
+    return read_params(opened, dtype=jnp.dtype(dtype), sharding_of=sharding_of)[PART]
+
+
+def holds_next_layer(folder: Path, family: Family, config: ModelConfig) -> bool:
+    """Whether a model's folder holds such a layer, or a part of one; ValueError for a family without."""
+    prefix = _prefix(family, config)
+    if has_arrays(folder):
+        return any(name.startswith(f"{PART}.") for name in open_arrays(folder))
+    return any(f"model.{name.removeprefix('model.')}".startswith(prefix) for name in open_files(weight_files(folder)))
+
+
+def open_next_layer(folder: Path, family: Family, config: ModelConfig) -> StoredWeights:
+    """Its parameters under "next_layer", to be read in parts; ValueError where the files do not hold it whole."""
+    names = family.next_layer
+    assert names is not None  # or `holds_next_layer` had said so
+    layouts = {(PART, *path): stored for path, stored in family.next_layer_layouts(config).items()}
+    weights = {PART: next_layer(Model(config)).weights()}
+    return open_part(folder, layouts, weights, elsewhere=names.elsewhere(_prefix(family, config)))
+
+
+def _prefix(family: Family, config: ModelConfig) -> str:
+    family.next_layer_layouts(config)  # raises for a family without
+    assert family.next_layer is not None
+    return family.next_layer.prefix.format(config.num_layers)

@@ -1,22 +1,34 @@
 """Where a parameter's numbers stand in a checkpoint: which stored tensors fill it, and which part of each.
 
 Most parameters are one stored tensor as it is. Others are a part of a fused one (the gate half of gate_up_proj), a
-transposed one, or a stack of many (one matrix per expert). `Source` says so as data; `transfers` copies by it, in
-pieces, whatever format the numbers are stored in (`models/stored_formats.py`).
+transposed one, or a stack of many (one matrix per expert). `Source` says so as data, and `pieces` which numbers of the
+two are the same. Reading goes by it (`transfers`: any region of a parameter, whatever format the numbers are stored in,
+`models/stored_formats.py`), and so does writing.
 
 A parameter may have several layouts, because programs store the same model differently (experts stacked in one tensor,
 or one tensor each). `models/layouts.py` finds the one that a checkpoint has.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from decodax.models.stored_formats import StoredTensor
 
 Shape = tuple[int, ...]
+Region = tuple[slice, ...]  # a box of a parameter: a slice with a start, a stop and no step for each axis
+
+
+def whole_region(shape: Shape) -> Region:
+    return tuple(slice(0, size) for size in shape)
+
+
+def region_shape(region: Region) -> Shape:
+    return tuple(part.stop - part.start for part in region)
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,8 @@ class Source:
     part, axis: what to take of the stored tensor's `axis`; None: everything.
     transposed: the file has the last two axes the other way round ([.., inputs, outputs]).
     shape: the stored tensor's shape, where it is not the parameter's but for `at`, `part` and `transposed`: the same
-        numbers in the same order, with axes split, joined or of size 1 (a convolution's [channels, 1, taps]).
+        numbers in the same order, with axes before the last split, joined or of size 1 (a convolution's
+        [channels, 1, taps]).
     """
 
     name: str
@@ -85,7 +98,9 @@ class Source:
             if self.part is not None:
                 size = stored[self.axis] // self.part.width * self.part.period
                 stored = (*stored[: self.axis], size, *stored[self.axis + 1 :])
-        if math.prod(self._selected(stored)) != math.prod(wanted):
+        selected = self._selected(stored)
+        columns = selected[-2:-1] if self.transposed else selected[-1:]
+        if math.prod(selected) != math.prod(wanted) or columns != wanted[-1:]:
             raise ValueError(f"{self} does not fill a parameter of shape {list(wanted)}")
         return stored
 
@@ -136,31 +151,76 @@ def renamed(layouts: Layouts, prefix: str = "", *, without: str = "") -> Layouts
     )
 
 
-def transfers(
-    source: Source, tensor: StoredTensor, parameter: np.ndarray, piece_bytes: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What is to be copied from a stored tensor: (a view of the parameter, the numbers for it), piece by piece.
+def pieces(
+    source: Source, stored: Shape, parameter: Shape, region: Region, target: np.ndarray, piece_numbers: int
+) -> Iterator[tuple[np.ndarray, slice | np.ndarray, slice | np.ndarray]]:
+    """Which numbers are the same: (a view of `target`, their rows, their columns in the stored tensor), piece by piece.
 
-    A piece is some rows of the stored tensor, all axes but the last taken as one: about `piece_bytes`, never a whole
-    tensor. The parameter must be contiguous, the tensor of the shape that the source asks for.
+    All axes of the stored tensor but the last, taken as one, are its rows. Of rows and columns, one is a slice.
+
+    stored, parameter: the shapes of both. target: contiguous, the `region` of the parameter. A piece holds about
+        `piece_numbers` numbers of whole stored rows. Nothing where the source fills no part of the region.
     """
-    target = parameter if source.at is None else parameter[source.at]
-    every_row, every_column = Every(1, 0, 1), slice(None)
-    num_columns = tensor.shape[-1] if tensor.shape else 1
-    num_selected = num_columns
-    if source.part is not None and source.axis == len(tensor.shape) - 1:
-        num_selected = num_columns // source.part.period * source.part.width
-        every_column = source.part.indices(0, num_selected)
+    if source.at is not None:
+        if not region[0].start <= source.at < region[0].stop:
+            return
+        target, parameter, region = target[source.at - region[0].start, ...], parameter[1:], region[1:]
+    every_row = every_column = Every(1, 0, 1)
+    if source.part is not None and source.axis == len(stored) - 1:
+        every_column = source.part
     elif source.part is not None:  # rows are counted over the axes in front: those in between lengthen the period
-        every_row = source.part.times(math.prod(tensor.shape[source.axis + 1 : -1]))
-    if source.transposed:
-        matrices = target.reshape(-1, *target.shape[-2:]).swapaxes(1, 2)
-    else:
-        matrices = target.reshape(1, -1, num_selected)
-    step = max(1, piece_bytes // max(num_columns * tensor.dtype.itemsize, 1))
-    num_rows = matrices.shape[1]
-    for index, matrix in enumerate(matrices):
-        for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
-            rows = every_row.indices(index * num_rows + start, index * num_rows + stop)
-            yield matrix[start:stop], tensor.rows(rows)[:, every_column]
+        every_row = source.part.times(math.prod(stored[source.axis + 1 : -1]))
+    step = max(1, piece_numbers // max(math.prod(stored[-1:]), 1))
+    for first_row, columns, matrix in _matrices(source.transposed, parameter, region, target):
+        selected = every_column.indices(columns.start, columns.stop)
+        for start in range(0, len(matrix), step):
+            stop = min(start + step, len(matrix))
+            yield matrix[start:stop], every_row.indices(first_row + start, first_row + stop), selected
+
+
+def _matrices(
+    transposed: bool, parameter: Shape, region: Region, target: np.ndarray
+) -> Iterator[tuple[int, slice, np.ndarray]]:
+    """Parts of the target that are consecutive selected rows of the stored tensor: (the first, the columns, the view).
+
+    As few as there are: one where the region takes the axes behind the first whole.
+    """
+    if transposed:
+        for matrix, place in zip(target.reshape(-1, *target.shape[-2:]), _places(region[:-2]), strict=True):
+            first = _flat_index(parameter[:-2], place) * parameter[-1] + region[-1].start
+            yield first, region[-2], matrix.T
+        return
+    *rows, columns = region or (slice(0, 1),)
+    axis = len(rows)
+    while axis > 1 and rows[axis - 1] == slice(0, parameter[axis - 1]):
+        axis -= 1  # whole axes at the end are of the same run of rows
+    axis = max(axis - 1, 0)
+    run = math.prod(target.shape[axis:-1])
+    matrices = target.reshape(-1, run, columns.stop - columns.start)
+    starts = [part.start for part in rows[axis:]]
+    for matrix, place in zip(matrices, _places(tuple(rows[:axis])), strict=True):
+        yield _flat_index(parameter[: len(rows)], (*place, *starts)), columns, matrix
+
+
+def _places(region: Region) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*(range(part.start, part.stop) for part in region))
+
+
+def _flat_index(shape: Shape, place: tuple[int, ...]) -> int:
+    flat = 0
+    for size, index in zip(shape, place, strict=True):
+        flat = flat * size + index
+    return flat
+
+
+def transfers(
+    source: Source, tensor: StoredTensor, parameter: Shape, region: Region, target: np.ndarray, piece_bytes: int
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """What is to be copied from a stored tensor: (a view of the target, the numbers for it), piece by piece.
+
+    A piece is some rows of the stored tensor: about `piece_bytes`, never a whole tensor. The tensor has the shape that
+    the source asks for; the other arguments are those of `pieces`.
+    """
+    numbers = piece_bytes // tensor.dtype.itemsize
+    for place, rows, columns in pieces(source, tensor.shape, parameter, region, target, numbers):
+        yield place, tensor.rows(rows)[:, columns]

@@ -7,22 +7,36 @@ Format: https://github.com/huggingface/safetensors (8 bytes header size, JSON he
 """
 
 import json
+import mmap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 
+@runtime_checkable
+class Entry(Protocol):
+    """What is known of a stored tensor before its numbers are read: its type of number in safetensors' words (BF16)."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class RawTensor:
-    """A stored tensor: `kind` is its type of number in the file's words (BF16), `content` its mapped bytes."""
+    """A tensor of a file: `content` is its bytes in the file's `mapping`."""
 
     kind: str
     shape: tuple[int, ...]
     content: np.ndarray
+    mapping: mmap.mmap
 
     def array(self, dtype: DTypeLike) -> np.ndarray:
         """The mapped numbers."""
@@ -74,15 +88,33 @@ def open_files(files: list[Path]) -> dict[str, RawTensor]:
                 pass  # the header and all sizes are in order
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is no intact safetensors file ({_sizes(file)}): {error}") from error
-        content = np.asarray(np.memmap(file, np.uint8, "r"))
+        with file.open("rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        content = np.frombuffer(mapping, np.uint8)
         header_size = int(content[:8].view("<u8")[0])
         header: dict[str, Any] = json.loads(content[8 : 8 + header_size].tobytes())
         header.pop("__metadata__", None)
         content = content[8 + header_size :]
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
-            stored[name] = RawTensor(entry["dtype"], tuple(entry["shape"]), content[start:end])
+            stored[name] = RawTensor(entry["dtype"], tuple(entry["shape"]), content[start:end], mapping)
     return stored
+
+
+def mappings_of(stored: Mapping[str, Entry]) -> list[mmap.mmap]:
+    """The mapped files in which these tensors stand."""
+    mappings = (tensor.mapping for tensor in stored.values() if isinstance(tensor, RawTensor))
+    return list({id(mapping): mapping for mapping in mappings}.values())
+
+
+def forget_pages(mappings: Iterable[mmap.mmap]) -> None:
+    """Gives back the memory of what has been read of mapped files so far; what is read again is mapped again.
+
+    The kernel would do it only when memory runs short, and until then counts the pages as this process's.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such thing
+        for mapping in mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _sizes(file: Path) -> str:

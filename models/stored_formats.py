@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from decodax.models.stored_files import RawTensor
+from decodax.models.stored_files import Entry, RawTensor
 
 PLAIN_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _SCALE_DTYPES = PLAIN_DTYPES | {"F8_E8M0": ml_dtypes.float8_e8m0fnu}
@@ -185,16 +185,21 @@ def read_quantization(field: Any) -> Quantization | None:
     return Quantization(method, (block[0], block[1]))
 
 
-def scales_of(name: str, stored: Mapping[str, RawTensor]) -> str | None:
+def stands_for_packed(name: str) -> bool:
+    """Whether a family's layout gives this name to numbers that are packed (mxfp4)."""
+    return name.endswith("_blocks")
+
+
+def scales_of(name: str, stored: Mapping[str, Entry]) -> str | None:
     """The name of the tensor with the scales of this one, if it is of a form that has them."""
     if stored[name].kind == _FP8_KIND:
         return f"{name}_scale_inv"
-    if stored[name].kind == "U8" and name.endswith("_blocks"):
+    if stored[name].kind == "U8" and stands_for_packed(name):
         return f"{name.removesuffix('_blocks')}_scales"
     return None
 
 
-def interpret(name: str, stored: Mapping[str, RawTensor], quantization: Quantization | None) -> StoredTensor:
+def interpret(name: str, stored: Mapping[str, Entry], quantization: Quantization | None) -> StoredTensor:
     """The tensor that `stored[name]`, with its scales, stands for.
 
     Raises ValueError when the form is unknown, the scales are missing or misshapen, or `quantization` says otherwise.
@@ -206,6 +211,9 @@ def interpret(name: str, stored: Mapping[str, RawTensor], quantization: Quantiza
                 f"unknown kind of number: {name} is {raw.kind}, expected one of {sorted(PLAIN_DTYPES)}, or fp8 or "
                 "mxfp4 with their scales"
             )
+        if isinstance(raw, StoredTensor):  # an array of another kind of checkpoint
+            return raw
+        assert isinstance(raw, RawTensor)
         return Plain(name, raw.array(PLAIN_DTYPES[raw.kind]))
     method = "fp8" if raw.kind == _FP8_KIND else "mxfp4"
     if quantization is None or quantization.method != method:
@@ -226,6 +234,7 @@ def interpret(name: str, stored: Mapping[str, RawTensor], quantization: Quantiza
     if scale_name not in stored:
         raise ValueError(f"missing: {scale_name} {list(shape)}, {what}")
     scales = stored[scale_name]
+    assert isinstance(raw, RawTensor) and isinstance(scales, RawTensor)
     if scales.shape != shape:
         raise ValueError(f"misshapen: {scale_name} {list(scales.shape)}, expected {list(shape)}, {what}")
     kinds = _SCALE_DTYPES if method == "fp8" else {"U8": np.uint8}
@@ -235,7 +244,7 @@ def interpret(name: str, stored: Mapping[str, RawTensor], quantization: Quantiza
     return BlockScaled(label, codes, factors, quantization.block) if method == "fp8" else Mxfp4(label, codes, factors)
 
 
-def is_stored_as(method: str, stored: Mapping[str, RawTensor]) -> bool:
+def is_stored_as(method: str, stored: Mapping[str, Entry]) -> bool:
     """Whether any tensor has this form."""
     kind = _FP8_KIND if method == "fp8" else "U8"
     return any(tensor.kind == kind and scales_of(name, stored) is not None for name, tensor in stored.items())

@@ -1,19 +1,22 @@
 """Reads a few parameters of a checkpoint by layouts of a test's own."""
 
 import tracemalloc
+from unittest import mock
 
 import jax
 import numpy as np
 
 from decodax.layers.weight import Weight
-from decodax.models.checkpoint import load_part
+from decodax.models import checkpoint
+from decodax.models.checkpoint import open_part, read_params
 
 
-def part_of(folder, layouts, shapes, **options):
+def part_of(folder, layouts, shapes, *, elsewhere=".*", **options):
     """The parameters with these layouts and shapes, by name, as float32."""
     weights = {name: Weight(("V",) * len(shape), shape) for name, shape in shapes.items()}
     layouts = {(name,): layout for name, layout in layouts.items()}
-    return load_part(folder, layouts, weights, **{"dtype": np.dtype(np.float32)} | options)
+    opened = open_part(folder, layouts, weights, elsewhere=elsewhere)
+    return read_params(opened, **{"dtype": np.dtype(np.float32)} | options)
 
 
 def peak_bytes(folder, layout, shape):
@@ -21,7 +24,8 @@ def peak_bytes(folder, layout, shape):
     small = jax.device_put(np.ones(1))
     tracemalloc.start()
     try:
-        part_of(folder, {"w": (layout,)}, {"w": shape}, put=lambda array, weight, path: small)
+        with mock.patch.object(checkpoint, "to_device", lambda host, device: small):
+            part_of(folder, {"w": (layout,)}, {"w": shape})
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -82,7 +82,7 @@ class Family:
     score_scale_field: the field whose inverse square root scales the scores, in place of the head size.
     block_tensors: where a block's weights are stored; a function of the block where its sizes, or its kind, say so.
     elsewhere: config -> a regular expression for the names of stored tensors that belong to a part which is loaded
-        separately (`load_part` in `models/checkpoint.py`). None: all tensors are the model's.
+        separately (`open_part` in `models/checkpoint.py`). None: all tensors are the model's.
     next_layer: the names in a layer that predicts one token further, where checkpoints may have one.
     rotary_size: (fields) -> how many coordinates of a head rotate; None: all, or the part that the file says.
     default_rope: the `rope_scaling` of a config without one.

@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -139,6 +140,7 @@ MEMORY_SCRIPT = """
     import sys, threading, time
     from pathlib import Path
     import jax, numpy as np
+    from decodax.models import checkpoint
     from decodax.models.checkpoint import load_params
     from decodax.models.hf_config import load_config
 
@@ -151,7 +153,8 @@ MEMORY_SCRIPT = """
     family, config = load_config(folder)
     jax.block_until_ready(jax.device_put(np.ones(8)))
     small = jax.device_put(np.ones(8))
-    options = {} if keep else {"put": lambda array, weight, path: small}
+    if not keep:
+        checkpoint.to_device = lambda host, device: small
     peak, done, before = 0, False, anonymous_bytes()
 
     def watch():
@@ -162,7 +165,7 @@ MEMORY_SCRIPT = """
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    params = load_params(folder, family, config, dtype=np.dtype(dtype), **options)
+    params = load_params(folder, family, config, dtype=np.dtype(dtype))
     done = True
     watcher.join()
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if keep else 0
@@ -183,7 +186,7 @@ def test_peak_host_memory(tmp_path, stored, kept, keep):
     config |= {"vocab_size": vocabulary, "hidden_size": hidden, "num_attention_heads": 4, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
     family, described = load_config(tmp_path)
-    shapes = {path: weight.shape for path, weight in checkpoint._flat(described.weights()).items()}
+    shapes = {path: weight.shape for path, weight in checkpoint.flat_weights(described.weights()).items()}
     tensors = {
         name: np.ones(shapes[path], ml_dtypes.bfloat16 if stored == "bfloat16" else stored)
         for name, path in family.tensor_names(described).items()
@@ -283,17 +286,17 @@ def test_not_finite_weights_are_named(tmp_path, monkeypatch, value, stored, kept
     assert not np.isfinite(np.float32(params["blocks_1"]["feed_forward"]["up"][20, 29]))
 
 
-def test_put_sees_every_weight_and_progress_ends_at_the_total():
-    seen, reports = {}, []
+def test_a_place_is_asked_for_every_weight_and_progress_ends_at_the_total():
+    seen, reports, device = {}, [], jax.devices()[3]
 
-    def put(array, weight, path):
-        assert array.ctypes.data % 64 == 0 and array.shape == weight.shape
+    def sharding_of(weight, path):
         seen[path] = weight
-        return jax.device_put(array)
+        return SingleDeviceSharding(device)
 
     folder = load_golden("qwen3_window").folder
-    params = params_of(folder, put=put, progress=lambda done, total: reports.append((done, total)))
-    assert seen == checkpoint._flat(load_config(folder)[1].weights())
+    params = params_of(folder, sharding_of=sharding_of, progress=lambda done, total: reports.append((done, total)))
+    assert seen == checkpoint.flat_weights(load_config(folder)[1].weights())
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(params))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert reports[-1] == (total, total) and len(reports) == len(seen)
 

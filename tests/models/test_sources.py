@@ -1,19 +1,22 @@
 """Parameters that are not one stored tensor: parts, transposed tensors, stacks, and files of either layout."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from decodax.layers.weight import Weight
 from decodax.models import checkpoint
-from decodax.models.checkpoint import NonFiniteWeightWarning, load_params
+from decodax.models.checkpoint import NonFiniteWeightWarning, load_params, open_part
 from decodax.models.families._contract import BLOCK_TENSORS
 from decodax.models.hf_config import load_config
-from decodax.models.sources import Every, Source, gated_experts, stack, whole
+from decodax.models.sources import Every, Source, gated_experts, stack, whole, whole_region
 from tests.checkpoint_parts import part_of, peak_bytes
 from tests.golden_files import load_golden
 
@@ -95,6 +98,47 @@ def test_parts_go_where_a_loop_puts_them(tmp_path, monkeypatch, piece_bytes):
             assert params[name][index] == number(tensors[name], *index), (name, index)
     for e, f, d in np.ndindex(E, F, D):
         assert params["stack"][e, f, d] == tensors[f"expert.{e}"][d, F + f]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 100, 2**20])
+@pytest.mark.parametrize("stored", ["float32", "float8", "array"])
+def test_any_region_is_read_by_itself(tmp_path, monkeypatch, piece_bytes, stored):
+    """Boxes of every parameter, out of safetensors, FP8 blocks of 2 x 3 and Orbax arrays: NumPy's of the whole."""
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", piece_bytes)
+    rng = np.random.default_rng(0)
+    parts = {name: part for name, part in PARTS.items() if stored != "float8" or len(part[0]) > 1}
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, (shape, *_) in parts.items()}
+    layouts = {name: ((Source(name, **source),),) for name, (_, source, *_) in parts.items()}
+    tensors |= {f"expert.{e}": rng.standard_normal((D, 2 * F)).astype(np.float32) for e in range(E)}
+    half = {"part": Every(2 * F, F, 2 * F), "axis": 1, "transposed": True}
+    layouts["stack"] = (tuple(Source(f"expert.{e}", at=e, **half) for e in range(E)),)
+    shapes = {name: shape for name, (_, _, shape, _) in parts.items()} | {"stack": (E, F, D)}
+    if stored == "float8":
+        scales = {
+            f"{name}_scale_inv": rng.standard_normal((*x.shape[:-2], -(-x.shape[-2] // 2), -(-x.shape[-1] // 3)))
+            for name, x in tensors.items()
+        }
+        tensors = {name: x.astype(ml_dtypes.float8_e4m3fn) for name, x in tensors.items()}
+        tensors |= {name: scale.astype(np.float32) for name, scale in scales.items()}
+        settings = {"quant_method": "fp8", "weight_block_size": [2, 3]}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    save_file(tensors, tmp_path / "model.safetensors")
+    weights = {name: Weight(("V",) * len(shape), shape) for name, shape in shapes.items()}
+    opened = open_part(tmp_path, {(name,): layout for name, layout in layouts.items()}, weights)
+    if stored == "array":
+        arrays = {
+            name: opened.read((name,), whole_region(shape), np.dtype(np.float32)) for name, shape in shapes.items()
+        }
+        checkpointer = orbax.checkpoint.PyTreeCheckpointer(use_ocdbt=piece_bytes == 1)
+        checkpointer.save(tmp_path / "params", arrays)
+        opened = open_part(tmp_path, {}, weights)
+    for name, shape in shapes.items():
+        whole_one = opened.read((name,), whole_region(shape), np.dtype(np.float32))
+        for _ in range(20):
+            bounds = [sorted(rng.choice(size + 1, 2, replace=False).tolist()) for size in shape]
+            region = tuple(slice(*bound) for bound in bounds)
+            part = opened.read((name,), region, np.dtype(np.float32))
+            np.testing.assert_array_equal(part, whole_one[region], err_msg=f"{name} {region}")
 
 
 def test_a_layout_that_cannot_fill_its_parameter_is_refused(tmp_path):
@@ -236,16 +280,13 @@ def test_a_part_is_loaded_by_itself(tmp_path):
     tensors = {name: np.full(3, index, np.float32) for index, name in enumerate("abc")}
     tensors["a"] = tensors["a"].astype(np.float16)  # stored behind what has more bytes
     save_file(tensors, tmp_path / "model.safetensors")
-    reports, placed = [], []
-
-    def put(array, weight, path):
-        placed.append(path)
-        return jax.device_put(array)
-
-    options = {"put": put, "progress": lambda *bytes_: reports.append(bytes_)}
-    params = part_of(tmp_path, {"one": whole("a"), "two": whole("c")}, {"one": (3,), "two": (3,)}, **options)
+    reports = []
+    shapes = {"one": (3,), "two": (3,)}
+    params = part_of(
+        tmp_path, {"one": whole("a"), "two": whole("c")}, shapes, progress=lambda *bytes_: reports.append(bytes_)
+    )
     assert params["one"][0] == 0 and params["two"][0] == 2
-    assert placed == [("two",), ("one",)] and reports == [(12, 24), (24, 24)]
+    assert list(params) == ["two", "one"] and reports == [(12, 24), (24, 24)]
 
 
 @pytest.mark.parametrize("kind", ["half", "transposed", "separate"])
