@@ -28,6 +28,7 @@ from rich.console import Console
 
 from decodax import decoding
 from decodax.layers.execution import Execution
+from decodax.layers.linear import linear
 from decodax.layers.weight import Weight
 from decodax.models.model import Model, Params
 from decodax.scripts import _bench_common as common
@@ -74,7 +75,7 @@ def product_seconds(shape: common.Shape, rows: int) -> float:
 
     def local(tokens, weights):
         for weight in weights:  # each waits for the one before
-            tokens = tokens + 1e-9 * (weight @ tokens.T).T[:, :narrow]
+            tokens = tokens + 1e-9 * linear(tokens, weight)[:, :narrow]
         return tokens
 
     def taken(how_often: int) -> float:
