@@ -6,6 +6,7 @@ descriptions as the rules split them; attention from its cache. Collectives are 
     embedding, attention, feed-forward   one sum over the tensor devices each, [tokens, D]
     experts, few choices                 all tokens everywhere; sums over tensor [choices, D] and expert [tokens, D]
     experts, many                        all-to-all there and back, with room for twice the mean
+    pipeline                             hidden states go to the next stage, and from the last to the first
     context                              a step merges the parts of an attention, [heads, H]; in prompts keys go round
     logits                               maximum, its index, and the sum for a log-probability: latency alone
 
@@ -33,6 +34,9 @@ def forward_parts(split: Split, tokens: Tokens, *, with_logits: bool) -> list[Pa
     parts = [_embedding(split, tokens)]
     for block, count in split.layers.items():
         parts += block_parts(split, tokens, block, count)
+    if (stages := split.degree("pipeline")) > 1:
+        handed_on = Collective("collective-permute", ("pipeline",), Shape(split, tokens).hidden_bytes)
+        parts.append(Part("between stages", stages, 0, 0, 0, 0, (handed_on,)))
     return [*parts, _head(split, tokens)] if with_logits else parts
 
 

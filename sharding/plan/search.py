@@ -59,14 +59,18 @@ class Plan:
         return self.workload.batch / self.token.total
 
     def score(self, objective: Objective) -> tuple[float, float]:
-        """The smaller, the better; the free memory decides between equals."""
+        """The smaller, the better; the free memory decides between equals.
+
+        A pipeline has to gain a percent: its programs are not compiled here, and its rows have to arrive in step.
+        """
         values = {
             "time-per-token": self.seconds_per_token,
             "time-to-first-token": self.seconds_to_first_token,
             "throughput": -self.tokens_per_second,
             "fit": 0.0,
         }
-        return values[objective], -float(self.memory.free)
+        value = values[objective]
+        return value + (0.01 * abs(value) if self.groups > 1 else 0.0), -float(self.memory.free)
 
 
 class DoesNotFitError(ValueError):

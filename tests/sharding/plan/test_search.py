@@ -1,5 +1,6 @@
 """Which meshes are looked at, which are chosen, and what is said where nothing fits."""
 
+import itertools
 import math
 import re
 
@@ -43,7 +44,9 @@ def test_the_best_comes_first(objective):
         "throughput": [-plan.tokens_per_second for plan in plans],
         "fit": [-plan.memory.free for plan in plans],
     }[objective]
-    assert values == sorted(values)
+    assert all(one <= next_one + 0.0101 * abs(next_one) for one, next_one in itertools.pairwise(values))
+    by_one = [value for value, plan in zip(values, plans, strict=True) if plan.groups == 1]
+    assert by_one == sorted(by_one)  # among those without a pipeline, which has to gain a percent
     assert all(plan.memory.free >= 0 for plan in plans)
 
 
