@@ -64,7 +64,7 @@ def test_the_decoding_loop():
     assert cache_copies(compiled) == []
     over_context = [one for one in collectives(compiled) if "shard_map" in one.line]
     heads = 32 // CHIPS["tensor"]
-    # Of every layer: the largest log-sum-exp, and the sums of what the chips have read, 128 numbers and a weight a head.
+    # Of every layer: the largest log-sum-exp, and what chips have read, 128 numbers and a weight for each head.
     assert sorted(one.num_bytes for one in over_context) == sorted(
         [4 * BATCH * heads, 4 * BATCH * heads * 129] * NUM_LAYERS
     )
