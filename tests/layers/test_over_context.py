@@ -194,7 +194,7 @@ def test_latents_expanded(name, mesh, way):
 
 @pytest.mark.parametrize("name", ["chain", "tree", "staged"])
 def test_kernels_on_each_device(name):
-    """Those of a TPU, interpreted, device by device: some without a token there, and NaN in what is not filled.
+    """Those of a TPU, interpreted, device by device: some have no token in their slots, and NaN where nothing stands.
 
     Not on a mesh: an interpreted kernel calls the host, which devices that wait for each other keep busy.
     """
