@@ -1,5 +1,6 @@
 """The loop of every strategy: rounds of a compiled step until all rows are done, or far enough for now."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -19,7 +20,7 @@ def run_until_done(
     """Repeats `step` until every row is done, or, with `max_tokens`, until some row has gained so many.
 
     A step that emits several tokens may go past `max_tokens`; what is emitted is kept. Over a mesh the state lies where
-    it lay, in every round.
+    it lay, in every round; what a drafter carries lies where its own network has it.
     """
     aim = jnp.int32(jnp.iinfo(jnp.int32).max if max_tokens is None else max_tokens)
     begin = state.length
@@ -27,4 +28,8 @@ def run_until_done(
     def unfinished(state: DecodeState) -> Array:
         return (jnp.max(state.length - begin) < aim) & ~jnp.all(state.done)
 
-    return jax.lax.while_loop(unfinished, lambda state: execution.laid_out(step(state)), execution.laid_out(state))
+    def laid_out(state: DecodeState) -> DecodeState:
+        placed = execution.laid_out(dataclasses.replace(state, draft=None))
+        return dataclasses.replace(placed, draft=state.draft)
+
+    return jax.lax.while_loop(unfinished, lambda state: laid_out(step(state)), laid_out(state))

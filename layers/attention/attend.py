@@ -21,7 +21,7 @@ from decodax.layers.attention.attend_xla import attend_in_xla
 from decodax.layers.attention.contained import contained
 from decodax.layers.attention.gradients import with_gradients_of
 from decodax.layers.attention.mask import Mask
-from decodax.layers.attention.over_context import OwnSlots, exchange, over_slots, over_tokens, what_is_split
+from decodax.layers.attention.over_context import OwnSlots, exchange, over_heads, over_slots, over_tokens, what_is_split
 from decodax.layers.attention.sinks import without_share
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache._contract import Cache
@@ -50,10 +50,10 @@ def attend(
     """
     options = {"scale": scale, "softcap": softcap}
     split = what_is_split(query.shape[1], query.shape[2], key.shape[1], mask, cache, execution)
-    if split is None:
+    over = {None: None, "tokens": _over_tokens, "slots": _over_slots, "heads": _over_heads}[split]
+    if over is None:
         attention = partial(_attend, execution=execution, **options)
     else:
-        over = _over_tokens if split == "tokens" else _over_slots
         attention = with_gradients_of(partial(attend_in_xla, **options), over(mask, execution, options))
     output, lse = attention(query, key, value, position, mask, cache)
     return without_share(output, lse, sink)
@@ -73,6 +73,12 @@ def _attend(
 
 
 _AXES = ("B T N H", "B K T H", "B K T H")
+
+
+def _over_heads(mask: Mask, execution: Execution, options: dict[str, Any]) -> Any:
+    """On every device with its query heads, and the key-value heads, some of them held in copies, that they read."""
+    own = partial(_attend, execution=execution.on_one_device, **options)
+    return over_heads(own, _AXES, execution)
 
 
 def _over_slots(mask: Mask, execution: Execution, options: dict[str, Any]) -> Any:

@@ -8,6 +8,9 @@ what happens here within `shard_map` depends on how many new tokens there are.
 - A chunk of a prompt: each device has some of its tokens. They read each other by a ring or by Ulysses
   (`sharding/context.py`), and the cached tokens where these lie.
 
+Heads come in here, too, where key-value heads are fewer than the devices that query heads are split over, and held in
+copies: which queries share a head is then no split of one axis that XLA could follow.
+
 Whatever else a mask or a cache may be (a cache of another class, a long tree) is left to XLA, which gets it right and
 may gather the cache for it.
 """
@@ -57,15 +60,17 @@ class OwnSlots(Mask):
 
 def what_is_split(
     num_tokens: int, num_heads: int, num_kv_heads: int, mask: Mask, cache: Any, execution: Execution
-) -> Literal["tokens", "slots"] | None:
-    """Which of the two ways above attention takes; None: neither, as there is one device, or it is left to XLA."""
+) -> Literal["tokens", "slots", "heads"] | None:
+    """Which of the ways above attention takes; None: none, as there is one device, or it is left to XLA."""
     axes, bare = execution.mesh_axes("S"), unstaged(cache)
-    if execution.num_parts("S") == 1:
-        return None
-    parts = execution.num_parts("N")
-    if num_heads % parts or execution.num_parts("K", num_kv_heads) not in (parts, num_kv_heads):
+    parts, kv_parts = execution.num_parts("N"), execution.num_parts("K", num_kv_heads)
+    if num_heads % parts or kv_parts not in (parts, num_kv_heads):
         return None  # a device's query heads would not find their key-value heads on it
-    if bare is not None and not (isinstance(bare, Splittable) and execution.mesh_axes("S", bare.capacity) == axes):
+    if bare is not None and not isinstance(bare, Splittable):
+        return None
+    if execution.num_parts("S") == 1:
+        return None if kv_parts == parts else "heads"
+    if bare is not None and execution.mesh_axes("S", bare.capacity) != axes:
         return None
     tokens_divide = execution.mesh_axes("T", num_tokens) == axes
     is_chunk = bare is None or num_tokens > STEP_TOKENS
@@ -75,6 +80,15 @@ def what_is_split(
 
 
 Attention = Callable[..., tuple[Array, Array]]  # (*operands, position, mask, cache) -> output and log-sum-exp
+
+
+def over_heads(attention: Attention, axes: tuple[str | None, ...], execution: Execution) -> Attention:
+    """`attention`, run on every device with its heads; the arguments are those of `over_slots`."""
+
+    def on_device(position: Array, mask: Mask, cache: Any, *operands: Any) -> tuple[Array, Array]:
+        return attention(*operands, position, mask, cache)
+
+    return _for_operands_first(execution.per_device(on_device, ("B T", None, None, *axes), _RESULT))
 
 
 def over_slots(attention: Attention, axes: tuple[str | None, ...], execution: Execution) -> Attention:

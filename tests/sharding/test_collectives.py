@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from decodax import decoding
+from decodax.decoding.drafters import DraftModel
+from decodax.decoding.verifiers import ExactMatch
 from tests.sharding import wide
 from tests.sharding.collectives import collectives
 
@@ -41,6 +43,19 @@ def test_tensor_parallel_layers_take_two_sums(kind):
     assert (
         max(collective.num_bytes for collective in others) <= embedded < wide.NUM_ROWS * wide.VOCABULARY * FLOAT_BYTES
     )
+
+
+def test_a_draft_on_every_device_says_nothing():
+    """Its state included, whatever the rules of the model that it drafts for."""
+    model, params = wide.model_of("dense", "tensor=8"), wide.params_of("dense", "tensor=8")
+    decode = decoding.speculative(model, DraftModel(wide.draft_model("dense", model), (-1, 0, 0, 1)), ExactMatch())
+    draft, state = model.execution.joined(wide.draft_of("dense")), wide.start(model, params)
+    state = jax.jit(decode.start)(params, draft, state)
+    program = jax.jit(decode, donate_argnums=2).lower(params, draft, state).compile()
+    of_draft = [one for one in collectives(program) if "DraftModel" in one.operation]
+    assert of_draft == []
+    of_model = Counter(one.layer for one in collectives(program) if one.layer is not None)
+    assert of_model == {0: 2, 1: 2}
 
 
 def test_data_parallel_layers_say_nothing():
