@@ -19,6 +19,7 @@ from decodax.kernels_pallas.choice import Implementation
 from decodax.models.load import LanguageModel
 from decodax.models.load import load as _load
 from decodax.models.model import Model, Params
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
 
 __all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
@@ -34,6 +35,7 @@ def load(
     adapter: str | Path | TrainedPart | None = None,
     implementation: Implementation | None = None,
     scatter_norms: bool = False,
+    pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json), or with Orbax arrays.
 
@@ -52,6 +54,8 @@ def load(
         of this device for what they take, and XLA for the rest. `decodax bench --kernels` shows the choice.
     scatter_norms: over a mesh with an axis "tensor", have each device norm its share of the tokens (`Execution`); the
         sums over devices become reduce-scatters and all-gathers.
+    pipeline: on a mesh with an axis "pipeline", into how many chunks each stage's layers are dealt, and into how many
+        micro-batches the rows (`sharding.pipeline.Pipeline`).
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
     and not possible, ValueError for files that do not fit or are not understood, and for a mesh that does not fit the
     devices or the model.
@@ -62,6 +66,7 @@ def load(
         "invariant": invariant,
         "implementation": implementation,
         "scatter_norms": scatter_norms,
+        "pipeline": pipeline,
     }
     lm = _load(path_or_id, dtype=dtype, **options)
     return lm if adapter is None else with_adapter(lm, adapter)

@@ -26,8 +26,9 @@ def with_adapter(lm: LanguageModel, adapter: str | Path | TrainedPart) -> Langua
         given, inside = Path(adapter).expanduser(), lm.path / adapter
         adapter = inside if inside.is_dir() and not given.exists() else given
     part = find_part(KIND, lm, adapter)
-    _check(lm.params, part.params["low_rank"], part.name, lm.path.name)
-    params = merged(lm.params, part.params["low_rank"])
+    params = lm.model.unstacked(lm.params)
+    _check(params, part.params["low_rank"], part.name, lm.path.name)
+    params = lm.model.stacked(merged(params, part.params["low_rank"]))
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, lm.params)
     return dataclasses.replace(lm, params=params, adapter=part)
 

@@ -32,8 +32,8 @@ class PromptRun(Protocol):
 
 
 def all_layers(model: Model, params: Params) -> PromptRun:
-    """Runs a whole model. The last layer's output is not needed, so its input is the witness."""
-    last = model.config.num_layers - 1
+    """Runs a whole model. The last layer's output is not needed, so its input is the witness; of stages, the output."""
+    last = model.config.num_layers - (1 if model.stages is None else 0)
 
     def run(caches, tokens, position, row_length):
         out = model.apply(params, tokens, position, caches, row_length=row_length, capture=(last,))

@@ -94,12 +94,14 @@ def record_routes(
 
     texts: token ids, Int[T] each.
     progress: called with (tokens done, tokens in all).
-    Raises ValueError for a model without experts.
+    Raises ValueError for a model without experts, NotImplementedError for one in pipeline stages.
     """
     parts = [(index, block.feed_forward) for index, block in enumerate(lm.config.blocks)]
     mixtures = [(index, part) for index, part in parts if isinstance(part, MoEConfig)]
     if not mixtures:
         raise ValueError(f"{lm.path.name} has no layers with experts: there is nothing to record")
+    if lm.model.stages is not None:
+        raise NotImplementedError("pipeline stages do not hand out routes: record them on a mesh without pipeline")
     experts, gates, done, total = [], [], 0, sum(map(len, texts))
     for text in texts:
         caches = lm.model.empty_cache(1, cache_capacity(len(text), lm.model.execution), lm.params["embedding"].dtype)

@@ -32,6 +32,17 @@ def cache_capacity(num_tokens: int, execution: Execution) -> int:
     return -(-bucket(num_tokens) // multiple) * multiple
 
 
+def chunk_tokens(num_tokens: int, most_per_device: int, execution: Execution) -> int:
+    """Tokens of the next chunk of a prompt of which `num_tokens` are left: bucketed, and at most so many per device.
+
+    Where devices share them out, there are as many on each, and twice as many blocks (`sharding/ring.py`).
+    """
+    parts = execution.num_parts("T")
+    chunk = min(bucket(num_tokens), most_per_device * parts)
+    multiple = 1 if parts == 1 else 2 * parts
+    return -(-chunk // multiple) * multiple
+
+
 def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> int:
     """Bytes of an empty cache, without making it; over a mesh, those in the memory of one device.
 

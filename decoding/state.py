@@ -20,7 +20,7 @@ from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.logits_processors import History
 from decodax.decoding.prompt_reading import PromptRun, all_layers, read_chunk
 from decodax.decoding.sampling import Sampling
-from decodax.decoding.sizes import bucket, cache_capacity, check_cache_fits
+from decodax.decoding.sizes import cache_capacity, check_cache_fits, chunk_tokens
 from decodax.layers import pytree
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
@@ -28,7 +28,8 @@ from decodax.layers.kv_cache.write import write_tokens
 from decodax.models.model import Model, Params
 
 HostOrDevice = np.ndarray | Array
-MAX_CHUNK_TOKENS = 512  # prompt tokens per prefill forward, so that rows waiting for their commit stay small
+
+MAX_CHUNK_TOKENS = 512  # prompt tokens per forward and device, so that rows waiting for their commit stay small
 
 
 @pytree.dataclass
@@ -187,7 +188,7 @@ def init(
     reader = None if depth is None else depth.prompt_reader
     start = 0
     while start < longest - 1:  # the last token stays pending
-        chunk = min(bucket(longest - 1 - start), MAX_CHUNK_TOKENS)
+        chunk = chunk_tokens(longest - 1 - start, MAX_CHUNK_TOKENS, model.execution)
         state = _prefill_chunk(model, reader, chunk, params, state, start)
         start += chunk
     return state

@@ -1,5 +1,6 @@
 """How layers compute, apart from what they compute: which kernels run, and over which devices."""
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,9 +12,13 @@ from jaxtyping import Array, Float
 
 from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
 from decodax.sharding import layout
+from decodax.sharding.context import Way
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
+from decodax.sharding.regions import mesh_here, on_each_device
 from decodax.sharding.rules import RULES, Rules, automatic, num_devices
 
 TILE_TOKENS = 128  # slots of a cache that kernels read at a time
+STEP_TOKENS = 64  # new tokens up to which a forward is a decoding step or a small tree, and all devices have them all
 _TOKENS = "TS"  # a kernel gets all tokens and all slots of its rows and heads
 
 
@@ -30,20 +35,36 @@ class Execution:
 
     experts: how the experts of a mixture run: a name of METHODS in `layers/moe/experts/`, one of its objects, or None
     for the one that suits the devices and the number of tokens.
+
+    context: how the tokens of a prompt read each other that are split over devices, "ring" or "ulysses"; None for the
+    one that sends less (`sharding/context.py`).
+
+    pipeline: how layers are dealt out to stages, and rows to micro-batches, where the mesh has an axis for that.
     """
 
     implementation: Implementation | None = None
     mesh: Mesh | None = None
     rules: Rules = RULES
     experts: Hashable | None = None
+    context: Way | None = None
     scatter_norms: bool = False
+    pipeline: Pipeline = ONE_CHUNK
+
+    @property
+    def runs_xla(self) -> bool:
+        """Whether no kernels run."""
+        asked = self.implementation
+        return asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
+
+    @property
+    def on_one_device(self) -> "Execution":
+        """The same on the device that runs it, as within `per_device`."""
+        return dataclasses.replace(self, mesh=None)
 
     @property
     def cache_multiple(self) -> int:
-        """The capacity of a cache should be a multiple of so many tokens, for the kernels that run to take it."""
-        asked = self.implementation
-        runs_xla = asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
-        return 1 if runs_xla else TILE_TOKENS
+        """The capacity of a cache should be a multiple of so many tokens: its slots divide, and kernels take them."""
+        return (1 if self.runs_xla else TILE_TOKENS) * self.num_parts("S")
 
     def mesh_axes(self, letter: str, count: int | None = None) -> tuple[str, ...]:
         """The mesh axes over which an axis is split that has `count` things to split (None: any number)."""
@@ -59,30 +80,41 @@ class Execution:
         return tuple(size // self.num_parts(name, size) for name, size in zip(names, shape, strict=True))
 
     def per_device(
-        self, function: Callable[..., Any], in_axes: tuple[str | None, ...], out_axes: tuple[str, ...]
+        self,
+        function: Callable[..., Any],
+        in_axes: tuple[str | None, ...],
+        out_axes: tuple[str, ...],
+        *,
+        split: str = "",
     ) -> Callable[..., Any]:
-        """`function` run by every device on its part of the arguments, given their axes ("B K S H"; None: all of it).
+        """`function` run by every device on its part of the arguments, given their axes ("B K S H").
 
-        The compiler cannot split a kernel by itself, as it does the operations around it. Tokens and slots are whole.
+        None: a tree, its arrays split as its classes declare (`sharding/layout.py`), and whole where they say nothing.
+        Tokens (T) and slots (S) are whole, but for those that `split` names.
+
+        The compiler cannot split a kernel by itself, as it does the operations around it.
         """
         if self.mesh is None:
             return function
-        mesh, rules = automatic(self.mesh), self.rules
+        mesh, whole = self.mesh, set(_TOKENS) - set(split)
+        rules = Rules(tuple((letter, axis) for letter, axis in self.rules.pairs if letter not in whole))
 
         def run(*arguments: Any) -> Any:
             counts: dict[str, int] = {}
             for axes, argument in zip(in_axes, arguments, strict=True):
                 counts |= {} if axes is None else dict(zip(axes.split(), argument.shape, strict=True))
 
-            def spec(axes: str | None) -> PartitionSpec:
-                letters = () if axes is None else axes.split()
-                names = tuple("_" if letter in _TOKENS else letter for letter in letters)
-                return rules.spec(mesh, names, [counts.get(letter) for letter in letters])
+            def spec(axes: str) -> PartitionSpec:
+                letters = axes.split()
+                return rules.spec(mesh, letters, [counts.get(letter) for letter in letters])
 
-            in_specs, out_specs = tuple(map(spec, in_axes)), tuple(map(spec, out_axes))
-            return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-                *arguments
-            )
+            def specs(axes: str | None, argument: Any) -> Any:
+                if axes is not None:
+                    return spec(axes)
+                return jax.tree.map(lambda sharding: sharding.spec, layout.shardings(argument, mesh, rules))
+
+            in_specs = tuple(map(specs, in_axes, arguments))
+            return on_each_device(function, mesh, in_specs, tuple(map(spec, out_axes)))(*arguments)
 
         return run
 
@@ -100,14 +132,30 @@ class Execution:
         if self.mesh is None:
             return array
         spec = self.rules.spec(self.mesh, axes.split(), array.shape)
-        return jax.lax.with_sharding_constraint(array, NamedSharding(automatic(self.mesh), spec))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh_here(self.mesh), spec))
+
+    def by_tokens(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states between blocks, inside a jitted function: split by tokens if they are a chunk of a prompt."""
+        is_split = hidden.shape[1] > STEP_TOKENS and self.num_parts("T") > 1 and not self.scatter_norms
+        return self.split(hidden, "B T D") if is_split else hidden
+
+    def all_tokens(self, array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """What a recurrence goes through, inside a jitted function: every device has all tokens of what it has.
+
+        A state is handed from token to token, and the compiler would send it from device to device in a loop.
+        """
+        if self.mesh is None or self.num_parts("T") == 1:
+            return array
+        any_way = PartitionSpec.UNCONSTRAINED
+        spec = PartitionSpec(any_way, None, *[any_way] * (array.ndim - 2))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh_here(self.mesh), spec))
 
     def scattered(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states between the parts of a block, inside a jitted function; unchanged without `scatter_norms`."""
         if self.mesh is None or not self.scatter_norms:
             return hidden
         whole = self.split(hidden, "B T D")
-        place = NamedSharding(automatic(self.mesh), scatter_of(self, hidden.shape[0], hidden.shape[1]).spec)
+        place = NamedSharding(mesh_here(self.mesh), scatter_of(self, hidden.shape[0], hidden.shape[1]).spec)
         return jax.lax.with_sharding_constraint(whole, place)
 
     def whole(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -27,7 +27,12 @@ def static(**options: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **options)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
+def stacked(letter: str) -> Any:
+    """A field whose arrays all have one more axis, in front of those that their classes declare; its letter."""
+    return dataclasses.field(metadata={"stacked": letter})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static, stacked))
 def dataclass(cls: Class) -> Class:
     """Makes `cls` a frozen dataclass and a pytree node; fields are leaves or subtrees, unless made with `static`.
 

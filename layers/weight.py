@@ -26,9 +26,9 @@ class Weight:
     """What a weight is: `axes` names each dimension by its letters (("NH", "D") for heads x head size by width).
 
     The first letter of a dimension is the one a mesh may split. `init` is "normal" (scaled by the square root of the
-    last dimension, its inputs), "ones" or "zeros". `replicated`: every device holds all of it, whatever a mesh may
-    split; for small weights that all devices need, such as a router's. `whole`: how many numbers of a dimension with
-    several letters belong together, as a head's do; a mesh never parts them.
+    last dimension, its inputs), "ones" or "zeros". `replicated`: every device that runs the layer holds all of it,
+    whatever a mesh may split; for small weights that all devices need, such as a router's. `whole`: how many numbers of
+    a dimension with several letters belong together, as a head's do; a mesh never parts them.
     """
 
     axes: tuple[str, ...]

@@ -16,12 +16,14 @@ from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.choice import Implementation
 from decodax.layers.execution import Execution
-from decodax.models.checkpoint import load_params, shardings_on
+from decodax.models.checkpoint import open_params, read_params, shardings_on
 from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
+from decodax.models.stacked_weights import in_stages
 from decodax.models.tokenizer import Tokenizer, read_end_token_ids
 from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def load(
     invariant: bool = False,
     implementation: Implementation | None = None,
     scatter_norms: bool = False,
+    pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
     """A model folder, as it is; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
@@ -75,10 +78,14 @@ def load(
     end_token_ids = read_end_token_ids(folder)
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     fitted = None if mesh is None else fit_mesh(mesh, config)
+    execution = Execution(implementation, fitted, rules, scatter_norms=scatter_norms, pipeline=pipeline)
+    model = Model(config, invariant, execution)
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
-        params = load_params(folder, family, config, dtype=kind, sharding_of=sharding_of, progress=progress)
-    model = Model(config, invariant, Execution(implementation, fitted, rules, scatter_norms=scatter_norms))
+        opened = open_params(folder, family, config)
+        if model.stages is not None:
+            opened = in_stages(opened, model.weights(), model.stages)
+        params = read_params(opened, dtype=kind, sharding_of=sharding_of, progress=progress)
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 
 

@@ -5,8 +5,12 @@
     caches = commit(caches, forward.rows, count)
 
 `Model` holds nothing but its config, so it is hashable and can be a static argument of `jax.jit`.
+
+On a mesh with a pipeline axis the parameters, caches and rows of layers at the same place of different stages stand
+together, in one entry (`layers/kv_cache/stacked.py`, `models/pipelined.py`); whoever passes them on need not know.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +23,13 @@ from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
-from decodax.models.config import ModelConfig
+from decodax.layers.kv_cache.stacked import Stacked
+from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.invariant import logits_in_tiles, run_in_tiles
-from decodax.models.transformer import Forward, Transformer
+from decodax.models.pipelined import Rows, run_in_stages
+from decodax.models.transformer import Block, Forward, Transformer
+from decodax.sharding.pipeline import Stages, find_stages
+from decodax.sharding.stacks import stack_params, stack_weights, unstack_params
 
 Params = dict[str, Any]
 
@@ -47,22 +55,59 @@ class Model:
         execution = replace(self.execution, experts="dense") if self.invariant else self.execution
         return Transformer(self.config, execution)
 
+    @property
+    def stages(self) -> Stages | None:
+        """Which layers run where, on a mesh with a pipeline axis; None without.
+
+        Raises ValueError, saying which, when layers do not divide into stages or differ between them.
+        """
+        num_stages = self.execution.num_parts("L")
+        return None if num_stages == 1 else find_stages(self.config.blocks, num_stages, self.execution.pipeline)
+
+    def weights(self) -> dict[str, Any]:
+        """Descriptions of all parameters as this model takes them: the config's, with those of stages stacked."""
+        weights, stages = self.config.weights(), self.stages
+        return weights if stages is None else stack_weights(weights, stages)
+
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters: matrices scaled by the square root of their inputs, norms neutral."""
         token = jnp.zeros((1, 1), jnp.int32)
         plain = Transformer(self.config, Execution("xla"))  # of which only the parameters' shapes count
         params = jax.jit(plain.init)(key, token, token, token + 1, Causal())["params"]
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        return self.stacked(params)
+
+    def stacked(self, params: Params) -> Params:
+        """Parameters with one subtree per layer, as this model takes them: unchanged but for pipeline stages."""
+        return params if self.stages is None else stack_params(params, self.stages)
+
+    def unstacked(self, params: Params) -> Params:
+        """The other way round: this model's parameters with one subtree per layer."""
+        return params if self.stages is None else unstack_params(params, self.stages)
 
     def empty_cache(
         self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
     ) -> tuple[Any, ...]:
         """One empty cache per layer, for `capacity` tokens in each of `batch_size` rows, as `policy` keeps them."""
-        return tuple(block.mixer.empty_cache(batch_size, capacity, dtype, policy) for block in self.config.blocks)
+        return self._per_entry(lambda block: block.mixer.empty_cache(batch_size, capacity, dtype, policy))
 
     def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> tuple[Any, ...]:
         """Room for every layer's rows of `num_tokens` tokens that are to be staged (`layers/kv_cache/staged.py`)."""
-        return tuple(block.mixer.empty_rows(batch_size, num_tokens, dtype) for block in self.config.blocks)
+        return self._per_entry(lambda block: block.mixer.empty_rows(batch_size, num_tokens, dtype))
+
+    def _per_entry(self, make: Callable[[BlockConfig], Any]) -> tuple[Any, ...]:
+        """What every layer has, those at the same place of different stages together."""
+        stages, blocks = self.stages, self.config.blocks
+        if stages is None:
+            return tuple(map(make, blocks))
+
+        def entry(place: int) -> Any:
+            one = make(blocks[stages.layers(place)[0]])
+            if place not in stages.stacks:
+                return one
+            return Stacked(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (stages.stack_size, *leaf.shape)), one))
+
+        return tuple(map(entry, range(stages.num_places)))
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The input of the first layer for these tokens; mix in vectors of your own and pass it to `apply`."""
@@ -84,26 +129,74 @@ class Model:
 
         inputs: token ids, or hidden states (embeddings, or what an earlier range of layers returned).
         position: absolute position of each token; for a tree, the row's length plus the node's depth.
-        caches: one per layer of the whole model (`empty_cache`); None means that nothing precedes these tokens.
+        caches: those of the whole model (`empty_cache`); None means that nothing precedes these tokens.
         mask: who among the new tokens reads whom; `Causal()` (a chain) by default, `Ancestors` for a tree.
             With staged caches (`layers/kv_cache/staged.py`) the staged tokens count as new, in front of these.
         row_length: tokens in the row as far as position scaling is concerned; position + 1 by default, and the
             length of the whole prompt while it is prefilled (only dynamic and longrope scaling read it).
         layers: (a, b), all by default. capture: after how many layers to keep the hidden states.
+
+        Raises NotImplementedError in pipeline stages for a part of the layers, or hidden states between them.
         """
         first, last = layers or (0, self.config.num_layers)
         if not 0 <= first <= last <= self.config.num_layers:
             raise ValueError(f"layers must be a range within 0..{self.config.num_layers}, got {(first, last)}")
         if any(not first <= index <= last for index in capture):
             raise ValueError(f"capture must lie in {first}..{last} (layers run before it), got {capture}")
-        if caches is not None and len(caches) != self.config.num_layers:
-            raise ValueError(f"caches must have one entry per layer ({self.config.num_layers}), got {len(caches)}")
+        stages = self.stages
+        num_entries = self.config.num_layers if stages is None else stages.num_places
+        if caches is not None and len(caches) != num_entries:
+            raise ValueError(f"caches must have the {num_entries} entries of `empty_cache`, got {len(caches)}")
         row_length = position + 1 if row_length is None else jnp.broadcast_to(row_length, position.shape)
         mask = Causal() if mask is None else mask
+        if self.invariant and stages is not None:
+            raise NotImplementedError("the invariant mode does not run in pipeline stages: use a mesh without pipeline")
         if self.invariant:
             return self._apply_in_tiles(params, inputs, position, row_length, caches, mask, (first, last), capture)
         hidden = self.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+        if stages is not None:
+            self._check_whole((first, last), capture)
+            return self._apply_in_stages(params, hidden, Rows(position, row_length, mask), caches, stages, capture)
         return self._run(params, "run", hidden, position, row_length, caches, mask, (first, last), capture)
+
+    def _check_whole(self, layers: tuple[int, int], capture: tuple[int, ...]) -> None:
+        """Raises NotImplementedError for what a run in stages has no place for."""
+        ends = (0, self.config.num_layers)
+        if layers != ends or not set(capture) <= set(ends):
+            raise NotImplementedError(
+                f"a model in pipeline stages runs all its {ends[1]} layers at once, and gives hidden states before and "
+                f"after them only; asked for layers {layers[0]} to {layers[1]} and hidden states after {capture}. "
+                "Split the model over the mesh axes tensor, expert or data for methods that run or read a part of "
+                "the layers"
+            )
+
+    def _apply_in_stages(self, params, hidden, rows: Rows, caches, stages: Stages, capture) -> Forward:
+        """`apply` on a mesh with a pipeline axis: the layers before the stages, the stages, the layers after them."""
+        blocks, size = self.config.blocks, self.config.hidden_size
+        caches = (None,) * stages.num_places if caches is None else caches
+        captured = {0: hidden} if 0 in capture else {}
+
+        def run_layer(place: int, weights: Any, hidden: Array, rows: Rows, cache: Any) -> tuple[Array, Any]:
+            block = Block(blocks[stages.layers(place)[0]], size, self.execution)
+            with jax.named_scope(f"blocks_{place}"):
+                return block.apply({"params": weights}, hidden, *rows[:2], cache, rows.mask)[:2]
+
+        def run_on_all(places: range, hidden: Array) -> tuple[Array, tuple[Any, ...]]:
+            new = []
+            for place in places:
+                hidden, added = run_layer(place, params[f"blocks_{place}"], hidden, rows, caches[place])
+                new.append(added)
+            return hidden, tuple(new)
+
+        own = stages.stacks
+        hidden, before = run_on_all(range(stages.before), hidden)
+        weights = tuple(params[f"blocks_{place}"] for place in own)
+        held = caches[own.start : own.stop]
+        hidden, inside = run_in_stages(run_layer, stages, self.execution, weights, hidden, rows, held)
+        hidden, after = run_on_all(range(own.stop, stages.num_places), hidden)
+        if self.config.num_layers in capture:
+            captured[self.config.num_layers] = hidden
+        return Forward(hidden, (*before, *inside, *after), captured)
 
     def _apply_in_tiles(self, params, inputs, position, row_length, caches, mask, layers, capture) -> Forward:
         """`apply` in the invariant mode; every layer's cache comes to it as a `Tile`."""

@@ -2,17 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from decodax.layers.execution import Execution
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.placement import Placement
-from decodax.layers.weight import Weight
 from decodax.models.model import Model, Params
-from decodax.sharding.rules import Rules, place
+from decodax.sharding.rules import Rules, place_tree
 
 
 def place_experts(
@@ -30,7 +26,7 @@ def place_experts(
         raise ValueError(f"layers {sparse} have experts and need a placement each, got them for {sorted(placements)}")
     execution = replace(model.execution, mesh=mesh, rules=rules)
     num_devices = execution.num_parts("E")
-    blocks, params = list(model.config.blocks), dict(params)
+    blocks, params = list(model.config.blocks), dict(model.unstacked(params))
     for index, table in placements.items():
         if table.num_devices != num_devices:
             raise ValueError(
@@ -46,15 +42,4 @@ def place_experts(
         experts = table.arrange(own["feed_forward"]["experts"])
         params[f"blocks_{index}"] = {**own, "feed_forward": {**own["feed_forward"], "experts": experts}}
     placed = replace(model, config=replace(model.config, blocks=tuple(blocks)), execution=execution)
-    return placed, _on_mesh(placed, params, execution)
-
-
-def _on_mesh(model: Model, params: Params, execution: Execution) -> Params:
-    mesh, rules = execution.mesh, execution.rules
-    assert mesh is not None
-
-    def put(path: tuple[Any, ...], weight: Weight, leaf: jax.Array) -> jax.Array:
-        return place(mesh, rules, leaf, weight, "/".join(str(part.key) for part in path))
-
-    described = model.config.weights()
-    return jax.tree_util.tree_map_with_path(put, described, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    return placed, place_tree(mesh, rules, placed.stacked(params), placed.weights())

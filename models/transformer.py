@@ -26,6 +26,8 @@ class Forward(NamedTuple):
     rows: one entry per layer of the range, what its cache's `commit` takes.
     captured: {i: Float[B, T, D]}, the residual stream after i layers (0: the embeddings) for each i asked for.
     routes: one entry per layer of the range, which experts its tokens chose (`layers/moe/routes.py`); None without any.
+
+    In pipeline stages rows have one entry per place (`models/pipelined.py`), and routes none.
     """
 
     hidden: Float[Array, "B T D"]
@@ -101,12 +103,14 @@ class Transformer(nn.Module):
         layers: tuple[int, int],
         capture: tuple[int, ...],
     ) -> Forward:
+        hidden = self.execution.by_tokens(hidden)
         captured = {layers[0]: hidden} if layers[0] in capture else {}
         rows, routes = [], []
         hidden = self.execution.scattered(hidden)
         for index in range(*layers):
             cache = None if caches is None else caches[index]
             hidden, new_rows, new_routes = self.blocks[index](hidden, position, row_length, cache, mask)
+            hidden = self.execution.by_tokens(hidden)
             rows.append(new_rows)
             routes.append(new_routes)
             if index + 1 in capture:

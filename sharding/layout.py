@@ -12,7 +12,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from decodax.layers.axes import AXES
-from decodax.sharding.rules import Rules, automatic
+from decodax.sharding.regions import mesh_here
+from decodax.sharding.rules import Rules
 
 # What lies in a state between forwards is not split by these: tokens of a forward (T) only are while it runs.
 _SPLIT_IN_STATES = AXES - {"T"}
@@ -23,26 +24,34 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     axes = _axes(tree, None)
     assert len(axes) == len(leaves), "every array of a state has its axes, in the same order"
-    mesh = automatic(mesh)
+    here = mesh_here(mesh)
 
     def sharding(leaf: Any, letters: tuple[str, ...]) -> NamedSharding:
         spec = rules.spec(mesh, letters, leaf.shape) if letters else PartitionSpec()
-        return NamedSharding(mesh, spec)
+        return NamedSharding(here, spec)
 
     return jax.tree.unflatten(structure, map(sharding, leaves, axes))
 
 
-def _axes(node: Any, declared: Any) -> list[tuple[str, ...]]:
-    """The axes of every array in a tree, in the order of its leaves; empty for one that says nothing."""
+def _axes(node: Any, declared: Any, stacked: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The axes of every array in a tree, in the order of its leaves; empty for one that says nothing.
+
+    stacked: the axes in front of those that are declared.
+    """
     if node is None:
         return []
     if dataclasses.is_dataclass(node):
-        fields = [field for field in dataclasses.fields(node) if not field.metadata.get("static", False)]
-        return [axes for field in fields for axes in _axes(getattr(node, field.name), field.type)]
+        found = []
+        for field in dataclasses.fields(node):
+            if not field.metadata.get("static", False):
+                in_front = (*stacked, *field.metadata.get("stacked", ()))
+                found += _axes(getattr(node, field.name), field.type, in_front)
+        return found
     if jax.tree_util.all_leaves([node]):
-        return [_letters(declared, node.ndim)]
+        rest = node.ndim - len(stacked)
+        return [(*stacked, *(_letters(declared, rest) or "_" * rest)) if stacked else _letters(declared, rest)]
     children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
-    return [axes for child in children for axes in _axes(child, None)]
+    return [axes for child in children for axes in _axes(child, None, stacked)]
 
 
 def _letters(declared: Any, ndim: int) -> tuple[str, ...]:

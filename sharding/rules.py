@@ -8,6 +8,7 @@ not have is not used, so `RULES` serves every mesh whose axes are named as in `M
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -68,7 +69,10 @@ class Rules:
 
         Raises ValueError, naming the weight, when a size does not divide or two dimensions want the same mesh axis.
         """
-        spec = PartitionSpec() if weight.replicated else self.spec(mesh, weight.axes, weight.counts)
+        axes = (
+            tuple("_" if letters != "L" else letters for letters in weight.axes) if weight.replicated else weight.axes
+        )
+        spec = self.spec(mesh, axes, weight.counts)
         used = [name for axis in spec for name in _names(axis)]
         if len(set(used)) != len(used):
             raise ValueError(f"{name} (axes {weight.axes}) would use a mesh axis twice: {spec}")
@@ -117,3 +121,12 @@ PRESETS = {"data": DATA, "tensor": TENSOR, "expert": EXPERT, "context": CONTEXT,
 def place(mesh: Mesh, rules: Rules, array: jax.typing.ArrayLike, weight: Weight, name: str) -> jax.Array:
     """The array on the mesh, each device holding its part."""
     return jax.device_put(array, rules.sharding(mesh, weight, name))
+
+
+def place_tree(mesh: Mesh, rules: Rules, arrays: Any, weights: Any) -> Any:
+    """Nested parameters on the mesh, by their equally nested descriptions."""
+
+    def put(path: tuple[Any, ...], weight: Weight, array: jax.typing.ArrayLike) -> jax.Array:
+        return place(mesh, rules, array, weight, "/".join(part.key for part in path))
+
+    return jax.tree_util.tree_map_with_path(put, weights, arrays, is_leaf=lambda leaf: isinstance(leaf, Weight))

@@ -5,6 +5,8 @@
 - Nothing is converted silently: no mixing of dtypes, no broadcasting between arrays of different rank.
 - Eight CPU devices, so that code for meshes runs on a laptop, and exact float32 products, so that tolerances mean
   something on every platform.
+- Operations of a device run one after the other: side by side, devices may wait for each other in different
+  collectives for ever (seen on JAX 0.10.2 with eight CPU devices on two cores; not on 0.12).
 - XLA optimises little: most of the time goes into compiling, and it halves that. What the results are must not depend
   on it.
 
@@ -17,7 +19,8 @@ import gc
 import os
 
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false " + os.environ.get("XLA_FLAGS", "")
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

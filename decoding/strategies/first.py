@@ -28,5 +28,6 @@ class RoutedLayersStrategy(Strategy):
             raise ValueError(f"first drafts nothing: leave out draft_tokens, got {draft_tokens!r}")
         part = find_part("first", lm, draft)
         depth = RoutedLayers(*(part.shape[name] for name in ("threshold", "kept_first", "kept_last")))
-        params = merged(lm.params, part.params.get("low_rank", {})) | {"routers": part.params["routers"]}
+        params = lm.model.stacked(merged(lm.model.unstacked(lm.params), part.params.get("low_rank", {})))
+        params |= {"routers": part.params["routers"]}
         return Speculation(NoDraft(), ExactMatch(), depth=depth, params=params)

@@ -41,8 +41,10 @@ class MedusaTree(Strategy):
                 return choice
             draft_tokens = choice.num_tokens
         tree = best_tree(accuracy, DRAFT_TOKENS if draft_tokens is None else draft_tokens)
-        change = part.params.get("low_rank")
-        params = None if change is None else merged(lm.params, change, part.shape["change_scale"])
+        change, params = part.params.get("low_rank"), None
+        if change is not None:
+            scale = part.shape["change_scale"]
+            params = lm.model.stacked(merged(lm.model.unstacked(lm.params), change, scale))
         return Speculation(MedusaHeads(lm.model, tree), ExactMatch(), part.params["heads"], params=params)
 
 

@@ -32,5 +32,5 @@ class SkipDecodeStrategy(Strategy):
         shape = part.shape
         most = shape["max_layers"] or lm.config.num_layers
         depth = SkipDecode(most, shape["min_layers"], DECAY_TOKENS, shape["warmup"])
-        params = merged(lm.params, part.params["low_rank"])
+        params = lm.model.stacked(merged(lm.model.unstacked(lm.params), part.params["low_rank"]))
         return Speculation(NoDraft(), ExactMatch(), depth=depth, params=params)

@@ -20,10 +20,12 @@ from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS
 from decodax.layers.attention.attend_xla import BLOCK_TOKENS, attend_in_xla
 from decodax.layers.attention.gradients import with_gradients_of
 from decodax.layers.attention.mask import Mask, Span, Tokens
+from decodax.layers.attention.over_context import over_slots, what_is_split
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import Cache
 from decodax.layers.kv_cache.full import KVRows
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.part import CachePart
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 
 ACCELERATOR_BLOCK_TOKENS = 2048  # a step of a loop costs a host round trip there; not measured
@@ -35,7 +37,7 @@ def attend_absorbed(
     rows: LatentRows,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: LatentCache | Staged,
+    cache: LatentCache | CachePart | Staged,
     *,
     scale: float,
     execution: Execution,
@@ -46,6 +48,19 @@ def attend_absorbed(
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take these operands.
     """
+    num_heads = query_latent.shape[2]
+    attention = partial(_attend, scale=scale, execution=execution)
+    if what_is_split(query_latent.shape[1], num_heads, num_heads, mask, cache, execution) is not None:
+        own = partial(_attend, scale=scale, execution=execution.on_one_device)
+        over_devices = over_slots(own, ("B T N R", "B T N H", None), execution)
+        attention = with_gradients_of(partial(_in_xla, scale=scale), over_devices)
+    return attention(query_latent, query_rope, rows, position, mask, cache)[0]
+
+
+def _attend(
+    query_latent, query_rope, rows: LatentRows, position, mask, cache, *, scale: float, execution: Execution
+) -> tuple[Array, Array]:
+    """The mixtures and their log-sum-exps, by the kernel if it takes the operands or in plain JAX."""
     choice = choose_absorbed(query_latent, query_rope, mask, cache, execution)
     in_xla = partial(_in_xla, scale=scale)
     operands = (query_latent, query_rope, rows, position, mask, cache)
@@ -100,7 +115,7 @@ def _misfit(query_latent: Any, mask: Mask, cache: Any, execution: Execution) -> 
     return None
 
 
-def _in_xla(query_latent, query_rope, rows: LatentRows, position, mask, cache, *, scale: float) -> Array:
+def _in_xla(query_latent, query_rope, rows: LatentRows, position, mask, cache, *, scale: float) -> tuple[Array, Array]:
     """As attention with one key-value head, whose keys and values are latents with their rope keys."""
 
     def one_head(rows: LatentRows) -> KVRows:
@@ -111,7 +126,8 @@ def _in_xla(query_latent, query_rope, rows: LatentRows, position, mask, cache, *
     new = one_head(rows)
     if isinstance(cache, Staged):
         cache = Staged(cache.cache, one_head(cache.rows), cache.position)
-    return attend_in_blocks(query, new, position, mask, cache, scale=scale)[..., : query_latent.shape[3]]
+    output, lse = attend_in_blocks(query, new, position, mask, cache, scale=scale)
+    return output[..., : query_latent.shape[3]], lse
 
 
 def attend_in_blocks(
@@ -122,19 +138,21 @@ def attend_in_blocks(
     cache: Cache | Staged | None,
     *,
     scale: float,
-) -> Float[Array, "B T N H"]:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention in plain JAX over a cache that makes what it gives: block by block, and never the whole cache at once.
+
+    As `attend_in_xla`, of which the new tokens may be none.
 
     With 16,384 latents on CPU, a step that reads them all takes 4.5 times as long as one that reads blocks of them.
     """
     block_tokens = BLOCK_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK_TOKENS
     options = {"scale": scale, "softcap": None, "block_tokens": block_tokens}
-    return attend_in_xla(query, new.key, new.value, position, mask, cache, **options)[0]
+    return attend_in_xla(query, new.key, new.value, position, mask, cache, **options)
 
 
 def _in_kernels(
     query_latent, query_rope, rows: LatentRows, position, mask, cache, *, scale: float, choice, execution: Execution
-) -> Array:
+) -> tuple[Array, Array]:
     """MAX_QUERIES queries at a time: with 16 heads they are more rows than a cached token's bytes pay for (see there).
 
     So reading the cache again for the next of them costs no time.
@@ -147,17 +165,16 @@ def _in_kernels(
     allowed = jnp.broadcast_to(allowed, (*position.shape, key_position.shape[1]))
     num_queries = position.shape[1]
 
-    def run(query_latent, query_rope, latent, rope_key, length, new_latent, new_rope_key, allowed) -> tuple[Array]:
-        def some(start: int) -> Array:
+    def run(query_latent, query_rope, latent, rope_key, length, new_latent, new_rope_key, allowed) -> tuple[Array, ...]:
+        def some(start: int) -> tuple[Array, Array]:
             queries = slice(start, min(start + MAX_QUERIES, num_queries))
             new = NewLatents(new_latent, new_rope_key, allowed[:, queries])
             own = query_latent[:, queries], query_rope[:, queries]
-            return mla_decode(*own, latent, rope_key, length, new, scale=scale, implementation=choice.implementation)[0]
+            return mla_decode(*own, latent, rope_key, length, new, scale=scale, implementation=choice.implementation)
 
-        return (jnp.concatenate([some(start) for start in range(0, num_queries, MAX_QUERIES)], axis=1),)
+        parts = (some(start) for start in range(0, num_queries, MAX_QUERIES))
+        return tuple(jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
 
     axes = ("B T N R", "B T N H", "B S R", "B S H", "B", "B S R", "B S H", "B T S")
-    run = execution.per_device(run, axes, ("B T N R",))
-    return run(query_latent, query_rope, bare.latent, bare.rope_key, bare.length, rows.latent, rows.rope_key, allowed)[
-        0
-    ]
+    run = execution.per_device(run, axes, ("B T N R", "B T N"))
+    return run(query_latent, query_rope, bare.latent, bare.rope_key, bare.length, rows.latent, rows.rope_key, allowed)

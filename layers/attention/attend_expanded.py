@@ -22,11 +22,14 @@ from decodax.layers import pytree
 from decodax.layers.attention.attend_absorbed import attend_in_blocks
 from decodax.layers.attention.gradients import with_gradients_of
 from decodax.layers.attention.mask import Mask
+from decodax.layers.attention.over_context import OwnSlots, exchange, over_slots, over_tokens, what_is_split
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVRows
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.part import CachePart
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 from decodax.layers.linear import linear
+from decodax.sharding.merging import Part, merge
 
 BLOCK_TOKENS = (1024, 512, 256, 128)  # of a cache, for the kernel: the first that divides it
 
@@ -46,7 +49,8 @@ class Expansion:
 
         def heads(weight: Array) -> Array:
             flat = linear(latent, weight)
-            return jnp.moveaxis(flat.reshape(*latent.shape[:2], self.num_heads, -1), 2, 1)
+            by_head = (self.num_heads, weight.shape[0] // self.num_heads)
+            return jnp.moveaxis(flat.reshape(*latent.shape[:2], *by_head), 2, 1)
 
         shared = jnp.broadcast_to(rope_key[:, None], (latent.shape[0], self.num_heads, *rope_key.shape[1:]))
         return jnp.concatenate([heads(self.key_up), shared], axis=3), heads(self.value_up)
@@ -56,7 +60,7 @@ class Expansion:
 class ExpandedCache:
     """Reads a cache of latents as the keys and values of all heads. Values are padded with zeros to the keys' size."""
 
-    latents: LatentCache
+    latents: LatentCache | CachePart
     expand: Expansion
 
     @property
@@ -85,7 +89,7 @@ def attend_expanded(
     expand: Expansion,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: LatentCache | Staged | None,
+    cache: LatentCache | CachePart | Staged | None,
     *,
     scale: float,
     execution: Execution,
@@ -96,14 +100,82 @@ def attend_expanded(
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take these operands.
     """
-    value_size = expand.value_up.shape[0] // expand.num_heads
-    choice = choose_expanded(query, value_size, mask, cache, execution)
+    operands = (query, rows, expand.key_up, expand.value_up, position, mask, cache)
+    split = what_is_split(query.shape[1], query.shape[2], query.shape[2], mask, cache, execution)
+    attention = partial(_attend, scale=scale, execution=execution)
+    if split is not None:
+        over = _over_tokens if split == "tokens" else _over_slots
+        attention = with_gradients_of(partial(_in_xla, scale=scale), over(mask, scale, execution))
+    return attention(*operands)[0]
+
+
+def _attend(
+    query, rows: LatentRows, key_up, value_up, position, mask, cache, *, scale: float, execution: Execution
+) -> tuple[Array, Array]:
+    """The mixtures and their log-sum-exps, by the kernel if it takes the operands or in plain JAX."""
+    operands = (query, rows, key_up, value_up, position, mask, cache)
+    choice = choose_expanded(query, value_up.shape[0] // query.shape[2], mask, cache, execution)
     in_xla = partial(_in_xla, scale=scale)
-    operands = (query, rows, expand, position, mask, cache)
     if choice.backend == "xla":
         return in_xla(*operands)
     in_kernels = partial(_in_kernels, scale=scale, choice=choice, execution=execution)
     return with_gradients_of(in_xla, in_kernels)(*operands)
+
+
+def _over_slots(mask: Mask, scale: float, execution: Execution) -> Any:
+    """On every device over its slots of the cache: as if it were alone with them."""
+    own = partial(_attend, scale=scale, execution=execution.on_one_device)
+    return over_slots(own, ("B T N H", None, "N R", "N R"), execution)
+
+
+def _over_tokens(mask: Mask, scale: float, execution: Execution) -> Any:
+    """A chunk of a prompt of which every device has some tokens: latents are sent, and not what is made of them."""
+    span = mask.span(is_new=True)
+    assert span is not None  # `what_is_split` has seen to it
+    options = {"scale": scale, "causal": True, "window": span.window}
+    alone = execution.on_one_device
+
+    def among_new(query: Array, latent: Array, rope_key: Array, key_up: Array, value_up: Array) -> Part:
+        def block(query: Array, latent: Array, rope_key: Array, offset: Array) -> Part:
+            num_heads = query.shape[2]  # Ulysses gives a device some of them
+            expand = Expansion(*_of_heads(key_up, value_up, num_heads, all_heads, execution), num_heads)
+            key, value = expand(latent[:, 0], rope_key[:, 0])
+            rows = {"offset": jnp.broadcast_to(offset, query.shape[:1]), "implementation": execution.implementation}
+            return Part(*flash_prefill(query, key, value, **rows, **options))
+
+        all_heads = query.shape[2]
+        sizes = {"result_size": value_up.shape[0] // all_heads, "window": span.window}
+        latent, rope_key = _contained(latent, rope_key)
+        return exchange(query, latent[:, None], rope_key[:, None], block, **sizes, execution=execution)
+
+    def cached(query, latent, rope_key, key_up, value_up, position, mask: OwnSlots, cache: LatentCache) -> Part:
+        expand, value_size = Expansion(key_up, value_up, query.shape[2]), value_up.shape[0] // query.shape[2]
+        choice = choose_expanded(query, value_size, mask, cache, alone)
+        if choice.backend == "xla":
+            none = LatentRows(latent[:, :0], rope_key[:, :0])
+            return Part(*_in_xla(query, none, key_up, value_up, position, mask, cache, scale=scale))
+        # Queries stand behind all cached tokens; where the device's slots begin behind them, there are none to read.
+        first = jnp.maximum(position[:, 0] - mask.first, 0)
+        nothing = Part(jnp.zeros((*query.shape[:3], value_size), jnp.float32), jnp.full(query.shape[:3], -jnp.inf))
+        return _read_blocks(nothing, query, expand, first, cache, {**options, "implementation": choice.implementation})
+
+    def attention(query, rows: LatentRows, *others: Any) -> tuple[Array, Array]:
+        return over(query, rows.latent, rows.rope_key, *others)
+
+    over = over_tokens(among_new, cached, ("B T N H", "B T R", "B T H", "N R", "N R"), execution)
+    return attention
+
+
+def _of_heads(key_up: Array, value_up: Array, num_heads: int, all_heads: int, execution: Execution) -> list[Array]:
+    """The rows of W_uk and W_uv for the heads that this device has of all."""
+    if num_heads == all_heads:
+        return [key_up, value_up]
+    device = jax.lax.axis_index(execution.mesh_axes("T"))
+    sizes = (weight.shape[0] // all_heads * num_heads for weight in (key_up, value_up))
+    return [
+        jax.lax.dynamic_slice_in_dim(weight, device * size, size)
+        for weight, size in zip((key_up, value_up), sizes, strict=True)
+    ]
 
 
 def choose_expanded(query: Any, value_size: int, mask: Mask, cache: Any, execution: Execution) -> Choice:
@@ -155,7 +227,9 @@ def _block_tokens(capacity: int) -> int | None:
     return next((size for size in (min(capacity, BLOCK_TOKENS[0]), *BLOCK_TOKENS) if capacity % size == 0), None)
 
 
-def _in_xla(query, rows: LatentRows, expand: Expansion, position, mask, cache, *, scale: float) -> Array:
+def _in_xla(query, rows: LatentRows, key_up, value_up, position, mask, cache, *, scale: float) -> tuple[Array, Array]:
+    expand, value_size = Expansion(key_up, value_up, query.shape[2]), value_up.shape[0] // query.shape[2]
+
     def heads(rows: LatentRows) -> KVRows:
         latent, rope_key = (tokens.astype(query.dtype) for tokens in (rows.latent, rows.rope_key))
         return KVRows(*_of_one_size(*expand(latent, rope_key)))
@@ -165,8 +239,8 @@ def _in_xla(query, rows: LatentRows, expand: Expansion, position, mask, cache, *
     if isinstance(cache, Staged):
         seen = Staged(seen, heads(cache.rows), cache.position)
     query = padded(query, 3, new.key.shape[3])
-    value_size = expand.value_up.shape[0] // expand.num_heads
-    return attend_in_blocks(query, new, position, mask, seen, scale=scale)[..., :value_size]
+    output, lse = attend_in_blocks(query, new, position, mask, seen, scale=scale)
+    return output[..., :value_size], lse
 
 
 def _of_one_size(key: Array, value: Array) -> tuple[Array, Array]:
@@ -175,48 +249,47 @@ def _of_one_size(key: Array, value: Array) -> tuple[Array, Array]:
     return padded(key, 3, size), padded(value, 3, size)
 
 
+def _contained(latent: Float[Array, "B T R"], rope_key: Float[Array, "B T H"]) -> tuple[Array, Array]:
+    """A broken token breaks who reads it and nobody else: 0 x NaN is NaN."""
+    is_sound = jnp.all(jnp.isfinite(latent), axis=2, keepdims=True)
+    return jnp.where(is_sound, latent, 0.0), jnp.where(is_sound, rope_key, jnp.nan)
+
+
 def _in_kernels(
-    query, rows: LatentRows, expand: Expansion, position, mask, cache, *, scale: float, choice, execution: Execution
-) -> Array:
+    query, rows: LatentRows, key_up, value_up, position, mask, cache, *, scale: float, choice, execution: Execution
+) -> tuple[Array, Array]:
     """The chunk itself, then the cache block by block up to the longest row, merged by their log-sum-exps."""
     options = {"scale": scale, "causal": True, "window": mask.span(is_new=True).window}
-    # A broken token breaks who reads it and nobody else: 0 x NaN is NaN.
-    is_sound = jnp.all(jnp.isfinite(rows.latent), axis=2, keepdims=True)
-    latent, rope_key = jnp.where(is_sound, rows.latent, 0.0), jnp.where(is_sound, rows.rope_key, jnp.nan)
+    options["implementation"] = choice.implementation
 
-    def run(query, latent, rope_key, key_up, value_up, first, cached_latent, cached_rope_key, length) -> tuple[Array]:
+    def run(query, latent, rope_key, key_up, value_up, first, cache) -> tuple[Array, Array]:
         expand = Expansion(key_up, value_up, query.shape[2])
-
-        def read(latent, rope_key, offset, length) -> tuple[Array, Array]:
-            rows = {"offset": offset, "length": length, "implementation": choice.implementation}
-            return flash_prefill(query, *expand(latent, rope_key), **rows, **options)
-
         start, end = (jnp.full_like(first, index) for index in (0, query.shape[1]))
-        output, lse = read(latent, rope_key, start, end)
-        if cached_latent is None:
-            return (output,)
-        block_tokens = _block_tokens(cached_latent.shape[1])
-        assert block_tokens is not None  # `_misfit` has seen to it
+        output, lse = flash_prefill(query, *expand(latent, rope_key), offset=start, length=end, **options)
+        if cache is None:
+            return output, lse
+        seen = _read_blocks(Part(output.astype(jnp.float32), lse), query, expand, first, cache, options)
+        return seen.output.astype(output.dtype), seen.lse
 
-        def step(block: Int[Array, ""], seen: tuple[Array, Array]) -> tuple[Array, Array]:
-            (output, lse), start = seen, block * block_tokens
-            latent, rope_key = (
-                jax.lax.dynamic_slice_in_dim(buffer, start, block_tokens, axis=1)
-                for buffer in (cached_latent, cached_rope_key)
-            )
-            # A row that ended before this block reads nothing of it, whatever its offset.
-            mixed, block_lse = read(
-                latent, rope_key, jnp.maximum(first - start, 0), jnp.clip(length - start, 0, block_tokens)
-            )
-            share = jax.nn.sigmoid(lse - block_lse)[..., None]  # a query reads itself, so `lse` is finite
-            return output * share + mixed.astype(jnp.float32) * (1 - share), jnp.logaddexp(lse, block_lse)
+    axes = ("B T N H", "B T R", "B T H", "N R", "N R", "B", None)
+    run = execution.per_device(run, axes, ("B T N H", "B T N"))
+    return run(query, *_contained(rows.latent, rows.rope_key), key_up, value_up, position[:, 0], cache)
 
-        num_blocks = (jnp.max(length) + block_tokens - 1) // block_tokens
-        seen = jax.lax.fori_loop(0, num_blocks, step, (output.astype(jnp.float32), lse))
-        return (seen[0].astype(output.dtype),)
 
-    cached = (None, None, None) if cache is None else (cache.latent, cache.rope_key, cache.length)
-    axes = ("B T N H", "B T R", "B T H", "N R", "N R", "B")
-    axes += (None, None, None) if cache is None else ("B S R", "B S H", "B")
-    run = execution.per_device(run, axes, ("B T N H",))
-    return run(query, latent, rope_key, expand.key_up, expand.value_up, position[:, 0], *cached)[0]
+def _read_blocks(
+    seen: Part, query: Array, expand: Expansion, first: Array, cache: LatentCache, options: dict[str, Any]
+) -> Part:
+    """`seen` with what queries read of a cache whose tokens are the `first` ones before the first query."""
+    block_tokens = _block_tokens(cache.capacity)
+    assert block_tokens is not None  # `_misfit` has seen to it
+
+    def step(block: Int[Array, ""], seen: Part) -> Part:
+        start = block * block_tokens
+        latent, rope_key, *_ = cache.read_latents(start, block_tokens)
+        # A row that ended before this block reads nothing of it, whatever its offset.
+        offset, length = jnp.maximum(first - start, 0), jnp.clip(cache.length - start, 0, block_tokens)
+        part = flash_prefill(query, *expand(latent, rope_key), offset=offset, length=length, **options)
+        return merge(seen, Part(*part))
+
+    num_blocks = (jnp.max(cache.length) + block_tokens - 1) // block_tokens
+    return jax.lax.fori_loop(0, num_blocks, step, seen)

@@ -122,8 +122,7 @@ def _step(
     key, value = contained(key, value)
     allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=True))
     allowed = jnp.broadcast_to(allowed, (*position.shape, key.shape[2]))
-    window = mask.span(is_new=False).window
-    first = None if window is None else position - window + 1
+    first = None if mask.span(is_new=False).window is None else mask.first_visible(position)
 
     def run(query, cached_key, cached_value, length, key, value, allowed, first) -> tuple[Array, Array]:
         new = NewTokens(key, value, allowed)

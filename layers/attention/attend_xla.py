@@ -34,8 +34,8 @@ class _Partial(NamedTuple):
 
 def attend_in_xla(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
+    key: Float[Array, "B K U H"],
+    value: Float[Array, "B K U H"],
     position: Int[Array, "B T"],
     mask: Mask,
     cache: Cache | Staged | None,
@@ -45,6 +45,9 @@ def attend_in_xla(
     block_tokens: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Each query's mixture of the values it may read, as in `attend`, and the log-sum-exp of its scores in float32.
+
+    The new tokens are the queries' own, or there are none (U = 0) and only the cache is read. A query that reads
+    nothing gives 0 and a log-sum-exp of -inf.
 
     `block_tokens` sets how many cached tokens one step of a loop reads; the loop stops after the longest row. By
     default it is BLOCK_TOKENS, but for few queries the whole cache is read at once where that is faster: on CPU once
@@ -93,18 +96,27 @@ def attend_in_xla(
         allowed = mask.allows(Tokens(position[:, start:end], True, start), keys)
         return absorb(seen, scores(queries, key[:, :, :keys_end], allowed[:, None]), value[:, :, :keys_end])
 
-    tiles = [new_tokens(start, min(start + TILE_TOKENS, num_queries)) for start in range(0, num_queries, TILE_TOKENS)]
-    seen = tiles[0] if len(tiles) == 1 else _Partial(*(jnp.concatenate(parts, 2) for parts in zip(*tiles, strict=True)))
+    if key.shape[2] == 0:
+        nothing = jnp.zeros(packed.shape[:3], jnp.float32)
+        seen = _Partial(nothing + _MASKED, nothing, jnp.zeros(packed.shape, jnp.float32))
+    else:
+        starts = range(0, num_queries, TILE_TOKENS)
+        tiles = [new_tokens(start, min(start + TILE_TOKENS, num_queries)) for start in starts]
+        joined = (jnp.concatenate(parts, 2) for parts in zip(*tiles, strict=True))
+        seen = tiles[0] if len(tiles) == 1 else _Partial(*joined)
     if cached is not None:
         queries = Tokens(position, is_new=True)
         seen = _absorb_cache(seen, partial(scores, packed), absorb, queries, mask, cached, block_tokens)
-    output = (seen.output / seen.total[..., None]).astype(value.dtype)
+    reads_nothing = seen.maximum < _MASKED / 2
+    total = jnp.where(reads_nothing, 1.0, seen.total)
+    output = jnp.where(reads_nothing[..., None], 0.0, seen.output / total[..., None]).astype(value.dtype)
+    lse = jnp.where(reads_nothing, -jnp.inf, seen.maximum + jnp.log(total))
 
     def by_query(packed: Array) -> Array:
         unpacked = packed.reshape(batch, num_kv_heads, num_queries, group, *packed.shape[3:])
         return jnp.moveaxis(unpacked, 1, 2).reshape(batch, num_queries, num_heads, *packed.shape[3:])
 
-    return by_query(output), by_query(seen.maximum + jnp.log(seen.total))
+    return by_query(output), by_query(lse)
 
 
 def _absorb_cache(seen, scores, absorb, queries: Tokens, mask: Mask, cache: Cache, block_tokens: int | None):

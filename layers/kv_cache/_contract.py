@@ -4,7 +4,7 @@ A cache is a frozen pytree of fixed-size buffers. Layers `read` it; after verifi
 accepted tokens written behind those it held. A policy is a class (or anything with `empty`) that makes caches: full
 precision or quantised, all tokens or some of them.
 
-Not every cache can do what some methods need: `Rewindable` and `MarksTokens` say which can.
+Not every cache can do what some methods need: `Rewindable`, `MarksTokens` and `Splittable` say which can.
 """
 
 from typing import Any, Protocol, Self, runtime_checkable
@@ -43,6 +43,18 @@ class Rewindable(Protocol):
 
     def rewound(self, length: Int[Array, " B"]) -> Self:
         """The cache without the tokens behind the first `length[b]` of a row; a row that has fewer stays as it is."""
+        ...
+
+
+@runtime_checkable
+class Splittable(Protocol):
+    """A cache whose slots may lie on several devices, each having as many that follow each other."""
+
+    def part(self, first: Int[Array, ""]) -> Self:
+        """What a device sees of it that has the slots from `first` on, within `shard_map`: a cache of its own tokens.
+
+        The buffers are the device's already, and `length` is still that of the whole cache.
+        """
         ...
 
 

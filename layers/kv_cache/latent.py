@@ -87,6 +87,10 @@ class LatentCache:
         """The cache without the tokens behind the first `length[b]` of a row."""
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))
 
+    def part(self, first: Int[Array, ""]) -> "LatentCache":
+        """What a device sees that has the slots from `first` on, `capacity` of them (see `Splittable`)."""
+        return dataclasses.replace(self, length=jnp.clip(self.length - first, 0, self.capacity))
+
     def read_latents(
         self, start: Int[Array, ""], num_tokens: int
     ) -> tuple[Float[Array, "B S R"], Float[Array, "B S H"], Int[Array, "1 S"], Bool[Array, "B S"]]:

@@ -116,13 +116,14 @@ class GatedDelta(nn.Module):
     ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
+        inputs = self.execution.all_tokens(inputs)
         past = past_of(cache, config.empty_cache(inputs.shape[0], 0, inputs.dtype))
         projected = linear(inputs, weight["query_key_value_gate"])
         # Over a mesh every device convolves all channels: the split is by heads, and the channels are all queries, then
         # all keys. One gather is less than what the compiler sends to sort them.
-        *parts, gate = _parts(config, projected)
-        parts = (self.execution.split(part, "B T _ _").reshape(*inputs.shape[:2], -1) for part in parts)
-        columns = self.execution.split(jnp.concatenate(list(parts), axis=2), "B T _")
+        *parts, gate = map(self.execution.all_tokens, _parts(config, projected))
+        parts = (self.execution.split(part, "B _ _ _").reshape(*inputs.shape[:2], -1) for part in parts)
+        columns = self.execution.split(jnp.concatenate(list(parts), axis=2), "B _ _")
         gate = gate.reshape(*inputs.shape[:2], config.num_value_heads, config.value_size)
         beta, log_decay = _beta_and_decay(config, linear(inputs, weight["beta_decay"]), weight)
 
@@ -131,9 +132,10 @@ class GatedDelta(nn.Module):
         convolved = jnp.einsum("btwc,cw->btc", window, weight["convolution"], preferred_element_type=jnp.float32)
         convolved = ACTIVATIONS[config.activation](convolved).astype(inputs.dtype)
         keys = config.num_key_heads * config.key_size
-        parts = (self.execution.split(part, "B T _") for part in jnp.split(convolved, (keys, 2 * keys), axis=2))
-        query, key, value = (self.execution.split(heads, "B T N _") for heads in _heads(config, *parts))
+        parts = (self.execution.split(part, "B _ _") for part in jnp.split(convolved, (keys, 2 * keys), axis=2))
+        query, key, value = (self.execution.split(heads, "B _ N _") for heads in _heads(config, *parts))
         read, corrected = delta_recurrence(query, key, value, log_decay, beta, position, mask, past, scale=config.scale)
+        read, corrected = (self.execution.all_tokens(heads) for heads in (read, corrected))
         normed = RMSNorm(config.norm, config.value_size, "H", name="norm")(read)
         gated = normed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
         flat = gated.astype(inputs.dtype).reshape(*inputs.shape[:2], -1)

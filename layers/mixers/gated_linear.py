@@ -95,6 +95,7 @@ class GatedLinear(nn.Module):
     ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
+        inputs = self.execution.all_tokens(inputs)
         batch, num_tokens, _ = inputs.shape
 
         def project(name: str, size: int) -> Float[Array, "B T N H"]:

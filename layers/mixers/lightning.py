@@ -107,6 +107,7 @@ class Lightning(nn.Module):
     ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
+        inputs = self.execution.all_tokens(inputs)
         batch, num_tokens, _ = inputs.shape
         heads = linear(inputs, weight["query_key_value"])
         if config.activation is not None:

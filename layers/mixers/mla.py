@@ -22,6 +22,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.part import CachePart
 from decodax.layers.kv_cache.staged import Staged, unstaged
 from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.norm import RMSNorm, RMSNormConfig
@@ -120,7 +121,7 @@ class MLA(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: LatentCache | Staged | Tile | None,
+        cache: LatentCache | CachePart | Staged | Tile | None,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], LatentRows]:
         config = self.config

@@ -40,6 +40,13 @@ def linear_recurrence(
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take these operands.
     """
+    output = _recurrence(query, key, value, log_decay, position, mask, past, scale, execution)
+    return execution.all_tokens(output)
+
+
+def _recurrence(
+    query, key, value, log_decay, position, mask: Mask, past: Past, scale: float, execution: Execution
+) -> Float[Array, "B T N I"]:
     state = past.cache.state
     if past.is_chain(mask):
         if query.shape[1] == 1:

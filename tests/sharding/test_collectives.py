@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from decodax import decoding
-from decodax.sharding.plan.hlo import collectives_of
 from tests.sharding import wide
+from tests.sharding.collectives import collectives
 
 NUM_LAYERS = 2
 FLOAT_BYTES = 4
@@ -22,7 +22,7 @@ def compiled(kind, mesh, decode=decoding.autoregressive, **execution):
 
 def by_layer(program):
     """(how often each kind stands in each layer, and the collectives outside of layers)."""
-    found = collectives_of(program.as_text())
+    found = collectives(program)
     counts = {layer: Counter() for layer in range(NUM_LAYERS)}
     for collective in found:
         if collective.layer is not None:
@@ -74,5 +74,5 @@ def test_caches_are_neither_gathered_nor_copied(mesh):
                 written = f"f32[{','.join(map(str, shape))}]"
                 assert not [line for line in text.splitlines() if f"= {written}" in line and " copy(" in line]
             assert np.prod(part) < buffer.size
-    gathered = [collective.num_bytes for collective in collectives_of(text)]
+    gathered = [collective.num_bytes for collective in collectives(program)]
     assert max(gathered) < state.caches[0].key.nbytes // 8

@@ -13,7 +13,8 @@ from decodax.layers.moe.dispatch import Exchange, Slots, combine, exchange_in_ro
 from decodax.layers.moe.experts._contract import Setting
 from decodax.layers.moe.placement import Placement
 from decodax.layers.moe.routes import Routes
-from decodax.sharding.rules import automatic, num_devices
+from decodax.sharding.regions import on_each_device
+from decodax.sharding.rules import num_devices
 
 AXES = {
     "gate": ("E", "F", "D"),
@@ -86,7 +87,7 @@ def on_devices(
     """
     if execution.mesh is None:
         return function
-    mesh, groups = automatic(execution.mesh), row_axes(execution)
+    mesh, groups = execution.mesh, row_axes(execution)
     split = (*groups, *((tokens,) if isinstance(tokens, str) else tokens or ()))
     weight_specs = {name: execution.rules.spec(mesh, weight_axes[name]) for name in weights}
     per_token = PartitionSpec(split)
@@ -96,7 +97,7 @@ def on_devices(
         return output, jax.lax.psum(number, groups)
 
     in_specs, out_specs = (per_token, per_token, per_token, weight_specs), (per_token, PartitionSpec())
-    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    run = on_each_device(local, mesh, in_specs, out_specs)
 
     def padded(tokens: Array, slot: Array, gate: Array, weights: dict[str, Any]) -> tuple[Array, Array]:
         num_tokens = tokens.shape[0]

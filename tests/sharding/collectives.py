@@ -1,0 +1,16 @@
+"""What a compiled program sends, as tests ask for it."""
+
+from typing import Any
+
+from decodax.sharding.plan.hlo import KINDS, ProgramCollective, collectives_of
+
+
+def collectives(compiled: Any) -> list[ProgramCollective]:
+    """Every collective of the program, once, be it in a loop or not."""
+    return collectives_of(compiled.as_text())
+
+
+def count(compiled: Any) -> dict[str, int]:
+    """How many collectives of each kind the program has."""
+    kinds = [collective.kind for collective in collectives(compiled)]
+    return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
