@@ -47,7 +47,7 @@ def test_json_of_a_file_and_by_the_model_alone(llama):
     assert found["by_model_only"].startswith("NVIDIA H200 SXM")
     best, *others = found["plans"]
     assert best["mesh"] == found["mesh"]
-    assert best["tokens_per_second"] >= 0.98 * max(one["tokens_per_second"] for one in others)  # pipelines come later
+    assert best["tokens_per_second"] >= max(one["tokens_per_second"] for one in others)
     for plan in found["plans"]:
         memory = plan["bytes_per_chip"]
         assert memory["total"] == memory["weights"] + memory["cache"] + memory["temporaries"]

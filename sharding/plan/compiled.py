@@ -4,7 +4,8 @@ libtpu compiles for any slice on any x86-64 Linux. The programs are those that r
 commit, with the weights and the state as shapes that lie where `decodax.load` and decoding put them.
 
 A prompt's chunk takes XLA about ten seconds a layer, so of its layers only one of each kind is compiled, and the last,
-whose output nobody reads. Its collectives are multiplied by how many layers of the kind there are.
+whose output nobody reads. Its collectives are multiplied by how many layers of the kind there are. A pipeline is
+compiled whole: a stage has few layers, and its collectives stand in the loop over micro-batches and are listed once.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from decodax.sharding import layout
 from decodax.sharding.mesh import fit_mesh, read_mesh
 from decodax.sharding.plan.hlo import ProgramCollective, collectives_of
 from decodax.sharding.plan.search import DoesNotFitError, Plan
-from decodax.sharding.plan.split import abstract_state
+from decodax.sharding.plan.split import state_of
 from decodax.sharding.topologies import tpu_devices
 
 
@@ -65,8 +66,6 @@ def cannot_compile(plan: Plan) -> str | None:
         return f"{plan.topology.chip.title}: nothing here compiles for GPUs that are not there"
     if plan.workload.weights != "same" or plan.workload.cache != "same":
         return f"decodax computes with weights and caches in {plan.workload.dtype}: int8 is in the cost model alone"
-    if plan.groups > 1:
-        return "a pipeline's stages are programs of their own"
     return None
 
 
@@ -81,7 +80,8 @@ def compile_prompt(plan: Plan) -> Program:
     """A chunk of the prompts, through one layer of each kind and the last one. Raises as `compile_step`."""
     config = plan.split.config
     kinds = tuple(dict.fromkeys(config.blocks))
-    few = dataclasses.replace(config, blocks=(*kinds, config.blocks[-1])) if len(kinds) < config.num_layers else config
+    cut = plan.split.degree("pipeline") == 1 and len(kinds) < config.num_layers
+    few = dataclasses.replace(config, blocks=(*kinds, config.blocks[-1])) if cut else config
     model, params, state = _abstract(plan, few)
     chunk = min(MAX_CHUNK_TOKENS, plan.workload.context)
     start = jax.ShapeDtypeStruct((), jnp.int32)
@@ -99,8 +99,8 @@ def _abstract(plan: Plan, config: ModelConfig) -> tuple[Model, Any, Any]:
     def weight(described: Weight) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(described.shape, dtype, sharding=rules.sharding(mesh, described, "weight"))
 
-    params = jax.tree.map(weight, config.weights(), is_leaf=lambda leaf: isinstance(leaf, Weight))
-    state = abstract_state(config, plan.workload.batch, plan.workload.capacity, dtype)
+    params = jax.tree.map(weight, model.weights(), is_leaf=lambda leaf: isinstance(leaf, Weight))
+    state = state_of(model, plan.workload.batch, plan.workload.capacity, dtype)
     places = layout.shardings(state, mesh, rules)
     placed = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, places

@@ -100,14 +100,14 @@ def layout_per_layer(plans: Sequence[Plan]) -> PerLayer | None:
     `decodax.load` takes one mesh, so this is a bound. Between two meshes rows are gathered over the axes that split
     them in the first and not in the second. Embedding and head are left out.
     """
-    splits = [plan.split for plan in plans if plan.groups == 1]
+    splits = [plan.split for plan in plans if plan.split.degree("pipeline") == 1]
     if not splits:
         return None
     first = plans[0]
     tokens = first.workload.tokens(1, first.workload.context - 1)
     config, topology = first.split.config, first.topology
     rings = [topology.rings(dict(split.sizes)) for split in splits]
-    cached = [plan.memory.cache // config.num_layers for plan in plans if plan.groups == 1]
+    cached = [plan.memory.cache // config.num_layers for plan in plans if plan.split.degree("pipeline") == 1]
     int8 = first.workload.weights == "int8"
 
     def choice(block: BlockConfig, index: int) -> Choice:

@@ -32,7 +32,7 @@ class Room:
 
 def room(plan: Plan) -> Room:
     """What fits with the plan's mesh; multiples of its rows and of the slots that a cache grows by."""
-    step = plan.groups * plan.split.degree("data")
+    step = plan.split.degree("data")
     workload, longest = plan.workload, 2**30
 
     def fits(**changed: int) -> bool:

@@ -60,20 +60,15 @@ class Memory:
 
 def memory_of(split: Split, topology: Topology, workload: Workload) -> Memory:
     """What lies on a chip: the weights of its stage, the state of decoding, and what a prompt's chunk needs beside."""
-    config, stages = split.config, split.degree("pipeline")
-    int8 = workload.weights == "int8"
+    config, int8 = split.config, workload.weights == "int8"
 
     def held(weights: dict[str, Any]) -> int:
         return split.weight_bytes(weights, workload.dtype, int8=int8)
 
-    sizes = {block: held(block.weights(config.hidden_size)) for block in split.layers}
-    per_stage = config.num_layers // stages
-    stage_bytes = [
-        sum(sizes[block] for block in config.blocks[start : start + per_stage])
-        for start in range(0, config.num_layers, per_stage)
-    ]
-    weights = max(stage_bytes) + held(split.around_layers)
-    cache = split.decode_state_bytes(workload.batch, workload.capacity, workload.cache_dtype) // stages
+    held_layers = split.layers_of_a_chip.items()
+    layers = sum(count * held(block.weights(config.hidden_size)) for block, count in held_layers)
+    weights = layers + held(split.around_layers)
+    cache = split.decode_state_bytes(workload.batch, workload.capacity, workload.cache_dtype)
     return Memory(weights, cache, _temporaries(split, workload), topology.chip.usable_bytes)
 
 

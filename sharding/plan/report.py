@@ -65,7 +65,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "tokens_per_second": plan.tokens_per_second,
         "prompt_seconds": plan.prompt_seconds,
         "seconds_to_first_token": plan.seconds_to_first_token,
-        "groups_of_rows": plan.groups,
+        "turns_of_a_pipeline": plan.token_turns,
         "token": _cost(plan.token),
         "prompt_chunk": _cost(plan.chunk),
     }

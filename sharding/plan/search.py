@@ -16,6 +16,7 @@ from decodax.decoding.state import MAX_CHUNK_TOKENS
 from decodax.layers.moe.layer import MoEConfig
 from decodax.models.config import ModelConfig
 from decodax.sharding.mesh import read_mesh_shape
+from decodax.sharding.pipeline import ONE_CHUNK, Schedule, best_micro_batches, find_stages
 from decodax.sharding.plan.cost import Cost, cost
 from decodax.sharding.plan.memory import Memory, Workload, memory_of
 from decodax.sharding.plan.parts import forward_parts
@@ -30,9 +31,10 @@ _SAMPLES = 5  # chunks of a long prompt that are looked at; the time of one grow
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run. token: a decoding step at full context. prompt_seconds: of reading prompts of `context` tokens.
+    """One way to run. prompt_seconds: of reading prompts of `context` tokens.
 
-    groups: rows are run in so many groups, one behind the other through the stages of a pipeline.
+    token: a decoding step at full context. Of a pipeline it is what all its stages do for one micro-batch, one after
+    the other, and `token_turns` is how long all micro-batches take, in the same measure (`sharding/pipeline.py`).
     """
 
     topology: Topology
@@ -42,35 +44,31 @@ class Plan:
     token: Cost
     chunk: Cost
     prompt_seconds: float
-    groups: int
+    token_turns: float
 
     @property
     def seconds_per_token(self) -> float:
         """Between two tokens of a row."""
-        return self.token.total
+        return self.token.total * self.token_turns
 
     @property
     def seconds_to_first_token(self) -> float:
-        return self.prompt_seconds + self.token.total
+        return self.prompt_seconds + self.seconds_per_token
 
     @property
     def tokens_per_second(self) -> float:
         """Of all rows together."""
-        return self.workload.batch / self.token.total
+        return self.workload.batch / self.seconds_per_token
 
     def score(self, objective: Objective) -> tuple[float, float]:
-        """The smaller, the better; the free memory decides between equals.
-
-        A pipeline has to gain a percent: its programs are not compiled here, and its rows have to arrive in step.
-        """
+        """The smaller, the better; the free memory decides between equals."""
         values = {
             "time-per-token": self.seconds_per_token,
             "time-to-first-token": self.seconds_to_first_token,
             "throughput": -self.tokens_per_second,
             "fit": 0.0,
         }
-        value = values[objective]
-        return value + (0.01 * abs(value) if self.groups > 1 else 0.0), -float(self.memory.free)
+        return values[objective], -float(self.memory.free)
 
 
 class DoesNotFitError(ValueError):
@@ -116,25 +114,32 @@ def _asked(mesh: str, topology: Topology, workload: Workload) -> dict[str, int]:
         raise ValueError(
             f"the mesh {mesh!r} needs {math.prod(sizes.values())} chips, and {topology.name} has {topology.num_chips}"
         )
-    rows = sizes.get("data", 1) * sizes.get("pipeline", 1)
+    rows = sizes.get("data", 1)
     if workload.batch % rows:
         raise ValueError(
-            f"a batch of {workload.batch} does not divide over data={sizes.get('data', 1)} and "
-            f"pipeline={sizes.get('pipeline', 1)}: use a multiple of {rows} rows, or another mesh"
+            f"a batch of {workload.batch} does not divide over data={rows}: use a multiple of {rows} rows, or another "
+            "mesh"
         )
     return sizes
 
 
 def degrees(config: ModelConfig, num_chips: int, batch: int) -> Iterator[dict[str, int]]:
-    """Sizes of the mesh axes for so many chips; rows have to divide over data and pipeline, layers over pipeline."""
+    """Sizes of the mesh axes for so many chips; rows have to divide over data, and layers make stages."""
     has_experts = any(isinstance(block.feed_forward, MoEConfig) for block in config.blocks)
     for sizes in _factors(num_chips, len(MESH_AXES)):
         found: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
-        if batch % (found["data"] * found["pipeline"]) or config.num_layers % found["pipeline"]:
+        if batch % found["data"] or not _makes_stages(config, found["pipeline"]):
             continue
         if found["expert"] > 1 and not has_experts:
             continue
         yield found
+
+
+def _makes_stages(config: ModelConfig, count: int) -> bool:
+    try:
+        return count == 1 or bool(find_stages(config.blocks, count, ONE_CHUNK))
+    except ValueError:
+        return False
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -152,12 +157,15 @@ def plan_for(config: ModelConfig, topology: Topology, workload: Workload, sizes:
     """The plan with this mesh, whether it fits or not. Raises ValueError for what does not divide."""
     split = Split.of(config, sizes)
     rings = topology.rings(dict(split.sizes))
-    groups = split.degree("pipeline")
-    rows = workload.batch // groups
 
     def forward(new: int, cached: int, *, with_logits: bool) -> Cost:
-        tokens = workload.tokens(new, cached, rows)
+        tokens = workload.tokens(new, cached, workload.batch // micro_batches(split, workload, new))
         return cost(forward_parts(split, tokens, with_logits=with_logits), topology.chip, rings)
+
+    def turns(new: int) -> float:
+        """How long all micro-batches take, over what one takes through all stages: filling and draining counts."""
+        stages = split.degree("pipeline")
+        return Schedule(stages, 1, micro_batches(split, workload, new)).num_ticks / stages
 
     token = forward(1, workload.context - 1, with_logits=True)
     chunk = min(MAX_CHUNK_TOKENS, workload.context)
@@ -165,12 +173,15 @@ def plan_for(config: ModelConfig, topology: Topology, workload: Workload, sizes:
     looked_at = sorted({round(i * (num_chunks - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)})
     chunks = [forward(chunk, index * chunk, with_logits=False) for index in looked_at]
     mean = _mean_over(looked_at, [one.total for one in chunks], num_chunks)
-    # Groups follow each other through the stages: all of them take as long as one, but for filling and draining.
-    steps = num_chunks * groups
-    prompt_seconds = mean * num_chunks * (steps + groups - 1) / steps
-    return Plan(
-        topology, split, workload, memory_of(split, topology, workload), token, chunks[-1], prompt_seconds, groups
-    )
+    memory, prompt_seconds = memory_of(split, topology, workload), mean * num_chunks * turns(chunk)
+    return Plan(topology, split, workload, memory, token, chunks[-1], prompt_seconds, turns(1))
+
+
+def micro_batches(split: Split, workload: Workload, num_new: int) -> int:
+    """Into how many micro-batches a forward over `num_new` tokens of every row is cut, as decoding cuts it."""
+    rows = workload.batch // split.num_parts("B", workload.batch)
+    stages = split.degree("pipeline")
+    return 1 if stages == 1 else best_micro_batches(rows, workload.batch * num_new, stages, 1)
 
 
 def _mean_over(places: list[int], values: list[float], count: int) -> float:

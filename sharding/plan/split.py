@@ -26,6 +26,7 @@ from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 from decodax.sharding import layout
 from decodax.sharding.mesh import fit_mesh
+from decodax.sharding.pipeline import ONE_CHUNK, find_stages
 from decodax.sharding.rules import COPIES, MESH_AXES, RULES, Rules
 
 SCALE_BYTES = 2  # of one bfloat16 scale for each output of a product whose weights are int8
@@ -66,6 +67,18 @@ class Split:
     def layers(self) -> Counter[BlockConfig]:
         """Each kind of layer, and how many there are."""
         return Counter(self.config.blocks)
+
+    @cached_property
+    def layers_of_a_chip(self) -> Counter[BlockConfig]:
+        """Those that one chip holds: all, or those of a pipeline's stage and those that all stages run.
+
+        Raises ValueError if the layers make no such stages.
+        """
+        stages = self.degree("pipeline")
+        if stages == 1:
+            return self.layers
+        blocks, dealt = self.config.blocks, find_stages(self.config.blocks, stages, ONE_CHUNK)
+        return Counter(blocks[dealt.layers(place)[0]] for place in range(dealt.num_places))
 
     @cached_property
     def few_layers(self) -> ModelConfig:
@@ -124,7 +137,8 @@ class Split:
     def decode_state_bytes(self, batch: int, capacity: int, dtype: DTypeLike) -> int:
         """What one chip holds of the state of `batch` rows with room for `capacity` tokens each."""
         state = abstract_state(self.few_layers, batch, capacity, jnp.dtype(dtype))
-        further = zip(state.caches, self.layers.values(), strict=True)
+        held = (self.layers_of_a_chip[block] for block in self.layers)
+        further = zip(state.caches, held, strict=True)
         return self.state_bytes(state) + sum((count - 1) * self.state_bytes(cache) for cache, count in further)
 
     def weight_bytes(self, weights: Mapping[str, Any], dtype: DTypeLike, *, int8: bool = False) -> int:
@@ -164,11 +178,15 @@ def is_product(name: str, weight: Weight) -> bool:
 @lru_cache(maxsize=64)
 def abstract_state(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> DecodeState:
     """The shapes of a state of greedy decoding: `batch` rows with room for `capacity` tokens each."""
-    single = Model(config, execution=Execution("xla"))  # of which only shapes count
+    return state_of(Model(config, execution=Execution("xla")), batch, capacity, dtype)  # of which only shapes count
+
+
+def state_of(model: Model, batch: int, capacity: int, dtype: jnp.dtype) -> DecodeState:
+    """As `abstract_state`, of a model that may be over a mesh."""
 
     def start(sampling: Sampling) -> DecodeState:
         tokens, one = np.zeros((batch, capacity), np.int32), np.ones(batch, np.int32)
         stops = np.zeros((batch, 0), np.int32)
-        return _empty_state(single, dtype, tokens, one, one, one.astype(np.uint32), stops, sampling)
+        return _empty_state(model, dtype, tokens, one, one, one.astype(np.uint32), stops, sampling)
 
-    return jax.eval_shape(start, Sampling.create(batch, config.vocab_size))
+    return jax.eval_shape(start, Sampling.create(batch, model.config.vocab_size))

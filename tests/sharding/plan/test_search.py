@@ -1,6 +1,5 @@
 """Which meshes are looked at, which are chosen, and what is said where nothing fits."""
 
-import itertools
 import math
 import re
 
@@ -9,7 +8,7 @@ import pytest
 from decodax.sharding.plan.cost import cost
 from decodax.sharding.plan.memory import Workload, memory_of
 from decodax.sharding.plan.parts import forward_parts
-from decodax.sharding.plan.search import OBJECTIVES, DoesNotFitError, best_plans, degrees, plan_for
+from decodax.sharding.plan.search import OBJECTIVES, DoesNotFitError, best_plans, degrees, micro_batches, plan_for
 from decodax.sharding.plan.split import Split
 from decodax.sharding.plan.topology import parse_topology
 from decodax.sharding.rules import MESH_AXES
@@ -26,12 +25,12 @@ def test_every_division_of_the_chips():
     assert len(found) == 20  # 8 = 2 x 2 x 2 over four axes: no experts, so none over expert
     experts = list(degrees(config_of("DeepSeek-V3"), 8, 8))
     assert max(sizes["expert"] for sizes in experts) == 8
-    assert {sizes["pipeline"] for sizes in experts} == {1}  # 61 layers do not divide
+    assert {sizes["pipeline"] for sizes in experts} == {1, 2}  # of 61 layers 58 are alike: the first 3 stay outside
 
 
 def test_rows_have_to_divide():
     for sizes in degrees(LLAMA, 8, 6):
-        assert 6 % (sizes["data"] * sizes["pipeline"]) == 0
+        assert 6 % sizes["data"] == 0
     assert {sizes["data"] for sizes in degrees(LLAMA, 8, 6)} == {1, 2}
 
 
@@ -44,9 +43,7 @@ def test_the_best_comes_first(objective):
         "throughput": [-plan.tokens_per_second for plan in plans],
         "fit": [-plan.memory.free for plan in plans],
     }[objective]
-    assert all(one <= next_one + 0.0101 * abs(next_one) for one, next_one in itertools.pairwise(values))
-    by_one = [value for value, plan in zip(values, plans, strict=True) if plan.groups == 1]
-    assert by_one == sorted(by_one)  # among those without a pipeline, which has to gain a percent
+    assert values == sorted(values)
     assert all(plan.memory.free >= 0 for plan in plans)
 
 
@@ -62,7 +59,7 @@ def test_the_mesh_that_was_asked_for():
     assert plan.split.text == "tensor=4,data=2"
     with pytest.raises(ValueError, match=r"the mesh 'tensor=4' needs 4 chips, and v5e:2x4 has 8"):
         best_plans(LLAMA, V5E_8, Workload(8, 2048), mesh="tensor=4")
-    with pytest.raises(ValueError, match=r"a batch of 3 does not divide over data=8 .* use a multiple of 8 rows"):
+    with pytest.raises(ValueError, match=r"a batch of 3 does not divide over data=8: use a multiple of 8 rows"):
         best_plans(LLAMA, V5E_8, Workload(3, 2048), mesh="data=8")
     with pytest.raises(ValueError, match="a mesh has axes data, pipeline, context, expert, tensor"):
         best_plans(LLAMA, V5E_8, Workload(8, 2048), mesh="tensors=8")
@@ -92,16 +89,21 @@ def test_memory_of_a_pipeline_is_that_of_a_stage():
     stage = memory_of(Split.of(LLAMA, {"tensor": 2, "pipeline": 4}), V5E_8, Workload(8, 2048))
     embedding_and_head = 2 * 2 * 128256 * 4096 // 2 + 2 * 4096
     assert stage.weights - embedding_and_head == pytest.approx((whole.weights - embedding_and_head) / 4)
-    assert stage.cache == whole.cache // 4
+    caches = 2 * 8 * 2048 * 8 * 128 * 2 * 32 // 2
+    assert whole.cache - stage.cache == pytest.approx(caches * 3 / 4, rel=1e-3)
 
 
 def test_a_pipeline_fills_and_drains():
-    """Prompts of 4 chunks in 2 groups through 2 stages: (8 + 1) / 8 of the time without a bubble."""
+    """A step is not cut: its stages take turns. Of 8 prompts 4 micro-batches go through 2 stages, in 5 half turns.
+
+    Beside it, chips of one stage alone, as each half of a data axis is, with as many rows.
+    """
     piped = plan_for(LLAMA, V5E_8, Workload(8, 2048), {"tensor": 4, "pipeline": 2})
-    half = plan_for(LLAMA, V5E_8, Workload(8, 2048), {"tensor": 4, "data": 2})
-    assert piped.groups == 2
-    assert piped.seconds_per_token == pytest.approx(half.seconds_per_token, rel=0.02)
-    assert piped.prompt_seconds == pytest.approx(half.prompt_seconds * 9 / 8, rel=0.02)
+    assert (micro_batches(piped.split, piped.workload, 1), micro_batches(piped.split, piped.workload, 512)) == (1, 4)
+    eight, two = (plan_for(LLAMA, V5E_8, Workload(2 * rows, 2048), {"tensor": 4, "data": 2}) for rows in (8, 2))
+    assert piped.token_turns == 1
+    assert piped.seconds_per_token == pytest.approx(eight.seconds_per_token, rel=0.02)
+    assert piped.prompt_seconds == pytest.approx(two.prompt_seconds * 5 / 2, rel=0.02)
 
 
 def test_a_prompts_time_is_that_of_its_chunks():
