@@ -24,6 +24,7 @@ from decodax.layers.moe.experts import METHODS as WAYS_TO_RUN
 from decodax.layers.moe.routers import METHODS as ROUTERS
 from decodax.layers.rope import SCALINGS
 from decodax.models.families import FAMILIES
+from decodax.sharding import METHODS as PARALLELISMS
 
 _PAPER = re.compile(r"((?:[^;|().]|\.(?=\S))+?)\s*[,(]\s*arXiv\s+(\d{4}\.\d{4,5})")
 
@@ -73,6 +74,10 @@ KINDS = (
     Kind("feed-forward", FEED_FORWARDS, "layers", True, "tests/layers/moe/test_layer.py"),
     Kind("router", ROUTERS, "layers.moe.routers", True, "tests/layers/moe/test_routers.py"),
     Kind("way to run experts", WAYS_TO_RUN, "layers.moe.experts", True, "tests/layers/moe/test_experts.py"),
+    *(
+        Kind(f"{axis} parallelism", methods, "sharding", True, f"tests/sharding/test_{axis}.py")
+        for axis, methods in PARALLELISMS.items()
+    ),
     Kind("position scaling", SCALINGS, "layers", True, "tests/layers/test_rope.py"),
     Kind("family", FAMILIES, "models.families", True, "tests/models/test_families.py"),
 )

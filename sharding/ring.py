@@ -1,9 +1,10 @@
 """Attention of a prompt whose tokens are split over devices: keys and values go round a ring of them.
 
-Ring Attention (arXiv 2310.01889) with the online softmax, in one pass: a device keeps its queries, sees the keys and
-values of one other device at a time and merges what it has read. The first ring of attention, Ring Self-Attention
-(arXiv 2105.13120), took two passes and held the scores of a device's queries with all keys. Only key-value heads
-travel, not the query heads that share them.
+Ring Attention with Blockwise Transformers for Near-Infinite Context, arXiv 2310.01889. With the online softmax, in one
+pass: a device keeps its queries, sees the keys and values of one other device at a time and merges what it has read.
+The first ring took two passes, and held the scores of a device's queries with all keys. Sequence Parallelism: Long
+Sequence Training from System Perspective, arXiv 2105.13120. Only key-value heads travel, not the query heads that share
+them.
 
 A causal mask makes half of all work empty. With tokens in natural order the last device would do most of the other
 half, so the blocks of 2 n on n devices are dealt out in zigzag: device i gets blocks i and 2 n - 1 - i. Of any two

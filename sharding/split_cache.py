@@ -1,7 +1,8 @@
 """Attention over a cache whose slots are split over devices: the cache stays, queries and what they have read move.
 
-A device reads its own slots and has a part of every query's softmax; parts are merged by their log-sum-exps. This is
-the split of FlashDecoding++ (arXiv 2311.01282) and LeanAttention (arXiv 2405.10480), over devices instead of cores.
+A device reads its own slots and has a part of every query's softmax; parts are merged by their log-sum-exps, as other
+programs split a cache over the cores of one device. Lean Attention: Hardware-Aware Scalable Attention Mechanism for the
+Decode-Phase of Transformers, arXiv 2405.10480.
 
 With few queries, as when decoding, all devices have all of them, and all need the result (`merge_over_devices`). With
 many, as in a chunk of a prompt, each device has its own (`read_by_all`).

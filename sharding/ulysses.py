@@ -1,7 +1,8 @@
 """Attention of a prompt whose tokens are split over devices: all-to-alls make it one whose heads are split, and back.
 
-DeepSpeed Ulysses, arXiv 2309.14509. Each of n devices gets all tokens of N / n heads, attends as if it were alone, and
-the results go back. What a device sends does not grow with n, at the same number of tokens on each.
+DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer Models, arXiv
+2309.14509. Each of n devices gets all tokens of N / n heads, attends as if it were alone, and the results go back. What
+a device sends does not grow with n, at the same number of tokens on each.
 
 With grouped heads (GQA), key-value heads that n does not divide are first copied until it does: as few times as that
 takes, so that the query heads of a device find theirs there. Queries, keys and values of one size travel together, in
