@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import typer
 
 from decodax.cli import session
@@ -41,6 +42,7 @@ def plan(
     Example: decodax plan --model Llama-3.1-8B --topology v5e:2x4 --batch 8 --context 2048
     """
     with session.reported_errors(debug):
+        jax.config.update("jax_platforms", "cpu")  # a plan needs no device, and takes none from those who do
         _check("objective", objective, _OBJECTIVES)
         _check("dtype", dtype, ("bfloat16", "float16", "float32"))
         for name, value in (("weights", weights), ("cache", cache)):

@@ -60,7 +60,12 @@ class Cost:
     @property
     def limit(self) -> str:
         """What takes the most of the time, in words."""
-        return LIMITS[max(self.seconds, key=self.seconds.__getitem__)]
+        return LIMITS[self.bound]
+
+    @property
+    def bound(self) -> str:
+        """The same, as a key of LIMITS."""
+        return max(self.seconds, key=self.seconds.__getitem__)
 
 
 def cost(parts: Iterable[Part], chip: Chip, rings: Mapping[str, tuple[Ring, ...]]) -> Cost:

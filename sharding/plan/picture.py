@@ -24,7 +24,7 @@ def draw(report: Report, image: Path) -> None:
     memory.set(yticks=places, yticklabels=names, xlabel="GiB on each chip", title="memory")
     left = [0.0] * len(plans)
     for label, words in LIMITS.items():
-        values = [plan.token.seconds[label] * 1e3 for plan in plans]
+        values = [plan.token.seconds[label] * plan.token_turns * 1e3 for plan in plans]
         if any(values):
             time.barh(places, values, left=left, label=words)
             left = [start + value for start, value in zip(left, values, strict=True)]

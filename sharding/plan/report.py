@@ -112,6 +112,7 @@ def print_report(report: Report) -> None:
 
 
 def _plans_table(report: Report) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     best = report.best
@@ -120,16 +121,17 @@ def _plans_table(report: Report) -> Any:
         f"{best.topology.name} ({best.topology.num_chips} x {best.topology.chip.title}): {workload.batch} rows of "
         f"{workload.context} tokens, weights {workload.dtype if workload.weights == 'same' else workload.weights}"
     )
-    table = Table(title=title, caption=f"{len(report.plans)} meshes fit; the best for {report.objective} come first")
-    table.add_column("mesh", no_wrap=True)
-    for heading in ("ms per token", "tokens/s", "ms per prompt", "weights GiB", "cache GiB", "free GiB"):
-        table.add_column(heading, justify="right")
-    table.add_column("limited by")
+    caption = f"{len(report.plans)} meshes fit; the best for {report.objective} come first"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)  # narrow, for a terminal of 80 columns
+    table.add_column("mesh", overflow="fold")
+    for heading in ("token\nms", "tokens\n/s", "prompt\nms", "weights\nGiB", "cache\nGiB", "free\nGiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("limited\nby", no_wrap=True)
     for plan in report.plans[:SHOWN]:
         sizes = (plan.memory.weights, plan.memory.cache, plan.memory.free)
         numbers = [f"{plan.seconds_per_token * 1e3:.2f}", f"{plan.tokens_per_second:.0f}"]
         numbers += [f"{plan.prompt_seconds * 1e3:.0f}", *(f"{size / 2**30:.2f}" for size in sizes)]
-        table.add_row(plan.split.text, *numbers, plan.token.limit)
+        table.add_row(plan.split.text, *numbers, plan.token.bound)
     return table
 
 
@@ -138,8 +140,8 @@ def _time_table(plan: Plan) -> Any:
 
     table = Table(title=f"where the time of {plan.split.text} goes, per chip")
     table.add_column("")
-    for heading in ("token, ms", "meanwhile", "chunk of a prompt, ms", "meanwhile"):
-        table.add_column(heading, justify="right")
+    for heading in ("token\nms", "mean-\nwhile", "chunk of a\nprompt, ms", "mean-\nwhile"):
+        table.add_column(heading, justify="right", overflow="fold")
     for name, words in LIMITS.items():
         cells = []
         for cost in (plan.token, plan.chunk):
