@@ -5,6 +5,7 @@ read_mesh("tensor=4,data=2")    two groups of four devices; the last of MESH_AXE
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def read_mesh_shape(text: str) -> dict[str, int]:
     return {name: sizes[name] for name in MESH_AXES if name in sizes}
 
 
-def read_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def read_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that a text like "tensor=4,data=2" describes, over these devices, by default all there are.
 
     Devices that work most closely together stand along the last axis, tensor; a TPU's mesh follows its network.

@@ -165,15 +165,17 @@ def _in_kernels(
     allowed = jnp.broadcast_to(allowed, (*position.shape, key_position.shape[1]))
     num_queries = position.shape[1]
 
-    def run(query_latent, query_rope, latent, rope_key, length, new_latent, new_rope_key, allowed) -> tuple[Array, ...]:
+    def run(
+        query_latent, query_rope, latent, rope_key, length, new_latent, new_rope_key, allowed
+    ) -> tuple[Array, Array]:
         def some(start: int) -> tuple[Array, Array]:
             queries = slice(start, min(start + MAX_QUERIES, num_queries))
             new = NewLatents(new_latent, new_rope_key, allowed[:, queries])
             own = query_latent[:, queries], query_rope[:, queries]
             return mla_decode(*own, latent, rope_key, length, new, scale=scale, implementation=choice.implementation)
 
-        parts = (some(start) for start in range(0, num_queries, MAX_QUERIES))
-        return tuple(jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        outputs, lses = zip(*(some(start) for start in range(0, num_queries, MAX_QUERIES)), strict=True)
+        return jnp.concatenate(outputs, axis=1), jnp.concatenate(lses, axis=1)
 
     axes = ("B T N R", "B T N H", "B S R", "B S H", "B", "B S R", "B S H", "B T S")
     run = execution.per_device(run, axes, ("B T N R", "B T N"))

@@ -138,7 +138,8 @@ def _over_tokens(mask: Mask, scale: float, execution: Execution) -> Any:
     def among_new(query: Array, latent: Array, rope_key: Array, key_up: Array, value_up: Array) -> Part:
         def block(query: Array, latent: Array, rope_key: Array, offset: Array) -> Part:
             num_heads = query.shape[2]  # Ulysses gives a device some of them
-            expand = Expansion(*_of_heads(key_up, value_up, num_heads, all_heads, execution), num_heads)
+            own_key_up, own_value_up = _of_heads(key_up, value_up, num_heads, all_heads, execution)
+            expand = Expansion(own_key_up, own_value_up, num_heads)
             key, value = expand(latent[:, 0], rope_key[:, 0])
             rows = {"offset": jnp.broadcast_to(offset, query.shape[:1]), "implementation": execution.implementation}
             return Part(*flash_prefill(query, key, value, **rows, **options))

@@ -178,5 +178,6 @@ def exchange(
     )
     with jax.named_scope(way):
         if way == "ulysses":
-            return ulysses(query, key, value, lambda *tokens: block(*tokens, jnp.int32(0)), axis=axis)
+            whole = lambda query, key, value: block(query, key, value, jnp.int32(0))
+            return ulysses(query, key, value, whole, axis=axis)
         return ring(query, key, value, block, axis=axis, window=window)

@@ -50,6 +50,9 @@ class Rewindable(Protocol):
 class Splittable(Protocol):
     """A cache whose slots may lie on several devices, each having as many that follow each other."""
 
+    @property
+    def capacity(self) -> int: ...
+
     def part(self, first: Int[Array, ""]) -> Self:
         """What a device sees of it that has the slots from `first` on, within `shard_map`: a cache of its own tokens.
 
