@@ -1,6 +1,6 @@
 """A Llama of 8 billion parameters compiled for TPUs that are not there: kernels in every layer, and no copy of a cache.
 
-Four chips of a v5e hold it in bfloat16; weights and heads are split over them.
+Weights and heads are split over the chips of a v5e slice.
 """
 
 import dataclasses
@@ -19,25 +19,23 @@ from decodax.layers.execution import Execution
 from decodax.layers.weight import Weight
 from decodax.models.model import Model, commit
 from decodax.scripts.bench_gpu import SHAPES
-from decodax.sharding.rules import TENSOR
+from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.rules import RULES
+from decodax.sharding.topologies import tpu_devices
 from tests.kernels_pallas.ahead_of_time import count_kernels, tpu_mesh
+from tests.sharding.collectives import collectives
 
 BATCH, CAPACITY = 8, 16384  # a part of one cache is 64 MiB: too large for XLA to move it into VMEM
-
-
-def on_mesh(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
-    """Caches are split by heads, [B, K, S, H]; the rest of the state lies on every chip."""
-    spec = PartitionSpec(None, "tensor") if len(leaf.shape) == 4 else PartitionSpec()
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
 
 def model_on(mesh: Mesh, num_layers: int) -> tuple[Model, Any, Any]:
     """The model, its parameters and a state of decoding, as shapes on the mesh."""
     model = dataclasses.replace(SHAPES["8b"], num_layers=num_layers).model()
+    mesh = fit_mesh(mesh, model.config)
     model = dataclasses.replace(model, execution=Execution("tpu", mesh))
 
     def weight(described: Weight) -> jax.ShapeDtypeStruct:
-        sharding = TENSOR.sharding(mesh, described, "weight")
+        sharding = RULES.sharding(mesh, described, "weight")
         return jax.ShapeDtypeStruct(described.shape, jnp.bfloat16, sharding=sharding)
 
     params = jax.tree.map(weight, model.config.weights(), is_leaf=lambda leaf: isinstance(leaf, Weight))
@@ -48,7 +46,14 @@ def model_on(mesh: Mesh, num_layers: int) -> tuple[Model, Any, Any]:
         return _empty_state(model, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
 
     state = jax.eval_shape(start, Sampling.create(BATCH, model.config.vocab_size))
-    return model, params, jax.tree.map(lambda leaf: on_mesh(mesh, leaf), state)
+    places = model.execution.shardings(state)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return model, params, jax.tree.map(place, state, places)
+
+
+def slice_of(num_chips: int) -> Mesh:
+    pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu (Linux on x86-64)")
+    return read_mesh(f"tensor={num_chips}", tpu_devices({8: "v5e:2x4", 16: "v5e:4x4"}[num_chips]))
 
 
 def cache_copies(compiled: Any) -> list[str]:
@@ -57,17 +62,20 @@ def cache_copies(compiled: Any) -> list[str]:
     return re.findall(rf"{shape}\S* (?:copy|transpose)\(.*", compiled.as_text())
 
 
-def test_the_decoding_loop():
-    num_layers = SHAPES["8b"].num_layers
-    model, params, state = model_on(tpu_mesh("v5e", 4), num_layers)
+@pytest.mark.parametrize(
+    ("chips", "kv_parts", "num_layers"), [(8, 8, SHAPES["8b"].num_layers), (16, 8, 2)], ids=["8 chips", "16 chips"]
+)
+def test_the_decoding_loop(chips, kv_parts, num_layers):
+    """Eight key-value heads on sixteen chips are held twice, and the kernel runs on each chip as on eight."""
+    model, params, state = model_on(slice_of(chips), num_layers)
     loop = jax.jit(decoding.autoregressive(model), donate_argnums=1)
     with jax.default_matmul_precision("default"):
         compiled = loop.lower(params, state).compile()
     assert count_kernels(compiled, "flash_decode") == num_layers
     assert cache_copies(compiled) == []
-    cache_bytes = (
-        sum(leaf.size * leaf.dtype.itemsize for cache in state.caches for leaf in (cache.key, cache.value)) // 4
-    )
+    buffers = [leaf for cache in state.caches for leaf in (cache.key, cache.value)]
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in buffers) // kv_parts
+    assert {one.kind for one in collectives(compiled)} == {"all-reduce"}  # neither weights nor caches are gathered
     assert compiled.memory_analysis().temp_size_in_bytes < cache_bytes / num_layers
 
 
@@ -81,7 +89,8 @@ def test_the_prompt(num_layers, chunk):
         out = model.apply(params, tokens, position, caches)
         return out.hidden, commit(caches, out.rows, jnp.sum(jnp.isfinite(out.hidden[:, :, 0]), axis=1, dtype=jnp.int32))
 
-    tokens = on_mesh(mesh, jax.ShapeDtypeStruct((BATCH, chunk), jnp.int32))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    tokens = jax.ShapeDtypeStruct((BATCH, chunk), jnp.int32, sharding=everywhere)
     with jax.default_matmul_precision("default"):
         compiled = jax.jit(read, donate_argnums=3).lower(params, tokens, tokens, state.caches).compile()
     assert count_kernels(compiled, "flash_prefill") == 2 * num_layers  # over the chunk itself, and over the cache
