@@ -1,0 +1,22 @@
+"""Kernels for GPUs in the interpreter of JAX 0.10 count as slow: it compiles a body for every program.
+
+The interpreter of JAX 0.12 does not, and there they run with the rest (`.ci/run` does so).
+"""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+FOLDER, INTERPRETED = Path(__file__).parent, "gpu_interpreted"
+ALL_INTERPRETED = "test_decode_kernels_gpu.py"
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not to run are sorted out
+def pytest_collection_modifyitems(items):
+    if jax.__version_info__ >= (0, 11):
+        return
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if item.path.parent == FOLDER and (item.path.name == ALL_INTERPRETED or INTERPRETED in values):
+            item.add_marker(pytest.mark.slow)
