@@ -25,8 +25,9 @@ def in_float32(part: Part) -> Part:
 
 
 def merge(one: Part, other: Part) -> Part:
-    """Two parts as one."""
-    share = jnp.where(other.lse == -jnp.inf, 1.0, jax.nn.sigmoid(one.lse - other.lse))[..., None]
+    """Two parts as one. One whose log-sum-exp is NaN breaks the whole, whatever its output says."""
+    read_nothing = (other.lse == -jnp.inf) & ~jnp.isnan(one.lse)
+    share = jnp.where(read_nothing, 1.0, jax.nn.sigmoid(one.lse - other.lse))[..., None]
     output = one.output.astype(jnp.float32) * share + other.output.astype(jnp.float32) * (1 - share)
     return Part(output, jnp.logaddexp(one.lse, other.lse))
 

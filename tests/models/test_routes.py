@@ -165,7 +165,7 @@ def test_bad_arguments():
         MODEL.apply(PARAMS, token, position, layers=(1, 3))
     with pytest.raises(ValueError, match=r"capture must lie in 0\.\.1"):
         MODEL.apply(PARAMS, token, position, layers=(0, 1), capture=(2,))
-    with pytest.raises(ValueError, match="caches must have one entry per layer"):
+    with pytest.raises(ValueError, match="caches must have the 2 entries of `empty_cache`"):
         MODEL.apply(PARAMS, token, position, MODEL.empty_cache(3, 8, jnp.float32)[:1])
     broken = {**PARAMS, "head": PARAMS["head"][:5]}
     with pytest.raises(ValueError, match=r"weight head must have shape \(37, 23\)"):

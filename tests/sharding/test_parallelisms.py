@@ -66,4 +66,5 @@ def test_fewer_rows_than_devices(num_rows):
     tokens, length = wide.PROMPTS[:num_rows], wide.LENGTHS[:num_rows]
     state = decoding.init(model, params, tokens, length, wide.NEW, np.arange(num_rows), stop_token_ids=wide.NO_STOPS)
     out = jax.jit(decoding.autoregressive(model))(params, state)
-    np.testing.assert_array_equal(out.tokens[0], wide.single_tokens("dense")[0])
+    end = wide.LENGTHS[0] + wide.NEW
+    np.testing.assert_array_equal(out.tokens[0, :end], wide.single_tokens("dense")[0, :end])
