@@ -269,6 +269,7 @@ def _in_kernels(
         output, lse = flash_prefill(query, *expand(latent, rope_key), offset=start, length=end, **options)
         if cache is None:
             return output, lse
+        lse = jnp.where(lse == -jnp.inf, jnp.nan, lse)  # a query reads itself: one that says it read nothing is broken
         seen = _read_blocks(Part(output.astype(jnp.float32), lse), query, expand, first, cache, options)
         return seen.output.astype(output.dtype), seen.lse
 
