@@ -20,7 +20,7 @@ def run_until_done(
     """Repeats `step` until every row is done, or, with `max_tokens`, until some row has gained so many.
 
     A step that emits several tokens may go past `max_tokens`; what is emitted is kept. Over a mesh the state lies where
-    it lay, in every round; what a drafter carries lies where its own network has it.
+    it lay, in every round; of what a drafter carries, the drafter says so itself (`Drafter.laid_out`).
     """
     aim = jnp.int32(jnp.iinfo(jnp.int32).max if max_tokens is None else max_tokens)
     begin = state.length

@@ -63,7 +63,7 @@ class Speculative:
         drafter = self.drafter
         drafter.check(self.model, draft_params)
         self.verifier.check(state.sampling)
-        draft = drafter.start(params, draft_params, state)
+        draft = drafter.laid_out(drafter.start(params, draft_params, state), self.model)
         return dataclasses.replace(state, draft=draft, counts=DraftCounts.zero(drafter.max_depth))
 
     def step(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
@@ -105,7 +105,8 @@ class Speculative:
             counts=counts.add(tree, proposal.is_candidate, path, num_accepted, taken, proposal.num_draft_forwards),
         )
         outcome = Outcome(proposal, logits, forward, path, taken)
-        return dataclasses.replace(state, draft=self.drafter.update(params, draft_params, state, outcome))
+        draft = self.drafter.update(params, draft_params, state, outcome)
+        return dataclasses.replace(state, draft=self.drafter.laid_out(draft, self.model))
 
 
 def speculative(model: Model, drafter: Drafter, verifier: Verifier, depth: Depth = FULL_DEPTH) -> Speculative:

@@ -111,6 +111,11 @@ class Drafter:
         """The drafter's state after the round; `state` already holds the new tokens, and the state from `propose`."""
         return state.draft
 
+    def laid_out(self, draft: Any, model: Model) -> Any:
+        """The drafter's state, told where to lie over a mesh: as the target's, or where its own network's execution has
+        it."""
+        return model.execution.laid_out(draft)
+
 
 def fixed_proposal(
     tree: Tree,

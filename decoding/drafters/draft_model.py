@@ -81,6 +81,9 @@ class DraftModel(Drafter):
         children = Children.INDEPENDENT if replacement else Children.WITHOUT_REPLACEMENT
         return cls(model, tuple(parents), children)
 
+    def laid_out(self, draft: Any, model: Model) -> Any:
+        return self.model.execution.laid_out(draft)
+
     def check(self, model: Model, draft_params: Any) -> None:
         mine, wanted = self.model.config.vocab_size, model.config.vocab_size
         if mine != wanted:

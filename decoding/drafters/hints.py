@@ -54,6 +54,9 @@ class Hints(Drafter):
         """The drafter with all children; its first `num_nodes` nodes are those of the tree asked for."""
         return DraftModel.likeliest(self.model, _with_children(self.parents, self.num_likely))
 
+    def laid_out(self, draft: Any, model: Model) -> Any:
+        return self.draft.laid_out(draft, model)
+
     def check(self, model: Model, draft_params: Any) -> None:
         self.draft.check(model, draft_params)
 

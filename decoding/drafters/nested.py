@@ -71,6 +71,11 @@ class NestedDraft(Drafter):
         )
         return self._started(draft_params, inner, state)
 
+    def laid_out(self, draft: DecodeState, model: Model) -> DecodeState:
+        inner = self.inner
+        own = inner.model.execution.laid_out(dataclasses.replace(draft, draft=None))
+        return dataclasses.replace(own, draft=inner.drafter.laid_out(draft.draft, inner.model))
+
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, DecodeState]:
         inner = self._started(draft_params, state.draft, state)
         before = inner.caches

@@ -80,7 +80,7 @@ def test_plain_decoding(kind, mesh):
     check(jax.jit(decoding.autoregressive(model))(params, start(model, params)), kind)
 
 
-@pytest.mark.parametrize(("kind", "mesh"), CASES)
+@pytest.mark.parametrize(("kind", "mesh"), wide.with_drafts(CASES))
 def test_a_tree_of_drafts(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     decode = decoding.speculative(model, DraftModel(wide.draft_model(kind, model), (-1, 0, 0, 1)), ExactMatch())
