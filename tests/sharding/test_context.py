@@ -59,7 +59,7 @@ def check(out, kind):
         np.testing.assert_allclose(np.asarray(got)[:, : want.shape[1]], want, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "mesh"), CASES)
+@pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
 def test_logits(kind, mesh):
     @jax.jit
     def forward(params, tokens):
@@ -74,13 +74,13 @@ def test_logits(kind, mesh):
     np.testing.assert_allclose(logits[1], logits[0], atol=TOLERANCE * np.abs(logits[0]).max(), rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "mesh"), CASES)
+@pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
 def test_plain_decoding(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     check(jax.jit(decoding.autoregressive(model))(params, start(model, params)), kind)
 
 
-@pytest.mark.parametrize(("kind", "mesh"), wide.with_drafts(CASES))
+@pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
 def test_a_tree_of_drafts(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     decode = decoding.speculative(model, DraftModel(wide.draft_model(kind, model), (-1, 0, 0, 1)), ExactMatch())

@@ -22,13 +22,13 @@ CASES = [
 LOGITS_TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize(("kind", "mesh"), CASES)
+@pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
 def test_logits(kind, mesh):
     split = wide.full_logits(wide.model_of(kind, mesh), wide.params_of(kind, mesh))
     np.testing.assert_allclose(split, wide.single_logits(kind), atol=LOGITS_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "mesh"), CASES)
+@pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
 def test_plain_decoding(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     state = wide.start(model, params)
@@ -39,7 +39,7 @@ def test_plain_decoding(kind, mesh):
     np.testing.assert_array_equal(out.tokens, wide.single_tokens(kind))
 
 
-@pytest.mark.parametrize(("kind", "mesh"), wide.with_drafts(CASES))
+@pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
 def test_speculative_decoding(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     drafter = DraftModel.likeliest(wide.draft_model(kind, model), (-1, 0, 0, 1))

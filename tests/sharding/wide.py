@@ -47,14 +47,14 @@ LAYERS = {
 }
 
 
-# Seen with the linear model and drafts on two cores, with and without XLA's concurrent scheduler; not with JAX 0.12.
+# Seen with the linear model on two cores, with and without XLA's concurrent scheduler; not with JAX 0.12.
 WAITS_FOR_EVER = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="in this program JAX 0.10's CPU devices wait for each other for ever"
 )
 
 
-def with_drafts(cases: list) -> list:
-    """Cases (kind, mesh) for tests of drafts, of which some JAX cannot run those of the linear model."""
+def runnable(cases: list) -> list:
+    """Cases (kind, mesh), those of the linear model only where JAX can run them."""
 
     def case(one: Any) -> Any:
         marks = [*one.marks, WAITS_FOR_EVER] if one.values[0] == "linear" else one.marks
