@@ -33,7 +33,8 @@ def test_plain_decoding(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     state = wide.start(model, params)
     places = [leaf.sharding for leaf in jax.tree.leaves(state.caches)]
-    assert not all(place.is_fully_replicated for place in places)
+    is_split = not all(place.is_fully_replicated for place in places)
+    assert is_split or (kind, mesh) == ("mla", "tensor=8")  # latents have no heads
     out = jax.jit(decoding.autoregressive(model), donate_argnums=1)(params, state)
     assert [leaf.sharding for leaf in jax.tree.leaves(out.caches)] == places
     np.testing.assert_array_equal(out.tokens, wide.single_tokens(kind))
