@@ -115,8 +115,6 @@ CONTEXT = Rules((("T", "context"), ("S", "context")))  # tokens of a prompt, and
 PIPELINE = Rules((("L", "pipeline"),))  # layers
 RULES = DATA | TENSOR | EXPERT | CONTEXT | PIPELINE
 
-PRESETS = {"data": DATA, "tensor": TENSOR, "expert": EXPERT, "context": CONTEXT, "pipeline": PIPELINE}
-
 
 def place(mesh: Mesh, rules: Rules, array: jax.typing.ArrayLike, weight: Weight, name: str) -> jax.Array:
     """The array on the mesh, each device holding its part."""

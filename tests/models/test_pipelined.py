@@ -35,10 +35,12 @@ LOGITS_TOLERANCE = 1e-4
 
 def cases(*quick):
     """Every model on every mesh, in one chunk of layers a stage and in two; of those only the quick ones by default."""
-    return [
-        pytest.param(*case, marks=() if case in quick else pytest.mark.slow)
-        for case in itertools.product(wide.LAYERS, (FOUR, TWO, EIGHT), (1, 2))
-    ]
+    return wide.runnable(
+        [
+            pytest.param(*case, marks=() if case in quick else pytest.mark.slow)
+            for case in itertools.product(wide.LAYERS, (FOUR, TWO, EIGHT), (1, 2))
+        ]
+    )
 
 
 def num_stages(mesh):

@@ -54,7 +54,7 @@ WAITS_FOR_EVER = pytest.mark.skipif(
 
 
 def runnable(cases: list) -> list:
-    """Cases (kind, mesh), those of the linear model only where JAX can run them."""
+    """Cases (kind, mesh, ...), those of the linear model only where JAX can run them."""
 
     def case(one: Any) -> Any:
         marks = [*one.marks, WAITS_FOR_EVER] if one.values[0] == "linear" else one.marks
