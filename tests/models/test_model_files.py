@@ -1,0 +1,89 @@
+"""Files of a model folder are found and read only where and as they may be."""
+
+import doctest
+import os
+
+import pytest
+
+from decodax.models import model_files
+from decodax.models.model_files import find_file, parse_json_object, printable, read_json_object
+
+
+def test_examples():
+    assert doctest.testmod(model_files).failed == 0
+
+
+def test_finds_files_and_links_inside_the_folder(tmp_path):
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("real.json")
+    assert find_file(tmp_path, "real.json") == tmp_path / "real.json"
+    assert find_file(tmp_path, "link.json") == tmp_path / "link.json"
+    assert find_file(tmp_path, "absent.json") is None
+
+
+def test_a_snapshot_may_link_to_the_blobs_of_its_repository_only(tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    for blobs in (tmp_path / "models--org--name" / "blobs", tmp_path / "models--org--other" / "blobs"):
+        blobs.mkdir(parents=True)
+        (blobs / "1").write_text("{}")
+    snapshot.mkdir(parents=True)
+    (snapshot / "own.json").symlink_to("../../blobs/1")
+    (snapshot / "other.json").symlink_to("../../../models--org--other/blobs/1")
+    assert find_file(snapshot, "own.json") is not None
+    with pytest.raises(ValueError, match=r"other\.json is a link to .* outside the model's folder"):
+        find_file(snapshot, "other.json")
+
+
+def test_refuses_links_that_lead_nowhere_or_out_and_what_is_no_file(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("{}")
+    (folder / "gone").symlink_to("../../blobs/0")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    (folder / "circle").symlink_to("circle")
+    (folder / "inside").mkdir()
+    os.mkfifo(folder / "pipe")
+    for name, words in {
+        "gone": "link to .*blobs/0, which is not there",
+        "out": "outside the model's folder",
+        "circle": "which is not there",
+        "inside": "must be a regular file",
+        "pipe": "must be a regular file",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name} .*{words}|{name}{words}"):
+            find_file(folder, name)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "no valid JSON"),
+        (b"[1]", "must hold a JSON object, got a list"),
+        (b'{"a": }', "no valid JSON"),
+        (b'{"a": "\xff"}', "no valid JSON"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper than 64 levels"),
+        (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "nested deeper than 64 levels"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "no valid JSON"),
+    ],
+)
+def test_refuses_what_is_no_sane_json_object(tmp_path, content, words):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"config\.json.*{words}"):
+        read_json_object(tmp_path / "config.json")
+
+
+def test_reads_objects_up_to_the_limit_of_depth_and_a_byte_order_mark():
+    assert parse_json_object(b'{"a": ' + b"[" * 63 + b"]" * 63 + b"}", "x") != {}
+    assert parse_json_object(b'\xef\xbb\xbf{"a": 1}', "x") == {"a": 1}
+
+
+def test_refuses_json_of_absurd_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_files, "MAX_JSON_BYTES", 10)
+    (tmp_path / "config.json").write_text('{"key": "value"}')
+    with pytest.raises(ValueError, match=r"config\.json has 16 bytes"):
+        read_json_object(tmp_path / "config.json")
+
+
+def test_control_characters_do_not_reach_a_message():
+    assert printable("a\x1b[31m\n\u202e\ud800é") == "a\\x1b[31m\\n\\u202e\\ud800é"
+    assert len(printable("x" * 10_000)) == 200
