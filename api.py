@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -14,6 +13,7 @@ from decodax.decoding.adapted import with_adapter
 from decodax.decoding.generation import Generation
 from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
+from decodax.decoding.programs import bounded_jit
 from decodax.decoding.trained_part import TrainedPart
 from decodax.kernels_pallas.choice import Implementation
 from decodax.models.load import LanguageModel
@@ -109,10 +109,8 @@ def logits(lm: LanguageModel, tokens: Int[Array | np.ndarray, "B T"]) -> Float[A
     return _logits(lm.model, lm.params, rows.astype(np.int32))
 
 
-def _full_forward(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+@bounded_jit(static_argnums=(0,))
+def _logits(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     row_length = jnp.full(tokens.shape, tokens.shape[1], jnp.int32)
     return model.logits(params, model.apply(params, tokens, position, row_length=row_length).hidden)
-
-
-_logits = jax.jit(_full_forward, static_argnums=0)

@@ -8,7 +8,6 @@ import dataclasses
 import time
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,16 +17,14 @@ import numpy as np
 from decodax.decoding import state as decode_state
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.compile_clock import compile_seconds
-from decodax.decoding.depth import Depth
 from decodax.decoding.draft_length import DraftChoice
-from decodax.decoding.drafters import Drafter
 from decodax.decoding.options import GenerateOptions
-from decodax.decoding.speculative import speculative
+from decodax.decoding.programs import bounded_jit
+from decodax.decoding.speculative import Speculative, speculative
 from decodax.decoding.state import DecodeState
 from decodax.decoding.strategies import METHODS as STRATEGIES
 from decodax.decoding.strategies import Speculation, Strategy
 from decodax.decoding.text_watcher import TextWatcher
-from decodax.decoding.verifiers import Verifier
 from decodax.models.model import Model
 from decodax.sharding.host import check_same, to_host
 
@@ -140,33 +137,39 @@ class _Plan:
             self.params = lm.params if chosen.params is None else chosen.params
             if not isinstance(options.strategy, str):
                 self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"
-            self._start, self._decode = _compiled_speculation(lm.model, chosen.drafter, chosen.verifier, chosen.depth)
+            self._speculative = speculative(lm.model, chosen.drafter, chosen.verifier, chosen.depth)
         elif callable(chosen):
-            self._start, self._decode = None, _compiled_plain(chosen, lm.model)
+            self._speculative, self._make, self._model = None, chosen, lm.model
         else:
             raise ValueError(f"strategy must be a name, a Speculation or a function from a model, got {chosen!r}")
 
     def start(self, state: DecodeState) -> DecodeState:
         """Lets the drafter read the prompts."""
-        return state if self._start is None else self._start(self.params, self.draft_params, state)
+        if self._speculative is None:
+            return state
+        return _start_speculation(self._speculative, self.params, self.draft_params, state)
 
     def decode(self, state: DecodeState, max_tokens: np.int32) -> DecodeState:
-        if self._start is None:
-            return self._decode(self.params, state, max_tokens)
-        return self._decode(self.params, self.draft_params, state, max_tokens)
+        if self._speculative is None:
+            return _decode_plain(self._make, self._model, self.params, state, max_tokens)
+        return _decode_speculation(self._speculative, self.params, self.draft_params, state, max_tokens)
 
 
-@cache
-def _compiled_plain(make_decode: Any, model: Model) -> Any:
-    """One jitted loop per strategy and model, so that a second call finds what the first compiled."""
-    return jax.jit(make_decode(model), donate_argnums=1)
+@bounded_jit(static_argnums=(0, 1), donate_argnums=(3,))
+def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeState, max_tokens: Any) -> DecodeState:
+    return make_decode(model)(params, state, max_tokens)
 
 
-@cache
-def _compiled_speculation(model: Model, drafter: Drafter, verifier: Verifier, depth: Depth) -> tuple[Any, Any]:
-    """The same for a drafter and a verifier: what starts it, and the loop."""
-    decode = speculative(model, drafter, verifier, depth)
-    return jax.jit(decode.start, donate_argnums=2), jax.jit(decode, donate_argnums=2)
+@bounded_jit(static_argnums=(0,), donate_argnums=(3,))
+def _start_speculation(decode: Speculative, params: Any, draft_params: Any, state: DecodeState) -> DecodeState:
+    return decode.start(params, draft_params, state)
+
+
+@bounded_jit(static_argnums=(0,), donate_argnums=(3,))
+def _decode_speculation(
+    decode: Speculative, params: Any, draft_params: Any, state: DecodeState, max_tokens: Any
+) -> DecodeState:
+    return decode(params, draft_params, state, max_tokens)
 
 
 def encode_prompts(lm: "LanguageModel", prompts: Any) -> list[np.ndarray]:

@@ -7,7 +7,6 @@ after it).
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.logits_processors import History
+from decodax.decoding.programs import bounded_jit
 from decodax.decoding.prompt_reading import PromptRun, all_layers, read_chunk
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.sizes import cache_capacity, check_cache_fits, chunk_tokens
@@ -186,12 +186,19 @@ def init(
         state = dataclasses.replace(state, depth=model.execution.joined(depth.start(model, params, batch)))
     # Not the depth itself: those that read prompts alike share the compiled code.
     reader = None if depth is None else depth.prompt_reader
-    start = 0
+    start, reading = 0, _without_options(state)
     while start < longest - 1:  # the last token stays pending
         chunk = chunk_tokens(longest - 1 - start, MAX_CHUNK_TOKENS, model.execution)
-        state = _prefill_chunk(model, reader, chunk, params, state, start)
+        reading = _prefill_chunk(model, reader, chunk, params, reading, start)
         start += chunk
-    return state
+    history = dataclasses.replace(state.history, num_new_tokens=reading.history.num_new_tokens)
+    return dataclasses.replace(reading, history=history, sampling=state.sampling)
+
+
+def _without_options(state: DecodeState) -> DecodeState:
+    """What the prompt needs of a state: whatever the options of sampling, one program reads prompts of one shape."""
+    history = History(None, None, state.history.num_new_tokens)
+    return dataclasses.replace(state, history=history, sampling=Sampling((), False))
 
 
 def _check_prompt(model: Model, tokens: np.ndarray, length: np.ndarray, limit: np.ndarray) -> None:
@@ -210,7 +217,7 @@ def _check_prompt(model: Model, tokens: np.ndarray, length: np.ndarray, limit: n
             )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 8))
+@bounded_jit(static_argnums=(0, 1, 8))
 def _empty_state(
     model, dtype, tokens, length, limit, seed, stop_token_ids, sampling, cache_policy=KVCache
 ) -> DecodeState:
@@ -235,7 +242,7 @@ def _empty_state(
     return model.execution.laid_out(state)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@bounded_jit(static_argnums=(0, 1, 2), donate_argnums=(4,))
 def _prefill_chunk(
     model: Model, reader: PromptReader | None, chunk: int, params: Params, state: DecodeState, start: Int[Array, ""]
 ) -> DecodeState:

@@ -1,0 +1,93 @@
+"""Compiled programs of which a process keeps a bounded number: `jax.jit` never forgets one, and each holds memory.
+
+A service that meets prompts and options of many kinds compiles one program after the other. On CPU each of a small
+model holds about 15 MB and 200 memory maps, of which Linux gives a process 65,530 by default; when they run out, the
+process dies. Here the program that has not been used for longest is forgotten, and compiled again when it is needed.
+"""
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+MAX_PROGRAMS = 64
+_MAPS, _MAX_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+
+_programs: OrderedDict[Hashable, Any] = OrderedDict()  # the one used last at the end
+_lock = threading.Lock()
+
+
+class BoundedJit:
+    """`jax.jit(function, static_argnums, donate_argnums)`, one program for each signature of its arguments.
+
+    A signature is the static arguments, and structure, shapes and types of the others. All instances share the bound.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = ()
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._static, self._donated = function, static_argnums, donate_argnums
+
+    def __call__(self, *arguments: Any) -> Any:
+        key = (self, *(self._key(index, argument) for index, argument in enumerate(arguments)))
+        with _lock:
+            program = _programs.pop(key, None)
+            if program is None:
+                program = self._jit()
+                _forget_oldest()
+            _programs[key] = program
+        return program(*arguments)
+
+    def _key(self, index: int, argument: Any) -> Hashable:
+        if index in self._static:
+            return argument
+        leaves, structure = jax.tree.flatten(argument)
+        return structure, tuple((getattr(x, "shape", ()), getattr(x, "dtype", type(x))) for x in leaves)
+
+    def lower(self, *arguments: Any) -> Any:
+        """The program for these arguments before XLA compiles it, as `jax.jit` gives it."""
+        return self._jit().lower(*arguments)
+
+    def _jit(self) -> Any:
+        # A function of its own: what JAX keeps of a function goes with the function.
+        @functools.wraps(self._function)
+        def function(*arguments: Any) -> Any:
+            return self._function(*arguments)
+
+        return jax.jit(function, static_argnums=self._static, donate_argnums=self._donated)
+
+
+def bounded_jit(
+    static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = ()
+) -> Callable[..., BoundedJit]:
+    """`BoundedJit` as a decorator."""
+    return lambda function: BoundedJit(function, static_argnums, donate_argnums)
+
+
+def num_programs() -> int:
+    """How many programs are kept."""
+    with _lock:
+        return len(_programs)
+
+
+def _forget_oldest() -> None:
+    """Makes room for one more program: within the bound, and within half of the memory maps of the process."""
+    while len(_programs) >= MAX_PROGRAMS:
+        _programs.popitem(last=False)
+    if _programs and _maps_run_short():
+        for _ in range(-(-len(_programs) // 4)):  # several at once: counting the maps takes as long as a small program
+            _programs.popitem(last=False)
+
+
+def _maps_run_short() -> bool:
+    try:
+        with _MAPS.open("rb") as lines:
+            used = sum(1 for _ in lines)
+        return used > int(_MAX_MAPS.read_text()) // 2
+    except (OSError, ValueError):  # not Linux, or not told
+        return False
