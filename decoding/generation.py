@@ -200,8 +200,8 @@ def _check_encoded(lm: "LanguageModel", tokenizer: Tokenizer, ids: np.ndarray, i
     if beyond.size:
         token = printable(repr(tokenizer.backend.id_to_token(int(beyond[0]))))
         raise ValueError(
-            f"prompt {index} holds {token}, which is token {beyond[0]} in tokenizer.json of {printable(lm.path)}, but the "
-            f"model's vocabulary ends at {lm.config.vocab_size - 1}: leave it out of the text"
+            f"prompt {index} holds {token}, which is token {beyond[0]} in tokenizer.json of {printable(lm.path)}, but "
+            f"the model's vocabulary ends at {lm.config.vocab_size - 1}: leave it out of the text"
         )
 
 

@@ -34,11 +34,11 @@ def add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
     if _BY_ID in settings:
         source = _CONFIG
         by_id = _tokens_by_id(settings[_BY_ID], folder / _CONFIG)
-        named = _named(settings, folder / _CONFIG)
+        named = _named({folder / _CONFIG: settings})
     else:
         source = _ADDED
         former = read_settings(folder, _MAP)
-        named = _named(settings | former, folder / _MAP)
+        named = _named({folder / _CONFIG: settings, folder / _MAP: former})
         # The former name counts where nothing stands under the present one.
         extra = extra + _extra({_EXTRA: former.get(_EXTRA)} if extra else former, folder / _MAP)
         special = {token.content for token in named + extra}
@@ -107,18 +107,31 @@ def _plain_tokens(value: dict[str, Any], special: set[str], path: Path) -> dict[
             raise ValueError(
                 f"{printable(path)} must give each token an id, got {printable(token_id)} for {printable(repr(text))}"
             )
+    if len(set(value.values())) < len(value):
+        raise ValueError(f"{printable(path)} must give each token an id of its own, but some have the same one")
     return {
         token_id: AddedToken(text, special=text in special, normalized=text not in special)
         for text, token_id in value.items()
     }
 
 
-def _named(settings: dict[str, Any], path: Path) -> list[AddedToken]:
-    """The tokens with a role: the usual ones, then those of a model's own, like `image_token`."""
-    roles = {name: settings.get(name) for name in _NAMED}
-    roles |= {name: value for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)}
-    extra = settings.get(_EXTRA) or settings.get(_FORMER_EXTRA)
-    return _tokens(roles | (extra if isinstance(extra, dict) else {}), path)
+def _named(files: dict[Path, dict[str, Any]]) -> list[AddedToken]:
+    """The tokens with a role: the usual ones, then those of a model's own, like `image_token`; the last file counts."""
+    roles: dict[str, tuple[Any, Path]] = {name: (None, Path()) for name in _NAMED}
+    for path, settings in files.items():
+        extra = settings.get(_EXTRA) or settings.get(_FORMER_EXTRA)
+        named = {name: value for name, value in settings.items() if name in _NAMED or _is_role(name, value)}
+        named |= extra if isinstance(extra, dict) else {}
+        roles |= {name: (value, path) for name, value in named.items()}
+    return [
+        _token(value, f"{name} in {printable(path)}", True)
+        for name, (value, path) in roles.items()
+        if value is not None and value != ""
+    ]
+
+
+def _is_role(name: str, value: Any) -> bool:
+    return name.endswith("_token") and isinstance(value, str)
 
 
 def _extra(settings: dict[str, Any], path: Path) -> list[AddedToken]:
@@ -127,15 +140,8 @@ def _extra(settings: dict[str, Any], path: Path) -> list[AddedToken]:
     value = settings.get(name) or []
     if not isinstance(value, list | dict):
         raise ValueError(f"{name} in {printable(path)} must be a list of tokens, got {printable(repr(value))}")
-    return _tokens(
-        {f"{name}.{index}": token for index, token in enumerate(value)} if isinstance(value, list) else {}, path
-    )
-
-
-def _tokens(values: dict[str, Any], path: Path) -> list[AddedToken]:
-    """Special tokens from the values of these fields, those without one left out."""
-    given = {name: value for name, value in values.items() if value is not None and value != ""}
-    return [_token(value, f"{name} in {printable(path)}", True) for name, value in given.items()]
+    tokens = enumerate(value) if isinstance(value, list) else ()
+    return [_token(token, f"{name}.{index} in {printable(path)}", True) for index, token in tokens]
 
 
 def _token(value: Any, where: str, special: bool | None) -> AddedToken:

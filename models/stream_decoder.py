@@ -1,14 +1,24 @@
 """Decodes ids as they arrive: text is handed out as soon as it is certain, and never half a character."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from decodax.models.tokenizer import Tokenizer
+from typing import Protocol, runtime_checkable
 
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 _MAX_UNFINISHED = 3  # bytes of a character that lacks its last one, so at most as many U+FFFD
 _CONTEXT_TOKENS = 8  # decoded again with each push: a decoder may treat the first token of a text differently
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What a stream needs of a tokenizer."""
+
+    def token_texts(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> list[str]:
+        """What the vocabulary has for these ids."""
+        ...
+
+    def join(self, token_texts: Sequence[str]) -> str:
+        """The text of these entries."""
+        ...
 
 
 class StreamDecoder:
@@ -18,7 +28,7 @@ class StreamDecoder:
     unfinished character is held back until its last byte has come. Mutable: one per row of output.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", *, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Vocabulary, *, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         # What the vocabulary has for the last ids. Special tokens that are left out are not in it.

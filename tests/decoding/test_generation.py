@@ -87,6 +87,39 @@ def test_stop_string_across_tokens_and_blocks(plain, block_tokens):
     assert list(pieces.values()) == result.text
 
 
+@pytest.mark.parametrize("strategy", [None, "prompt_lookup"])
+def test_stop_string_with_a_special_token(plain, strategy):
+    """The special token is not in the text, in a batch, streamed, and with several tokens in a round."""
+    token = int(plain.tokens[1][4])
+    backend = letter_tokenizer().backend
+    backend.add_special_tokens([LETTERS[token]])
+    lm = dataclasses.replace(LM, tokenizer=Tokenizer(backend))
+    end = plain.tokens[1].tolist().index(token) + 1
+    stop = plain.text[1][end - 2 : end] if end > 1 else LETTERS[token]
+    pieces = ["", "", ""]
+
+    def collect(row, piece):
+        pieces[row] += piece
+
+    for stops in (LETTERS[token], ["never", stop]):
+        result = decodax.generate(
+            lm, PROMPTS, max_new_tokens=12, stop=stops, strategy=strategy, on_text=collect, block_tokens=5
+        )
+        assert result.tokens[1].tolist() == plain.tokens[1][:end].tolist() and result.finish_reasons[1] == "stop"
+        hidden = len(stop) - 1 if stops != LETTERS[token] else 0
+        assert result.text[1] == plain.text[1][: end - 1 - hidden] and pieces == result.text
+        assert len(result.logprobs[1]) == end
+        pieces[:] = ["", "", ""]
+
+
+def test_a_text_with_a_token_that_the_model_lacks():
+    backend = letter_tokenizer().backend
+    backend.add_special_tokens(["<|im_start|>"])  # 37, and the model's vocabulary ends at 36
+    lm = dataclasses.replace(LM, tokenizer=Tokenizer(backend))
+    with pytest.raises(ValueError, match=r"prompt 1 holds '<\|im_start\|>', which is token 37 in .* ends at 36"):
+        decodax.generate(lm, ["a", "a<|im_start|>b"])
+
+
 def test_minimum_length(plain):
     stop = int(plain.tokens[0][1])
     result = generate(stop_token_ids=[stop], min_new_tokens=6)
@@ -163,6 +196,14 @@ def test_text_needs_a_tokenizer():
         decodax.generate(bare, "abc")
     with pytest.raises(ValueError, match="use stop_token_ids"):
         decodax.generate(bare, [1, 2], stop="x")
+
+
+def test_a_vocabulary_that_is_not_read_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    bare = LanguageModel(MODEL, MODEL.config, PARAMS, None, tmp_path, ())
+    for prompt, options in (("abc", {}), ([1, 2], {"stop": "x"})):
+        with pytest.raises(ValueError, match=r"no tokenizer\.json, only tokenizer\.model, .*AutoTokenizer"):
+            decodax.generate(bare, prompt, **options)
 
 
 def test_options_that_only_shape_a_draw_warn_when_greedy():

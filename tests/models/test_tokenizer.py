@@ -149,7 +149,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, content, message):
 
 def test_what_is_no_file_is_an_error(tmp_path):
     os.symlink("../../blobs/0", tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match="is a link to .*, which is not there"):
+    with pytest.raises(ValueError, match=r"is a link to .*, which is not there"):
         Tokenizer.from_folder(tmp_path)
 
 
