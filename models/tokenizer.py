@@ -8,10 +8,9 @@ from typing import Any
 import tokenizers
 
 from decodax.models.added_tokens import add_tokens, check_ids, read_settings
-from decodax.models.model_files import find_file, parse_json_object, printable
+from decodax.models.model_files import find_file, parse_json_object, printable, read_json_bytes
 from decodax.models.stream_decoder import StreamDecoder
 
-_MAX_FILE_BYTES = 2**28  # the largest published tokenizer.json, with 262,144 tokens, has an eighth of it
 # Vocabularies that other libraries read; transformers turns each of them into a tokenizer.json.
 _OTHER_FORMATS = (
     *("tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"),
@@ -132,9 +131,7 @@ def no_tokenizer_message(folder: Path, instead: str) -> str:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     """The library's tokenizer, once the file has turned out to be JSON with ids that the library keeps."""
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError(f"{printable(path)} is larger than {_MAX_FILE_BYTES:,} bytes: that is no tokenizer")
-    content = path.read_bytes()
+    content = read_json_bytes(path)
     described = parse_json_object(content, str(path))
     with _library_errors(f"{printable(path)} is no tokenizer that the tokenizers library reads"):
         backend = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))

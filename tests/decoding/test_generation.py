@@ -112,6 +112,40 @@ def test_stop_string_with_a_special_token(plain, strategy):
         pieces[:] = ["", "", ""]
 
 
+def byte_tokenizer():
+    """Bytes of some characters in no order, and a few words: the model writes whole characters and wrong ones."""
+    values = list(dict.fromkeys("한글😀éคद".encode()))
+    words = [*(f"<0x{value:02X}>" for value in values), "▁a", "▁", "s", "</s>"]
+    words += [f"<0x{value:02X}>" for value in range(97, 97 + 37 - len(words))]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}))
+    decoders = tokenizers.decoders
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)  # pyright: ignore[reportArgumentType]
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("strategy", [None, "prompt_lookup"])
+def test_text_is_what_the_tokens_add_to_a_prompt_of_bytes(strategy):
+    tokenizer = byte_tokenizer()
+    lm = dataclasses.replace(LM, tokenizer=tokenizer)
+    words = tokenizer.backend.get_vocab()
+    for texts in (("한" * 5 + "😀", "😀" * 4, "éé"), ("éé글한글한글", "éé😀", "द"), ("한द한द한😀", "ค😀", "😀é")):
+        prompts = [[words[f"<0x{value:02X}>"] for value in text.encode()] for text in texts]
+        prompts[2] = prompts[2][:-1]  # ends inside a character
+        pieces = ["", "", ""]
+
+        def collect(row, piece, pieces=pieces):
+            pieces[row] += piece
+
+        result = decodax.generate(lm, prompts, max_new_tokens=12, strategy=strategy, on_text=collect, block_tokens=5)
+        for prompt, tokens, text in zip(prompts, result.tokens, result.text, strict=True):
+            before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + tokens.tolist())
+            common = next(i for i, (a, b) in enumerate(zip(before + "\0", whole + "\1", strict=False)) if a != b)
+            assert text == whole[common:]
+        assert pieces == result.text
+
+
 def test_a_text_with_a_token_that_the_model_lacks():
     backend = letter_tokenizer().backend
     backend.add_special_tokens(["<|im_start|>"])  # 37, and the model's vocabulary ends at 36
