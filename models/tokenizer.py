@@ -157,11 +157,11 @@ def _joins_byte_tokens(decoder: Any) -> bool:
     if decoder is None:
         return False
     try:
-        return decoder.decode(["a", "<0x62>", "<0x63>"]).endswith("bc") and decoder.decode(
-            ["a", "<0x62>", "", "<0x63>"]
-        ).endswith("bc")
-    except Exception:  # a decoder that cannot decode says so when it has to
+        with _library_errors("the decoder"):
+            texts = [decoder.decode(["a", "<0x62>", *between, "<0x63>"]) for between in ([], [""])]
+    except ValueError:  # a decoder that cannot decode says so when it has to
         return False
+    return all(text.endswith("bc") for text in texts)
 
 
 def _between_characters(token_texts: Sequence[str]) -> list[str]:

@@ -122,6 +122,16 @@ def test_text_must_be_unicode_that_the_vocabulary_has():
         tokenizer.encode("a\udc80")
 
 
+def test_a_decoder_that_panics_is_an_error_when_it_decodes(tmp_path):
+    """A panic of the library's is no Exception, and would pass through every `except Exception`."""
+    content = json.loads(byte_level().to_str())
+    content["decoder"] = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot decode tokens: index out of bounds"):
+        tokenizer.decode(tokenizer.encode("a"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
