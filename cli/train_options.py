@@ -12,6 +12,7 @@ from decodax.decoding.training.loop import resumed_plan
 from decodax.decoding.training.plan import Plan
 from decodax.decoding.training.text_files import encode, read_texts
 from decodax.decoding.training.texts import Texts, hold_out
+from decodax.models.tokenizer import no_tokenizer_message
 
 PLAN = Plan()
 
@@ -84,6 +85,6 @@ def prepare(
 
 def _texts(lm: decodax.LanguageModel, paths: list[Path], heldout: float, seed: int) -> Texts:
     if lm.tokenizer is None:
-        raise ValueError(f"{lm.path} has no tokenizer.json: the text cannot be turned into the model's tokens")
+        raise ValueError(no_tokenizer_message(lm.path, "the text cannot be turned into the model's tokens"))
     train_ids, heldout_ids = hold_out(encode(lm.tokenizer, read_texts(paths)), heldout, seed)
     return Texts(train_ids, heldout_ids, separator=lm.end_token_ids[:1])

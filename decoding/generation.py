@@ -26,6 +26,8 @@ from decodax.decoding.strategies import METHODS as STRATEGIES
 from decodax.decoding.strategies import Speculation, Strategy
 from decodax.decoding.text_watcher import TextWatcher
 from decodax.models.model import Model
+from decodax.models.model_files import printable
+from decodax.models.tokenizer import Tokenizer, no_tokenizer_message
 from decodax.sharding.host import check_same, to_host
 
 if TYPE_CHECKING:
@@ -180,8 +182,9 @@ def encode_prompts(lm: "LanguageModel", prompts: Any) -> list[np.ndarray]:
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if lm.tokenizer is None:
-                raise ValueError(f"{lm.path} has no tokenizer.json: pass token ids instead of text")
+                raise ValueError(no_tokenizer_message(lm.path, "pass token ids instead of text"))
             ids = np.asarray(lm.tokenizer.encode(prompt), np.int64)
+            _check_encoded(lm, lm.tokenizer, ids, index)
         else:
             ids = np.asarray(prompt)
             if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
@@ -192,6 +195,17 @@ def encode_prompts(lm: "LanguageModel", prompts: Any) -> list[np.ndarray]:
     if not rows:
         raise ValueError("prompts must hold at least one prompt, got none")
     return rows
+
+
+def _check_encoded(lm: "LanguageModel", tokenizer: Tokenizer, ids: np.ndarray, index: int) -> None:
+    """Raises ValueError for a text with a token that the tokenizer knows and the model does not."""
+    beyond = ids[ids >= lm.config.vocab_size]
+    if beyond.size:
+        token = printable(repr(tokenizer.backend.id_to_token(int(beyond[0]))))
+        raise ValueError(
+            f"prompt {index} holds {token}, which is token {beyond[0]} in tokenizer.json of {printable(lm.path)}, but "
+            f"the model's vocabulary ends at {lm.config.vocab_size - 1}: leave it out of the text"
+        )
 
 
 def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Generation:
@@ -205,7 +219,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
                 f"{context - 1} before a new one: shorten it"
             )
     if options.stop_strings and lm.tokenizer is None:
-        raise ValueError(f"{lm.path} has no tokenizer.json: use stop_token_ids instead of stop")
+        raise ValueError(no_tokenizer_message(lm.path, "use stop_token_ids instead of stop"))
     ends = lm.end_token_ids if options.stop_token_ids is None else tuple(options.stop_token_ids)
     check_same(lm.model.execution.mesh, _said(lm, rows, options))
     plan = _Plan(lm, options)

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from decodax.decoding.options import GenerateOptions
+from decodax.decoding.row_text import RowText
 from decodax.decoding.state import DecodeState
-from decodax.models.tokenizer import StreamDecoder
 from decodax.sharding.host import to_host
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
-
-
-_PROMPT_TOKENS = 8  # of the prompt, given to the decoder first: some decoders treat the start of a text differently
 
 
 class TextWatcher:
@@ -24,41 +21,41 @@ class TextWatcher:
         self.options = options
         self.prompt_lengths = np.asarray([len(prompt) for prompt in prompts])
         self.needed = bool(options.stop_strings or options.on_text)
-        self.text = [""] * len(prompts)  # text so far, up to a stop string
-        self.num_kept: list[int | None] = [None] * len(prompts)  # tokens up to the one that completed a stop string
+        self._rows = (
+            []
+            if lm.tokenizer is None
+            else [RowText(lm.tokenizer, prompt.tolist(), options.stop_strings) for prompt in prompts]
+        )
         self._streamed = [0] * len(prompts)  # characters given to on_text
-        self._read = [0] * len(prompts)
-        self._decoders = [StreamDecoder(lm.tokenizer) for _ in prompts] if lm.tokenizer is not None else []
-        for decoder, prompt in zip(self._decoders, prompts, strict=False):
-            decoder.push(prompt[-_PROMPT_TOKENS:].tolist())
+
+    @property
+    def text(self) -> list[str]:
+        """Each row's text so far, up to a stop string."""
+        return [row.text for row in self._rows]
+
+    @property
+    def num_kept(self) -> list[int | None]:
+        """Tokens of each row up to the one that completed a stop string, None where none has appeared."""
+        return [row.num_kept for row in self._rows] or [None] * len(self.prompt_lengths)
 
     def look(self, state: DecodeState) -> np.ndarray:
         """Reads new tokens; gives Bool[B], true for rows in which a stop string has appeared."""
         tokens, lengths = to_host((state.tokens, state.length))
-        for row, decoder in enumerate(self._decoders):
-            start = self.prompt_lengths[row]
-            while self.num_kept[row] is None and start + self._read[row] < lengths[row]:
-                self.text[row] += decoder.push([int(tokens[row, start + self._read[row]])])
-                self._read[row] += 1
-                self._find_stop(row)
-            self._emit(row, hold_back=max((len(s) - 1 for s in self.options.stop_strings), default=0))
+        for index, row in enumerate(self._rows):
+            start = int(self.prompt_lengths[index])
+            row.read(tokens[index, start + row.num_read : int(lengths[index])].tolist())
+            self._emit(index, hold_back=max((len(stop) - 1 for stop in self.options.stop_strings), default=0))
         return np.asarray([kept is not None for kept in self.num_kept])
 
     def finish(self) -> None:
         """Gives out what was held back, once no more tokens come."""
-        for row, decoder in enumerate(self._decoders):
-            if self.num_kept[row] is None:
-                self.text[row] += decoder.flush()
-                self._find_stop(row)
-            self._emit(row, hold_back=0)
+        for index, row in enumerate(self._rows):
+            row.finish()
+            self._emit(index, hold_back=0)
 
-    def _find_stop(self, row: int) -> None:
-        found = [at for at in (self.text[row].find(stop) for stop in self.options.stop_strings) if at >= 0]
-        if found:
-            self.text[row], self.num_kept[row] = self.text[row][: min(found)], self._read[row]
-
-    def _emit(self, row: int, hold_back: int) -> None:
-        end = len(self.text[row]) - (hold_back if self.num_kept[row] is None else 0)
-        if self.options.on_text and end > self._streamed[row]:
-            self.options.on_text(row, self.text[row][self._streamed[row] : end])
-            self._streamed[row] = end
+    def _emit(self, index: int, hold_back: int) -> None:
+        row = self._rows[index]
+        end = len(row.text) - (hold_back if row.num_kept is None else 0)
+        if self.options.on_text and end > self._streamed[index]:
+            self.options.on_text(index, row.text[self._streamed[index] : end])
+            self._streamed[index] = end

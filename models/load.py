@@ -18,10 +18,11 @@ from decodax.kernels_pallas.choice import Implementation
 from decodax.layers.execution import Execution
 from decodax.models.checkpoint import open_params, read_params, shardings_on
 from decodax.models.config import ModelConfig
+from decodax.models.generation_settings import read_end_token_ids
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
 from decodax.models.stacked_weights import in_stages
-from decodax.models.tokenizer import Tokenizer, read_end_token_ids
+from decodax.models.tokenizer import Tokenizer
 from decodax.sharding.mesh import fit_mesh, read_mesh
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
@@ -75,7 +76,7 @@ def load(
     folder = find_folder(path_or_id)
     family, config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    end_token_ids = read_end_token_ids(folder)
+    end_token_ids = read_end_token_ids(folder, config.vocab_size)
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     fitted = None if mesh is None else fit_mesh(mesh, config)
     execution = Execution(implementation, fitted, rules, scatter_norms=scatter_norms, pipeline=pipeline)

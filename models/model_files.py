@@ -58,10 +58,15 @@ def _allowed_roots(folder: Path) -> list[Path]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError, naming the file, when it holds none or an absurd one."""
+    return parse_json_object(read_json_bytes(path), str(path))
+
+
+def read_json_bytes(path: Path) -> bytes:
+    """The bytes of a JSON file, for one that another library reads, too; ValueError when there are absurdly many."""
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise ValueError(f"{printable(path)} has {size:,} bytes; JSON of more than {MAX_JSON_BYTES:,} is not read")
-    return parse_json_object(path.read_bytes(), str(path))
+    return path.read_bytes()
 
 
 def parse_json_object(content: bytes | bytearray | memoryview, where: str) -> dict[str, Any]:

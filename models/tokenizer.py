@@ -1,53 +1,71 @@
-"""Text to token ids and back, by the `tokenizers` library and the files of a Hugging Face folder.
+"""Text to token ids and back, by the `tokenizers` library and the files of a Hugging Face folder."""
 
-Also decodes streams: `StreamDecoder` hands out text as tokens arrive, and never half a character.
-"""
-
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) a character
-_MAX_CHARACTER_BYTES = 4  # in UTF-8, so at most as many tokens
-_CONTEXT_TOKENS = 8  # decoded again with each push, so that the decoder sees what stood before the new tokens
+from decodax.models.added_tokens import add_tokens, check_ids, read_settings
+from decodax.models.model_files import find_file, parse_json_object, printable, read_json_bytes
+from decodax.models.stream_decoder import StreamDecoder
+
+# Vocabularies that other libraries read; transformers turns each of them into a tokenizer.json.
+_OTHER_FORMATS = (
+    *("tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"),
+    *("vocab.txt", "qwen.tiktoken", "tiktoken.model"),
+)
+_BYTE_TOKENS = {f"<0x{value:{form}}>": value for value in range(256) for form in ("02X", "02x")}
 
 
 class Tokenizer:
     """What a model folder's `tokenizer.json` describes, with the start and end tokens that its models expect."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, *, prefix: Sequence[int] = (), suffix: Sequence[int] = ()
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+        source: str = "the tokenizer",
     ) -> None:
-        """`prefix` and `suffix` are ids that `encode` puts around every text, beside those of the post-processor."""
+        """`prefix` and `suffix` are ids that `encode` puts around every text, beside those of the post-processor.
+
+        `source` is what error messages call it.
+        """
         self.backend = backend
         self._prefix = list(prefix)
         self._suffix = list(suffix)
+        self._source = source
+        # Since 0.23 the library knows those that are normalized by another name ("▁</s>"), and does not skip them.
+        self.special_tokens = {
+            token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        }
+        self._decoder = backend.decoder
+        self._has_byte_tokens = _joins_byte_tokens(self._decoder)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
         """The tokenizer of a model folder, None when it has no `tokenizer.json`; ValueError when that is unreadable.
 
-        The ids around a text are those of the file's post-processor. Where it adds none, `add_bos_token` and
-        `add_eos_token` of `tokenizer_config.json` are followed, which transformers 4 did and 5 does not.
+        Tokens that only the files beside it add are added, as transformers 5 does. The ids around a text are those of
+        the file's post-processor. Where it adds none, `add_bos_token` and `add_eos_token` of `tokenizer_config.json`
+        are followed.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        path = find_file(folder, "tokenizer.json")
+        if path is None:
             return None
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} is no tokenizer that the tokenizers library reads: {error}") from error
+        backend = _read_backend(path)
+        add_tokens(backend, folder)
         backend.no_truncation()
         backend.no_padding()
         prefix, suffix = [], []
         if backend.num_special_tokens_to_add(is_pair=False) == 0:
-            settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+            settings = read_settings(folder, "special_tokens_map.json") | read_settings(folder, "tokenizer_config.json")
             prefix = _special_token(backend, settings, "bos_token") if settings.get("add_bos_token") else []
             suffix = _special_token(backend, settings, "eos_token") if settings.get("add_eos_token") else []
-        return cls(backend, prefix=prefix, suffix=suffix)
+        return cls(backend, prefix=prefix, suffix=suffix, source=printable(path))
 
     @property
     def vocab_size(self) -> int:
@@ -56,76 +74,119 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by default with the start and end tokens that the model was trained with."""
-        tokens = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text must be Unicode, but its character {error.start} is half of one (a lone surrogate, "
+                f"{printable(text[error.start])})"
+            ) from None
+        with _library_errors(f"{self._source} cannot encode the text"):
+            tokens = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return [*self._prefix, *tokens, *self._suffix] if add_special_tokens else tokens
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of these ids; bytes that form no character become U+FFFD."""
-        return self.backend.decode([int(token) for token in tokens], skip_special_tokens=skip_special_tokens)
+        """The text of these ids; bytes that form no character become U+FFFD, ids that no token has are left out."""
+        return self.join(self.token_texts(tokens, skip_special_tokens=skip_special_tokens))
 
+    def stream(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> StreamDecoder:
+        """Decodes the ids that follow a prompt's, as they come."""
+        return StreamDecoder(self, prompt=prompt, skip_special_tokens=skip_special_tokens)
 
-class StreamDecoder:
-    """Decodes ids as they arrive: the pushed pieces and the flushed rest together are `decode` of all of them.
+    def token_texts(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> list[str]:
+        """What stands in the vocabulary for these ids: what `join` makes the text of."""
+        texts = (self._token_text(int(token), skip_special_tokens) for token in tokens)
+        return [text for text in texts if text is not None]
 
-    Text that ends in an unfinished character is held back until its last byte has come. Mutable: one per row of output.
-    """
+    def _token_text(self, token: int, skip_special_tokens: bool) -> str | None:
+        if token in self.special_tokens:
+            return None if skip_special_tokens else self.special_tokens[token]
+        return self.backend.id_to_token(token) if 0 <= token < 2**32 else None
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []  # the ids not yet done with, after a few that give the decoder their context
-        self._emitted = 0  # characters of the window's text that have been handed out
+    def join(self, token_texts: Sequence[str]) -> str:
+        """The text of these entries of the vocabulary.
 
-    def push(self, tokens: Iterable[int]) -> str:
-        """The text that these further ids complete."""
-        self._window += [int(token) for token in tokens]
-        text = self._tokenizer.decode(self._window)
-        # One unfinished character can turn all bytes before it into U+FFFD (byte fallback), so all of them wait.
-        whole = text.rstrip(_REPLACEMENT)
-        piece = whole[self._emitted :]
-        self._emitted = max(self._emitted, len(whole))
-        if whole == text and len(self._window) > 2 * _CONTEXT_TOKENS:
-            self._forget()
-        return piece
-
-    def _forget(self) -> None:
-        """Keeps only the last few ids, from the start of a character on.
-
-        They must decode to something: a decoder may drop the first space, and behind special tokens it would be a
-        real one.
+        Each character is decoded by itself where a vocabulary falls back to bytes (Llama 1 and 2, Mistral, Gemma): the
+        library would make U+FFFD of all bytes in a row as soon as one of them is wrong. So the text of the first tokens
+        is the start of the text of all, an unfinished character at their end aside.
         """
-        for num_kept in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _MAX_CHARACTER_BYTES):
-            context = self._tokenizer.decode(self._window[-num_kept:])
-            if context and _REPLACEMENT not in context:
-                self._window, self._emitted = self._window[-num_kept:], len(context)
-                return
-
-    def flush(self) -> str:
-        """What was held back: an unfinished character, as U+FFFD. Nothing may be pushed afterwards."""
-        return self._tokenizer.decode(self._window)[self._emitted :]
+        if self._decoder is None:
+            return " ".join(token_texts)
+        with _library_errors(f"{self._source} cannot decode tokens"):
+            return self._decoder.decode(
+                _between_characters(token_texts) if self._has_byte_tokens else list(token_texts)
+            )
 
 
-def read_end_token_ids(folder: Path) -> tuple[int, ...]:
-    """The ids that end a text: `eos_token_id` (one or several) of `generation_config.json`, else of `config.json`."""
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in values):
-            raise ValueError(f"eos_token_id in {folder / name} must be a token id or a list of them, got {value!r}")
-        if values:
-            return tuple(values)
-    return ()
+def no_tokenizer_message(folder: Path, instead: str) -> str:
+    """What to say where text needs a tokenizer that a folder lacks; `instead` is what works without one."""
+    others = [name for name in _OTHER_FORMATS if (folder / name).is_file()]
+    if not others:
+        return f"{folder} has no tokenizer.json: {instead}"
+    return (
+        f"{folder} has no tokenizer.json, only {' and '.join(others)}, which is not read: convert it once, with "
+        f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), or {instead}"
+    )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The library's tokenizer, once the file has turned out to be JSON with ids that the library keeps."""
+    content = read_json_bytes(path)
+    described = parse_json_object(content, str(path))
+    with _library_errors(f"{printable(path)} is no tokenizer that the tokenizers library reads"):
+        backend = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))
+    check_ids(
+        backend, ((token["content"], token["id"]) for token in described.get("added_tokens", ())), printable(path)
+    )
+    return backend
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Makes a ValueError of what the library raises: plain Exceptions, and panics, which are not even those."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
-    return content
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{what}: {printable(error)}") from error
+        raise
+
+
+def _joins_byte_tokens(decoder: Any) -> bool:
+    """Whether a decoder makes characters of byte tokens, and an empty token between them changes nothing."""
+    if decoder is None:
+        return False
+    try:
+        with _library_errors("the decoder"):
+            texts = [decoder.decode(["a", "<0x62>", *between, "<0x63>"]) for between in ([], [""])]
+    except ValueError:  # a decoder that cannot decode says so when it has to
+        return False
+    return all(text.endswith("bc") for text in texts)
+
+
+def _between_characters(token_texts: Sequence[str]) -> list[str]:
+    """The same with an empty token before each character (or wrong byte) that byte tokens write."""
+    values = [_BYTE_TOKENS.get(text, -1) for text in token_texts]
+    parted, index = [], 0
+    while index < len(values):
+        length = 1
+        if values[index] >= 0:
+            parted.append("")
+            length = _character_length(values[index : index + 4])
+        parted += token_texts[index : index + length]
+        index += length
+    return parted
+
+
+def _character_length(values: Sequence[int]) -> int:
+    """How many of these bytes are the character that they start with; 1 where they start with none."""
+    lead = values[0]
+    length = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+    try:
+        bytes(values[:length]).decode("utf-8")
+    except ValueError:  # no UTF-8, or not only bytes
+        return 1
+    return length
 
 
 def _special_token(backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str) -> list[int]:

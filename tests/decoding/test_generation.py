@@ -87,6 +87,73 @@ def test_stop_string_across_tokens_and_blocks(plain, block_tokens):
     assert list(pieces.values()) == result.text
 
 
+@pytest.mark.parametrize("strategy", [None, "prompt_lookup"])
+def test_stop_string_with_a_special_token(plain, strategy):
+    """The special token is not in the text, in a batch, streamed, and with several tokens in a round."""
+    token = int(plain.tokens[1][4])
+    backend = letter_tokenizer().backend
+    backend.add_special_tokens([LETTERS[token]])
+    lm = dataclasses.replace(LM, tokenizer=Tokenizer(backend))
+    end = plain.tokens[1].tolist().index(token) + 1
+    stop = plain.text[1][end - 2 : end] if end > 1 else LETTERS[token]
+    pieces = ["", "", ""]
+
+    def collect(row, piece):
+        pieces[row] += piece
+
+    for stops in (LETTERS[token], ["never", stop]):
+        result = decodax.generate(
+            lm, PROMPTS, max_new_tokens=12, stop=stops, strategy=strategy, on_text=collect, block_tokens=5
+        )
+        assert result.tokens[1].tolist() == plain.tokens[1][:end].tolist() and result.finish_reasons[1] == "stop"
+        hidden = len(stop) - 1 if stops != LETTERS[token] else 0
+        assert result.text[1] == plain.text[1][: end - 1 - hidden] and pieces == result.text
+        assert len(result.logprobs[1]) == end
+        pieces[:] = ["", "", ""]
+
+
+def byte_tokenizer():
+    """Bytes of some characters in no order, and a few words: the model writes whole characters and wrong ones."""
+    values = list(dict.fromkeys("한글😀éคद".encode()))
+    words = [*(f"<0x{value:02X}>" for value in values), "▁a", "▁", "s", "</s>"]
+    words += [f"<0x{value:02X}>" for value in range(97, 97 + 37 - len(words))]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}))
+    decoders = tokenizers.decoders
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)  # pyright: ignore[reportArgumentType]
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("strategy", [None, "prompt_lookup"])
+def test_text_is_what_the_tokens_add_to_a_prompt_of_bytes(strategy):
+    tokenizer = byte_tokenizer()
+    lm = dataclasses.replace(LM, tokenizer=tokenizer)
+    words = tokenizer.backend.get_vocab()
+    for texts in (("한" * 5 + "😀", "😀" * 4, "éé"), ("éé글한글한글", "éé😀", "द"), ("한द한द한😀", "ค😀", "😀é")):
+        prompts = [[words[f"<0x{value:02X}>"] for value in text.encode()] for text in texts]
+        prompts[2] = prompts[2][:-1]  # ends inside a character
+        pieces = ["", "", ""]
+
+        def collect(row, piece, pieces=pieces):
+            pieces[row] += piece
+
+        result = decodax.generate(lm, prompts, max_new_tokens=12, strategy=strategy, on_text=collect, block_tokens=5)
+        for prompt, tokens, text in zip(prompts, result.tokens, result.text, strict=True):
+            before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + tokens.tolist())
+            common = next(i for i, (a, b) in enumerate(zip(before + "\0", whole + "\1", strict=False)) if a != b)
+            assert text == whole[common:]
+        assert pieces == result.text
+
+
+def test_a_text_with_a_token_that_the_model_lacks():
+    backend = letter_tokenizer().backend
+    backend.add_special_tokens(["<|im_start|>"])  # 37, and the model's vocabulary ends at 36
+    lm = dataclasses.replace(LM, tokenizer=Tokenizer(backend))
+    with pytest.raises(ValueError, match=r"prompt 1 holds '<\|im_start\|>', which is token 37 in .* ends at 36"):
+        decodax.generate(lm, ["a", "a<|im_start|>b"])
+
+
 def test_minimum_length(plain):
     stop = int(plain.tokens[0][1])
     result = generate(stop_token_ids=[stop], min_new_tokens=6)
@@ -163,6 +230,14 @@ def test_text_needs_a_tokenizer():
         decodax.generate(bare, "abc")
     with pytest.raises(ValueError, match="use stop_token_ids"):
         decodax.generate(bare, [1, 2], stop="x")
+
+
+def test_a_vocabulary_that_is_not_read_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    bare = LanguageModel(MODEL, MODEL.config, PARAMS, None, tmp_path, ())
+    for prompt, options in (("abc", {}), ([1, 2], {"stop": "x"})):
+        with pytest.raises(ValueError, match=r"no tokenizer\.json, only tokenizer\.model, .*AutoTokenizer"):
+            decodax.generate(bare, prompt, **options)
 
 
 def test_options_that_only_shape_a_draw_warn_when_greedy():

@@ -1,22 +1,14 @@
-"""Text to ids and back: special tokens as the files say, and streams that never hand out half a character."""
+"""Text to ids and back: special tokens as the files say, bytes as characters, clear errors for damaged files."""
 
 import json
-import random
+import os
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from decodax.models.tokenizer import StreamDecoder, Tokenizer, read_end_token_ids
-
-TEXTS = [
-    "",
-    "def f(x):\n    return x",
-    "naïve Ünïcödé, 漢字かな",
-    "👩‍👩‍👧 done 🎉🎉",
-    "ends in \ufffd",
-    "a\ufffdb \ufffd\ufffd c",
-]
+from decodax.models.tokenizer import Tokenizer, no_tokenizer_message
+from tests.small_tokenizers import KINDS, whole_words
 
 
 def byte_level(bos=False):
@@ -31,37 +23,10 @@ def byte_level(bos=False):
     return backend
 
 
-def byte_fallback():
-    """As in Llama 1 and 2: words with a mark for the space before them, all else as bytes; drops the first space."""
-    words = ["<unk>", "▁a", "▁word", "s", "▁", *(f"<0x{value:02X}>" for value in range(256))]
-    backend = Backend(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(["</s>"])
-    return backend, words
-
-
 def saved(folder, backend, **settings):
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return Tokenizer.from_folder(folder)
-
-
-def pushed(tokenizer, pieces):
-    """What a stream hands out piece by piece, the flushed rest last."""
-    stream = StreamDecoder(tokenizer)
-    return [*(stream.push(piece) for piece in pieces), stream.flush()]
-
-
-def split(generator, tokens):
-    """The tokens in random pieces of 0 to 3."""
-    pieces, index = [], 0
-    while index < len(tokens):
-        size = generator.randrange(4)
-        pieces.append(tokens[index : index + size])
-        index += size
-    return pieces
 
 
 def test_no_tokenizer_is_none_and_a_damaged_one_an_error(tmp_path):
@@ -105,82 +70,107 @@ def test_saved_truncation_and_padding_are_not_used(tmp_path):
     assert saved(tmp_path, backend).encode("aaaa") == [64] * 4
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_stream_hands_out_whole_characters_and_all_of_them(tmp_path, text):
-    tokenizer = saved(tmp_path, byte_level())
-    tokens = tokenizer.encode(text * 5)
-    for seed in range(5):
-        pieces = pushed(tokenizer, split(random.Random(seed), tokens))
-        assert "".join(pieces) == tokenizer.decode(tokens) == text * 5
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
+def described(**changes):
+    """The content of a tokenizer.json with words w0 to w29 (ids 4 to 33) and the special tokens before them."""
+    return json.loads(whole_words().to_str()) | changes
 
 
-def test_stream_hands_out_a_character_with_its_last_byte(tmp_path):
-    tokenizer = saved(tmp_path, byte_level())
-    pieces = pushed(tokenizer, [[token] for token in tokenizer.encode("aé漢🎉b")])
-    assert pieces == ["a", "", "é", "", "", "漢", "", "", "", "🎉", "b", ""]
+def added(token_id, content, **flags):
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token_id, "content": content, **usual, **flags}
 
 
-def test_stream_flushes_an_unfinished_character(tmp_path):
-    tokenizer = saved(tmp_path, byte_level())
-    assert pushed(tokenizer, [tokenizer.encode("a🎉")[:-1]]) == ["a", "\ufffd"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_those_of_the_library(kind):
+    """Where bytes are characters: a wrong one among them is the one thing that is decoded otherwise."""
+    backend = KINDS[kind]()
+    tokenizer = Tokenizer(backend)
+    for text in ("a word ing a", "w1 w2 w7", "안녕하세요 words!", "नमस्ते 👩‍👩‍👧 é\n\n", "</s> a <s>ing"):
+        ids = backend.encode(text).ids
+        assert tokenizer.encode(text) == ids
+        for skip in (True, False):
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == backend.decode(ids, skip_special_tokens=skip)
 
 
-def test_stream_is_decode_where_the_decoder_depends_on_the_start(tmp_path):
-    backend, words = byte_fallback()
-    tokenizer = saved(tmp_path, backend)
-    end = backend.token_to_id("</s>")
-    euro = [words.index(f"<0x{value:02X}>") for value in "€".encode()]
-    vocabulary = [[1], [2], [3], [4], [end], [end] * 10, euro, euro * 15]
-    for seed in range(30):
-        generator = random.Random(seed)
-        tokens = [token for _ in range(40) for token in generator.choice(vocabulary)]
-        pieces = pushed(tokenizer, split(generator, tokens))
-        assert "".join(pieces) == tokenizer.decode(tokens)
-        assert not any("\ufffd" in piece for piece in pieces)
+def test_special_tokens_saved_as_normalized_are_left_out(tmp_path):
+    """As in many early fine-tunes of Llama; tokenizers 0.23 shows them. Encoding stays as it is."""
+    content = json.loads(KINDS["byte_fallback"]().to_str())
+    content["added_tokens"] = [
+        added(index, text, normalized=True) for index, text in enumerate(["<unk>", "<s>", "</s>"])
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    word = tokenizer.backend.token_to_id("▁word")
+    assert tokenizer.decode([1, word, 2]) == "word"
+    assert tokenizer.decode([1, word, 2], skip_special_tokens=False) == "<s> word</s>"
+    stream = tokenizer.stream()
+    assert stream.push([word]) + stream.push([2, word]) + stream.flush() == "word word"
+    for text in ("word</s>", "</s>", "<s> word </s> a"):
+        assert tokenizer.encode(text) == Backend.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
 
 
-def test_stream_decodes_a_bounded_window(tmp_path):
-    """The cost of a push does not grow with what came before."""
-    tokenizer = saved(tmp_path, byte_level())
-    longest = 0
+def test_ids_that_no_token_has_are_left_out():
+    tokenizer = Tokenizer(whole_words())
+    assert tokenizer.decode([-1, 5, 99, 2**32, 2**70, 6]) == "w1 w2"
 
-    class Watched(Tokenizer):
-        def decode(self, tokens, **options):
-            nonlocal longest
-            longest = max(longest, len(tokens))
-            return tokenizer.decode(tokens, **options)
 
-    for text in ("é" * 300, "漢" * 200, "🎉" * 150, "plain " * 100):
-        stream = StreamDecoder(Watched(tokenizer.backend))
-        assert "".join(stream.push([token]) for token in tokenizer.encode(text)) == text
-    assert longest < 30
+def test_text_must_be_unicode_that_the_vocabulary_has():
+    tokenizer = Tokenizer(Backend(models.WordLevel({"a": 0})), source="its file")
+    with pytest.raises(ValueError, match=r"its file cannot encode the text: .*UNK"):
+        tokenizer.encode("b")
+    with pytest.raises(ValueError, match=r"text must be Unicode, but its character 1 is half of one .*\\udc80"):
+        tokenizer.encode("a\udc80")
+
+
+def test_a_decoder_that_panics_is_an_error_when_it_decodes(tmp_path):
+    """A panic of the library's is no Exception, and would pass through every `except Exception`."""
+    content = json.loads(byte_level().to_str())
+    content["decoder"] = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot decode tokens: index out of bounds"):
+        tokenizer.decode(tokenizer.encode("a"))
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("content", "message"),
     [
-        ({}, ()),
-        ({"config.json": {"eos_token_id": 2}}, (2,)),
-        ({"config.json": {"eos_token_id": [2, 5]}}, (2, 5)),
-        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": [7, 8]}}, (7, 8)),
-        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": 0}}, (0,)),
-        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": None}}, (2,)),
+        ("", "no valid JSON"),
+        ('{"model": 3', "no valid JSON"),
+        ("[1]", "must hold a JSON object, got a list"),
+        ("[" * 10**5, "nested deeper"),
+        (described(normalizer={"a": json.loads("[" * 99 + "]" * 99)}), "nested deeper than 64"),
+        (described(model=3), "is no tokenizer that the tokenizers library reads"),
+        (described(added_tokens=None), "is no tokenizer that the tokenizers library reads"),
+        (described(added_tokens=[added(2**40, "x")]), "is no tokenizer that the tokenizers library reads"),
+        (described(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "tokenizers library reads"),
+        (described(added_tokens=[added(2**32 - 1, "x")]), "added token 'x' the id 4294967295, but .* it is 34"),
+        (described(added_tokens=[added(34, "x"), added(34, "y")]), "added token 'y' the id 34, .* it is 35, and 34 is"),
+        (described(added_tokens=[added(5, "w0")]), "added token 'w0' the id 5, .* it is 4, and 5 is 'w1'"),
     ],
 )
-def test_end_token_ids(tmp_path, files, expected):
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    assert read_end_token_ids(tmp_path) == expected
+def test_a_damaged_file_is_one_clear_error(tmp_path, content, message):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_folder(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_end_token_ids(tmp_path):
-    for content, expected in [
-        ('{"eos_token_id": "x"}', "must be a token id"),
-        ("[", "no valid JSON"),
-        ("3", "JSON object"),
-    ]:
-        (tmp_path / "generation_config.json").write_text(content)
-        with pytest.raises(ValueError, match=expected):
-            read_end_token_ids(tmp_path)
+def test_what_is_no_file_is_an_error(tmp_path):
+    os.symlink("../../blobs/0", tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"is a link to .*, which is not there"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_vocabulary_that_is_not_read_is_named_with_what_to_do(tmp_path):
+    assert no_tokenizer_message(tmp_path, "pass ids") == f"{tmp_path} has no tokenizer.json: pass ids"
+    for name in ("tokenizer.model", "tekken.json", "spiece.model", "vocab.txt"):
+        (tmp_path / name).write_text("")
+        message = no_tokenizer_message(tmp_path, "pass ids")
+        assert f"no tokenizer.json, only {name}, which" in message and message.endswith(", or pass ids")
+        assert f"AutoTokenizer.from_pretrained({str(tmp_path)!r}).save_pretrained(" in message
+        (tmp_path / name).unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("")
+    assert "only vocab.json and merges.txt, which" in no_tokenizer_message(tmp_path, "pass ids")
