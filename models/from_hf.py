@@ -43,10 +43,12 @@ def from_hf(
     dtype: "float32", "bfloat16" or "float16", to which every weight is rounded; None keeps what is stored.
     mesh, rules: as for `decodax.load`. The arrays are cut so that each device of this mesh reads whole files; any mesh
         reads any checkpoint, with this or without.
-    overwrite: replace a target that is something else. progress: called with (bytes done, bytes in all).
-    Raises FileExistsError, ValueError for a source that does not fit its config, DiskFullError (an OSError).
+    overwrite: replace a checkpoint that is there. progress: called with (bytes done, bytes in all).
+    Raises FileExistsError for a target that is not replaced (`models/convert_target.py`), ValueError for a source that
+        does not fit its config, DiskFullError (an OSError).
     Warns with NonFiniteWeightWarning, and of tensors that are left out.
     """
+    target = conversion.absolute_target(Path(target))
     opened = conversion.open_source(source)
     dtypes, weights = opened.dtypes(dtype), opened.weights.weights
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
@@ -84,8 +86,8 @@ def from_hf(
         folder.write_file(f"{arrays.FOLDER}/{arrays.METADATA}", json.dumps(metadata).encode())
 
     mesh_shape = None if mesh is None else dict(mesh.shape)
-    description = conversion.manifest(opened, dtypes, "orbax", cut_for_mesh=mesh_shape)
+    description = conversion.manifest(opened, dtypes, "orbax", [], cut_for_mesh=mesh_shape)
     config = conversion.config_json(opened, dtypes)
     return conversion.convert(
-        opened, Path(target), description, config, pieces, write, overwrite=overwrite, progress=progress
+        opened, target, description, config, pieces, write, overwrite=overwrite, progress=progress
     )

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 import decodax
 from decodax.models import staged_folder
 from decodax.models.from_hf import from_hf
-from decodax.models.staged_folder import DiskFullError, staged
+from decodax.models.staged_folder import DiskFullError
 from decodax.models.to_hf import to_hf
 from tests.golden_files import load_golden
 
@@ -28,22 +30,43 @@ def nothing():
     pass
 
 
+@dataclass
+class Guard:
+    """Nothing is replaced without `overwrite`, and what holds a file "mine" never."""
+
+    target: Path
+    overwrite: bool = True
+
+    def check(self):
+        if self.target.exists() and not self.overwrite:
+            raise FileExistsError(f"{self.target} is there already")
+        self.check_contents(self.target)
+
+    def check_contents(self, folder):
+        if (folder / "mine").exists():
+            raise FileExistsError(f"{folder} holds mine")
+
+
+def staged(target, plan=PLAN, **options):
+    return staged_folder.staged(target, plan, Guard(target), **options)
+
+
 def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def test_it_appears_at_the_end(tmp_path):
-    target = tmp_path / "deep" / "target"
-    with staged(target, PLAN, overwrite=False) as folder:
+    target = tmp_path / "target"
+    with staged(target) as folder:
         folder.write_file("sub/a", b"1")
         assert not target.exists()
-    assert contents(tmp_path) == {"deep/target/sub/a": b"1"}
+    assert contents(tmp_path) == {"target/sub/a": b"1"}
 
 
 def test_what_was_noted_is_not_made_again(tmp_path, monkeypatch):
     target, synced = tmp_path / "target", []
     monkeypatch.setattr(staged_folder, "JOURNAL_BYTES", 10)
-    with pytest.raises(RuntimeError), staged(target, PLAN, overwrite=False) as folder:
+    with pytest.raises(RuntimeError), staged(target) as folder:
         assert folder.done == frozenset()
         folder.note("a", 6, lambda: synced.append("a"))
         assert synced == []
@@ -54,11 +77,11 @@ def test_what_was_noted_is_not_made_again(tmp_path, monkeypatch):
     assert synced == ["b"] and not target.exists()
     journal = tmp_path / ".target.partial" / "journal"
     journal.write_text(journal.read_text() + "cut o")
-    with pytest.raises(RuntimeError), staged(target, PLAN, overwrite=False) as folder:
+    with pytest.raises(RuntimeError), staged(target) as folder:
         assert folder.done == {"a", "b"}
         folder.note("d", 20, nothing)
         raise RuntimeError
-    with staged(target, PLAN, overwrite=False) as folder:
+    with staged(target) as folder:
         assert folder.done == {"a", "b", "d"} and contents(folder.content) == {"x": b"1"}
     assert contents(tmp_path) == {"target/x": b"1"}
 
@@ -66,55 +89,170 @@ def test_what_was_noted_is_not_made_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{"plan": {"what": "another"}}, {"plan": PLAN, "resume": False}])
 def test_another_plan_begins_anew(tmp_path, options):
     target = tmp_path / "target"
-    with pytest.raises(RuntimeError), staged(target, PLAN, overwrite=False) as folder:
+    with pytest.raises(RuntimeError), staged(target) as folder:
         folder.write_file("x", b"1")
         folder.note("a", 1, nothing)
         folder.flush(nothing)
         raise RuntimeError
-    with staged(target, overwrite=False, **options) as folder:
+    with staged(target, **options) as folder:
         assert folder.done == frozenset() and contents(folder.content) == {}
 
 
 def test_one_process_at_a_time(tmp_path):
-    with staged(tmp_path / "target", PLAN, overwrite=False) as folder:
+    with staged(tmp_path / "target") as folder:
         folder.write_file("x", b"1")
         with (
             pytest.raises(BlockingIOError, match=r"another process is writing .*target right now"),
-            staged(tmp_path / "target", {}, overwrite=False),
+            staged(tmp_path / "target", {}),
         ):
             pass
     assert contents(tmp_path) == {"target/x": b"1"}
 
 
-def test_a_replaced_target_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    target = tmp_path / "target"
+def replaceable(target):
     target.mkdir()
-    (target / "old").write_text("old")
-    with pytest.raises(FileExistsError, match=r"is there already"), staged(target, PLAN, overwrite=False):
+    (target / "old").write_bytes(b"old")
+
+
+def test_a_replaced_target_stays_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "target"
+    replaceable(target)
+    with (
+        pytest.raises(FileExistsError, match=r"is there already"),
+        staged_folder.staged(target, PLAN, Guard(target, overwrite=False)),
+    ):
         pass
-    with staged(target, PLAN, overwrite=True) as folder:
+    assert contents(tmp_path) == {"target/old": b"old"}
+    with staged(target) as folder:
         folder.write_file("new", b"1")
         assert contents(target) == {"old": b"old"}
     assert contents(tmp_path) == {"target/new": b"1"}
+
+
+def ended_between_the_renames(tmp_path, monkeypatch):
+    """As if the process had been killed there: the target is away, the new one not yet in place."""
     rename, renamed = os.rename, []
 
-    def end_after_one(source, destination):  # as if the process were killed between the two
+    def end_after_one(source, destination):
         if renamed:
             raise KeyboardInterrupt
         renamed.append(destination)
         rename(source, destination)
 
-    monkeypatch.setattr(os, "rename", end_after_one)
-    with pytest.raises(KeyboardInterrupt), staged(target, {"n": 3}, overwrite=True) as folder:
-        folder.write_file("newer", b"2")
-    assert renamed and not target.exists()
+    replaceable(tmp_path / "target")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", end_after_one)
+        with pytest.raises(KeyboardInterrupt), staged(tmp_path / "target", {"n": 3}) as folder:
+            folder.write_file("new", b"2")
+    assert renamed and contents(tmp_path / ".target.partial" / "old") == {"old": b"old"}
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_target_that_was_moved_away_comes_back(tmp_path, monkeypatch):
+    ended_between_the_renames(tmp_path, monkeypatch)
+    target = tmp_path / "target"
+    with (
+        pytest.raises(FileExistsError),
+        staged_folder.staged(target, {"n": 3}, Guard(target, overwrite=False)),
+    ):
+        pass
+    assert contents(target) == {"old": b"old"}
+    with staged(target, {"n": 3}):
+        pass
+    assert contents(tmp_path) == {"target/new": b"2"}
+
+
+def test_a_target_that_was_moved_away_is_kept_beside_another(tmp_path, monkeypatch):
+    ended_between_the_renames(tmp_path, monkeypatch)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_bytes(b"3")
+    (tmp_path / "target.old").write_bytes(b"4")  # its name is taken
+    with pytest.raises(FileExistsError, match=r"holds mine"), staged(target, {"n": 3}):
+        pass
+    assert contents(tmp_path / ".target.partial" / "old") == {"old": b"old"}
+    (target / "mine").rename(target / "other")
+    with (
+        pytest.warns(UserWarning, match=r"what stood at .*target is kept as .*target.old1: it was to be replaced"),
+        staged(target, {"n": 3}),
+    ):
+        pass
+    assert contents(tmp_path) == {"target/new": b"2", "target.old": b"4", "target.old1/old": b"old"}
+
+
+def test_a_swap_that_fails_is_undone(tmp_path, monkeypatch):
+    rename, target = os.rename, tmp_path / "target"
+    replaceable(target)
+
+    def refuse_content(source, destination):
+        if Path(source).name == "content":
+            raise PermissionError(errno.EACCES, "no")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", refuse_content)
+    with pytest.raises(PermissionError), staged(target) as folder:
+        folder.write_file("new", b"1")
+    assert contents(target) == {"old": b"old"}
+
+    def refuse_to_undo(source, destination):
+        if Path(destination) == target:
+            raise PermissionError(errno.EACCES, "no")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", refuse_to_undo)
+    old = tmp_path / ".target.partial" / "old"
+    with pytest.raises(OSError, match=rf"could not be replaced .*; what was there is now {old}"), staged(target):
+        pass
+    assert contents(old) == {"old": b"old"} and contents(old.with_name("content")) == {"new": b"1"}
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(FileExistsError), staged(target, {"n": 4}, overwrite=False):
+    with staged(target):
         pass
-    assert contents(target) == {"new": b"1"}  # it is back
-    with staged(target, {"n": 3}, overwrite=True):
+    assert contents(tmp_path) == {"target/new": b"1"}
+
+
+def test_what_comes_into_the_target_meanwhile_stays(tmp_path, monkeypatch):
+    """Into the folder while the new one is made, or between the last look at it and its replacement."""
+    target, rename = tmp_path / "target", os.rename
+    replaceable(target)
+    with pytest.raises(FileExistsError, match=r"holds mine"), staged(target) as folder:
+        folder.write_file("new", b"1")
+        (target / "mine").write_bytes(b"2")
+    assert contents(target) == {"old": b"old", "mine": b"2"}
+    (target / "mine").unlink()
+
+    def write_first(source, destination):
+        if Path(source) == target:
+            (target / "mine").write_bytes(b"3")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", write_first)
+    with pytest.warns(UserWarning, match=r"is kept as .*target.old: .* holds mine"), staged(target):
         pass
-    assert contents(tmp_path) == {"target/newer": b"2"}
+    assert contents(tmp_path) == {"target/new": b"1", "target.old/old": b"old", "target.old/mine": b"3"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "content"])
+def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path, kind):
+    partial, elsewhere = tmp_path / ".target.partial", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "content").write_bytes(b"1")
+    if kind == "folder":
+        partial.mkdir()
+        (partial / "download").write_bytes(b"1")
+    elif kind == "content":
+        (partial / "content").mkdir(parents=True)
+        (partial / "content" / "download").write_bytes(b"1")
+    elif kind == "file":
+        partial.write_bytes(b"1")
+    else:
+        partial.symlink_to(elsewhere)
+    before = contents(tmp_path)
+    with (
+        pytest.raises(FileExistsError, match=r"\.target\.partial (holds (download|content)|is in the way)"),
+        staged(tmp_path / "target"),
+    ):
+        pass
+    assert contents(tmp_path) == before and partial.is_symlink() == (kind == "link")
 
 
 CONVERTING = """
@@ -223,8 +361,8 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_other_errors_of_the_disk_are_their_own(tmp_path, number):
-    with pytest.raises(DiskFullError), staged(tmp_path / "target", PLAN, overwrite=False):
+    with pytest.raises(DiskFullError), staged(tmp_path / "target"):
         raise OSError(number, "no")
-    with pytest.raises(PermissionError), staged(tmp_path / "target", PLAN, overwrite=False):
+    with pytest.raises(PermissionError), staged(tmp_path / "target"):
         raise PermissionError(errno.EACCES, "no")
     assert list(tmp_path.iterdir()) == []  # nothing was written that one could go on from
