@@ -1,18 +1,18 @@
-"""The arrays of an Orbax checkpoint: opened as the tensors of any checkpoint are, and written in Orbax's form.
+"""The arrays of an Orbax checkpoint, opened as the tensors of any checkpoint are.
 
 An Orbax checkpoint is a folder of Zarr arrays, here one folder `blocks_0.mixer.query` for each parameter, with a file
 `_METADATA` that says how they are nested. Orbax itself restores it, with any shardings; decodax reads whatever Orbax
 writes (also with all arrays in one database, OCDBT, and compressed).
 
-It is written array by array through TensorStore, beneath Orbax. Orbax's own `save` takes all parameters at once, which
-have to be in memory then, and begins anew when it is interrupted; it also names its files at random. Here one chunk is
-in memory, an interrupted conversion goes on, and the same weights give the same files. Nothing is compressed: reading
-is then as fast as the disk.
+Nothing is believed: what an array says of itself is compared with the model's config and with the files that are there
+before TensorStore opens it, which would end the process, fill the memory, or read zeros where a file is missing.
+`models/orbax_writing.py` writes them.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,19 +23,16 @@ import numpy as np
 
 from decodax.models.compressed_chunks import check_decoded_bytes
 from decodax.models.model_files import find_file, parse_json_object, printable, read_json_object
-from decodax.models.orbax_files import FOLDER, METADATA, ArrayFiles, find_arrays, folder_spec, read_small
-from decodax.models.sources import Region, Shape
+from decodax.models.orbax_files import FOLDER, METADATA, STORES_FILL, ArrayFiles, find_arrays, read_small
+from decodax.models.sources import Shape
 from decodax.models.stored_formats import PLAIN_DTYPES
 from decodax.models.zarr_form import KINDS, V2_FILE, V3_FILE, ZarrForm, read_v2, read_v3
 
 # Arrays that are not the model's own (`models/next_layer.py`); `models/layouts.py` puts "model." in front.
 OTHER_PARTS = r"model\.next_layer\..*"
-CHUNK_BYTES = 2**23  # of an array in one file
 
-_CACHE_BYTES = 2 * CHUNK_BYTES  # of chunks that are kept while pieces of them are read
+_CACHE_BYTES = 2**24  # of chunks that are kept while pieces of them are read
 _THREADS = 2  # each keeps memory of its own for what it has read
-_DICTIONARY_KEY = 2  # Orbax's number for the keys of dictionaries
-_STORES_FILL = "store_array_data_equal_to_fill_value"
 _INDEX_ITEM_BYTES, _CHECKSUM_BYTES = 16, 4  # of the index of a file with several parts
 _ABSENT = 2**64 - 1  # place and size of a part that is not stored
 
@@ -75,11 +72,15 @@ class StoredArray:
         numbers = np.arange(index.start, index.stop, index.step) if isinstance(index, slice) else index
         return self._read(store.vindex[(*np.unravel_index(numbers, self.shape[:-1]), slice(None))])
 
-    def check_files(self) -> None:
-        """Raises ValueError where a chunk is missing or, stored plainly, of a wrong size; opens the array."""
+    def check_files(self) -> int:
+        """How many chunks were left out because they hold the fill value; opens the array.
+
+        Raises ValueError where a chunk is missing or, stored plainly, of a wrong size.
+        """
         sizes, where = self.files.sizes[self.label], self.files.where
         chunks = self._chunks
-        if len(chunks) < math.prod(self.form.grid) and not self.may_lack:
+        num_missing = math.prod(self.form.grid) - len(chunks)
+        if num_missing and not self.may_lack:
             name = self.form.chunk_name(_first_missing(self.form.grid, chunks))
             raise ValueError(
                 f"{where(self.label, name)} is missing, a chunk of the array {self.label} {list(self.shape)}: "
@@ -92,6 +93,7 @@ class StoredArray:
                     "convert the checkpoint again"
                 )
         _ = self._opened
+        return num_missing
 
     @property
     def _is_plain(self) -> bool:
@@ -175,6 +177,23 @@ def _coded_parts(form: ZarrForm, content: memoryview) -> Iterator[memoryview]:
         yield content[start : start + size]
 
 
+def check_arrays(folder: Path, tensors: Iterable[Any]) -> None:
+    """Checks those of the tensors that are arrays, before anything is read; the errors are those of `check_files`.
+
+    Warns of chunks that are not stored where the checkpoint says that they hold the fill value.
+    """
+    arrays = [tensor for tensor in tensors if isinstance(tensor, StoredArray)]
+    lacking = {array.label: count for array in arrays if (count := array.check_files())}
+    if lacking:
+        names = ", ".join(list(lacking)[:3]) + (", ..." if len(lacking) > 3 else "")
+        warnings.warn(
+            f"{sum(lacking.values())} chunk(s) are not stored in {printable(folder / FOLDER)} ({printable(names)}) and "
+            f"are taken for the fill value, as Orbax does where {METADATA} does not say {STORES_FILL}: if no older "
+            "version of Orbax wrote them, copy the checkpoint again",
+            stacklevel=3,
+        )
+
+
 def has_arrays(folder: Path) -> bool:
     """Whether a model's weights are an Orbax checkpoint."""
     return find_file(folder, f"{FOLDER}/{METADATA}") is not None
@@ -206,16 +225,19 @@ def read_metadata(folder: Path) -> Metadata:
         names = [array_name(tuple(str(key["key"]) for key in entry["key_metadata"])) for entry in entries]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{printable(path)} is no metadata of an Orbax checkpoint: {printable(repr(error))}"
+            f"{printable(path)} must have tree_metadata with a list key_metadata of keys for each array: "
+            "copy or convert the checkpoint again"
         ) from error
     for name in names:
         if not name or name in (".", "..") or re.search(r"[/\\\0]", name):
             raise ValueError(f"{printable(path)} names an array {printable(repr(name))}, which is no name of a file")
-    for field in ("use_ocdbt", "use_zarr3", _STORES_FILL):
+    for field in ("use_ocdbt", "use_zarr3", STORES_FILL):
         if not isinstance(raw.get(field), bool | None):
-            raise ValueError(f"{printable(path)} must have {field} true or false, got {printable(raw[field])}")
+            raise ValueError(
+                f"{printable(path)} must have {field} true or false, got {printable(raw[field])}: copy it again"
+            )
     # Without this field Orbax's older versions wrote it, which left such chunks out.
-    return Metadata(tuple(names), raw.get("use_ocdbt"), bool(raw.get("use_zarr3")), not raw.get(_STORES_FILL))
+    return Metadata(tuple(names), raw.get("use_ocdbt"), bool(raw.get("use_zarr3")), not raw.get(STORES_FILL))
 
 
 def _is_empty(entry: Mapping[str, Any]) -> bool:
@@ -255,85 +277,3 @@ def open_arrays(folder: Path) -> dict[str, StoredArray]:
             raise ValueError(f"{where}: {error}") from error
         stored[name] = StoredArray(name, form, files, metadata.may_lack, context)
     return stored
-
-
-def chunk_shape(shape: Shape, itemsize: int, part: Shape | None = None) -> Shape:
-    """The chunks of an array, one file each: about CHUNK_BYTES or less, cut along the first axes.
-
-    part: what a device will hold; it is then made of whole chunks, as far as its sizes divide.
-
-    >>> chunk_shape((4096, 14336), 2, (4096, 1792))
-    (4096, 1792)
-    >>> chunk_shape((8, 28672, 4096), 2)
-    (1, 2048, 4096)
-    """
-    chunk = list(shape if part is None else part)
-    for axis, size in enumerate(chunk):
-        cuts = -(-math.prod(chunk) * itemsize // CHUNK_BYTES)
-        if cuts <= 1:
-            break
-        even = next((count for count in range(cuts, min(4 * cuts, size) + 1) if size % count == 0), min(cuts, size))
-        chunk[axis] = -(-size // even)
-    return tuple(chunk)
-
-
-def chunk_regions(shape: Shape, chunk: Shape) -> Iterator[tuple[str, Region]]:
-    """The chunks of an array: the name of the file of each, and its place."""
-    for index in np.ndindex(*(-(-size // step) for size, step in zip(shape, chunk, strict=True))):
-        places = zip(index, chunk, shape, strict=True)
-        yield ".".join(map(str, index)) or "0", tuple(slice(i * n, min((i + 1) * n, size)) for i, n, size in places)
-
-
-def create_array(root: Path, name: str, shape: Shape, dtype: np.dtype, chunk: Shape) -> Any:
-    """An array that is written chunk by chunk (`write_chunk`); one that is there already, of this form, is opened."""
-    import tensorstore
-
-    metadata = {
-        "shape": list(shape),
-        "chunks": list(chunk),
-        "dtype": "bfloat16" if dtype.name == "bfloat16" else dtype.newbyteorder("<").str,
-        "compressor": None,
-        "filters": None,
-        "fill_value": None,
-        "order": "C",
-        "dimension_separator": ".",
-    }
-    spec = {"driver": "zarr", "kvstore": folder_spec(root, name), "metadata": metadata}
-    with _disk_errors():
-        return tensorstore.open(spec, open=True, create=True, read=True, write=True).result()
-
-
-def write_chunk(store: Any, region: Region, numbers: np.ndarray) -> None:
-    """Writes a chunk's file at once, and to the disk. Raises OSError where the disk does not take it."""
-    with _disk_errors():
-        store[region].write(numbers).result()
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """TensorStore tells of the disk's errors in words; here they get their number back."""
-    try:
-        yield
-    except ValueError as error:
-        if code := re.search(r"os_error_code='(\d+)'", str(error)):
-            raise OSError(int(code[1]), str(error)) from error
-        raise
-
-
-def metadata_of(shapes: Mapping[tuple[str, ...], Shape]) -> dict[str, Any]:
-    """What Orbax's file `_METADATA` says of arrays with these paths."""
-
-    def entry(path: tuple[str, ...], shape: Shape) -> dict[str, Any]:
-        return {
-            "key_metadata": [{"key": name, "key_type": _DICTIONARY_KEY} for name in path],
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(shape)},
-        }
-
-    tree = {str(path): entry(path, shape) for path, shape in shapes.items()}
-    return {
-        "tree_metadata": tree,
-        "use_ocdbt": False,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }

@@ -16,6 +16,7 @@ from decodax.models.model_files import find_file, printable
 FOLDER = "params"  # in the model's folder
 METADATA = "_METADATA"
 DATABASE = "manifest.ocdbt"
+STORES_FILL = "store_array_data_equal_to_fill_value"  # a field of METADATA
 
 _MOST_METADATA_BYTES = 2**20  # of one array
 
@@ -124,7 +125,9 @@ def find_arrays(folder: Path, in_database: bool | None, context: Any) -> ArrayFi
         store = tensorstore.KvStore.open(_database_spec(root), context=context).result()
         names = [name.decode("utf-8") for name in store.list().result()]
     except (ValueError, OSError, NotImplementedError) as error:
-        raise ValueError(f"{printable(root)} is no intact database of arrays: {printable(error)}") from error
+        raise ValueError(
+            f"{printable(root)} is no intact database of arrays, copy it again: {printable(error)}"
+        ) from error
     return DatabaseFiles(root, _by_array(dict.fromkeys(names)), store)
 
 

@@ -7,6 +7,7 @@ plain or in zstd, gzip or zlib, and version 3 (`zarr.json`) with plain or zstd c
 Format: https://zarr-specs.readthedocs.io (versions 2 and 3, and the codec `sharding_indexed`).
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class ZarrForm:
             index = tuple(int(part) for part in parts) if self.shape else ()
         except ValueError:
             return None
-        is_inside = len(index) == len(self.shape) and all(i < n for i, n in zip(index, self.grid, strict=True))
+        is_inside = len(index) == len(self.shape) and all(0 <= i < n for i, n in zip(index, self.grid, strict=True))
         return index if is_inside and self.chunk_name(index) == name else None
 
 
@@ -107,7 +108,7 @@ def read_v3(metadata: Mapping[str, Any]) -> ZarrForm:
     prefix = f"c{separator}" if name == "default" else ""
     compressor, inner = _codecs(metadata.get("codecs"), chunk)
     number = metadata.get("data_type")
-    number = number if isinstance(number, str) else "of an unknown type"
+    number = printable(number) if isinstance(number, str) else "of an unknown type"
     return ZarrForm(shape, number, chunk, compressor, prefix, separator, False, inner)
 
 
@@ -131,7 +132,7 @@ def _codecs(field: Any, chunk: Shape) -> tuple[str | None, Shape | None]:
 
 def _codec_names(field: Any) -> list[str]:
     if not isinstance(field, list):
-        raise ValueError(f"codecs must be a list, got {printable(field)}")
+        raise ValueError(f"codecs must be a list, got {printable(json.dumps(field))}")
     return [_named(codec, "codecs")[0] for codec in field]
 
 
@@ -141,13 +142,13 @@ def _named(field: Any, what: str) -> tuple[str, Mapping[str, Any]]:
         configuration = field.get("configuration", {})
         if isinstance(configuration, Mapping):
             return field["name"], configuration
-    raise ValueError(f"{what} must have a name and a configuration, got {printable(field)}")
+    raise ValueError(f"{what} must have a name and a configuration, got {printable(json.dumps(field))}")
 
 
 def _shape(field: Any, what: str) -> Shape:
     if not isinstance(field, list) or len(field) > _MOST_AXES or not all(type(n) is int and n >= 0 for n in field):
         raise ValueError(
-            f"{what} must be a list of at most {_MOST_AXES} whole numbers from 0 on, got {printable(field)}"
+            f"{what} must be a list of at most {_MOST_AXES} whole numbers from 0 on, got {printable(json.dumps(field))}"
         )
     return tuple(field)
 
@@ -162,7 +163,8 @@ def _check_chunk(shape: Shape, chunk: Shape, what: str) -> None:
 
 def _expect(name: str, value: Any, allowed: list[Any]) -> None:
     if not any(type(value) is type(one) and value == one for one in allowed):
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {printable(value)}")
+        words = " or ".join(map(json.dumps, allowed))
+        raise ValueError(f"{name} must be {words}, as Orbax writes it, got {printable(json.dumps(value))}")
 
 
 def _number_of(field: Any) -> str:
@@ -172,4 +174,4 @@ def _number_of(field: Any) -> str:
     try:
         return np.dtype(field).name if isinstance(field, str) else "of an unknown type"
     except TypeError:
-        return field
+        return printable(field)

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import decodax
-from decodax.models import orbax_arrays
+from decodax.models import orbax_writing
 from decodax.models.checkpoint import NonFiniteWeightWarning, StoredWeights
 from decodax.models.convert_target import MANIFEST
 from decodax.models.from_hf import from_hf
 from decodax.models.model import Model
 from decodax.models.next_layer import load_next_layer
-from decodax.models.orbax_arrays import chunk_regions, chunk_shape
+from decodax.models.orbax_writing import chunk_regions, chunk_shape
 from decodax.models.to_hf import to_hf
 from tests.golden_files import golden_cases, load_golden
 
@@ -58,7 +58,7 @@ def assert_same(one, other):
 @pytest.fixture
 def cut_small(monkeypatch):
     """Chunks of at most 4,000 bytes, so that small weights are many files."""
-    monkeypatch.setattr(orbax_arrays, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(orbax_writing, "CHUNK_BYTES", 4000)
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_weights_of_zeros_are_stored(tmp_path):
 
 
 def test_chunks_cover_every_array_once(monkeypatch):
-    monkeypatch.setattr(orbax_arrays, "CHUNK_BYTES", 60)
+    monkeypatch.setattr(orbax_writing, "CHUNK_BYTES", 60)
     for shape, part in (
         ((), None),
         ((7,), None),

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import pytest
 
 import decodax
@@ -107,6 +108,45 @@ def test_one_process_at_a_time(tmp_path):
         ):
             pass
     assert contents(tmp_path) == {"target/x": b"1"}
+
+
+def test_a_process_that_begins_while_another_ends(tmp_path, monkeypatch):
+    """It begins anew in the folder that is being removed, whose lock is gone already, and is not disturbed."""
+    target, rmdir, begun = tmp_path / "target", Path.rmdir, []
+
+    def begin_first(folder):
+        if not begun:
+            begun.append(folder)
+            with staged(target, {"n": 2}) as other:
+                other.write_file("x", b"2")
+                rmdir_or_not(folder)
+        rmdir(folder)
+
+    def rmdir_or_not(folder):
+        with pytest.raises(OSError, match=r"not empty"):
+            rmdir(folder)
+
+    monkeypatch.setattr(Path, "rmdir", begin_first)
+    with staged(target, {"n": 1}) as folder:
+        folder.write_file("x", b"1")
+    assert begun and contents(tmp_path) == {"target/x": b"2"}
+
+
+def test_a_lock_whose_file_is_gone_is_none(tmp_path, monkeypatch):
+    """It was that of a process that has removed it since; by now there may be another."""
+    acquire, acquired = filelock.FileLock.acquire, []
+
+    def lose_first(lock, **options):
+        acquired.append(acquire(lock, **options))
+        if len(acquired) == 1:
+            Path(lock.lock_file).unlink()
+        return acquired[-1]
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", lose_first)
+    with staged(tmp_path / "target") as folder:
+        folder.write_file("x", b"1")
+        assert (tmp_path / ".target.partial" / "lock").exists()
+    assert len(acquired) == 2 and contents(tmp_path) == {"target/x": b"1"}
 
 
 def replaceable(target):
@@ -255,6 +295,135 @@ def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path, kind):
     assert contents(tmp_path) == before and partial.is_symlink() == (kind == "link")
 
 
+ALONE = """
+    import collections, importlib.util, os, shutil, signal, sys, time
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("staged_folder", sys.argv[1])
+    staged_folder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(staged_folder)
+    root = Path(sys.argv[2])
+    target = root / "target"
+    EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "open", "os.scandir"}
+
+    class Guard:
+        def check(self):
+            self.check_contents(target)
+
+        def check_contents(self, folder):
+            if folder.exists() and not {file.name for file in folder.iterdir()} <= {"old", "new", "more"}:
+                raise FileExistsError(str(folder))
+
+    def contents(folder):
+        return {file.name: file.read_text() for file in folder.iterdir()} if folder.is_dir() else None
+
+    def make(name, moment=None):
+        events = 0
+
+        def kill(event, arguments):
+            nonlocal events
+            if event in EVENTS and str(root) in str(arguments):
+                events += 1
+                if events == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        if moment is not None:
+            sys.addaudithook(kill)
+        with staged_folder.staged(target, {"name": name}, Guard()) as folder:
+            folder.write_file("new", name.encode())
+            folder.note("new", 1, lambda: None)
+            folder.flush(lambda: None)
+            folder.write_file("more", name.encode())
+
+    def forked(work, *arguments):
+        process = os.fork()
+        if process:
+            return process
+        try:
+            work(*arguments)
+            os._exit(0)
+        except (BlockingIOError, FileExistsError):
+            os._exit(3)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(4)
+"""
+
+
+def alone(script, tmp_path):
+    """Runs a script that uses the module without the rest of the package, so that it may fork; what it prints."""
+    command = [sys.executable, "-c", textwrap.dedent(ALONE) + textwrap.dedent(script)]
+    done = subprocess.run(
+        [*command, staged_folder.__file__, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
+    return done.stdout
+
+
+def test_killed_at_every_moment_of_replacing_a_target(tmp_path):
+    """At each call of the file system in turn: the old one, the new one, or the old one ready to be put back."""
+    output = alone(
+        """
+        old, new, moment, seen = {"old": "mine"}, {"new": "x", "more": "x"}, 0, collections.Counter()
+        while True:
+            moment += 1
+            shutil.rmtree(root, ignore_errors=True)
+            target.mkdir(parents=True)
+            (target / "old").write_text("mine")
+            (root / "other").write_text("mine")
+            _, status = os.waitpid(forked(make, "x", moment), 0)
+            if not status:
+                break
+            assert os.WIFSIGNALED(status), status
+            found, moved = contents(target), contents(root / ".target.partial" / "old")
+            assert found in (old, new) or (found is None and moved == old), (moment, found, moved)
+            seen["nothing" if found is None else "old" if found == old else "new"] += 1
+            assert os.waitpid(forked(make, "x"), 0)[1] == 0
+            names = sorted(path.name for path in root.iterdir())
+            assert contents(target) == new and names == ["other", "target"], (moment, names)
+        print(moment, seen["nothing"], seen["old"], seen["new"])
+        """,
+        tmp_path / "root",
+    )
+    moments, *seen = map(int, output.split())
+    assert moments > 30 and min(seen) > 0, output
+
+
+@pytest.mark.parametrize("rounds", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_two_processes_at_once(tmp_path, rounds):
+    """Over and over, the second ever later: the target is whole and one of the two, and nothing is left beside it."""
+    output = alone(
+        f"""
+        rounds = {rounds}
+        """
+        """
+        ends, start = collections.Counter(), time.monotonic()
+        os.waitpid(forked(make, "x"), 0)
+        duration = time.monotonic() - start
+        for round in range(rounds):
+            shutil.rmtree(target, ignore_errors=True)
+            start = time.monotonic() + 0.003
+
+            def begin(name, pause):
+                time.sleep(max(start + pause - time.monotonic(), 0))
+                make(name)
+
+            pauses = (0, 1.2 * duration * round / rounds)
+            processes = [forked(begin, name, pause) for name, pause in zip("xy", pauses)]
+            codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+            found = contents(target)
+            assert found in [{"new": name, "more": name} for name in "xy"], found
+            assert 0 in codes and set(codes) <= {0, 3}, codes
+            assert [path.name for path in root.iterdir()] == ["target"], list(root.iterdir())
+            ends[sum(codes)] += 1
+        print(ends[0], ends[3])
+        """,
+        tmp_path,
+    )
+    one_after_the_other, one_refused = map(int, output.split())
+    assert one_after_the_other + one_refused == rounds and one_refused > 0
+
+
 CONVERTING = """
     import sys
     from decodax.models import staged_folder
@@ -284,8 +453,8 @@ def converting(kind, target, pieces):
     return process
 
 
-def killed_and_resumed(tmp_path, kind, moments):
-    """Killed at each of these moments (so many pieces and seconds after it began), each time going on; then to its end.
+def killed_and_resumed(tmp_path, kind, moments, number=signal.SIGKILL):
+    """Ended by a signal at each of these moments (so many pieces and seconds after it began), then run to its end.
 
     Returns how many times it was killed, and the bytes that the last process found written.
     """
@@ -297,9 +466,9 @@ def killed_and_resumed(tmp_path, kind, moments):
     for pieces, seconds in moments:
         process = converting(kind, target, pieces)
         time.sleep(seconds)
-        process.kill()
+        process.send_signal(number)
         process.communicate(timeout=300)
-        if process.returncode != -signal.SIGKILL or target.exists():
+        if process.returncode != -number or target.exists():
             break
         kills += 1
         content = tmp_path / ".target.partial" / "content"
@@ -315,18 +484,19 @@ def killed_and_resumed(tmp_path, kind, moments):
     return kills, int(output.split()[-1])
 
 
-@pytest.mark.parametrize("kind", ["from_hf", "to_hf"])
-def test_killed_it_goes_on(tmp_path, kind):
-    kills, resumed_bytes = killed_and_resumed(tmp_path, kind, [(7, 0.002)])
+@pytest.mark.parametrize(("kind", "number"), [("from_hf", signal.SIGTERM), ("to_hf", signal.SIGKILL)])
+def test_killed_it_goes_on(tmp_path, kind, number):
+    kills, resumed_bytes = killed_and_resumed(tmp_path, kind, [(7, 0.002)], number)
     assert kills == 1 and resumed_bytes > 0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("kind", ["from_hf", "to_hf"])
-def test_killed_at_ten_random_moments_it_goes_on(tmp_path, kind):
+def test_killed_at_ten_random_moments_it_goes_on(tmp_path, kind, number):
     chance = random.Random(0)
     moments = [(chance.randint(0, 3), chance.uniform(0, 0.003)) for _ in range(10)]
-    kills, resumed_bytes = killed_and_resumed(tmp_path, kind, moments)
+    kills, resumed_bytes = killed_and_resumed(tmp_path, kind, moments, number)
     assert kills == 10 and resumed_bytes > 0
 
 
