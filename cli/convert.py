@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from decodax.cli import session
+from decodax.models.conversion import absolute_target
 from decodax.models.from_hf import from_hf
 from decodax.models.load import byte_progress, find_folder
 from decodax.models.orbax_arrays import has_arrays
@@ -55,7 +56,7 @@ def convert(
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace TARGET if it is something else; it stays until the new is whole."),
+        typer.Option("--overwrite", help="Replace a checkpoint at TARGET; it stays until the new is whole."),
     ] = False,
     as_json: session.Json = False,
     debug: session.Debug = False,
@@ -66,6 +67,7 @@ def convert(
     whole there is nothing at TARGET.
     """
     with session.reported_errors(debug):
+        absolute_target(target)  # refused before anything is downloaded
         folder = find_folder(source)
         form = to or (Form.HF if has_arrays(folder) else Form.ORBAX)
         options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}

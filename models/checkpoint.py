@@ -30,7 +30,7 @@ from decodax.layers.weight import Weight
 from decodax.models.config import ModelConfig
 from decodax.models.families._contract import EMBEDDING_NAME, HEAD_NAME, Family, ParameterPath
 from decodax.models.layouts import Expected, Filled, find_sources
-from decodax.models.orbax_arrays import OTHER_PARTS, array_name, has_arrays, open_arrays
+from decodax.models.orbax_arrays import OTHER_PARTS, array_name, check_arrays, has_arrays, open_arrays
 from decodax.models.sources import Layouts, Region, region_shape, transfers, whole, whole_region
 from decodax.models.stored_files import Entry, forget_pages, mappings_of, open_files, weight_files
 from decodax.models.stored_formats import read_quantization
@@ -142,6 +142,7 @@ def open_part(
         stored = open_files(weight_files(folder))
         expected = Expected(layouts, shapes, _quantization(folder), tied_head, elsewhere)
     filled = find_sources(stored, expected, str(folder))
+    check_arrays(folder, [tensor for sources in filled.values() for _, tensor in sources])
     return StoredWeights(folder, {path: described[path] for path in filled}, filled, stored)
 
 

@@ -4,10 +4,12 @@ A source is a folder that `decodax.load` takes, of either kind, or a loaded mode
 are stored; quantised ones (FP8, mxfp4) become float32, which holds their numbers exactly, or the type asked for.
 """
 
+import fnmatch
 import json
+import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,18 +21,19 @@ from jax.typing import DTypeLike
 from decodax.layers.weight import Weight
 from decodax.models.checkpoint import Progress, StoredWeights, flat_weights, open_params
 from decodax.models.config import ModelConfig
+from decodax.models.convert_target import MANIFEST, Target, check_place, read_manifest, sources_of, written_files
 from decodax.models.families._contract import HEAD_NAME, Family, ParameterPath
 from decodax.models.hf_config import load_config
 from decodax.models.layouts import REDUNDANT_SUFFIXES
 from decodax.models.load import LanguageModel, find_folder, working_dtype
+from decodax.models.model_files import find_file, parse_json_object
 from decodax.models.next_layer import PART, holds_next_layer, open_next_layer
-from decodax.models.orbax_arrays import FOLDER, has_arrays
+from decodax.models.orbax_arrays import has_arrays
+from decodax.models.orbax_files import FOLDER, regular_files
 from decodax.models.sources import Layouts, Region, region_shape, whole_region
-from decodax.models.staged_folder import StagedFolder, forget_partial, same_plan, staged
+from decodax.models.staged_folder import StagedFolder, forget_partial, staged
 from decodax.models.stored_files import weight_files
 from decodax.models.stored_formats import scales_of
-
-MANIFEST = "decodax.json"
 
 _VERSION = 1  # of the manifest
 _BESIDE = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")  # the tokenizer, the settings of generation
@@ -119,7 +122,11 @@ def open_source(source: str | Path | LanguageModel) -> Source:
     weights = model if behind is None else Joined(model, behind)
     if isinstance(model, HeldWeights):
         return Source(folder, family, config, weights, layouts, None, (), () if behind is None else (behind,))
-    files = sorted((folder / FOLDER).rglob("*")) if has_arrays(folder) else weight_files(folder)
+    files = (
+        [folder / FOLDER / name for name in sorted(regular_files(folder))]
+        if has_arrays(folder)
+        else weight_files(folder)
+    )
     stored = (model,) if behind is None else (model, behind)
     return Source(folder, family, config, weights, layouts, _stamps(folder, files), _left_out(stored, family), stored)
 
@@ -160,8 +167,10 @@ def _stamps(folder: Path, files: list[Path]) -> dict[str, Any]:
     return stamps
 
 
-def manifest(source: Source, dtypes: Mapping[ParameterPath, np.dtype], form: str, **more: Any) -> dict[str, Any]:
-    """What a converted folder says of itself. form: "orbax" or "hf"."""
+def manifest(
+    source: Source, dtypes: Mapping[ParameterPath, np.dtype], form: str, weights: Iterable[str], **more: Any
+) -> dict[str, Any]:
+    """What a converted folder says of itself. form: "orbax" or "hf". weights: the names of what holds its weights."""
     import decodax  # late: it imports this
 
     sizes = {path: weight.shape for path, weight in source.weights.weights.items()}
@@ -174,14 +183,16 @@ def manifest(source: Source, dtypes: Mapping[ParameterPath, np.dtype], form: str
         "num_bytes": sum(counts[path] * dtypes[path].itemsize for path in counts),
         "dtypes": sorted({dtype.name for dtype in dtypes.values()}),
         **more,
+        "files": written_files(weights, files_beside(source.folder)),
         "source": {"name": source.folder.resolve().name, "files": source.files},
     }
 
 
 def config_json(source: Source, dtypes: Mapping[ParameterPath, np.dtype]) -> bytes:
     """The source's `config.json` for weights that are plain and of these types."""
-    content = (source.folder / "config.json").read_bytes()
-    config = json.loads(content)
+    file = source.folder / "config.json"
+    content = b"" if find_file(source.folder, file.name) is None else file.read_bytes()
+    config = parse_json_object(content, str(file))
     was_quantised = config.pop("quantization_config", None) is not None
     if not was_quantised and all(dtype == source.weights.dtype(path) for path, dtype in dtypes.items()):
         return content
@@ -191,9 +202,14 @@ def config_json(source: Source, dtypes: Mapping[ParameterPath, np.dtype]) -> byt
 
 
 def files_beside(folder: Path) -> list[Path]:
-    """The small files that belong to a model beside its weights and its config."""
-    found = {file for pattern in _BESIDE for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name not in _NOT_BESIDE and not file.name.endswith(".index.json"))
+    """The small files that belong to a model beside its weights and its config.
+
+    Raises ValueError for one that is a link out of the model's folder, or no regular file.
+    """
+    names = {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
+    found = {name for pattern in _BESIDE for name in fnmatch.filter(names, pattern)} - _NOT_BESIDE
+    files = (find_file(folder, name) for name in sorted(found) if not name.endswith(".index.json"))
+    return [file for file in files if file is not None]
 
 
 @dataclass(frozen=True)
@@ -226,9 +242,11 @@ def convert(
         that are `done`, and tells of each other one, with its bytes, when it is written.
     progress: called with (bytes done, bytes in all).
     """
-    source_path, target = source.folder.resolve(), target.absolute()
-    if source_path == target.resolve() or source_path in target.resolve().parents:
-        raise ValueError(f"the target {target} must not be the source {source.folder}, nor lie in it")
+    target = absolute_target(target)
+    guard = Target(target, description["form"], sources_of(source.folder), overwrite)
+    is_there = source.files is not None and not overwrite and _is_finished(target, description)
+    if not is_there:
+        guard.check()
     if source.left_out:
         names = ", ".join(source.left_out[:3]) + (", ..." if len(source.left_out) > 3 else "")
         warnings.warn(
@@ -237,10 +255,10 @@ def convert(
             stacklevel=3,
         )
     total = sum(pieces.values())
-    if source.files is not None and not overwrite and same_plan(target / MANIFEST, description):
-        forget_partial(target)
+    if is_there:
+        forget_partial(target, guard)
         return Conversion(target, description, total)
-    with staged(target, description, overwrite=overwrite, resume=source.files is not None) as folder:
+    with staged(target, description, guard, resume=source.files is not None) as folder:
         resumed = done = sum(size for piece, size in pieces.items() if piece in folder.done)
         folder.require(total - done)
 
@@ -259,3 +277,15 @@ def convert(
     for part in source.stored:
         part.warn(stacklevel=3)
     return Conversion(target, description, resumed)
+
+
+def absolute_target(target: Path) -> Path:
+    """The target with a name of its own; the errors are those of `check_place`."""
+    target = target.resolve() if target.name in ("", "..") else target.absolute()
+    check_place(target)
+    return target
+
+
+def _is_finished(target: Path, description: Mapping[str, Any]) -> bool:
+    """Whether this very conversion is there, with all its files."""
+    return read_manifest(target) == description and all((target / name).exists() for name in description["files"])

@@ -2,7 +2,7 @@
 
     target/config.json, tokenizer.json, ...    as in the source
     target/decodax.json                        what it is and what it was made from (`models/conversion.py`)
-    target/params/                             the Orbax checkpoint (`models/orbax_arrays.py`)
+    target/params/                             the Orbax checkpoint (`models/orbax_writing.py`)
 
 `decodax.load(target)` reads it; so does `orbax.checkpoint.PyTreeCheckpointer().restore(target / "params")`. One chunk
 at a time is in memory. An interrupted run goes on when it is started again (`models/staged_folder.py`).
@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from decodax.models import conversion
-from decodax.models import orbax_arrays as arrays
+from decodax.models import orbax_writing as arrays
 from decodax.models.checkpoint import Progress, shardings_on
 from decodax.models.families._contract import ParameterPath
 from decodax.models.load import LanguageModel
+from decodax.models.orbax_arrays import array_name
+from decodax.models.orbax_files import FOLDER, METADATA
 from decodax.models.sources import Region, region_shape
 from decodax.models.staged_folder import StagedFolder
 from decodax.sharding.mesh import fit_mesh, read_mesh
@@ -43,10 +45,12 @@ def from_hf(
     dtype: "float32", "bfloat16" or "float16", to which every weight is rounded; None keeps what is stored.
     mesh, rules: as for `decodax.load`. The arrays are cut so that each device of this mesh reads whole files; any mesh
         reads any checkpoint, with this or without.
-    overwrite: replace a target that is something else. progress: called with (bytes done, bytes in all).
-    Raises FileExistsError, ValueError for a source that does not fit its config, DiskFullError (an OSError).
+    overwrite: replace a checkpoint that is there. progress: called with (bytes done, bytes in all).
+    Raises FileExistsError for a target that is not replaced (`models/convert_target.py`), ValueError for a source that
+        does not fit its config, DiskFullError (an OSError).
     Warns with NonFiniteWeightWarning, and of tensors that are left out.
     """
+    target = conversion.absolute_target(Path(target))
     opened = conversion.open_source(source)
     dtypes, weights = opened.dtypes(dtype), opened.weights.weights
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
@@ -57,7 +61,7 @@ def from_hf(
         chunks[path] = arrays.chunk_shape(weight.shape, dtypes[path].itemsize, part)
 
     def chunks_of(path: ParameterPath) -> list[tuple[str, Region]]:
-        name = arrays.array_name(path)
+        name = array_name(path)
         return [(f"{name}/{file}", region) for file, region in arrays.chunk_regions(weights[path].shape, chunks[path])]
 
     pieces = {
@@ -67,12 +71,12 @@ def from_hf(
     }
 
     def write(folder: StagedFolder, wrote: Callable[[int], None]) -> None:
-        root = folder.content / arrays.FOLDER
+        root = folder.content / FOLDER
         for path, weight in weights.items():
             missing = [(piece, region) for piece, region in chunks_of(path) if piece not in folder.done]
             if not missing:
                 continue
-            array = arrays.create_array(root, arrays.array_name(path), weight.shape, dtypes[path], chunks[path])
+            array = arrays.create_array(root, array_name(path), weight.shape, dtypes[path], chunks[path])
             for piece, region in missing:
                 arrays.write_chunk(array, region, opened.weights.read(path, region, dtypes[path]))
                 folder.note(piece, pieces[piece], lambda: None)  # it is on the disk
@@ -81,11 +85,11 @@ def from_hf(
         for left in root.rglob("*.__lock"):  # of a chunk that a killed process was writing
             left.unlink()
         metadata = arrays.metadata_of({path: weight.shape for path, weight in weights.items()})
-        folder.write_file(f"{arrays.FOLDER}/{arrays.METADATA}", json.dumps(metadata).encode())
+        folder.write_file(f"{FOLDER}/{METADATA}", json.dumps(metadata).encode())
 
     mesh_shape = None if mesh is None else dict(mesh.shape)
-    description = conversion.manifest(opened, dtypes, "orbax", cut_for_mesh=mesh_shape)
+    description = conversion.manifest(opened, dtypes, "orbax", [], cut_for_mesh=mesh_shape)
     config = conversion.config_json(opened, dtypes)
     return conversion.convert(
-        opened, Path(target), description, config, pieces, write, overwrite=overwrite, progress=progress
+        opened, target, description, config, pieces, write, overwrite=overwrite, progress=progress
     )

@@ -28,7 +28,7 @@ from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.families._contract import Family
 from decodax.models.hf_config import load_config
 from decodax.models.model import Model, Params
-from decodax.models.orbax_arrays import has_arrays, open_arrays
+from decodax.models.orbax_arrays import has_arrays, read_metadata
 from decodax.models.stored_files import open_files, weight_files
 from decodax.models.transformer import Block
 
@@ -134,7 +134,7 @@ def holds_next_layer(folder: Path, family: Family, config: ModelConfig) -> bool:
     """Whether a model's folder holds such a layer, or a part of one; ValueError for a family without."""
     prefix = _prefix(family, config)
     if has_arrays(folder):
-        return any(name.startswith(f"{PART}.") for name in open_arrays(folder))
+        return any(name.startswith(f"{PART}.") for name in read_metadata(folder).names)
     return any(f"model.{name.removeprefix('model.')}".startswith(prefix) for name in open_files(weight_files(folder)))
 
 

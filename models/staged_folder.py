@@ -3,26 +3,45 @@
 Beside the target `name` a folder `.name.partial` is filled: `content`, which becomes the target by one rename at the
 end; `plan.json`, what is being made; and `journal`, the names of the pieces that are on the disk for good. A process
 that is killed leaves it there, and the next one with the same plan goes on; one with another plan begins anew.
+
+What the target replaces is moved to `.name.partial/old` first, and removed only when the new folder is in place and
+nothing in the old one is anybody's own. One that was moved away by a process that was then killed is moved back.
 """
 
 import errno
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import filelock
 
 JOURNAL_BYTES = 2**26  # written before it is made sure that they are on the disk, and noted
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no space, none for this user, a file too large
+_NAMES = {"content", "plan.json", "plan.tmp", "journal", "lock", "old"}  # in the folder beside the target
+_MOST_TRIES = 100  # to lock a folder that another process is just removing
 
 
 class DiskFullError(OSError):
     """There is no room for what is to be written."""
+
+
+@runtime_checkable
+class Guard(Protocol):
+    """Says what must not be replaced (`models/convert_target.py`)."""
+
+    def check(self) -> None:
+        """Raises an error where what stands at the target must stay."""
+        ...
+
+    def check_contents(self, folder: Path) -> None:
+        """Raises an error where this folder, which stood at the target, must not be removed."""
+        ...
 
 
 class StagedFolder:
@@ -79,11 +98,18 @@ class StagedFolder:
         return self.content.parent.name.removeprefix(".").removesuffix(".partial")
 
 
-def forget_partial(target: Path) -> None:
+def partial_of(target: Path) -> Path:
+    """The folder beside a target in which it is made."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def forget_partial(target: Path, guard: Guard) -> None:
     """Removes what a process has left beside a finished target that was ended right after the renaming."""
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
     if partial.is_dir() and not (partial / "content").exists():
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(BlockingIOError, FileExistsError), _locked(partial, target):
+            _discard_old(partial, target, guard)
+            _tidy(partial)
 
 
 def same_plan(file: Path, plan: Mapping[str, Any]) -> bool:
@@ -95,38 +121,88 @@ def same_plan(file: Path, plan: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def staged(target: Path, plan: Mapping[str, Any], *, overwrite: bool, resume: bool = True) -> Iterator[StagedFolder]:
+def staged(target: Path, plan: Mapping[str, Any], guard: Guard, *, resume: bool = True) -> Iterator[StagedFolder]:
     """A folder to fill, which becomes `target` when the block ends without an error.
 
     plan: what is being made, as JSON; what an earlier process has begun is gone on with only if it is the same.
-    overwrite: replace a target that is there; it stays until the new one is whole.
+    guard: says what may be replaced, before the block, after it, and before what was replaced is removed.
     resume: whether the same plan stands for the same bytes.
-    Raises FileExistsError for a target that is there, BlockingIOError while another process fills it, DiskFullError.
+    Raises BlockingIOError while another process fills it, DiskFullError, and what the guard raises.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    old = partial / "old"
-    if old.is_dir() and not target.exists():  # ended between the two renames of `_replace`
-        os.rename(old, target)
-    if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already and is something else: choose another name, or overwrite it")
-    with _told_when_full(target):
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(partial / "lock")
+    guard.check()
+    partial = partial_of(target)
+    with _told_when_full(target), _locked(partial, target):
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise BlockingIOError(f"another process is writing {target} right now: wait for it, or end it") from None
-        try:
+            _restore(partial, target, guard)
+            guard.check()
             if not resume or not same_plan(partial / "plan.json", plan):
                 _begin(partial, plan)
             (partial / "content").mkdir(exist_ok=True)
             yield StagedFolder(partial)
             _sync_folders(partial / "content")
-            _replace(partial / "content", target)
+            guard.check()
+            _replace(partial, target)
+            _discard_old(partial, target, guard)
         finally:
-            lock.release()
-            if not any((partial / "content").glob("*")):  # it is the target now, or nothing was begun
-                shutil.rmtree(partial)
+            _tidy(partial)
+
+
+@contextmanager
+def _locked(partial: Path, target: Path) -> Iterator[None]:
+    """The folder beside the target is there, and no other process uses it."""
+    for _ in range(_MOST_TRIES):
+        lock = filelock.FileLock(partial / "lock")
+        try:
+            _claim(partial)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise BlockingIOError(f"another process is writing {target} right now: wait for it, or end it") from None
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        if (partial / "lock").exists():
+            break
+        lock.release()  # it was the file of a process that has just ended
+    else:
+        raise BlockingIOError(f"other processes are writing {target} right now: wait for them, or end them")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _claim(partial: Path) -> None:
+    """Makes the folder beside the target; FileExistsError where something else has its name."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise FileExistsError(f"{partial} is in the way, where what is unfinished is kept: move it away")
+    partial.mkdir(exist_ok=True)
+    names = {entry.name for entry in os.scandir(partial)}
+    if names and (surplus := names - _NAMES or ({"lock"} - names and names)):
+        raise FileExistsError(
+            f"{partial} holds {min(surplus)}, which is nothing that an unfinished conversion leaves: move it away"
+        )
+
+
+def _tidy(partial: Path) -> None:
+    """Removes the folder beside the target where nothing in it is needed; the lock last, which others wait for."""
+    if not partial.is_dir() or (partial / "old").exists() or any((partial / "content").glob("*")):
+        return
+    shutil.rmtree(partial / "content", ignore_errors=True)
+    with suppress(OSError):  # another process has begun anew
+        for name in ("plan.json", "plan.tmp", "journal", "lock"):
+            (partial / name).unlink(missing_ok=True)
+        partial.rmdir()
+
+
+def _restore(partial: Path, target: Path, guard: Guard) -> None:
+    """Cleans up after a process that was ended while it replaced the target."""
+    if not (partial / "old").exists():
+        return
+    if not (partial / "content").exists():  # the new one was in place
+        _discard_old(partial, target, guard)
+    elif os.path.lexists(target):  # somebody has put something else there
+        _keep_old(partial, target, "it was to be replaced by a conversion that did not end")
+    else:
+        os.rename(partial / "old", target)
 
 
 def _begin(partial: Path, plan: Mapping[str, Any]) -> None:
@@ -141,17 +217,44 @@ def _begin(partial: Path, plan: Mapping[str, Any]) -> None:
     os.replace(temporary, partial / "plan.json")
 
 
-def _replace(content: Path, target: Path) -> None:
-    """The moment at which the target is there; one that it replaces is moved away first, and then removed."""
-    old = content.with_name("old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.is_dir() and any(target.iterdir()):
-        os.rename(target, old)
-    elif target.is_file():
-        target.unlink()
-    os.rename(content, target)
+def _replace(partial: Path, target: Path) -> None:
+    """The moment at which the target is there; what it replaces is moved away first, and back if that fails."""
+    content, old = partial / "content", partial / "old"
+    try:
+        if target.is_dir() and any(target.iterdir()):
+            os.rename(target, old)
+        os.rename(content, target)
+    except BaseException as error:
+        if old.exists() and not os.path.lexists(target):
+            try:
+                os.rename(old, target)
+            except OSError:
+                raise OSError(f"{target} could not be replaced ({error}); what was there is now {old}") from error
+        elif old.exists() and content.exists():
+            _keep_old(partial, target, "something else has taken its place")
+        raise
     _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _discard_old(partial: Path, target: Path, guard: Guard) -> None:
+    """Removes what the target has replaced, unless it has come to hold something that must not be lost."""
+    old = partial / "old"
+    if not os.path.lexists(old):
+        return
+    try:
+        guard.check_contents(old)
+    except (ValueError, OSError) as error:
+        _keep_old(partial, target, str(error))
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_old(partial: Path, target: Path, why: str) -> None:
+    names = (target.with_name(f"{target.name}.old{number or ''}") for number in range(_MOST_TRIES))
+    kept = next((name for name in names if not os.path.lexists(name)), partial / "old")
+    if kept != partial / "old":
+        os.rename(partial / "old", kept)
+    warnings.warn(f"what stood at {target} is kept as {kept}: {why}", stacklevel=2)
 
 
 def _sync_folders(root: Path) -> None:

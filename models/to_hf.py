@@ -32,6 +32,7 @@ from decodax.models.staged_folder import StagedFolder
 from decodax.models.stored_formats import PLAIN_DTYPES, stands_for_packed
 
 MAX_SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
 
 _KINDS = {np.dtype(dtype): kind for kind, dtype in PLAIN_DTYPES.items()}
 
@@ -66,6 +67,7 @@ def to_hf(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1 (bytes in one file), got {max_shard_bytes}")
+    target = conversion.absolute_target(Path(target))
     opened = conversion.open_source(source)
     dtypes = opened.dtypes(dtype)
     tensors = tensors_of(opened.weights, opened.layouts, dtypes)
@@ -75,14 +77,13 @@ def to_hf(
         for name, content in files.items():
             _write_file(folder, name, content, opened.weights, wrote)
         if len(files) > 1:
-            folder.write_file("model.safetensors.index.json", _index(files))
+            folder.write_file(INDEX, _index(files))
 
-    description = conversion.manifest(opened, dtypes, "hf", max_shard_bytes=max_shard_bytes)
+    names = [*files, INDEX] if len(files) > 1 else [*files]
+    description = conversion.manifest(opened, dtypes, "hf", names, max_shard_bytes=max_shard_bytes)
     sizes = {tensor.name: tensor.num_bytes for tensor in tensors}
     config = conversion.config_json(opened, dtypes)
-    return conversion.convert(
-        opened, Path(target), description, config, sizes, write, overwrite=overwrite, progress=progress
-    )
+    return conversion.convert(opened, target, description, config, sizes, write, overwrite=overwrite, progress=progress)
 
 
 def tensors_of(

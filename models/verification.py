@@ -11,7 +11,7 @@ from jaxtyping import Float
 from decodax.api import load, logits
 from decodax.models.conversion import open_source
 from decodax.models.load import working_dtype
-from decodax.models.orbax_arrays import chunk_regions, chunk_shape
+from decodax.models.orbax_writing import chunk_regions, chunk_shape
 
 NUM_ROWS, NUM_TOKENS = 2, 32  # of random tokens
 

@@ -117,13 +117,21 @@ def test_what_cannot_be_converted(tmp_path, arguments, expected):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_target_that_is_something_else(tmp_path):
-    (tmp_path / "mine").write_text("mine")
-    done = convert(LLAMA, "-o", tmp_path)
-    assert done.exit_code == 1 and "is there already and is something else" in done.stderr
-    assert (tmp_path / "mine").exists()
-    assert convert(LLAMA, "-o", tmp_path, "--overwrite").exit_code == 0
-    assert decodax.load(tmp_path).config == decodax.load(LLAMA).config and not (tmp_path / "mine").exists()
+def test_a_target_that_is_something_else(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    for options in ((), ("--overwrite",)):
+        done = convert(LLAMA, "-o", tmp_path / "out", *options)
+        assert done.exit_code == 1 and done.stderr.count("\n") == 1
+        assert "is there already and is neither a folder that convert wrote nor an Orbax checkpoint" in done.stderr
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
+    assert convert(LLAMA, "-o", tmp_path / "orbax").exit_code == 0
+    done = convert(LLAMA, "-o", tmp_path / "orbax", "--dtype", "bfloat16")
+    assert done.exit_code == 1 and "pass overwrite=True (--overwrite on the command line) to replace it" in done.stderr
+    assert convert(LLAMA, "-o", tmp_path / "orbax", "--dtype", "bfloat16", "--overwrite").exit_code == 0
+    monkeypatch.setattr("decodax.cli.convert.find_folder", lambda source: pytest.fail("it was looked for"))
+    done = convert("org/name", "-o", tmp_path / "no" / "where")
+    assert done.exit_code == 1 and f"the folder {tmp_path / 'no'} is not there" in done.stderr
 
 
 def test_options_of_the_other_form_are_refused(tmp_path):

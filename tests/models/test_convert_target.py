@@ -1,0 +1,216 @@
+"""Nothing is lost that a conversion did not write: what is replaced, what is refused, and that before any work."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import decodax
+from decodax.models import convert_target
+from decodax.models.convert_target import MANIFEST
+from decodax.models.from_hf import from_hf
+from decodax.models.to_hf import to_hf
+from tests.golden_files import load_golden
+
+LLAMA = load_golden("llama").folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    return Path(shutil.copytree(LLAMA, tmp_path / "source"))
+
+
+def contents(folder):
+    """Every file and link below a folder, and every empty folder."""
+    found = {}
+    for inside, folders, names in os.walk(folder):
+        for path in (Path(inside) / name for name in (*names, *folders)):
+            name = str(path.relative_to(folder))
+            if path.is_symlink():
+                found[name] = path.readlink()
+            elif path.is_file():
+                found[name] = path.read_bytes()
+            elif not any(path.iterdir()):
+                found[name] = None
+    return found
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """A conversion is refused before anything is written or a number is read, and leaves all as it was."""
+
+    def check(convert, source, target, match, kind=FileExistsError):
+        before = contents(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr("decodax.models.checkpoint.StoredWeights.read", lambda *args: pytest.fail("it was begun"))
+            for overwrite in (False, True):
+                with pytest.raises(kind, match=match):
+                    convert(source, target, overwrite=overwrite)
+        assert contents(tmp_path) == before
+
+    return check
+
+
+def test_the_folder_of_the_source_is_never_replaced(tmp_path, source, refused):
+    for target in (source, source / "inside"):
+        refused(from_hf, source, target, r"must not be the source .*, nor lie in it", ValueError)
+    refused(to_hf, source, tmp_path, r"it holds .*source, which is read: choose another name", ValueError)
+    (tmp_path / "other").symlink_to(source)  # another name of it
+    refused(from_hf, tmp_path / "other", source, r"must not be the source", ValueError)
+    refused(from_hf, source, tmp_path / "other" / "inside", r"must not be the source", ValueError)
+    refused(to_hf, decodax.load(source), source, r"must not be the source", ValueError)
+
+
+def test_a_folder_that_the_source_links_into_is_never_replaced(tmp_path, source, refused):
+    """As a snapshot in the hub's cache links to the blobs of its repository: they look like a checkpoint here."""
+    repository = tmp_path / "models--org--name"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    source.rename(blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    refused(to_hf, snapshot, blobs, r"must not be replaced, because it holds .*, which is read", ValueError)
+    refused(to_hf, snapshot, repository, r"must not be replaced, because it holds", ValueError)
+
+
+def test_what_is_no_folder_is_never_replaced(tmp_path, source, refused):
+    to_hf(LLAMA, tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("mine")
+    for name, problem in {"link": "is a link", "dangling": "is a link", "file": "is no folder"}.items():
+        refused(to_hf, source, tmp_path / name, rf"{name} .*{problem}.*: choose another name")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match=r"pipe is there already and is no folder"):
+        to_hf(source, tmp_path / "pipe", overwrite=True)
+
+
+def test_home_current_folder_and_mount_points_are_never_replaced(tmp_path, source, refused, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()  # empty, and still not replaced
+    to_hf(LLAMA, here)  # a checkpoint, and still not replaced
+    monkeypatch.setenv("HOME", str(home))
+    refused(to_hf, source, home, r"home is the home folder, or holds it")
+    monkeypatch.chdir(here)
+    for target in (here, ".", "", here / ".." / "here"):
+        refused(to_hf, source, target, r"here is the current folder, or holds it")
+    monkeypatch.chdir(source)
+    refused(to_hf, source, here / "..", r"is the current folder, or holds it")
+    refused(to_hf, source, "/", r"^/ is the current folder, or holds it")
+    monkeypatch.delenv("HOME")
+    mounted = tmp_path / "with a space"
+    mounted.mkdir()
+    mountinfo = f"36 35 98:0 /a {str(mounted).replace(' ', chr(92) + '040')} rw - ext3 /dev/root rw\n"
+    monkeypatch.setattr(convert_target.Path, "read_text", lambda path, **options: mountinfo)
+    refused(to_hf, source, mounted, r"is a mount point")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, source, refused, monkeypatch):
+    refused(to_hf, source, tmp_path / "no" / "where", r"the folder .*no is not there", FileNotFoundError)
+    refused(to_hf, source, source / "config.json" / "x", r"config.json is no folder", NotADirectoryError)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs this may be allowed everything
+    refused(to_hf, source, tmp_path / "out", r"no permission to write in", PermissionError)
+
+
+def test_other_folders_are_refused(tmp_path, source, refused):
+    """Not even a checkpoint of the other form, which nobody asked to replace."""
+    to_hf(LLAMA, tmp_path / "hf")
+    from_hf(LLAMA, tmp_path / "orbax")
+    for name in ("hf", "orbax"):
+        (tmp_path / name / MANIFEST).unlink()
+    (tmp_path / "mine" / "mail").mkdir(parents=True)
+    refused(from_hf, source, tmp_path / "mine", r"mine .*is neither a folder that convert wrote nor an Orbax")
+    refused(from_hf, source, tmp_path / "hf", r"hf .*is neither a folder that convert wrote nor an Orbax checkpoint")
+    refused(to_hf, source, tmp_path / "orbax", r"orbax .*is neither .* nor a Hugging Face folder \(safetensors\)")
+
+
+FOREIGN = {
+    "notes.txt": "file",
+    "results.json": "file",  # convert copies such a file from a source, but this one it did not
+    "medusa.safetensors": "file",
+    "runs": "folder",
+    "model.safetensors.bak": "link",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_what_a_user_put_beside_is_not_lost(tmp_path, source, refused, name, has_manifest):
+    to_hf(LLAMA, tmp_path / "hf", dtype="bfloat16")
+    if not has_manifest:
+        (tmp_path / "hf" / MANIFEST).unlink()
+    if FOREIGN[name] == "file":
+        (tmp_path / "hf" / name).write_text("mine")
+    elif FOREIGN[name] == "folder":
+        (tmp_path / "hf" / name).mkdir()
+    else:
+        (tmp_path / "hf" / name).symlink_to(source)
+    what = "convert did not write" if has_manifest else "is no part of a checkpoint"
+    refused(to_hf, source, tmp_path / "hf", rf"hf is there already and holds {name}, which {what}: choose .*, or move")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "embedding/notes", "mine/deep/0.0.txt", "head/0.x"])
+def test_what_a_user_put_among_the_arrays_is_not_lost(tmp_path, source, refused, name):
+    from_hf(LLAMA, tmp_path / "orbax", dtype="bfloat16")
+    (tmp_path / "orbax" / "params" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "orbax" / "params" / name).write_text("mine")
+    refused(from_hf, source, tmp_path / "orbax", rf"holds params/{name}, which convert did not write")
+
+
+def test_what_is_replaced(tmp_path, source):
+    """What convert wrote, in either form and whatever it copied; a checkpoint of the same form; an empty folder."""
+    (source / "results.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    to_hf(source, tmp_path / "empty")
+    assert (tmp_path / "empty" / "results.json").exists()
+    from_hf(source, tmp_path / "empty", overwrite=True)
+    to_hf(source, tmp_path / "empty", max_shard_bytes=20_000, overwrite=True)
+    assert "model-00001-of-00005.safetensors" in json.loads((tmp_path / "empty" / MANIFEST).read_text())["files"]
+    shutil.copytree(LLAMA, tmp_path / "downloaded")
+    (tmp_path / "downloaded" / "golden.npz").unlink()
+    (tmp_path / "downloaded" / "tokenizer.json").write_text("{}")
+    to_hf(source, tmp_path / "downloaded", overwrite=True)
+    from_hf(LLAMA, tmp_path / "orbax")
+    (tmp_path / "orbax" / MANIFEST).unlink()
+    from_hf(source, tmp_path / "orbax", overwrite=True)
+    for name in ("empty", "downloaded", "orbax"):
+        assert decodax.load(tmp_path / name).config == decodax.load(source).config
+    assert sorted(os.listdir(tmp_path)) == ["downloaded", "empty", "orbax", "source"]
+
+
+def test_a_target_that_lost_a_file_is_not_taken_for_finished(tmp_path, source):
+    (source / "tokenizer.json").write_text("{}")
+    to_hf(source, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    with pytest.raises(FileExistsError, match=r"hf is there already: .* pass overwrite=True"):
+        to_hf(source, tmp_path / "hf")
+    to_hf(source, tmp_path / "hf", overwrite=True)
+    assert (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{", b"\xff", b'{"a":' * 100_000, b'{"form": "hf", "written_by": 3}', None]
+)
+def test_a_manifest_that_is_none(tmp_path, source, refused, content):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    if content is None:  # a link is not read
+        (tmp_path / "manifest").write_text('{"form": "hf", "written_by": "decodax 1", "files": ["notes.txt"]}')
+        (tmp_path / "mine" / MANIFEST).symlink_to(tmp_path / "manifest")
+    else:
+        (tmp_path / "mine" / MANIFEST).write_bytes(content)
+    refused(to_hf, source, tmp_path / "mine", r"is neither a folder that convert wrote nor")
+
+
+def test_a_link_out_of_the_source_is_not_copied(tmp_path, source):
+    (tmp_path / "secret").write_text("secret")
+    (source / "tokenizer_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is a link to .*secret, outside the model's folder"):
+        to_hf(source, tmp_path / "out")
+    (source / "tokenizer_config.json").unlink()
+    (source / "tokenizer_config.json").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is a link to nowhere, which is not there"):
+        to_hf(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["secret", "source"]
