@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.choice import Implementation
 from decodax.layers.execution import Execution
+from decodax.models.adapter_files import refuse_adapter_alone
 from decodax.models.checkpoint import open_params, read_params, shardings_on
 from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
@@ -97,6 +98,7 @@ def find_folder(path_or_id: str | Path | None) -> Path:
         raise FileNotFoundError("the name of the model is empty: pass a folder, an id like org/name, or None")
     path = Path(path_or_id).expanduser()
     if path.is_dir():
+        refuse_adapter_alone(path)
         return path
     if path.is_file():
         raise FileNotFoundError(f"{path} is a file: pass the model's folder (with config.json and safetensors)")

@@ -24,8 +24,8 @@ import numpy as np
 from decodax.models.sources import Region, Shape
 
 FOLDER = "params"  # in the model's folder
-# Arrays that are not the model's own (`models/next_layer.py`); `models/layouts.py` puts "model." in front.
-OTHER_PARTS = r"model\.next_layer\..*"
+# Arrays that are not the model's own (`models/next_layer.py`).
+OTHER_PARTS = r"next_layer\..*"
 METADATA = "_METADATA"
 CHUNK_BYTES = 2**23  # of an array in one file
 
