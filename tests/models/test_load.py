@@ -102,6 +102,7 @@ def test_the_hub_is_asked_only_for_what_is_read(monkeypatch):
     assert find_folder("org/name") == LLAMA
     assert asked.pop("name") == "org/name"
     needed = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    needed += ["tokenizer.model"]
     others = [
         "pytorch_model.bin",
         "consolidated.safetensors",
@@ -116,7 +117,7 @@ def test_offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ConnectionError, match=r"org/name is not an existing folder .*offline.* Pass the path of a local"
+        ConnectionError, match=r"org/name is not an existing folder .*offline.* pass the path of a local"
     ):
         load("org/name")
 
