@@ -18,8 +18,8 @@ def refuse_adapter_alone(folder: Path) -> None:
     files = _files(folder)
     if files and not has_arrays(folder) and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise FileNotFoundError(
-            f"{printable(folder)} holds a LoRA adapter alone ({', '.join(files)}), and no model{_base(folder)}: {_MERGE}, "
-            "and load the folder that this writes"
+            f"{printable(folder)} holds a LoRA adapter alone ({', '.join(files)}), and no model{_base(folder)}: "
+            f"{_MERGE}, and load the folder that this writes"
         )
 
 

@@ -127,10 +127,10 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
     if match.report():
         raise misfit_error(printable(folder), explained(_raw_config(folder), stored, match, match_of))
     if match.names.is_wrapped:
+        body, head = printable(match.names.body), printable(match.names.in_file(HEAD_NAME))
         warnings.warn(
             f"the weights in {printable(folder)} are named as a part of something that wraps the model: they are read "
-            f"with {printable(match.names.body)} in the place of {BODY} and {printable(match.names.in_file(HEAD_NAME))} as "
-            "the head",
+            f"with {body} in the place of {BODY} and {head} as the head",
             stacklevel=4,
         )
     return _found(folder, stored, match, config.weights())

@@ -102,7 +102,7 @@ def _check_order(file: Path, in_order: dict[str, HeaderEntry]) -> None:
         if entry.start != end:
             what = "overlaps the tensor before it" if entry.start < end else "follows bytes that belong to no tensor"
             raise ValueError(
-                f"{printable(file)} is no intact safetensors file: {printable(name)} {what} (at {entry.start}, expected "
-                f"{end}): {_AGAIN}"
+                f"{printable(file)} is no intact safetensors file: {printable(name)} {what} (at "
+                f"{entry.start}, expected {end}): {_AGAIN}"
             )
         end = entry.end

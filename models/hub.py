@@ -1,4 +1,4 @@
-"""A model of the Hugging Face hub as a local folder: downloaded, or, where the hub is out of reach, what is cached of it.
+"""A model of the Hugging Face hub as a local folder: downloaded, or, where the hub is out of reach, from its cache.
 
 The cache of a model whose download was broken off holds a part of its files. What loading needs is the config and all
 files of the weights; the model is used where these are there, whatever else is missing.

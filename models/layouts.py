@@ -124,7 +124,7 @@ def _missing(layout: Layout, layouts: Layouts, shape: Shape, stored: Mapping[str
 
 
 def _read_forms(stored: Mapping[str, Entry], expected: Expected, match: Match) -> None:
-    """Adds every tensor that is used, in the form it is stored in, and the problems of those of a wrong shape or form."""
+    """Adds every tensor that is used, in the form it is stored in, and those of a wrong shape or form."""
     for path, layout in match.nearest.items():
         for source in layout:
             if source.name not in stored:

@@ -79,7 +79,7 @@ def open_weights(folder: Path) -> dict[str, RawTensor]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Where the index says that each tensor is; FileNotFoundError when there is no index, ValueError for a wrong one."""
+    """Where the index says that each tensor is; FileNotFoundError without an index, ValueError for a wrong one."""
     index = find_file(folder, INDEX_FILE)
     if index is None:
         raise FileNotFoundError(f"{printable(folder)} has neither {SINGLE_FILE} nor {INDEX_FILE}{_advice(folder)}")

@@ -12,13 +12,15 @@ layouts are those of the numbers, `X` and `X_blocks`; their scales come with the
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from decodax.models.model_files import printable
-from decodax.models.stored_files import Entry, RawTensor
+from decodax.models.stored_files import Entry, RawTensor, open_file
 
 PLAIN_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _SCALE_DTYPES = PLAIN_DTYPES | {"F8_E8M0": ml_dtypes.float8_e8m0fnu}
@@ -209,8 +211,8 @@ def interpret(name: str, stored: Mapping[str, Entry], quantization: Quantization
     if scale_name is None:
         if raw.kind not in PLAIN_DTYPES:
             raise ValueError(
-                f"unknown kind of number: {tensor} is {printable(raw.kind)}, expected one of {sorted(PLAIN_DTYPES)}, or fp8 or "
-                "mxfp4 with their scales"
+                f"unknown kind of number: {tensor} is {printable(raw.kind)}, expected one of {sorted(PLAIN_DTYPES)}, "
+                "or fp8 or mxfp4 with their scales"
             )
         if isinstance(raw, StoredTensor):  # an array of another kind of checkpoint
             return raw
@@ -241,7 +243,8 @@ def interpret(name: str, stored: Mapping[str, Entry], quantization: Quantization
     kinds = _SCALE_DTYPES if method == "fp8" else {"U8": np.uint8}
     if scales.kind not in kinds:
         raise ValueError(
-            f"unknown kind of number: {printable(scale_name)} is {printable(scales.kind)}, expected one of {sorted(kinds)}"
+            f"unknown kind of number: {printable(scale_name)} is {printable(scales.kind)}, expected one of "
+            f"{sorted(kinds)}"
         )
     label, codes, factors = (
         f"{tensor} with {printable(scale_name)}",
@@ -255,3 +258,28 @@ def is_stored_as(method: str, stored: Mapping[str, Entry]) -> bool:
     """Whether any tensor has this form."""
     kind = _FP8_KIND if method == "fp8" else "U8"
     return any(tensor.kind == kind and scales_of(name, stored) is not None for name, tensor in stored.items())
+
+
+def read_floats(file: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
+    """All tensors of a small safetensors file, in memory and rounded to `dtype`.
+
+    Raises ValueError for a damaged file, and for a tensor that holds no floating-point numbers, or some that are not
+    finite.
+    """
+    arrays = {}
+    for name, tensor in open_file(file).items():
+        if tensor.kind not in PLAIN_DTYPES:
+            raise ValueError(
+                f"{printable(name)} in {printable(file)} must hold floating-point numbers ({', '.join(PLAIN_DTYPES)}), "
+                f"got {printable(tensor.kind)}"
+            )
+        with np.errstate(all="ignore"):
+            arrays[name] = tensor.array(PLAIN_DTYPES[tensor.kind]).astype(np.dtype(dtype))
+        require_finite(arrays[name], name, file)
+    return arrays
+
+
+def require_finite(array: np.ndarray, name: str, file: Path) -> None:
+    """Raises ValueError where an array of a file holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        raise ValueError(f"{printable(name)} in {printable(file)} holds NaN or infinity (as {array.dtype.name})")

@@ -61,7 +61,9 @@ def test_shards(repository):
     assert find_folder("org/name") == repository / "snapshots" / "abc"
 
 
-@pytest.mark.parametrize("listed", [False, True])  # newer versions of the hub's library know what a snapshot should hold
+@pytest.mark.parametrize(
+    "listed", [False, True]
+)  # newer versions of the hub's library know what a snapshot should hold
 def test_what_is_there_and_what_is_missing(repository, monkeypatch, listed):
     add_model(repository, "config.json")
     add_shards(repository, SHARDS[1])
@@ -97,7 +99,10 @@ def test_a_listed_file_that_nobody_needs_may_be_missing(repository, monkeypatch)
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (("config.json",), r"missing are model\.safetensors \(or .*index\.json and its files\); there are config\.json in"),
+        (
+            ("config.json",),
+            r"missing are model\.safetensors \(or .*index\.json and its files\); there are config\.json in",
+        ),
         (("model.safetensors",), r"missing are config\.json; there are model\.safetensors in"),
         ((), r"missing are config\.json, model\.safetensors .*; there are no files in"),
     ],
@@ -126,5 +131,7 @@ def test_other_revisions_and_other_models(repository):
     with pytest.raises(ConnectionError, match=r"org/name .*other revisions of it than main: abc in .*snapshots; try"):
         download("org/name")
     shutil.rmtree(repository)
-    with pytest.raises(ConnectionError, match=r"org/name .*offline.* not in the local cache; try again online, or pass"):
+    with pytest.raises(
+        ConnectionError, match=r"org/name .*offline.* not in the local cache; try again online, or pass"
+    ):
         download("org/name")
