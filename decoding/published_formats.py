@@ -56,7 +56,7 @@ def load_medusa(
     config = _json(path / "config.json")
     tensors = _tensors(path, MEDUSA_FILES)
     num_heads = len({name.split(".")[0] for name in tensors if re.match(r"[0-9]{1,9}\.", name)})
-    num_blocks = _count(path / "config.json", config, "medusa_num_layers", 1, most=len(tensors))
+    num_blocks = _count(path / "config.json", config, "medusa_num_layers", 1, most=max(1, len(tensors)))
     named = _count(path / "config.json", config, "medusa_num_heads", num_heads)
     if not 1 <= named <= num_heads:
         raise ValueError(f"{path} names {named} heads in config.json, and its weights hold {num_heads}")

@@ -120,12 +120,12 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
     warn_of_adapter(folder, stacklevel=4)
     stored = _open(folder)
 
-    def match_of(config: ModelConfig) -> Match:
-        return match_sources(stored, _expected_model(folder, family, config))
+    def expected_of(config: ModelConfig) -> Expected:
+        return _expected_model(folder, family, config)
 
-    match = match_of(config)
+    match = match_sources(stored, expected_of(config))
     if match.report():
-        raise misfit_error(printable(folder), explained(_raw_config(folder), stored, match, match_of))
+        raise misfit_error(printable(folder), explained(_raw_config(folder), stored, match, expected_of))
     if match.names.is_wrapped:
         body, head = printable(match.names.body), printable(match.names.in_file(HEAD_NAME))
         warnings.warn(

@@ -7,15 +7,16 @@ field is derived as always.
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from decodax.models.config import ModelConfig
 from decodax.models.hf_config import read_config
-from decodax.models.layouts import Match
+from decodax.models.layouts import Expected, Match, match_sources
 from decodax.models.model_files import printable
+from decodax.models.stored_files import Entry
 
-MatchOf = Callable[[ModelConfig], Match]
+ExpectedOf = Callable[[ModelConfig], Expected]
 
 _DERIVED = {  # sizes that a config may leave out, and what they are then
     "num_key_value_heads": lambda raw: raw["num_attention_heads"],
@@ -24,21 +25,22 @@ _DERIVED = {  # sizes that a config may leave out, and what they are then
 _NO_SIZE = re.compile(r".*_token_id|max_position_embeddings|max_window_layers|sliding_window")
 _LAYER, _EXPERT = re.compile(r"(?<=\.layers\.)\d{1,9}(?=\.)"), re.compile(r"(?<=\.experts\.)\d{1,9}(?=\.)")
 _MOST_FIELDS = 3  # that are wrong at once
+_MOST_TENSORS = 20_000  # in files that are looked at once more for every guess
 _MOST_PAIRS = 12  # of sizes from which values are guessed
 _MOST_SIZE, _MOST_EXPERTS = 2**24, 2**12  # what a config is read with here: reading one of a billion layers takes long
 
 
-def explained(raw: Mapping[str, Any], stored: Iterable[str], match: Match, match_of: MatchOf) -> list[str]:
+def explained(raw: Mapping[str, Any], stored: Mapping[str, Entry], match: Match, expected_of: ExpectedOf) -> list[str]:
     """The lines of a match's report; a line for each field in the place of all tensors that its value explains.
 
     Where several fields explain all of them by themselves, each has a line.
 
-    raw: the fields of `config.json`. stored: the names in the files. match_of: what the files hold of the weights of
-        another config.
+    raw: the fields of `config.json`. match: of the stored tensors with what they should be by these fields.
+    expected_of: what they should be by another config.
     """
-    names, lines = list(stored), []
-    for _ in range(_MOST_FIELDS):
-        found = _better(raw, names, match, match_of)
+    lines = []
+    for _ in range(_MOST_FIELDS if len(stored) <= _MOST_TENSORS else 0):
+        found = _better(raw, stored, match, expected_of)
         if not found:
             break
         fewest = min(_num_problems(better) for *_, better in found)
@@ -58,24 +60,36 @@ def _num_problems(match: Match) -> int:
     return len(match.misshapen) + len(match.problems)
 
 
-def _better(raw: Mapping[str, Any], names: list[str], match: Match, match_of: MatchOf) -> list[tuple[str, int, Match]]:
+def _better(
+    raw: Mapping[str, Any], stored: Mapping[str, Entry], match: Match, expected_of: ExpectedOf
+) -> list[tuple[str, int, Match]]:
     """The changes of one field with which less is wrong, and nothing else is."""
-    found = []
+    misshapen = [
+        path for path, layout in match.nearest.items() if any(source.name in match.misshapen for source in layout)
+    ]
+    shapes, found = expected_of(_config(raw)).shapes, []
     for name, size in _sizes(raw).items():
-        for value in _values(name, size, names, match):
+        for value in _values(name, size, list(stored), match):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    _, config = read_config({**raw, name: value})
-                better = match_of(config)
+                expected = expected_of(_config({**raw, name: value}))
+                if misshapen and all(expected.shapes.get(path) == shapes[path] for path in misshapen):
+                    continue
+                better = match_sources(stored, expected)
             except ValueError:
                 continue  # sizes that do not go together
-            is_less = (
-                better.misshapen.keys() <= match.misshapen.keys() and better.problems.keys() <= match.problems.keys()
-            )
-            if is_less and _num_problems(better) < _num_problems(match):
+            if _num_problems(better) < _num_problems(match) and _is_subset(better, match):
                 found.append((name, value, better))
     return found
+
+
+def _config(raw: Mapping[str, Any]) -> ModelConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were heard when the file itself was read
+        return read_config(raw)[1]
+
+
+def _is_subset(one: Match, other: Match) -> bool:
+    return one.misshapen.keys() <= other.misshapen.keys() and one.problems.keys() <= other.problems.keys()
 
 
 def _sizes(raw: Mapping[str, Any]) -> dict[str, int]:

@@ -61,9 +61,7 @@ def test_shards(repository):
     assert find_folder("org/name") == repository / "snapshots" / "abc"
 
 
-@pytest.mark.parametrize(
-    "listed", [False, True]
-)  # newer versions of the hub's library know what a snapshot should hold
+@pytest.mark.parametrize("listed", [False, True])  # newer versions of the hub's library know what should be there
 def test_what_is_there_and_what_is_missing(repository, monkeypatch, listed):
     add_model(repository, "config.json")
     add_shards(repository, SHARDS[1])
