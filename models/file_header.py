@@ -79,20 +79,25 @@ def _entry(name: str, entry: Any) -> HeaderEntry:
     tensor = printable(name)
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         raise ValueError(f"{tensor} must have dtype, shape and data_offsets")
-    kind, shape, offsets = entry["dtype"], entry.get("shape"), entry.get("data_offsets")
-    if not _are_sizes(shape) or len(shape) > _MAX_AXES or math.prod(size or 1 for size in shape) > _MAX_NUMBERS:
-        raise ValueError(f"{tensor} must have a shape of at most {_MAX_AXES} sane sizes, got {printable(shape)}")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{tensor} must have data_offsets [start, end], got {printable(offsets)}")
+    kind, shape, offsets = entry["dtype"], _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None or len(shape) > _MAX_AXES or math.prod(size or 1 for size in shape) > _MAX_NUMBERS:
+        raise ValueError(
+            f"{tensor} must have a shape of at most {_MAX_AXES} sane sizes, got {printable(entry.get('shape'))}"
+        )
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{tensor} must have data_offsets [start, end], got {printable(entry.get('data_offsets'))}")
     start, end = offsets
     bits = _BITS.get(kind)  # of an unknown kind only its place is known; whoever needs its numbers refuses it
     if bits is not None and math.prod(shape) * bits != 8 * (end - start):
         raise ValueError(f"{tensor} is {kind} {list(shape)}, and that does not fill its {end - start} bytes")
-    return HeaderEntry(kind, tuple(shape), start, end)
+    return HeaderEntry(kind, shape, start, end)
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A list of whole numbers from 0 on; None for anything else."""
+    if isinstance(value, list) and all(type(size) is int and size >= 0 for size in value):
+        return tuple(value)
+    return None
 
 
 def _check_order(file: Path, in_order: dict[str, HeaderEntry]) -> None:

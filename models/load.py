@@ -22,6 +22,7 @@ from decodax.models.config import ModelConfig
 from decodax.models.hf_config import load_config
 from decodax.models.hub import download
 from decodax.models.model import Model, Params
+from decodax.models.model_files import printable
 from decodax.models.stacked_weights import in_stages
 from decodax.models.tokenizer import Tokenizer, read_end_token_ids
 from decodax.sharding.mesh import fit_mesh, read_mesh
@@ -94,8 +95,12 @@ def find_folder(path_or_id: str | Path | None) -> Path:
         return Path(str(resources.files("decodax.models.demo")))
     if not str(path_or_id):
         raise FileNotFoundError("the name of the model is empty: pass a folder, an id like org/name, or None")
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(path_or_id).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody knows
+        raise FileNotFoundError(f"no such model folder: {printable(path_or_id)} ({printable(error)})") from error
+    if is_folder:
         refuse_adapter_alone(path)
         return path
     if path.is_file():
@@ -105,7 +110,8 @@ def find_folder(path_or_id: str | Path | None) -> Path:
     is_id = isinstance(path_or_id, str) and organisation and rest and "/" not in rest and "\\" not in name
     if not is_id or name.startswith((".", "~")):
         raise FileNotFoundError(
-            f"no such model folder: {path.absolute()} (a model on the Hugging Face hub is named like org/name)"
+            f"no such model folder: {printable(path.absolute())} (a model on the Hugging Face hub is named like "
+            "org/name)"
         )
     folder = download(name)
     refuse_adapter_alone(folder)

@@ -12,6 +12,7 @@ from typing import Any
 MAX_JSON_BYTES = 2**28  # the index of a model with a million tensors has a third of it
 MAX_JSON_DEPTH = 64  # no config of a known model has ten levels; Python's own limit of recursion is near 1,000
 _MAX_NAME_LENGTH = 200
+_EMBEDDED = Path(__file__).absolute().parent / "demo"  # installed by links into a store by some package managers
 _MAX_NAMES, _CUT = 3, "..."
 _HUB_SNAPSHOTS, _HUB_REPOSITORY = "snapshots", "models--"  # <hub cache>/models--org--name/snapshots/<revision>/file
 
@@ -53,7 +54,7 @@ def _link_target(path: Path) -> str:
 def _is_allowed(folder: Path, target: Path) -> bool:
     """Whether a file of a model folder may lie there."""
     resolved = folder.resolve()
-    if target.is_relative_to(resolved):
+    if target.is_relative_to(resolved) or folder.absolute().is_relative_to(_EMBEDDED):
         return True
     repository = resolved.parent.parent
     if resolved.parent.name == _HUB_SNAPSHOTS and repository.name.startswith(_HUB_REPOSITORY):

@@ -152,7 +152,8 @@ class PartTraining:
             return
         file = find_file(folder, self.facts_file)
         facts = {} if file is None else read_json_object(file)
-        plan = facts.get("plan") if isinstance(facts.get("plan"), dict) else {}
+        plan = facts.get("plan")
+        plan = plan if isinstance(plan, dict) else {}
         own = {name: value for name, value in asdict(self.plan).items() if name not in MOVABLE}
         stored = {name: value for name, value in plan.items() if name not in MOVABLE}
         if facts.get("about") != self.about() or stored != own:

@@ -57,12 +57,19 @@ def test_dtype():
 
 
 @pytest.mark.parametrize(
-    "name", ["./nowhere", "nowhere", "/no/where", "~/no/where", "a/b/c", "", "bad id/na me", "org/"]
+    "name",
+    ["./nowhere", "nowhere", "/no/where", "~/no/where", "a/b/c", "", "bad id/na me", "org/", "~nobody-of-that-name/x"],
 )
 def test_no_such_folder(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=name.removeprefix("./").removeprefix("~/") or "empty"):
         load(name)
+
+
+def test_names_that_no_file_system_takes():
+    for name in ("x" * 5000, "org/" + "x" * 5000, "a\0b"):
+        with pytest.raises(FileNotFoundError):
+            load(name)
 
 
 def test_a_file_is_no_folder():

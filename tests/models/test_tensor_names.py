@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from decodax.models import tensor_names
 from decodax.models.checkpoint import load_params
+from decodax.models.conversion import open_source
 from decodax.models.hf_config import load_config
 from decodax.models.next_layer import holds_next_layer, open_next_layer
 from decodax.models.tensor_names import TensorNames, find_names
@@ -71,6 +72,14 @@ def test_wrapped_weights_are_the_model(tmp_path, body, golden):
     wanted = leaves_of(params_of(folder))
     found = leaves_of(params)
     assert found.keys() == wanted.keys() and all(np.array_equal(found[path], wanted[path]) for path in wanted)
+
+
+def test_a_copy_of_the_head_under_a_wrapper_is_not_left_out(tmp_path):
+    tensors = load_file(load_golden("llama_tied").folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    folder = saved(tmp_path, {f"module.{name}": value for name, value in tensors.items()}, "llama_tied")
+    with pytest.warns(UserWarning, match="a part of something that wraps the model"):
+        assert open_source(folder).left_out == ()
 
 
 @pytest.mark.parametrize("change", [lambda name: name, lambda name: name.removeprefix("model.")])
