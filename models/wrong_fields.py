@@ -102,7 +102,7 @@ def _sizes(raw: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _values(name: str, size: int, names: list[str], match: Match) -> list[int]:
-    """What a field may be if the files are right: the sizes found there, and the same multiple of its own value."""
+    """What a field may be if the files are right: a size found there, or its own with the same factor or sum."""
     if "layers" in name:
         values = _count(_LAYER, names)
     else:
@@ -112,10 +112,10 @@ def _values(name: str, size: int, names: list[str], match: Match) -> list[int]:
             for found, wanted in match.misshapen.values()
             if len(found) == len(wanted)
             for pair in zip(found, wanted, strict=True)
-            if pair[0] != pair[1]
+            if pair[0] != pair[1] > 0
         ]
         for found, wanted in list(dict.fromkeys(pairs))[:_MOST_PAIRS]:
-            values |= {found, size * found // wanted}
+            values |= {found, size * found // wanted, size + found - wanted}
     most = _MOST_EXPERTS if "expert" in name else _MOST_SIZE
     return sorted(value for value in values if 0 < value <= most and value != size)
 

@@ -39,6 +39,7 @@ def wrong(name, said, found):
         ("llama", {"num_hidden_layers": 1}),
         ("qwen3_moe", {"moe_intermediate_size": 97}),
         pytest.param("deepseek_v3", {"kv_lora_rank": 34}, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", {"qk_rope_head_dim": 10}, marks=pytest.mark.slow),
     ],
 )
 def test_one_field(tmp_path, golden, fields):
