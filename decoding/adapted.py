@@ -11,7 +11,6 @@ import jax
 from decodax.decoding.trained_part import TrainedPart, find_part
 from decodax.layers.adapters.low_rank import merged
 from decodax.models.load import LanguageModel
-from decodax.models.model import Params
 
 KIND = "layer_skip"
 
@@ -27,23 +26,6 @@ def with_adapter(lm: LanguageModel, adapter: str | Path | TrainedPart) -> Langua
         adapter = inside if inside.is_dir() and not given.exists() else given
     part = find_part(KIND, lm, adapter)
     params = lm.model.unstacked(lm.params)
-    _check(params, part.params["low_rank"], part.name, lm.path.name)
     params = lm.model.stacked(merged(params, part.params["low_rank"]))
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, lm.params)
     return dataclasses.replace(lm, params=params, adapter=part)
-
-
-def _check(params: Params, change: Params, name: str, model: str, where: str = "") -> None:
-    """Raises ValueError where a part of the change has no matrix to be added to, or one of another shape."""
-    for key, part in change.items():
-        place, subtree = f"{where}{key}", params.get(key)
-        if isinstance(subtree, dict):
-            _check(subtree, part, name, model, f"{place}.")
-            continue
-        wanted = (part["up"].shape[0], part["down"].shape[1])
-        found = None if subtree is None else tuple(subtree.shape)
-        if found != wanted:
-            raise ValueError(
-                f"{name} changes a matrix {place} of shape {wanted}, and that of {model} is {found}: give the model it "
-                "was trained for"
-            )

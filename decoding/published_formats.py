@@ -9,7 +9,7 @@ alone, if it is installed, and told to take nothing but tensors.
 """
 
 import importlib
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from decodax.decoding.drafters.medusa_heads import check_heads
 from decodax.decoding.trained_part import TrainedPart
 from decodax.models.model import Params
+from decodax.models.model_files import find_file, printable, printable_list, read_json_object
+from decodax.models.stored_formats import read_floats, require_finite
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
 
 MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+SETTINGS_FILE = "adapter_config.json"
 PROMPT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # How often guesses are right at each distance, where nobody has measured it: what the published trees for PPD on
 # Vicuna-7B imply (`prompt/inference/dynamic_sparse_trees_3_vicuna_7b.py`); the last row holds for all further ones.
@@ -54,9 +55,9 @@ def load_medusa(
     path = _folder(folder)
     config = _json(path / "config.json")
     tensors = _tensors(path, MEDUSA_FILES)
-    num_blocks = int(config.get("medusa_num_layers", 1))
-    num_heads = 1 + max((int(name.split(".")[0]) for name in tensors if name.split(".")[0].isdigit()), default=-1)
-    named = int(config.get("medusa_num_heads", num_heads))
+    num_heads = len({name.split(".")[0] for name in tensors if re.match(r"[0-9]{1,9}\.", name)})
+    num_blocks = _count(path / "config.json", config, "medusa_num_layers", 1, most=max(1, len(tensors)))
+    named = _count(path / "config.json", config, "medusa_num_heads", num_heads)
     if not 1 <= named <= num_heads:
         raise ValueError(f"{path} names {named} heads in config.json, and its weights hold {num_heads}")
     wanted = {}
@@ -94,8 +95,8 @@ def load_prompt_tokens(
     """
     given = Path(path).expanduser()
     folder, files = (given.parent, (given.name,)) if given.is_file() else (_folder(given), PROMPT_FILES)
-    has_config = (folder / "adapter_config.json").is_file()
-    config = _json(folder / "adapter_config.json") if has_config or not given.is_file() else {}
+    has_config = find_file(folder, SETTINGS_FILE) is not None
+    config = _json(folder / SETTINGS_FILE) if has_config or not given.is_file() else {}
     tensors = _tensors(folder, files)
     _check_names(folder, {"prompt_embeddings"}, set(tensors), "prompt tokens")
     embedding = tensors["prompt_embeddings"]
@@ -105,9 +106,9 @@ def load_prompt_tokens(
             f"prompt tokens must have the model's hidden size, [rows, {width}], got {list(embedding.shape)} in "
             f"{folder}: were they trained for another model?"
         )
-    distances = int(config.get("num_special_tokens", len(embedding)))
-    ensemble = int(config.get("virtual_tokens_per_special_token", 1))
-    if min(distances, ensemble) < 1 or distances * ensemble != len(embedding):
+    distances = _count(folder / SETTINGS_FILE, config, "num_special_tokens", len(embedding))
+    ensemble = _count(folder / SETTINGS_FILE, config, "virtual_tokens_per_special_token", 1)
+    if distances * ensemble != len(embedding):
         raise ValueError(f"{folder} names {distances} distances of {ensemble} embeddings, and holds {len(embedding)}")
     _refuse_variants(folder, config, ensemble)
     dtype = jax.tree.leaves(lm.params)[0].dtype
@@ -129,7 +130,8 @@ def _refuse_variants(folder: Path, config: dict[str, Any], ensemble: int) -> Non
     }
     for name, allowed in plain.items():
         if name in config and config[name] not in allowed:
-            raise ValueError(f"{folder} has {name} {config[name]!r}, and only {allowed} can be decoded here")
+            found = printable(repr(config[name]))
+            raise ValueError(f"{folder} has {name} {found}, and only {allowed} can be decoded here")
 
 
 def _facts(
@@ -162,28 +164,30 @@ def _folder(folder: str | Path) -> Path:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if find_file(file.parent, file.name) is None:
         raise FileNotFoundError(f"{file.parent} holds no {file.name}: give the folder as it was published")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(file)
+
+
+def _count(file: Path, config: dict[str, Any], name: str, default: int, most: int = 2**31) -> int:
+    """A field that counts something; ValueError, naming it, where it does not."""
+    value = config.get(name, default)
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{name} in {file} must be a whole number in 1..{most}, got {printable(repr(value))}")
+    return value
 
 
 def _tensors(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The tensors of the first of these files that there is."""
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    """The tensors of the first of these files that there is, in float32."""
+    file = next((file for name in names if (file := find_file(folder, name)) is not None), None)
     if file is None:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}")
-    if file.suffix != ".safetensors":
-        return _unpickled(file)
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    if file.suffix == ".safetensors":
+        return read_floats(file, np.float32)
+    tensors = _unpickled(file)
+    for name, array in tensors.items():
+        require_finite(array, name, file)
+    return tensors
 
 
 def _unpickled(file: Path) -> dict[str, np.ndarray]:
@@ -198,14 +202,15 @@ def _unpickled(file: Path) -> dict[str, np.ndarray]:
         content = torch.load(file, map_location="cpu", weights_only=True)
         return {name: tensor.float().numpy() for name, tensor in content.items()}
     except Exception as error:  # whatever a damaged or foreign pickle makes of it
-        raise ValueError(f"{file} cannot be read as tensors alone: {error}") from error
+        raise ValueError(f"{file} cannot be read as tensors alone: {printable(error)}") from error
 
 
 def _check_names(folder: Path, wanted: set[str], found: set[str], what: str) -> None:
     if wanted != found:
+        missing, unknown = sorted(wanted - found), sorted(found - wanted)
         raise ValueError(
-            f"{folder} must hold the weights of {what}; missing: {sorted(wanted - found)}, unknown: "
-            f"{sorted(found - wanted)}"
+            f"{folder} must hold the weights of {what}; missing: {printable_list(missing) or 'none'}; unknown: "
+            f"{printable_list(unknown) or 'none'}"
         )
 
 

@@ -11,7 +11,6 @@ accelerator it costs one slice. Nothing refers to the files afterwards.
 `models/orbax_arrays.py` gives the arrays of an Orbax checkpoint as if they stood in such files.
 """
 
-import json
 import math
 import mmap
 import warnings
@@ -27,13 +26,18 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from decodax.layers.weight import Weight
+from decodax.models.adapter_files import warn_of_adapter
 from decodax.models.config import ModelConfig
 from decodax.models.families._contract import EMBEDDING_NAME, HEAD_NAME, Family, ParameterPath
-from decodax.models.layouts import Expected, Filled, find_sources
+from decodax.models.layouts import Expected, Filled, Match, match_sources
+from decodax.models.misfit_report import misfit_error
+from decodax.models.model_files import find_file, printable, printable_list, read_json_object
 from decodax.models.orbax_arrays import OTHER_PARTS, array_name, check_arrays, has_arrays, open_arrays
 from decodax.models.sources import Layouts, Region, region_shape, transfers, whole, whole_region
-from decodax.models.stored_files import Entry, forget_pages, mappings_of, open_files, weight_files
+from decodax.models.stored_files import Entry, forget_pages, mappings_of, open_weights
 from decodax.models.stored_formats import read_quantization
+from decodax.models.tensor_names import BODY, TensorNames
+from decodax.models.wrong_fields import explained
 from decodax.sharding.rules import Rules
 
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -43,6 +47,7 @@ Progress = Callable[[int, int], None]
 PIECE_BYTES = 2**20  # read at once: small beside any weight that matters, and within a processor's cache
 UNMAPPED_BYTES = 2**24  # read from files before the memory of their pages is given back
 _ALIGNMENT_BYTES = 64  # what JAX asks of a host buffer that it is to use in place
+_NAMED_WEIGHTS = 8  # in a warning
 _HUGE_PAGE_BYTES = 2**21  # Linux's large pages, for which NumPy asks with arrays of twice that size and more
 
 
@@ -54,14 +59,15 @@ class NonFiniteWeightWarning(UserWarning):
 class StoredWeights:
     """Parameters as they stand in files that have been found to hold them all.
 
-    weights: their descriptions, in the order of the files. not_finite: the tensors in which NaN or infinity has been
-    read so far, by name.
+    weights: their descriptions, in the order of the files. names: the prefixes under which the files have them.
+    not_finite: the tensors in which NaN or infinity has been read so far, by name.
     """
 
     folder: Path
     weights: Mapping[ParameterPath, Weight]
     filled: Filled
     stored: Mapping[str, Entry]
+    names: TensorNames
     not_finite: dict[str, None] = field(default_factory=dict)
     _mapped_bytes: int = 0
 
@@ -97,7 +103,8 @@ class StoredWeights:
         """Warns with NonFiniteWeightWarning where something read was not finite."""
         if self.not_finite:
             warnings.warn(
-                f"NaN or infinity in {len(self.not_finite)} weight(s) of {self.folder}: {', '.join(self.not_finite)}",
+                f"NaN or infinity in {len(self.not_finite)} weight(s) of {printable(self.folder)}: "
+                f"{printable_list(self.not_finite, most=_NAMED_WEIGHTS)}",
                 NonFiniteWeightWarning,
                 stacklevel=stacklevel + 1,
             )
@@ -107,13 +114,58 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
     """The parameters of a folder, to be read in parts.
 
     Raises FileNotFoundError for missing files; ValueError for damaged ones, and one that lists every missing, surplus
-    and misshapen weight.
+    and misshapen weight, or the field of the config that makes them so. Warns where the
+    files have a wrapper's names, and of an adapter that is not applied.
     """
+    warn_of_adapter(folder, stacklevel=4)
+    stored = _open(folder)
+
+    def expected_of(config: ModelConfig) -> Expected:
+        return _expected_model(folder, family, config)
+
+    match = match_sources(stored, expected_of(config))
+    if match.report():
+        raise misfit_error(printable(folder), explained(_raw_config(folder), stored, match, expected_of))
+    if match.names.is_wrapped:
+        body, head = printable(match.names.body), printable(match.names.in_file(HEAD_NAME))
+        warnings.warn(
+            f"the weights in {printable(folder)} are named as a part of something that wraps the model: they are read "
+            f"with {body} in the place of {BODY} and {head} as the head",
+            stacklevel=4,
+        )
+    return _found(folder, stored, match, config.weights())
+
+
+def _open(folder: Path) -> Mapping[str, Entry]:
+    return open_arrays(folder) if has_arrays(folder) else open_weights(folder)
+
+
+def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Mapping[str, Any]) -> StoredWeights:
+    described, filled = flat_weights(weights), match.filled(stored)
+    check_arrays(folder, [tensor for sources in filled.values() for _, tensor in sources])
+    return StoredWeights(folder, {path: described[path] for path in filled}, filled, stored, match.names)
+
+
+def _expected_model(folder: Path, family: Family, config: ModelConfig) -> Expected:
     if has_arrays(folder):
-        return open_part(folder, {}, config.weights(), elsewhere=OTHER_PARTS)
+        return _expected(folder, {}, config.weights(), elsewhere=OTHER_PARTS)
     tied_head = (HEAD_NAME, EMBEDDING_NAME) if config.tie_embeddings else None
     elsewhere = None if family.elsewhere is None else family.elsewhere(config)
-    return open_part(folder, family.layouts(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
+    return _expected(folder, family.layouts(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
+
+
+def _expected(
+    folder: Path,
+    layouts: Mapping[ParameterPath, Layouts],
+    weights: Mapping[str, Any],
+    *,
+    tied_head: tuple[str, str] | None = None,
+    elsewhere: str | None,
+) -> Expected:
+    shapes = {path: weight.shape for path, weight in flat_weights(weights).items()}
+    if has_arrays(folder):
+        return Expected({path: whole(array_name(path)) for path in shapes}, shapes, elsewhere=elsewhere)
+    return Expected(layouts, shapes, _quantization(folder), tied_head, elsewhere)
 
 
 def open_part(
@@ -121,29 +173,20 @@ def open_part(
     layouts: Mapping[ParameterPath, Layouts],
     weights: Mapping[str, Any],
     *,
-    tied_head: tuple[str, str] | None = None,
     elsewhere: str | None = ".*",
 ) -> StoredWeights:
     """The parameters of a part of a checkpoint: `weights` describes them, `layouts` says where they stand.
 
     In an Orbax checkpoint they stand under their own names, whatever the layouts say.
-    tied_head: the names of a head and of the embedding that it must equal where both are stored.
     elsewhere: a regular expression for the whole names of stored tensors that belong to other parts; by default all
         that the layouts do not name do.
     The errors are those of `open_params`.
     """
-    described = flat_weights(weights)
-    shapes = {path: weight.shape for path, weight in described.items()}
-    if has_arrays(folder):
-        stored: Mapping[str, Entry] = open_arrays(folder)
-        own_names = {path: whole(array_name(path)) for path in described}
-        expected = Expected(own_names, shapes, elsewhere=elsewhere)
-    else:
-        stored = open_files(weight_files(folder))
-        expected = Expected(layouts, shapes, _quantization(folder), tied_head, elsewhere)
-    filled = find_sources(stored, expected, str(folder))
-    check_arrays(folder, [tensor for sources in filled.values() for _, tensor in sources])
-    return StoredWeights(folder, {path: described[path] for path in filled}, filled, stored)
+    stored = _open(folder)
+    match = match_sources(stored, _expected(folder, layouts, weights, elsewhere=elsewhere))
+    if lines := match.report():
+        raise misfit_error(printable(folder), lines)
+    return _found(folder, stored, match, weights)
 
 
 def load_params(
@@ -231,12 +274,15 @@ def shardings_on(mesh: Mesh | None, rules: Rules) -> ShardingOf | None:
     return lambda weight, path: rules.sharding(mesh, weight, "/".join(path))
 
 
+def _raw_config(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's `config.json`; none without the file."""
+    file = find_file(folder, "config.json")
+    return {} if file is None else read_json_object(file)
+
+
 def _quantization(folder: Path) -> Any:
     """What the folder's `config.json` says of the form of the weights; a folder without one has plain weights."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    return read_quantization(json.loads(file.read_text(encoding="utf-8")).get("quantization_config"))
+    return read_quantization(_raw_config(folder).get("quantization_config"))
 
 
 def host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

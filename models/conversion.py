@@ -135,7 +135,8 @@ def _left_out(parts: Sequence[StoredWeights], family: Family) -> tuple[str, ...]
     """The tensors that no part holds, but for copies and what is derived from the config."""
     stored = parts[0].stored
     known = {source.name for part in parts for filled in part.filled.values() for source, _ in filled}
-    known |= {scales for name in known if (scales := scales_of(name, stored)) is not None} | {HEAD_NAME}
+    known |= {scales for name in known if (scales := scales_of(name, stored)) is not None}
+    known |= {HEAD_NAME, parts[0].names.in_file(HEAD_NAME)}
     copies = rf".*\.(?:{family.next_layer.copies})" if family.next_layer is not None and len(parts) > 1 else "(?!)"
     return tuple(
         name

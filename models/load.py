@@ -16,11 +16,14 @@ from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.choice import Implementation
 from decodax.layers.execution import Execution
+from decodax.models.adapter_files import refuse_adapter_alone
 from decodax.models.checkpoint import open_params, read_params, shardings_on
 from decodax.models.config import ModelConfig
 from decodax.models.generation_settings import read_end_token_ids
 from decodax.models.hf_config import load_config
+from decodax.models.hub import download
 from decodax.models.model import Model, Params
+from decodax.models.model_files import printable
 from decodax.models.stacked_weights import in_stages
 from decodax.models.tokenizer import Tokenizer
 from decodax.sharding.mesh import fit_mesh, read_mesh
@@ -32,9 +35,6 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SILENT_SECONDS = 1.0  # a progress bar for less only flickers
-_HUB_FILES = ["*.json", "*.safetensors"]
-# Folders inside a repository hold other formats, and Mistral's consolidated files the same weights once more.
-_HUB_IGNORED = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True, eq=False)  # compared as an object: arrays have no single answer to ==
@@ -96,8 +96,13 @@ def find_folder(path_or_id: str | Path | None) -> Path:
         return Path(str(resources.files("decodax.models.demo")))
     if not str(path_or_id):
         raise FileNotFoundError("the name of the model is empty: pass a folder, an id like org/name, or None")
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(path_or_id).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody knows
+        raise FileNotFoundError(f"no such model folder: {printable(path_or_id)} ({printable(error)})") from error
+    if is_folder:
+        refuse_adapter_alone(path)
         return path
     if path.is_file():
         raise FileNotFoundError(f"{path} is a file: pass the model's folder (with config.json and safetensors)")
@@ -106,33 +111,12 @@ def find_folder(path_or_id: str | Path | None) -> Path:
     is_id = isinstance(path_or_id, str) and organisation and rest and "/" not in rest and "\\" not in name
     if not is_id or name.startswith((".", "~")):
         raise FileNotFoundError(
-            f"no such model folder: {path.absolute()} (a model on the Hugging Face hub is named like org/name)"
+            f"no such model folder: {printable(path.absolute())} (a model on the Hugging Face hub is named like "
+            "org/name)"
         )
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    import huggingface_hub  # late: most runs never need it, and it is slow to import
-    from huggingface_hub import errors
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
-    except errors.HFValidationError as error:
-        raise FileNotFoundError(f"{name} is neither an existing folder nor a valid Hugging Face id: {error}") from error
-    except errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{name} asks for its licence to be accepted on huggingface.co; do so and log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name} is neither an existing folder nor a model on the Hugging Face hub that you may read"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise ConnectionError(
-            f"{name} is not an existing folder and cannot be downloaded: the Hugging Face hub is out of reach "
-            "(offline?) and the model is not in the local cache. Pass the path of a local folder with its config.json "
-            "and safetensors, or try again online"
-        ) from error
+    folder = download(name)
+    refuse_adapter_alone(folder)
+    return folder
 
 
 def working_dtype(dtype: DTypeLike | None) -> jnp.dtype:

@@ -5,20 +5,24 @@ and what a file says reaches the terminal without its control characters.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 2**28  # the index of a model with a million tensors has a third of it
 MAX_JSON_DEPTH = 64  # no config of a known model has ten levels; Python's own limit of recursion is near 1,000
 _MAX_NAME_LENGTH = 200
+_EMBEDDED = Path(__file__).absolute().parent / "demo"  # installed by links into a store by some package managers
+_MAX_NAMES, _CUT = 3, "..."
 _HUB_SNAPSHOTS, _HUB_REPOSITORY = "snapshots", "models--"  # <hub cache>/models--org--name/snapshots/<revision>/file
 
 
 def find_file(folder: Path, name: str) -> Path | None:
     """The regular file `name` of a model folder; None when there is nothing of that name.
 
-    Raises ValueError for a link that leads nowhere or out of the model's folder (a snapshot in the Hugging Face hub's
-    cache may link to the blobs of its repository), and for what is neither a file nor a link to one (a pipe, a device).
+    Raises ValueError for a link that leads nowhere or out of the model's folder, and for what is neither a file nor a
+    link to one (a pipe, a device). In the Hugging Face hub's cache a snapshot may link to the blobs of its repository,
+    and another folder may link into the cache, as downloads into a folder of one's own once did.
     """
     path = folder / name
     if not path.is_symlink() and not path.exists():
@@ -30,8 +34,7 @@ def find_file(folder: Path, name: str) -> Path | None:
             f"{printable(path)} is a link to {printable(_link_target(path))}, which is not there: download or copy the "
             "folder again, with the files that its links name"
         ) from error
-    roots = _allowed_roots(folder)
-    if not any(target.is_relative_to(root) for root in roots):
+    if not _is_allowed(folder, target):
         raise ValueError(
             f"{printable(path)} is a link to {printable(target)}, outside the model's folder: links out of a model "
             "folder are not followed; copy the file there, or pass the folder that holds it"
@@ -48,12 +51,17 @@ def _link_target(path: Path) -> str:
         return "itself"
 
 
-def _allowed_roots(folder: Path) -> list[Path]:
-    """Where the files of a model folder may lie: in it, and, for a snapshot of the hub's cache, in its repository."""
+def _is_allowed(folder: Path, target: Path) -> bool:
+    """Whether a file of a model folder may lie there."""
     resolved = folder.resolve()
+    if target.is_relative_to(resolved) or folder.absolute().is_relative_to(_EMBEDDED):
+        return True
     repository = resolved.parent.parent
-    is_snapshot = resolved.parent.name == _HUB_SNAPSHOTS and repository.name.startswith(_HUB_REPOSITORY)
-    return [resolved, repository] if is_snapshot else [resolved]
+    if resolved.parent.name == _HUB_SNAPSHOTS and repository.name.startswith(_HUB_REPOSITORY):
+        return target.is_relative_to(repository)
+    from huggingface_hub import constants  # late: it is slow to import, and hardly ever asked
+
+    return target.is_relative_to(Path(constants.HF_HUB_CACHE).expanduser().resolve())
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -69,10 +77,13 @@ def read_json_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def parse_json_object(content: bytes | bytearray | memoryview, where: str) -> dict[str, Any]:
-    """The JSON object in these bytes; ValueError, naming `where` they come from, when they hold none."""
+def parse_json_object(content: bytes | bytearray | memoryview, where: str, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in these bytes; ValueError, naming `where` they come from, when they hold none.
+
+    unique: refuse an object that has a name twice, of which Python would take the last.
+    """
     try:
-        value = json.loads(bytes(content).decode("utf-8-sig"))
+        value = json.loads(bytes(content).decode("utf-8-sig"), object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError(f"{printable(where)} is JSON nested deeper than {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
@@ -82,6 +93,14 @@ def parse_json_object(content: bytes | bytearray | memoryview, where: str) -> di
     if _is_deeper(value, MAX_JSON_DEPTH):
         raise ValueError(f"{printable(where)} is JSON nested deeper than {MAX_JSON_DEPTH} levels")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"it has {next(name for name, _ in pairs if name in seen or seen.add(name))} twice")
+    return content
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
@@ -102,11 +121,29 @@ def _is_deeper(value: Any, limit: int) -> bool:
 def printable(text: object) -> str:
     r"""What an error message may quote of a file: control characters escaped, and at most 200 characters.
 
+    Of a longer text both ends are kept: a path's last part is the file.
+
     >>> printable("lm_head\x1b[2J")
     'lm_head\\x1b[2J'
     """
+    whole = str(text)
+    if len(whole) > 2 * _MAX_NAME_LENGTH:  # what is cut off need not be escaped before
+        whole = whole[:_MAX_NAME_LENGTH] + whole[-_MAX_NAME_LENGTH:]
     escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for character in str(text)[: _MAX_NAME_LENGTH + 1]
+        for character in whole
     )
-    return escaped if len(escaped) <= _MAX_NAME_LENGTH else escaped[: _MAX_NAME_LENGTH - 3] + "..."
+    if len(escaped) <= _MAX_NAME_LENGTH:
+        return escaped
+    kept = _MAX_NAME_LENGTH - len(_CUT)
+    return escaped[: kept // 2] + _CUT + escaped[-(kept - kept // 2) :]
+
+
+def printable_list(names: Collection[object], most: int = _MAX_NAMES) -> str:
+    r"""The first few of these names for an error message, and how many more there are.
+
+    >>> printable_list(["a", "b\n", "c", "d", "e"])
+    'a, b\\n, c and 2 more'
+    """
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in list(names)[:most]) + rest

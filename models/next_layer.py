@@ -27,9 +27,11 @@ from decodax.models.checkpoint import StoredWeights, open_part, read_params, sha
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.families._contract import Family
 from decodax.models.hf_config import load_config
+from decodax.models.layouts import tensor_names
 from decodax.models.model import Model, Params
 from decodax.models.orbax_arrays import has_arrays, read_metadata
-from decodax.models.stored_files import open_files, weight_files
+from decodax.models.stored_files import open_weights
+from decodax.models.tensor_names import find_names
 from decodax.models.transformer import Block
 
 PART = "next_layer"  # its parameters beside the model's
@@ -135,7 +137,9 @@ def holds_next_layer(folder: Path, family: Family, config: ModelConfig) -> bool:
     prefix = _prefix(family, config)
     if has_arrays(folder):
         return any(name.startswith(f"{PART}.") for name in read_metadata(folder).names)
-    return any(f"model.{name.removeprefix('model.')}".startswith(prefix) for name in open_files(weight_files(folder)))
+    stored = open_weights(folder)
+    names = find_names(stored, tensor_names(family.layouts(config)))
+    return any(names.expected(name).startswith(prefix) for name in stored)
 
 
 def open_next_layer(folder: Path, family: Family, config: ModelConfig) -> StoredWeights:

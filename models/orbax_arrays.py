@@ -28,8 +28,8 @@ from decodax.models.sources import Shape
 from decodax.models.stored_formats import PLAIN_DTYPES
 from decodax.models.zarr_form import KINDS, V2_FILE, V3_FILE, ZarrForm, read_v2, read_v3
 
-# Arrays that are not the model's own (`models/next_layer.py`); `models/layouts.py` puts "model." in front.
-OTHER_PARTS = r"model\.next_layer\..*"
+# Arrays that are not the model's own (`models/next_layer.py`).
+OTHER_PARTS = r"next_layer\..*"
 
 _CACHE_BYTES = 2**24  # of chunks that are kept while pieces of them are read
 _THREADS = 2  # each keeps memory of its own for what it has read

@@ -38,5 +38,5 @@ def in_stages(opened: StoredWeights, weights: Mapping[str, Any], stages: Stages)
     names = layer_names(stages)
     described = flat_weights(weights)
     layers = {path: tuple((name, *path[1:]) for name in names.get(path[0], (path[0],))) for path in described}
-    shared: dict[str, Any] = {"folder": opened.folder, "stored": opened.stored, "not_finite": opened.not_finite}
+    shared: dict[str, Any] = {name: getattr(opened, name) for name in ("folder", "stored", "names", "not_finite")}
     return StackedWeights(weights=described, filled={}, whole=opened, layers=layers, **shared)

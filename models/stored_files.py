@@ -1,12 +1,9 @@
 """The safetensors files of a folder, mapped into memory: which tensors they hold, checked before anything is read.
 
-One file or several with an index; pickled files are never opened. The library `safetensors` checks a file; the bytes
-are then mapped here, because it gives NumPy neither the eight-bit floats nor a view without a copy.
-
-Format: https://github.com/huggingface/safetensors (8 bytes header size, JSON header, then the data).
+One file or several with an index; pickled files are never opened. The header of a file (`models/file_header.py`) and
+what the index says of the files must agree with what is there.
 """
 
-import json
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
+
+from decodax.models.file_header import read_header
+from decodax.models.model_files import find_file, printable, printable_list, read_json_object
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_SUFFIX = ".safetensors"
+_COMPARED_BYTES = 2**20
 
 
 @runtime_checkable
@@ -46,59 +49,119 @@ class RawTensor:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: `model.safetensors`, or those that its index names.
 
-    Raises FileNotFoundError when there are none, or one is missing; ValueError for a malformed index.
+    Raises FileNotFoundError when there are none, or one is missing; ValueError for a malformed index, and for what
+    `find_file` refuses.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}{_advice(folder)}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} must be JSON with a weight_map of tensor names to files: {error!r}") from error
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{index} names files that are not in {folder}: {', '.join(missing)}")
-    return files
+    single = find_file(folder, SINGLE_FILE)
+    return [single] if single is not None else _shards(folder, _weight_map(folder))
+
+
+def open_weights(folder: Path) -> dict[str, RawTensor]:
+    """Every tensor of a folder's safetensors files by its name, in the order in which they are stored.
+
+    Raises what `weight_files` and `open_file` raise; ValueError where the index places a tensor in a file that does
+    not hold it, and for a tensor that two files hold with different content.
+    """
+    single = find_file(folder, SINGLE_FILE)
+    if single is not None:
+        return open_file(single)
+    weight_map = _weight_map(folder)
+    opened = {file.name: open_file(file) for file in _shards(folder, weight_map)}
+    if lost := [name for name, file in weight_map.items() if name not in opened[file]]:
+        holder = next((file for file, tensors in opened.items() if lost[0] in tensors), None)
+        found = "no file holds it" if holder is None else f"{printable(holder)} holds it"
+        others = f" (and {len(lost) - 1} more that are not where it says)" if len(lost) > 1 else ""
+        raise ValueError(
+            f"{printable(folder / INDEX_FILE)} places {printable(lost[0])} in {printable(weight_map[lost[0]])}, and "
+            f"{found}{others}: download the files and their index again, from one revision"
+        )
+    return _joined(opened)
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Where the index says that each tensor is; FileNotFoundError without an index, ValueError for a wrong one."""
+    index = find_file(folder, INDEX_FILE)
+    if index is None:
+        raise FileNotFoundError(f"{printable(folder)} has neither {SINGLE_FILE} nor {INDEX_FILE}{_advice(folder)}")
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{printable(index)} must be JSON with a weight_map of tensor names to files")
+    for tensor, file in weight_map.items():
+        if not _is_plain_name(file):
+            raise ValueError(
+                f"{printable(index)} must name files in its own folder that end in {_SUFFIX} (no path), got "
+                f"{printable(repr(file))} for {printable(tensor)}"
+            )
+    return weight_map
+
+
+def _is_plain_name(file: Any) -> bool:
+    if not isinstance(file, str) or not file.endswith(_SUFFIX) or "\0" in file:
+        return False
+    return not file.startswith(".") and not any(separator in file for separator in "/\\:")
+
+
+def _shards(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    found = {name: find_file(folder, name) for name in sorted(set(weight_map.values()))}
+    if missing := [name for name, file in found.items() if file is None]:
+        raise FileNotFoundError(
+            f"{printable(folder / INDEX_FILE)} names files that are not in {printable(folder)}: "
+            f"{printable_list(missing)}: download the folder again, whole"
+        )
+    return [file for file in found.values() if file is not None]
 
 
 def _advice(folder: Path) -> str:
-    if found := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)):
+    def found(*patterns: str) -> str:
+        return printable_list(sorted(file.name for pattern in patterns for file in folder.glob(pattern)))
+
+    if names := found("*.bin", "*.pt", "*.pth"):
         return (
-            f", only {', '.join(found)}: pickled files can run code and are not opened. Convert them once "
+            f", only {names}: pickled files can run code and are not opened. Convert them once "
             "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
-    if found := sorted(file.name for file in folder.glob("*.gguf")):
-        return f", only {', '.join(found)}: GGUF is not read; use the model's safetensors files"
-    if found := sorted(file.name for file in folder.glob("*.safetensors")):
-        return f", only {', '.join(found)}: rename a single file to model.safetensors, or add the index of several"
+    if names := found("*.gguf"):
+        return f", only {names}: GGUF is not read; use the model's safetensors files"
+    if names := found("*.safetensors"):
+        return f", only {names}: rename a single file to model.safetensors, or add the index of several"
     return ": the weights are expected in one of them"
 
 
-def open_files(files: list[Path]) -> dict[str, RawTensor]:
-    """Every tensor of the files by its name, in the order in which they are stored.
+def open_file(file: Path) -> dict[str, RawTensor]:
+    """Every tensor of a safetensors file by its name, in the order of their bytes; ValueError for a damaged file."""
+    header = read_header(file)
+    with file.open("rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    content = np.frombuffer(mapping, np.uint8)[header.num_bytes :]
+    return {
+        name: RawTensor(entry.kind, entry.shape, content[entry.start : entry.end], mapping)
+        for name, entry in header.entries.items()
+    }
 
-    Raises ValueError for a damaged file.
-    """
+
+def _joined(files: Mapping[str, Mapping[str, RawTensor]]) -> dict[str, RawTensor]:
+    """The tensors of several files; one that two of them hold must be the same in both."""
     stored: dict[str, RawTensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy"):
-                pass  # the header and all sizes are in order
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is no intact safetensors file ({_sizes(file)}): {error}") from error
-        with file.open("rb") as stream:
-            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        content = np.frombuffer(mapping, np.uint8)
-        header_size = int(content[:8].view("<u8")[0])
-        header: dict[str, Any] = json.loads(content[8 : 8 + header_size].tobytes())
-        header.pop("__metadata__", None)
-        content = content[8 + header_size :]
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = entry["data_offsets"]
-            stored[name] = RawTensor(entry["dtype"], tuple(entry["shape"]), content[start:end], mapping)
+    holders: dict[str, str] = {}
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if name in stored and not same_numbers(stored[name], tensor):
+                raise ValueError(
+                    f"{printable(name)} is in {printable(holders[name])} and in {printable(file)} with different "
+                    "content: remove it from the file where it does not belong"
+                )
+            stored[name], holders[name] = tensor, file
     return stored
+
+
+def same_numbers(one: RawTensor, other: RawTensor) -> bool:
+    """Whether two tensors have the same kind, shape and bytes."""
+    if one.kind != other.kind or one.shape != other.shape:
+        return False
+    pieces = range(0, one.content.size, _COMPARED_BYTES)
+    return all(
+        np.array_equal(one.content[i : i + _COMPARED_BYTES], other.content[i : i + _COMPARED_BYTES]) for i in pieces
+    )
 
 
 def mappings_of(stored: Mapping[str, Entry]) -> list[mmap.mmap]:
@@ -115,20 +178,3 @@ def forget_pages(mappings: Iterable[mmap.mmap]) -> None:
     if hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such thing
         for mapping in mappings:
             mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def _sizes(file: Path) -> str:
-    """What the file's own header says about its size, against its real size."""
-    actual = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        header_size = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or header_size > actual - 8:
-            return f"it has {actual} bytes, too few for its header: download or write it again"
-        try:
-            header = json.loads(stream.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            expected = 8 + header_size + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return f"it has {actual} bytes and an unreadable header: download or write it again"
-    return f"expected {expected} bytes, it has {actual}: download or write it again"

@@ -12,12 +12,15 @@ layouts are those of the numbers, `X` and `X_blocks`; their scales come with the
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
-from decodax.models.stored_files import Entry, RawTensor
+from decodax.models.model_files import printable
+from decodax.models.stored_files import Entry, RawTensor, open_file
 
 PLAIN_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _SCALE_DTYPES = PLAIN_DTYPES | {"F8_E8M0": ml_dtypes.float8_e8m0fnu}
@@ -204,43 +207,50 @@ def interpret(name: str, stored: Mapping[str, Entry], quantization: Quantization
 
     Raises ValueError when the form is unknown, the scales are missing or misshapen, or `quantization` says otherwise.
     """
-    raw, scale_name = stored[name], scales_of(name, stored)
+    raw, scale_name, tensor = stored[name], scales_of(name, stored), printable(name)
     if scale_name is None:
         if raw.kind not in PLAIN_DTYPES:
             raise ValueError(
-                f"unknown kind of number: {name} is {raw.kind}, expected one of {sorted(PLAIN_DTYPES)}, or fp8 or "
-                "mxfp4 with their scales"
+                f"unknown kind of number: {tensor} is {printable(raw.kind)}, expected one of {sorted(PLAIN_DTYPES)}, "
+                "or fp8 or mxfp4 with their scales"
             )
         if isinstance(raw, StoredTensor):  # an array of another kind of checkpoint
             return raw
         assert isinstance(raw, RawTensor)
-        return Plain(name, raw.array(PLAIN_DTYPES[raw.kind]))
+        return Plain(tensor, raw.array(PLAIN_DTYPES[raw.kind]))
     method = "fp8" if raw.kind == _FP8_KIND else "mxfp4"
     if quantization is None or quantization.method != method:
         raise ValueError(
-            f"not in config.json: {name} is stored as {method}, but there is no quantization_config with "
+            f"not in config.json: {tensor} is stored as {method}, but there is no quantization_config with "
             f"quant_method {method}; copy it from where the checkpoint comes from"
         )
     if method == "fp8":
         if len(raw.shape) < 2:
-            raise ValueError(f"misshapen: {name} {list(raw.shape)} is stored as fp8, which needs two axes or more")
+            raise ValueError(f"misshapen: {tensor} {list(raw.shape)} is stored as fp8, which needs two axes or more")
         counts = tuple(-(-size // block) for size, block in zip(raw.shape[-2:], quantization.block, strict=True))
         shape = (*raw.shape[:-2], *counts)
-        what = f"one scale for each {quantization.block[0]} x {quantization.block[1]} of {name} {list(raw.shape)}"
+        what = f"one scale for each {quantization.block[0]} x {quantization.block[1]} of {tensor} {list(raw.shape)}"
     else:
         if len(raw.shape) < 3 or raw.shape[-1] != _MXFP4_BYTES:
-            raise ValueError(f"misshapen: {name} {list(raw.shape)}, expected [.., rows, groups, {_MXFP4_BYTES}]")
-        shape, what = raw.shape[:-1], f"one scale for each group of {name} {list(raw.shape)}"
+            raise ValueError(f"misshapen: {tensor} {list(raw.shape)}, expected [.., rows, groups, {_MXFP4_BYTES}]")
+        shape, what = raw.shape[:-1], f"one scale for each group of {tensor} {list(raw.shape)}"
     if scale_name not in stored:
-        raise ValueError(f"missing: {scale_name} {list(shape)}, {what}")
+        raise ValueError(f"missing: {printable(scale_name)} {list(shape)}, {what}")
     scales = stored[scale_name]
     assert isinstance(raw, RawTensor) and isinstance(scales, RawTensor)
     if scales.shape != shape:
-        raise ValueError(f"misshapen: {scale_name} {list(scales.shape)}, expected {list(shape)}, {what}")
+        raise ValueError(f"misshapen: {printable(scale_name)} {list(scales.shape)}, expected {list(shape)}, {what}")
     kinds = _SCALE_DTYPES if method == "fp8" else {"U8": np.uint8}
     if scales.kind not in kinds:
-        raise ValueError(f"unknown kind of number: {scale_name} is {scales.kind}, expected one of {sorted(kinds)}")
-    label, codes, factors = f"{name} with {scale_name}", raw.array(np.uint8), scales.array(kinds[scales.kind])
+        raise ValueError(
+            f"unknown kind of number: {printable(scale_name)} is {printable(scales.kind)}, expected one of "
+            f"{sorted(kinds)}"
+        )
+    label, codes, factors = (
+        f"{tensor} with {printable(scale_name)}",
+        raw.array(np.uint8),
+        scales.array(kinds[scales.kind]),
+    )
     return BlockScaled(label, codes, factors, quantization.block) if method == "fp8" else Mxfp4(label, codes, factors)
 
 
@@ -248,3 +258,28 @@ def is_stored_as(method: str, stored: Mapping[str, Entry]) -> bool:
     """Whether any tensor has this form."""
     kind = _FP8_KIND if method == "fp8" else "U8"
     return any(tensor.kind == kind and scales_of(name, stored) is not None for name, tensor in stored.items())
+
+
+def read_floats(file: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
+    """All tensors of a small safetensors file, in memory and rounded to `dtype`.
+
+    Raises ValueError for a damaged file, and for a tensor that holds no floating-point numbers, or some that are not
+    finite.
+    """
+    arrays = {}
+    for name, tensor in open_file(file).items():
+        if tensor.kind not in PLAIN_DTYPES:
+            raise ValueError(
+                f"{printable(name)} in {printable(file)} must hold floating-point numbers ({', '.join(PLAIN_DTYPES)}), "
+                f"got {printable(tensor.kind)}"
+            )
+        with np.errstate(all="ignore"):
+            arrays[name] = tensor.array(PLAIN_DTYPES[tensor.kind]).astype(np.dtype(dtype))
+        require_finite(arrays[name], name, file)
+    return arrays
+
+
+def require_finite(array: np.ndarray, name: str, file: Path) -> None:
+    """Raises ValueError where an array of a file holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        raise ValueError(f"{printable(name)} in {printable(file)} holds NaN or infinity (as {array.dtype.name})")

@@ -1,7 +1,6 @@
 """Finds the draft that goes with a model, and checks that the two fit."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from decodax.decoding.part_check import SHARE, SHARES, check_value
 from decodax.models.load import LanguageModel, find_folder, load
+from decodax.models.model_files import find_file, printable, read_json_object
 from decodax.models.tokenizer import Tokenizer
 from decodax.sharding.rules import DATA
 
@@ -71,8 +72,15 @@ def _beside(lm: LanguageModel, draft: LanguageModel) -> LanguageModel:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    file = folder / FACTS_FILE
-    return json.loads(file.read_text(encoding="utf-8")).get("heldout", {}) if file.is_file() else {}
+    """What a draft's file says was measured on held-out text; nothing without the file."""
+    file = find_file(folder, FACTS_FILE)
+    facts = {} if file is None else read_json_object(file).get("heldout", {})
+    if not isinstance(facts, dict):
+        raise ValueError(f"heldout in {printable(file)} must be an object, got {printable(repr(facts))}")
+    for name, check in {"greedy": SHARE, "rank_acceptance": SHARES}.items():
+        if name in facts:
+            check_value(f"heldout.{name} in {printable(file)}", facts[name], check)
+    return facts
 
 
 def _check_vocabulary(lm: LanguageModel, draft: LanguageModel) -> None:

@@ -6,7 +6,6 @@ log, the loss curve, and the refusal to overwrite what is something else are the
 
 import datetime
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from decodax.decoding.training.text_windows import TextWindows
 from decodax.decoding.training.texts import Texts
 from decodax.models.load import LanguageModel
 from decodax.models.model import Params
+from decodax.models.model_files import find_file, read_json_object
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,11 @@ class PartTraining:
             raise ValueError(f"{folder} is a file: give a folder to write to")
         if not any(folder.iterdir()):
             return
-        facts: Mapping[str, Any] = {}
-        if (folder / self.facts_file).is_file():
-            facts = json.loads((folder / self.facts_file).read_text(encoding="utf-8"))
+        file = find_file(folder, self.facts_file)
+        facts = {} if file is None else read_json_object(file)
+        plan = facts.get("plan")
+        plan = plan if isinstance(plan, dict) else {}
         own = {name: value for name, value in asdict(self.plan).items() if name not in MOVABLE}
-        stored = {name: value for name, value in dict(facts.get("plan", {})).items() if name not in MOVABLE}
+        stored = {name: value for name, value in plan.items() if name not in MOVABLE}
         if facts.get("about") != self.about() or stored != own:
             raise ValueError(f"{folder} already holds another model or other files: choose another folder, or empty it")

@@ -109,7 +109,7 @@ def test_shards_are_one_file(tmp_path):
         params_of(tmp_path)
     for content in ("{", "[]", '{"weight_map": 3}'):
         index.write_text(content)
-        with pytest.raises(ValueError, match=r"must be JSON with a weight_map"):
+        with pytest.raises(ValueError, match=r"index.json (is no valid JSON|must hold a JSON|must be JSON with)"):
             params_of(tmp_path)
 
 

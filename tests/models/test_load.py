@@ -57,12 +57,19 @@ def test_dtype():
 
 
 @pytest.mark.parametrize(
-    "name", ["./nowhere", "nowhere", "/no/where", "~/no/where", "a/b/c", "", "bad id/na me", "org/"]
+    "name",
+    ["./nowhere", "nowhere", "/no/where", "~/no/where", "a/b/c", "", "bad id/na me", "org/", "~nobody-of-that-name/x"],
 )
 def test_no_such_folder(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=name.removeprefix("./").removeprefix("~/") or "empty"):
         load(name)
+
+
+def test_names_that_no_file_system_takes():
+    for name in ("x" * 5000, "org/" + "x" * 5000, "a\0b"):
+        with pytest.raises(FileNotFoundError):
+            load(name)
 
 
 def test_a_file_is_no_folder():
@@ -102,6 +109,7 @@ def test_the_hub_is_asked_only_for_what_is_read(monkeypatch):
     assert find_folder("org/name") == LLAMA
     assert asked.pop("name") == "org/name"
     needed = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    needed += ["tokenizer.model"]
     others = [
         "pytorch_model.bin",
         "consolidated.safetensors",
@@ -116,7 +124,7 @@ def test_offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ConnectionError, match=r"org/name is not an existing folder .*offline.* Pass the path of a local"
+        ConnectionError, match=r"org/name is not an existing folder .*offline.* pass the path of a local"
     ):
         load("org/name")
 

@@ -34,6 +34,33 @@ def test_a_snapshot_may_link_to_the_blobs_of_its_repository_only(tmp_path):
         find_file(snapshot, "other.json")
 
 
+def test_a_folder_may_link_into_the_cache_of_the_hub(tmp_path, monkeypatch):
+    cache, folder = tmp_path / "hub", tmp_path / "model"
+    blobs = cache / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    folder.mkdir()
+    for target in (blobs / "1", tmp_path / "hub2"):
+        target.write_text("{}")
+    (folder / "cached.json").symlink_to(blobs / "1")
+    (folder / "beside.json").symlink_to(tmp_path / "hub2")
+    with pytest.raises(ValueError, match=r"cached\.json is a link to .* outside the model's folder"):
+        find_file(folder, "cached.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert find_file(folder, "cached.json") == folder / "cached.json"
+    with pytest.raises(ValueError, match=r"beside\.json is a link to .* outside the model's folder"):
+        find_file(folder, "beside.json")
+
+
+def test_the_embedded_model_may_be_installed_as_links(tmp_path, monkeypatch):
+    (tmp_path / "store").write_text("{}")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "config.json").symlink_to(tmp_path / "store")
+    with pytest.raises(ValueError, match="outside the model's folder"):
+        find_file(tmp_path / "demo", "config.json")
+    monkeypatch.setattr(model_files, "_EMBEDDED", tmp_path / "demo")
+    assert find_file(tmp_path / "demo", "config.json") is not None
+
+
 def test_refuses_links_that_lead_nowhere_or_out_and_what_is_no_file(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -77,6 +104,13 @@ def test_reads_objects_up_to_the_limit_of_depth_and_a_byte_order_mark():
     assert parse_json_object(b'\xef\xbb\xbf{"a": 1}', "x") == {"a": 1}
 
 
+def test_a_name_that_stands_twice():
+    content = b'{"a": 1, "b": {"c": 2, "c": 3}}'
+    assert parse_json_object(content, "x") == {"a": 1, "b": {"c": 3}}
+    with pytest.raises(ValueError, match="x is no valid JSON: it has c twice"):
+        parse_json_object(content, "x", unique=True)
+
+
 def test_refuses_json_of_absurd_size(tmp_path, monkeypatch):
     monkeypatch.setattr(model_files, "MAX_JSON_BYTES", 10)
     (tmp_path / "config.json").write_text('{"key": "value"}')
@@ -87,3 +121,9 @@ def test_refuses_json_of_absurd_size(tmp_path, monkeypatch):
 def test_control_characters_do_not_reach_a_message():
     assert printable("a\x1b[31m\n\u202e\ud800é") == "a\\x1b[31m\\n\\u202e\\ud800é"
     assert len(printable("x" * 10_000)) == 200
+
+
+def test_of_a_long_path_both_ends_show():
+    for length in (150, 250, 100_000, 10**6):
+        found = printable(f"/first/{'x' * length}\n{'y' * length}/config.json")
+        assert found.startswith("/first/x") and found.endswith("y/config.json") and len(found) <= 200

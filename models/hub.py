@@ -1,0 +1,97 @@
+"""A model of the Hugging Face hub as a local folder: downloaded, or, where the hub is out of reach, from its cache.
+
+The cache of a model whose download was broken off holds a part of its files. What loading needs is the config and all
+files of the weights; the model is used where these are there, whatever else is missing.
+"""
+
+from pathlib import Path
+
+from decodax.models.adapter_files import refuse_adapter_alone
+from decodax.models.model_files import find_file, printable, printable_list, read_json_object
+from decodax.models.stored_files import INDEX_FILE, SINGLE_FILE
+
+_WANTED = ["*.json", "*.safetensors", "tokenizer.model"]
+# Folders inside a repository hold other formats, and Mistral's consolidated files the same weights once more.
+_IGNORED = ["*/*", "consolidated*"]
+_BRANCH = "main"
+_ADVICE = "try again online, or pass the path of a local folder with its config.json and safetensors"
+
+
+def download(name: str) -> Path:
+    """The folder of the model with this id, downloaded if it has to be.
+
+    Raises FileNotFoundError for an id that is none, or of no model; PermissionError for a model whose licence is to be
+    accepted; ConnectionError where the hub is out of reach, and the cache does not hold what loading needs.
+    """
+    import huggingface_hub  # late: most runs never need it, and it is slow to import
+    from huggingface_hub import errors
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(f"{name} is neither an existing folder nor a valid Hugging Face id: {error}") from error
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{name} asks for its licence to be accepted on huggingface.co; do so and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} is neither an existing folder nor a model on the Hugging Face hub that you may read"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        return _cached(name, error)
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # its folder may be a part of the model
+        _require_whole(name, folder)
+    return folder
+
+
+def _cached(name: str, error: Exception) -> Path:
+    """What the cache holds of a model whose hub is out of reach; ConnectionError where that is not enough."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=name, repo_type="model")
+    reference = repository / "refs" / _BRANCH
+    commit = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else ""
+    snapshots = repository / "snapshots"
+    if commit and (snapshots / commit).is_dir():
+        _require_whole(name, snapshots / commit)
+        return snapshots / commit
+    others = sorted(path.name for path in snapshots.glob("*") if path.is_dir())
+    found = (
+        f"the local cache has other revisions of it than {_BRANCH}: {printable_list(others)} in {printable(snapshots)}"
+        if others
+        else "the model is not in the local cache"
+    )
+    raise ConnectionError(
+        f"{name} is not an existing folder and cannot be downloaded: the Hugging Face hub is out of reach (offline?) "
+        f"and {found}; {_ADVICE}"
+    ) from error
+
+
+def _require_whole(name: str, folder: Path) -> None:
+    """Raises ConnectionError where a snapshot lacks what loading needs; it says what is there, and what is missing."""
+    refuse_adapter_alone(folder)
+    if not (missing := _missing(folder)):
+        return
+    there = sorted(path.name for path in folder.iterdir() if path.is_file())
+    blobs = folder.parent.parent / "blobs"
+    broken_off = ", and a download was broken off" if any(blobs.glob("*.incomplete")) else ""
+    raise ConnectionError(
+        f"the local cache holds {name} in part, and the Hugging Face hub is out of reach (offline?): missing are "
+        f"{printable_list(missing, most=8)}; there are {printable_list(there, most=8) or 'no files'} in "
+        f"{printable(folder)}{broken_off}; {_ADVICE}"
+    )
+
+
+def _missing(folder: Path) -> list[str]:
+    """The files without which a snapshot is no model; a link to a blob that is gone counts as missing."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if (folder / SINGLE_FILE).is_file():
+        return missing
+    if not (folder / INDEX_FILE).is_file():
+        return [*missing, f"{SINGLE_FILE} (or {INDEX_FILE} and its files)"]
+    index = find_file(folder, INDEX_FILE)
+    weight_map = {} if index is None else read_json_object(index).get("weight_map")
+    names = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return [*missing, *sorted(file for file in names if not (folder / file).is_file())]

@@ -1,0 +1,38 @@
+"""The error about weights that do not fit a config: few lines, in which every kind of problem shows.
+
+A model of experts has tens of thousands of tensors, and what helps most is often the last to be listed: the names that
+the files do have.
+"""
+
+from collections.abc import Sequence
+
+MOST_LINES = 50
+
+
+def misfit_error(where: str, problems: Sequence[str]) -> ValueError:
+    """The error for these problems, one line each, of the weights in the folder `where`.
+
+    Lines are of a kind by what stands before their colon; where there are too many, each kind is cut to its share.
+    """
+    lines = "".join(f"\n  - {line}" for line in cut(problems, MOST_LINES))
+    return ValueError(f"the weights in {where} do not fit its config.json:{lines}")
+
+
+def cut(problems: Sequence[str], most: int) -> list[str]:
+    """At most about `most` of these lines, the first of each kind, and after them how many more of it there are.
+
+    >>> cut(["missing: a", "missing: b", "missing: c", "missing: d", "surplus: x", "surplus: y"], 4)
+    ['missing: a', 'missing: b', 'and 2 more missing', 'surplus: x', 'surplus: y']
+    """
+    kinds: dict[str, list[str]] = {}
+    for line in problems:
+        kinds.setdefault(line.partition(":")[0], []).append(line)
+    shares, left = {}, most
+    for position, kind in enumerate(sorted(kinds, key=lambda kind: len(kinds[kind]))):
+        shares[kind] = min(len(kinds[kind]), left // (len(kinds) - position))
+        left -= shares[kind]
+    listed = []
+    for kind, lines in kinds.items():
+        more = len(lines) - shares[kind]
+        listed += lines[: shares[kind]] + ([f"and {more} more {kind}"] if more else [])
+    return listed

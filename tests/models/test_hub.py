@@ -1,0 +1,135 @@
+"""A copy in the hub's cache is used where it holds what loading needs, and else says what is there; no network."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from decodax.models.hub import download
+from decodax.models.load import find_folder
+from tests.golden_files import load_golden
+
+LLAMA = load_golden("llama").folder
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """An empty cached repository of the model org/name, of which the hub is out of reach."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    for folder in ("refs", "blobs", "snapshots/abc"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    return repository
+
+
+def add(repository, name, content):
+    """A file of the snapshot, as a link to its blob."""
+    blob = repository / "blobs" / f"blob-of-{name}"
+    blob.write_bytes(content)
+    (repository / "snapshots" / "abc" / name).symlink_to(f"../../blobs/{blob.name}")
+
+
+def add_model(repository, *names):
+    for name in names:
+        add(repository, name, (LLAMA / name).read_bytes())
+
+
+def add_shards(repository, *shards):
+    tensors = load_file(LLAMA / "model.safetensors")
+    halves = dict(zip(SHARDS, np.array_split(sorted(tensors), 2), strict=True))
+    weight_map = {str(name): shard for shard, names in halves.items() for name in names}
+    add(repository, "model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
+    for shard in shards:
+        blob = repository / "blobs" / shard
+        save_file({str(name): tensors[name] for name in halves[shard]}, blob)
+        (repository / "snapshots" / "abc" / shard).symlink_to(f"../../blobs/{shard}")
+
+
+def test_a_whole_copy_without_a_tokenizer(repository):
+    add_model(repository, "config.json", "model.safetensors")
+    assert find_folder("org/name") == repository / "snapshots" / "abc"
+
+
+def test_shards(repository):
+    add_model(repository, "config.json")
+    add_shards(repository, *SHARDS)
+    assert find_folder("org/name") == repository / "snapshots" / "abc"
+
+
+@pytest.mark.parametrize("listed", [False, True])  # newer versions of the hub's library know what should be there
+def test_what_is_there_and_what_is_missing(repository, monkeypatch, listed):
+    add_model(repository, "config.json")
+    add_shards(repository, SHARDS[1])
+    (repository / "blobs" / "x.incomplete").write_bytes(b"")
+    if listed:
+        from huggingface_hub import errors
+
+        def incomplete(*args, **options):
+            raise errors.LocalEntryNotFoundError("incomplete")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", incomplete)
+    with pytest.raises(ConnectionError) as caught:
+        download("org/name")
+    for words in (
+        f"missing are {SHARDS[0]}; there are config.json, {SHARDS[1]}, model.safetensors.index.json in ",
+        "out of reach (offline?)",
+        "a download was broken off",
+    ):
+        assert words in str(caught.value)
+
+
+def test_a_listed_file_that_nobody_needs_may_be_missing(repository, monkeypatch):
+    from huggingface_hub import errors
+
+    def incomplete(*args, **options):
+        raise errors.LocalEntryNotFoundError("training_args.json is missing")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", incomplete)
+    add_model(repository, "config.json", "model.safetensors")
+    assert download("org/name") == repository / "snapshots" / "abc"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            ("config.json",),
+            r"missing are model\.safetensors \(or .*index\.json and its files\); there are config\.json in",
+        ),
+        (("model.safetensors",), r"missing are config\.json; there are model\.safetensors in"),
+        ((), r"missing are config\.json, model\.safetensors .*; there are no files in"),
+    ],
+)
+def test_config_or_weights_alone(repository, files, words):
+    add_model(repository, *files)
+    with pytest.raises(ConnectionError, match=words):
+        download("org/name")
+
+
+def test_a_blob_that_is_gone_is_missing(repository):
+    add_model(repository, "config.json", "model.safetensors")
+    (repository / "blobs" / "blob-of-model.safetensors").unlink()
+    with pytest.raises(ConnectionError, match=r"missing are model\.safetensors"):
+        download("org/name")
+
+
+def test_an_adapter_alone(repository):
+    add(repository, "adapter_config.json", b'{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(FileNotFoundError, match=r"LoRA adapter alone .*org/base"):
+        find_folder("org/name")
+
+
+def test_other_revisions_and_other_models(repository):
+    (repository / "refs" / "main").unlink()
+    with pytest.raises(ConnectionError, match=r"org/name .*other revisions of it than main: abc in .*snapshots; try"):
+        download("org/name")
+    shutil.rmtree(repository)
+    with pytest.raises(
+        ConnectionError, match=r"org/name .*offline.* not in the local cache; try again online, or pass"
+    ):
+        download("org/name")
