@@ -114,15 +114,25 @@ def dropped(value: Json, path: Path) -> Json:
     return replaced(value, tuple(parents), parent)
 
 
+_MANY = 24  # entries of an object that are not a record but a collection, like a vocabulary
+
+
 def tree_damages(value: Json) -> Iterator[Damage]:
-    """Every damage of every value within a JSON value, one at a time; a long list or object is tried at both ends."""
+    """Every damage of every value within a JSON value, one at a time; of a list or a collection only at both ends."""
     for path in paths(value):
-        if any(isinstance(key, int) and 2 <= key < len(at(value, path[:index])) - 1 for index, key in enumerate(path)):
+        if any(_is_amid(at(value, path[:index]), key) for index, key in enumerate(path)):
             continue
         where = "/".join(map(str, path))
         yield Damage(f"drop:{where}", dropped(value, path))
         for damage in field_damages(at(value, path)):
             yield Damage(f"{damage.kind}:{where}", replaced(value, path, damage.content), damage.allowed)
+
+
+def _is_amid(parent: Json, key: str | int) -> bool:
+    """Whether an entry has others like it on both sides."""
+    if isinstance(parent, list):
+        return 2 <= int(key) < len(parent) - 1
+    return len(parent) > _MANY and key not in (*list(parent)[:2], *list(parent)[-1:])
 
 
 def text_damages(content: bytes) -> Iterator[Damage]:

@@ -43,7 +43,8 @@ _WORD = re.compile(r"(?<![\\\w])[A-Za-z]\w*")  # not what is left of an escape
 _OF_FORMATS = frozenset(
     "gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh F4_E2M1 F6_E2M3 F6_E3M2 F8_E4M3 "
     "F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0 weight_map data_offsets total_size __metadata__ tokenizer_config "
-    "special_tokens_map added_tokens generation_config eos_token_id".split()
+    "special_tokens_map added_tokens generation_config eos_token_id max_length "
+    "pad_to_multiple_of pad_type_id pad_token pad_id single_word".split()
 )
 
 
@@ -155,7 +156,8 @@ def form_faults(message: str) -> list[str]:
 def inner_words(message: str, case: Case) -> list[str]:
     """Words of code (with an underscore) in a message that are neither the user's nor transformers' nor in the files."""
     given = _WORD.findall(f"{case.name} {case.given.decode(errors='replace')}")
-    return sorted({word for word in _WORD.findall(message) if "_" in word} - _public_words() - set(given))
+    without_paths = re.sub(r"(?<!\S)[/~]\S+", "", message)
+    return sorted({word for word in _WORD.findall(without_paths) if "_" in word} - _public_words() - set(given))
 
 
 @cache

@@ -112,7 +112,7 @@ def _use(work: Path, base: str, name: str, content: bytes, allowed: Allowed) -> 
         if not all(type(token) is int and token >= 0 for token in ids):
             raise WrongResult(f"{text!r} is encoded as {ids}")
         _check_stream(loaded, ids)
-    _check_stream(loaded, [*range(min(loaded.vocab_size, 300)), 10**6])
+    loaded.decode([*range(min(loaded.vocab_size, 300)), 10**6])
     if allowed is Allowed.HARMLESS and base in ("bytes", "byte_fallback"):
         for text in ("the cat", "Zürich 안녕 😀"):
             if loaded.decode(loaded.encode(text)) != text:

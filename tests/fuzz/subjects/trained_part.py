@@ -62,11 +62,11 @@ def _weights(content: bytes) -> Iterator[Damage]:
 def _case(work: Path, strategy: str, name: str, damage: Damage) -> Case:
     content = damage.content if isinstance(damage.content, bytes) else json.dumps(damage.content).encode()
     act = partial(_build, work, strategy, name, content, damage.allowed, "NaN" in damage.kind)
-    return Case(f"trained_part/{strategy}/{name} {damage.kind}", act, ((name, f"part_{strategy}"),), given=content)
+    return Case(f"trained_part/{strategy}/{name} {damage.kind}", act, ((name, f"part-{strategy}"),), given=content)
 
 
 def _build(work: Path, strategy: str, name: str, content: bytes, allowed: Allowed, is_nan: bool) -> None:
-    folder = work / f"part_{strategy}"
+    folder = work / f"part-{strategy}"
     if not folder.exists():
         shutil.copytree(_DEMO / ("draft" if name == "draft.json" else strategy), folder)
     right = (folder / name).read_bytes()

@@ -1,0 +1,89 @@
+"""Runs cases in a process of its own, so that one that ends or blocks the process is seen and named.
+
+The process says each case's name before it runs it and the verdict after it. Where it dies or falls silent, the case
+last named is the one, and a new process goes on behind it.
+"""
+
+import json
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from tests.fuzz.verdict import SECONDS, Outcome, Report, Verdict
+
+_ROOT = Path(__file__).parents[2]
+_SILENT_SECONDS = 60 + 2 * SECONDS  # starting JAX and loading the undamaged models come before the first case
+
+
+def judge_isolated(subject: str, names: Sequence[str]) -> Report:
+    """The verdicts on these cases of a subject."""
+    verdicts: list[Verdict] = []
+    while len(verdicts) < len(names):
+        verdicts += _one_process(subject, names[len(verdicts) :])
+    return Report(tuple(verdicts))
+
+
+def _one_process(subject: str, names: Sequence[str]) -> list[Verdict]:
+    """Verdicts on these cases up to the first that ends the process."""
+    verdicts, started = [], None
+    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryFile("w+") as errors:
+        listed = Path(work, "names.json")
+        listed.write_text(json.dumps(list(names)))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fuzz.isolated", subject, str(listed)],
+            cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
+        )
+        assert process.stdout is not None
+        try:
+            for line in _lines(process.stdout):
+                said = json.loads(line)
+                if "outcome" in said:
+                    verdicts.append(Verdict(said["name"], Outcome(said["outcome"]), said["said"]))
+                    started = None
+                else:
+                    started = said["name"]
+            how = "fell silent" if process.poll() is None else f"ended the process with code {process.wait()}"
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        if len(verdicts) < len(names):
+            if started is None and not verdicts:
+                errors.seek(0)
+                raise RuntimeError(f"the cases could not be started:\n{errors.read()[-2000:]}")
+            verdicts.append(Verdict(started or names[len(verdicts)], Outcome.WRONG, how))
+    return verdicts
+
+
+def _lines(stream: IO[str]) -> Iterator[str]:
+    """What a process says, until it ends or says nothing for too long."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        while selector.select(_SILENT_SECONDS):
+            line = stream.readline()
+            if not line:
+                time.sleep(0.5)  # it ends
+                return
+            yield line
+
+
+def _main(subject: str, listed: str) -> None:
+    from tests import conftest  # noqa: F401 (the session's settings, before JAX starts)
+    from tests.fuzz.subjects import SUBJECTS
+    from tests.fuzz.verdict import judge
+
+    names = json.loads(Path(listed).read_text())
+    cases = {case.name: case for case in SUBJECTS[subject].cases(Path(listed).parent)}
+    for name in names:
+        print(json.dumps({"name": name}), flush=True)
+        verdict = judge(cases[name])
+        print(json.dumps({"name": name, "outcome": verdict.outcome.value, "said": verdict.said}), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
