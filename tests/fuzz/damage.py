@@ -62,7 +62,7 @@ def retyped(value: Json) -> dict[str, Json]:
 
 
 def field_damages(value: Json) -> Iterator[Damage]:
-    """Every damage of one field's value: nulled, retyped, negated, made zero and huge. (Dropping it is the caller's.)"""
+    """Every damage of one field's value: nulled, retyped, negated, made zero and huge; all but dropping it."""
     if value is not None:
         yield Damage("null", None)
     for kind, new in retyped(value).items():

@@ -5,11 +5,11 @@ last named is the one, and a new process goes on behind it.
 """
 
 import json
+import os
 import selectors
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -17,7 +17,8 @@ from typing import IO
 from tests.fuzz.verdict import SECONDS, Outcome, Report, Verdict
 
 _ROOT = Path(__file__).parents[2]
-_SILENT_SECONDS = 60 + 2 * SECONDS  # starting JAX and loading the undamaged models come before the first case
+COMMAND = ("-m", "tests.fuzz.isolated")  # what Python runs, with the subject and a file of the names
+SILENT_SECONDS = 60 + 2 * SECONDS  # starting JAX and loading the undamaged models come before the first case
 
 
 def judge_isolated(subject: str, names: Sequence[str]) -> Report:
@@ -31,12 +32,15 @@ def judge_isolated(subject: str, names: Sequence[str]) -> Report:
 def _one_process(subject: str, names: Sequence[str]) -> list[Verdict]:
     """Verdicts on these cases up to the first that ends the process."""
     verdicts, started = [], None
-    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryFile() as errors:
         listed = Path(work, "names.json")
         listed.write_text(json.dumps(list(names)))
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.isolated", subject, str(listed)],
-            cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
+            [sys.executable, *COMMAND, subject, str(listed)],
+            cwd=_ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
         )
         assert process.stdout is not None
         try:
@@ -47,7 +51,7 @@ def _one_process(subject: str, names: Sequence[str]) -> list[Verdict]:
                     started = None
                 else:
                     started = said["name"]
-            how = "fell silent" if process.poll() is None else f"ended the process with code {process.wait()}"
+            how = _end_of(process)
         finally:
             process.kill()
             process.wait()
@@ -55,21 +59,30 @@ def _one_process(subject: str, names: Sequence[str]) -> list[Verdict]:
         if len(verdicts) < len(names):
             if started is None and not verdicts:
                 errors.seek(0)
-                raise RuntimeError(f"the cases could not be started:\n{errors.read()[-2000:]}")
+                raise RuntimeError(f"the cases could not be started:\n{errors.read().decode()[-2000:]}")
             verdicts.append(Verdict(started or names[len(verdicts)], Outcome.WRONG, how))
     return verdicts
 
 
-def _lines(stream: IO[str]) -> Iterator[str]:
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    """How it ended, or that it did not."""
+    try:
+        return f"ended the process with code {process.wait(1)}"
+    except subprocess.TimeoutExpired:
+        return "fell silent"
+
+
+def _lines(stream: IO[bytes]) -> Iterator[str]:
     """What a process says, until it ends or says nothing for too long."""
+    rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
-        while selector.select(_SILENT_SECONDS):
-            line = stream.readline()
-            if not line:
-                time.sleep(0.5)  # it ends
+        while selector.select(SILENT_SECONDS):
+            said = os.read(stream.fileno(), 2**16)
+            if not said:
                 return
-            yield line
+            *lines, rest = (rest + said).split(b"\n")
+            yield from (line.decode() for line in lines)
 
 
 def _main(subject: str, listed: str) -> None:

@@ -6,6 +6,7 @@ ones run all cases in processes of their own, with those that may end or block a
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def _sample(cases: list[Case], count: int) -> list[Case]:
     return turns[:count]
 
 
-def _check(subject: str, report: Report, record_property: pytest.RecordProperty) -> None:
+def _check(subject: str, report: Report, record_property: Callable[[str, object], None]) -> None:
     record_property("fuzz", f"{subject}: {report.summary()}")
     assert not report.wrong, report.failures()
     assert report.counts["right"] and report.counts["refused"], report.summary()

@@ -28,7 +28,9 @@ import jaxtyping
 
 SECONDS = 5.0  # for one case; a tiny model loads in less than 0.1
 MAX_GROWTH_BYTES = 2**28  # of the process's memory in one case; a tiny checkpoint has less than a megabyte
-ADDRESS_SPACE_BYTES = 2**30  # beyond what the process has, in one case; threads and compilers reserve more than they use
+ADDRESS_SPACE_BYTES = (
+    2**30
+)  # beyond what the process has, in one case; threads and compilers reserve more than they use
 _MAX_LINES, _MAX_CHARACTERS = 20, 3_000
 
 PROMISED = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
@@ -41,10 +43,37 @@ _TESTS = Path(__file__).parents[1]
 _WORD = re.compile(r"(?<![\\\w])[A-Za-z]\w*")  # not what is left of an escape
 # Words of the formats: transformers' activations, safetensors' types of numbers and its index, tokenizer files.
 _OF_FORMATS = frozenset(
-    "gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh F4_E2M1 F6_E2M3 F6_E3M2 F8_E4M3 "
-    "F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0 weight_map data_offsets total_size __metadata__ tokenizer_config "
-    "special_tokens_map added_tokens generation_config eos_token_id max_length "
-    "pad_to_multiple_of pad_type_id pad_token pad_id single_word".split()
+    [
+        "gelu_accurate",
+        "gelu_fast",
+        "gelu_new",
+        "gelu_python",
+        "gelu_python_tanh",
+        "gelu_pytorch_tanh",
+        "F4_E2M1",
+        "F6_E2M3",
+        "F6_E3M2",
+        "F8_E4M3",
+        "F8_E4M3FNUZ",
+        "F8_E5M2",
+        "F8_E5M2FNUZ",
+        "F8_E8M0",
+        "weight_map",
+        "data_offsets",
+        "total_size",
+        "__metadata__",
+        "tokenizer_config",
+        "special_tokens_map",
+        "added_tokens",
+        "generation_config",
+        "eos_token_id",
+        "max_length",
+        "pad_to_multiple_of",
+        "pad_type_id",
+        "pad_token",
+        "pad_id",
+        "single_word",
+    ]
 )
 
 
@@ -127,7 +156,7 @@ def faults_of(error: BaseException, case: Case) -> list[str]:
         faults.append(f"a bare {type(error).__name__}")
     if not message.strip():
         return [*faults, "no message"]
-    faults += form_faults(message)
+    faults += form_faults(message, case.given.decode(errors="replace"))
     for group in case.named:
         if not any(word in message for word in group):
             faults.append(f"does not name {' or '.join(group[:6])}")
@@ -137,8 +166,8 @@ def faults_of(error: BaseException, case: Case) -> list[str]:
     return faults
 
 
-def form_faults(message: str) -> list[str]:
-    """What is wrong with the form of a message for users, whatever it says."""
+def form_faults(message: str, given: str = "") -> list[str]:
+    """What is wrong with the form of a message for users, whatever it says; what they gave it may repeat."""
     first, *rest = message.split("\n")
     is_list = first.endswith(":") and all(line.startswith("  - ") for line in rest)
     faults = []
@@ -148,13 +177,13 @@ def form_faults(message: str) -> list[str]:
         faults.append(f"too long ({len(rest) + 1} lines, {len(message)} characters)")
     if not all(line.isprintable() for line in (first, *rest)):
         faults.append("control characters")
-    if found := _INNER.search(message):
-        faults.append(f"speaks of the code ({found[0]})")
+    if spoken := [found for found in _INNER.findall(message) if found not in given]:
+        faults.append(f"speaks of the code ({spoken[0]})")
     return faults
 
 
 def inner_words(message: str, case: Case) -> list[str]:
-    """Words of code (with an underscore) in a message that are neither the user's nor transformers' nor in the files."""
+    """Words of code (with an underscore) in a message that are neither the user's nor the formats' nor in the files."""
     given = _WORD.findall(f"{case.name} {case.given.decode(errors='replace')}")
     without_paths = re.sub(r"(?<!\S)[/~]\S+", "", message)
     return sorted({word for word in _WORD.findall(without_paths) if "_" in word} - _public_words() - set(given))

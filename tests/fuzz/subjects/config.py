@@ -1,4 +1,4 @@
-"""config.json: each field of every family absent, null, of another type, negative and huge, and the file itself damaged.
+"""config.json: each field of every family absent, null, of another type, negative and huge, and the file damaged.
 
 What an absent or null field means is what transformers' class makes of it (`class_defaults.json`): such a folder must
 load as one in which that value stands, or be refused as that one is.
@@ -21,19 +21,65 @@ _RECORDED = json.loads((Path(__file__).parents[1] / "class_defaults.json").read_
 
 # Numbers that scale what is computed, or bound a text: another one describes another model of the same weights.
 _FREE_NUMBERS = frozenset(
-    "rms_norm_eps rope_theta max_position_embeddings sliding_window max_window_layers num_experts_per_tok "
-    "partial_rotary_factor query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping clip_qkv "
-    "routed_scaling_factor swiglu_alpha swiglu_limit embedding_multiplier logits_scaling residual_multiplier "
-    "attention_multiplier full_attn_alpha_factor full_attn_beta_factor linear_attn_alpha_factor "
-    "linear_attn_beta_factor mlp_alpha_factor mlp_beta_factor original_max_position_embeddings block_size "
-    "topk_group n_group num_attention_heads".split()
+    [
+        "rms_norm_eps",
+        "rope_theta",
+        "max_position_embeddings",
+        "sliding_window",
+        "max_window_layers",
+        "num_experts_per_tok",
+        "partial_rotary_factor",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "clip_qkv",
+        "routed_scaling_factor",
+        "swiglu_alpha",
+        "swiglu_limit",
+        "embedding_multiplier",
+        "logits_scaling",
+        "residual_multiplier",
+        "attention_multiplier",
+        "full_attn_alpha_factor",
+        "full_attn_beta_factor",
+        "linear_attn_alpha_factor",
+        "linear_attn_beta_factor",
+        "mlp_alpha_factor",
+        "mlp_beta_factor",
+        "original_max_position_embeddings",
+        "block_size",
+        "topk_group",
+        "n_group",
+        "num_attention_heads",
+    ]
 )
 # Fields that together say what shapes the weights have: a message may name any of them for another one's damage.
 _SIZES = tuple(
-    "hidden_size intermediate_size vocab_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "qk_nope_head_dim qk_rope_head_dim v_head_dim q_lora_rank kv_lora_rank moe_intermediate_size num_experts "
-    "num_local_experts n_routed_experts n_shared_experts shared_expert_intermediate_size linear_conv_kernel_dim "
-    "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads".split()
+    [
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "moe_intermediate_size",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "n_shared_experts",
+        "shared_expert_intermediate_size",
+        "linear_conv_kernel_dim",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+    ]
 )
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "rope_type", "original_max_position_embeddings")
 
@@ -56,7 +102,10 @@ def cases(work: Path) -> Iterator[Case]:
 def _field_cases(work: Path, base: str, field: str, value: Any) -> Iterator[Case]:
     config = config_of(base)
     recorded = _RECORDED[base].get(field, {})
-    for kind, changed in (("absent", {key: config[key] for key in config if key != field}), ("null", config | {field: None})):
+    for kind, changed in (
+        ("absent", {key: config[key] for key in config if key != field}),
+        ("null", config | {field: None}),
+    ):
         if kind == "null" and value is None:
             continue
         name = f"config/{base}/{kind}:{field}"
@@ -82,7 +131,10 @@ def _nested_cases(work: Path, base: str, field: str, value: dict[str, Any]) -> I
     config = config_of(base)
     for inner, number in value.items():
         without = {key: value[key] for key in value if key != inner}
-        changes = [Damage("absent", without), *(Damage(d.kind, value | {inner: d.content}) for d in field_damages(number))]
+        changes = [
+            Damage("absent", without),
+            *(Damage(d.kind, value | {inner: d.content}) for d in field_damages(number)),
+        ]
         for damage in changes:
             content = _text(config | {field: damage.content})
             act = partial(_load, work, base, content, Allowed.OTHER)

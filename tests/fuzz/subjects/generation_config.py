@@ -1,4 +1,4 @@
-"""generation_config.json, and the end tokens in config.json: whatever they hold, a row ends at tokens of the vocabulary.
+"""generation_config.json, and the end tokens in config.json: rows end at tokens of the vocabulary, whatever they hold.
 
 A file that only says how to generate must not keep a model from loading: it may be refused or passed over with a
 warning, but never be half understood.
@@ -33,7 +33,9 @@ def cases(work: Path) -> Iterator[Case]:
         yield _case(work, damage.kind, content, None)
     for place in (_FILE, "config.json"):
         for index, (value, means) in enumerate(_END_TOKENS):
-            yield _case(work, f"end tokens {index} in {place}", json.dumps({"eos_token_id": value}).encode(), means, place)
+            yield _case(
+                work, f"end tokens {index} in {place}", json.dumps({"eos_token_id": value}).encode(), means, place
+            )
 
 
 def _case(work: Path, kind: str, content: bytes, means: tuple[int, ...] | None, place: str = _FILE) -> Case:

@@ -1,4 +1,4 @@
-"""model.safetensors.index.json: damaged, with names that lead elsewhere, and shards that contradict it or each other."""
+"""model.safetensors.index.json: damaged, with names that lead elsewhere, and shards that contradict it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.damage import Allowed, byte_damages, text_damages, tree_damages
-from tests.fuzz.folders import WEIGHTS, check_loads, config_of, golden_model, packed, tensors_of
-from tests.fuzz.folders import GOLDEN
+from tests.fuzz.folders import GOLDEN, WEIGHTS, check_loads, config_of, golden_model, packed, tensors_of
 from tests.fuzz.verdict import Case
 
 _BASE, _INDEX = "llama", "model.safetensors.index.json"
@@ -27,7 +26,16 @@ def cases(work: Path) -> Iterator[Case]:
         yield _case(work, f"bytes {damage.kind}", damage.content, shards)
     first, second = _SHARDS[:2]
     name = next(iter(shards[first]))
-    for place in ("../out.safetensors", "/etc/hostname", "", ".", "..", "a/b.safetensors", "\x1b[2J.safetensors", "x" * 5_000):
+    for place in (
+        "../out.safetensors",
+        "/etc/hostname",
+        "",
+        ".",
+        "..",
+        "a/b.safetensors",
+        "\x1b[2J.safetensors",
+        "x" * 5_000,
+    ):
         changed = index | {"weight_map": index["weight_map"] | {name: place}}
         kind = place[:24].encode("unicode_escape").decode()
         yield _case(work, f"names {kind!r}", _bytes(changed), shards, Allowed.NOTHING)
@@ -59,9 +67,7 @@ def _bytes(content: Any) -> bytes:
     return content if isinstance(content, bytes) else json.dumps(content).encode()
 
 
-def _case(
-    work: Path, kind: str, index: bytes, shards: Mapping[str, Tensors], allowed: Allowed = Allowed.SAME
-) -> Case:
+def _case(work: Path, kind: str, index: bytes, shards: Mapping[str, Tensors], allowed: Allowed = Allowed.SAME) -> Case:
     named = ((_INDEX, *_SHARDS, "sharded"),)
     return Case(f"index/{_BASE}/{kind}", partial(_load, work, index, shards, allowed), named, given=index)
 

@@ -46,7 +46,7 @@ _RIGHT: dict[str, tuple[Any, ...]] = {
     "strategy": (None, "autoregressive", "prompt_lookup"),
     "block_tokens": (1, 2, 16),
 }
-# Other values: an option that is "not given", other programs' types, and what makes no sense. Either way it must be said.
+# Other values: an option that is "not given", other programs' types, and what makes no sense.
 _ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2.5, -0.0, 1e300, float("nan"), float("inf"), 10**9, 2**40, 2**63, 10**400),
     *("", "5", "auto", "greedy", "\x1b[2J", "\ud800", b"a", [], (), {}, [None], [[1]], ["a"], [1, 2], [1, 2, 3, 4]),
@@ -57,8 +57,29 @@ _ODD: tuple[Any, ...] = (
 _JAX_ODD = ((5,), (3.0,), ([1, 2, 3],), ([[1.0]],))  # made arrays when they are used
 _ODD_PROMPTS: tuple[Any, ...] = (
     *(None, 5, True, [], "", [[]], [5, "a"], [[5], "a", None], {"a": 1}, {5}, b"abc", [b"abc"], np.array("a"), 2.5),
-    *([[2.5]], [[True]], [[-1]], [[67]], [[10**9]], [[2**63]], [[10**400]], [[None]], [[[5]]], np.zeros((1, 2, 3), int)),
-    *("\ud800", "a" * 100_000, [[5]] * 2 + [[]], object, len, range(3), [range(5, 8)], np.array([[5, 6]]), float("nan")),
+    *(
+        [[2.5]],
+        [[True]],
+        [[-1]],
+        [[67]],
+        [[10**9]],
+        [[2**63]],
+        [[10**400]],
+        [[None]],
+        [[[5]]],
+        np.zeros((1, 2, 3), int),
+    ),
+    *(
+        "\ud800",
+        "a" * 100_000,
+        [[5]] * 2 + [[]],
+        object,
+        len,
+        range(3),
+        [range(5, 8)],
+        np.array([[5, 6]]),
+        float("nan"),
+    ),
     *([[5] * 63], [[5] * 64], [[5] * 65], (5, 6), ([5, 6],), [np.int64(5)], "日本", "\x00"),
 )
 
@@ -85,7 +106,8 @@ def cases(work: Path) -> Iterator[Case]:
         for index, value in enumerate((*_ODD, *_JAX_ODD)):
             options = {"strategy": "prompt_lookup"} if option == "draft_tokens" else {}
             options |= {"max_new_tokens": 5} | {option: value}
-            yield _case(work, f"odd {option}:{index}", options, is_right=False, jax_value=index >= len(_ODD))
+            jax_value = index >= len(_ODD)
+            yield _case(work, f"odd {option}:{index}", options, is_right=False, jax_value=jax_value, named=(option,))
     for index, prompts in enumerate(_ODD_PROMPTS):
         act = partial(_prompts, work, prompts)
         yield Case(f"options/{_BASE}/prompts:{index}", act, (("prompt", "token"),), promised=(*PROMISED, TypeError))
@@ -109,13 +131,20 @@ def _draw(rng: np.random.Generator, num_odd: int) -> dict[str, Any]:
 
 
 def _case(
-    work: Path, kind: str, options: dict[str, Any], *, is_right: bool, jax_value: bool = False, seed: int | None = None
+    work: Path,
+    kind: str,
+    options: dict[str, Any],
+    *,
+    is_right: bool,
+    jax_value: bool = False,
+    seed: int | None = None,
+    named: tuple[str, ...] = (),
 ) -> Case:
     act = partial(_generate, work, options, is_right, jax_value, seed)
-    named = (tuple(name.encode("unicode_escape").decode() for name in options),)
+    groups = (tuple(name.encode("unicode_escape").decode() for name in named or options),)
     given = " ".join([*options, repr(options)[:1_000]]).encode(errors="replace")
     promised = (*PROMISED, TypeError, MemoryError)
-    return Case(f"options/{_BASE}/{kind}", act, named, promised=promised, given=given)
+    return Case(f"options/{_BASE}/{kind}", act, groups, promised=promised, given=given)
 
 
 def _generate(work: Path, options: dict[str, Any], is_right: bool, jax_value: bool, seed: int | None) -> None:

@@ -74,9 +74,16 @@ def _chunk_cases(work: Path, folder: Path, name: str) -> Iterator[Case]:
         yield _case(work, file, kind, changed, Allowed.NOTHING)
     for damage in byte_damages(content, range(24)):
         is_as_long = len(damage.content) == len(content)
-        yield _case(work, file, f"bytes {damage.kind}", damage.content, Allowed.OTHER if is_as_long else Allowed.NOTHING)
+        yield _case(
+            work, file, f"bytes {damage.kind}", damage.content, Allowed.OTHER if is_as_long else Allowed.NOTHING
+        )
     for kind, make in _NO_FILES.items():
-        yield Case(f"orbax/{_BASE}/{file} {kind}", partial(_load, work, file, make, Allowed.NOTHING), _named(file), may_kill=True)
+        yield Case(
+            f"orbax/{_BASE}/{file} {kind}",
+            partial(_load, work, file, make, Allowed.NOTHING),
+            _named(file),
+            may_kill=True,
+        )
     yield Case(f"orbax/{_BASE}/{name} lost", partial(_load, work, name, shutil.rmtree, Allowed.NOTHING), _named(file))
 
 
@@ -109,7 +116,7 @@ def _folder(work: Path) -> Path:
 
 
 def _load(work: Path, file: str, make: Callable[[Path], Any], allowed: Allowed) -> None:
-    damaged = work / "orbax_damaged"
+    damaged = work / "orbax-damaged"
     shutil.rmtree(damaged, ignore_errors=True)
     shutil.copytree(_folder(work), damaged)
     make(damaged / "params" / file)

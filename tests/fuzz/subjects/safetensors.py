@@ -10,8 +10,16 @@ from typing import Any
 import numpy as np
 
 from tests.fuzz.damage import Allowed, Damage, byte_damages, tree_damages
-from tests.fuzz.folders import WEIGHTS, check_loads, copy_of, golden_model, packed, read_safetensors
-from tests.fuzz.folders import tensors_of, write_safetensors
+from tests.fuzz.folders import (
+    WEIGHTS,
+    check_loads,
+    copy_of,
+    golden_model,
+    packed,
+    read_safetensors,
+    tensors_of,
+    write_safetensors,
+)
 from tests.fuzz.verdict import Case
 
 _BASES = ("llama", "gpt_oss_mxfp4", "deepseek_v3_fp8", "llama_tied")
@@ -26,7 +34,9 @@ def cases(work: Path) -> Iterator[Case]:
             name = f"safetensors/{base}/{damage.kind}"
             # The names that a message repeats stand in the header, which comes first.
             given = damage.content[: 2 * len(content)]
-            yield Case(name, partial(_load, work, base, damage.content, damage.allowed), ((WEIGHTS, base),), given=given)
+            yield Case(
+                name, partial(_load, work, base, damage.content, damage.allowed), ((WEIGHTS, base),), given=given
+            )
     for kind, make in _NO_FILES.items():
         yield Case(f"safetensors/llama/{kind}", partial(_load_odd, work, "llama", make), ((WEIGHTS,),), may_kill=True)
 
@@ -55,8 +65,8 @@ def _headers(content: bytes) -> Iterator[Damage]:
         for kind in _KINDS:
             entry = header[name] | {"dtype": kind}
             yield Damage(f"dtype {kind!r}:{name}", write_safetensors(header | {name: entry}, data))
-        shape = header[name]["shape"]
-        for shape in ([], [*shape, 1], [1, *shape], shape[::-1], [int(np.prod(shape))], [2**62, 4], [-1, *shape[1:]]):
+        right = header[name]["shape"]
+        for shape in ([], [*right, 1], [1, *right], right[::-1], [int(np.prod(right))], [2**62, 4], [-1, *right[1:]]):
             entry = header[name] | {"shape": shape}
             yield Damage(f"shape {shape}:{name}", write_safetensors(header | {name: entry}, data))
     first, second = header[names[0]], header[names[1]]

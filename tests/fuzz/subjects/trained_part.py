@@ -1,4 +1,4 @@
-"""The folders of trained parts (part.json, part.safetensors) and of drafts (draft.json), as strategies build with them."""
+"""Trained parts (part.json, part.safetensors) and of drafts (draft.json), and what strategies build of them."""
 
 import json
 import shutil
@@ -86,7 +86,9 @@ def _build(work: Path, strategy: str, name: str, content: bytes, allowed: Allowe
     fields = ("draft_params", "params")
     wanted = _shapes(_undamaged(strategy), fields)
     if (found := _shapes(built, fields)) != wanted:
-        raise WrongResult(f"built with weights of other shapes than the undamaged part: {_first_difference(found, wanted)}")
+        raise WrongResult(
+            f"built with weights of other shapes than the undamaged part: {_first_difference(found, wanted)}"
+        )
 
 
 @cache
