@@ -64,7 +64,7 @@ def check_generation(lm: Any, result: Any, num_rows: int, options: Mapping[str, 
 
 
 def _check_text(lm: Any, where: str, tokens: np.ndarray, text: str, stops: Sequence[str], ended_by_text: bool) -> None:
-    whole = lm.tokenizer.decode(tokens)
+    whole = lm.tokenizer.decode(tokens.tolist())
     _require(not any(stop in text for stop in stops), where + f"a stop string is in {text!r}")
     if not ended_by_text:
         _require(text == whole, where + f"text {text!r}, and the tokens decode to {whole!r}")
@@ -72,7 +72,7 @@ def _check_text(lm: Any, where: str, tokens: np.ndarray, text: str, stops: Seque
     _require(whole.startswith(text), where + f"text {text!r}, and the tokens begin {whole!r}")
     rest = whole[len(text) :]
     _require(any(rest.startswith(stop) for stop in stops), where + f"stopped before {rest!r}, which is no stop string")
-    before = lm.tokenizer.decode(tokens[:-1])
+    before = lm.tokenizer.decode(tokens[:-1].tolist())
     _require(not any(stop in before for stop in stops), where + "tokens behind the one that completed a stop string")
 
 

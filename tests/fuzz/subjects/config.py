@@ -146,7 +146,12 @@ def _added_fields(work: Path, base: str) -> Iterator[Case]:
     for index, name in enumerate(("zzz_unknown", "", "a b", "\x1b[31mred", "é" * 300, "hidden_size ")):
         content = _text(config_of(base) | {name: 1})
         named = ((_FILE,),) if index else ((_FILE,), (name,))
-        yield Case(f"config/{base}/unknown field:{index}", partial(_load, work, base, content, Allowed.SAME), named)
+        yield Case(
+            f"config/{base}/unknown field:{index}",
+            partial(_load, work, base, content, Allowed.SAME),
+            named,
+            given=content,
+        )
     reordered = dict(sorted(config_of(base).items(), reverse=True))
     yield Case(f"config/{base}/reordered", partial(_load, work, base, _text(reordered), Allowed.HARMLESS))
     twice = _text(config_of(base)).rstrip()[:-1] + b', "hidden_size": 31}'

@@ -85,7 +85,7 @@ _ODD_PROMPTS: tuple[Any, ...] = (
 
 
 @cache
-def _model(work: Path) -> LanguageModel:
+def model_with_tokenizer(work: Path) -> LanguageModel:
     """A golden model with a tokenizer of one character per token."""
     folder = work / "with_tokenizer"
     folder.mkdir(exist_ok=True)
@@ -148,7 +148,7 @@ def _case(
 
 
 def _generate(work: Path, options: dict[str, Any], is_right: bool, jax_value: bool, seed: int | None) -> None:
-    lm = _model(work)
+    lm = model_with_tokenizer(work)
     if jax_value:
         options = {name: jnp.asarray(*value) if value in _JAX_ODD else value for name, value in options.items()}
     try:
@@ -170,6 +170,6 @@ def _generate(work: Path, options: dict[str, Any], is_right: bool, jax_value: bo
 
 
 def _prompts(work: Path, prompts: Any) -> None:
-    lm = _model(work)
+    lm = model_with_tokenizer(work)
     result = decodax.generate(lm, prompts, max_new_tokens=2)
     metamorphic.check_generation(lm, result, len(result.tokens), {"max_new_tokens": 2})
