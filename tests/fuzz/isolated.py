@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from tests.fuzz.verdict import SECONDS, Outcome, Report, Verdict
+from tests.fuzz.verdict import SECONDS, WALL_FACTOR, Outcome, Report, Verdict
 
 _ROOT = Path(__file__).parents[2]
 COMMAND = ("-m", "tests.fuzz.isolated")  # what Python runs, with the subject and a file of the names
-SILENT_SECONDS = 60 + 2 * SECONDS  # starting JAX and loading the undamaged models come before the first case
+START_SECONDS = 120.0  # for starting JAX and listing the cases, on a busy machine
+SILENT_SECONDS = 15 + 3 * WALL_FACTOR * SECONDS  # loading an undamaged model may come before a case
 
 
 def judge_isolated(subject: str, names: Sequence[str]) -> Report:
@@ -77,8 +78,9 @@ def _lines(stream: IO[bytes]) -> Iterator[str]:
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
-        while selector.select(SILENT_SECONDS):
-            said = os.read(stream.fileno(), 2**16)
+        patience = START_SECONDS
+        while selector.select(patience):
+            said, patience = os.read(stream.fileno(), 2**16), SILENT_SECONDS
             if not said:
                 return
             *lines, rest = (rest + said).split(b"\n")

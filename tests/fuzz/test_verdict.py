@@ -58,9 +58,15 @@ def test_words_that_were_given_may_be_repeated():
     assert _verdict(lambda: _raise(error), given=b'{"num_kept_groups_inside": 1}').outcome is Outcome.REFUSED
 
 
+def _busy():
+    while True:
+        pass
+
+
 def test_time_and_memory_are_bounded(monkeypatch):
     monkeypatch.setattr(verdict, "SECONDS", 0.2)
     assert "has not ended" in _verdict(lambda: time.sleep(5)).said
+    assert "has not ended" in _verdict(_busy).said
     assert "bare MemoryError" in _verdict(lambda: bytes(2**32)).said
     monkeypatch.setattr(verdict, "MAX_GROWTH_BYTES", 2**20)
     monkeypatch.setattr(verdict, "peak_bytes", iter([0, 2**21]).__next__)

@@ -26,7 +26,8 @@ from typing import NoReturn
 import jax
 import jaxtyping
 
-SECONDS = 5.0  # for one case; a tiny model loads in less than 0.1
+SECONDS = 5.0  # of the processor for one case; a tiny model loads in less than 0.1
+WALL_FACTOR = 4  # so many seconds of the clock for each of those, since the machine may be busy
 MAX_GROWTH_BYTES = 2**28  # of the process's memory in one case; a tiny checkpoint has less than a megabyte
 ADDRESS_SPACE_BYTES = (
     2**30
@@ -101,6 +102,7 @@ class Case:
     may_kill: it could end or block the process if it is not handled, so it runs in a process of its own.
     promised: the kinds of errors that a refusal may have.
     given: what the user gave, whose words a message may repeat.
+    seconds: of the processor; it has WALL_FACTOR times as many by the clock.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Case:
     may_kill: bool = False
     promised: tuple[type[BaseException], ...] = PROMISED
     given: bytes = b""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def judge(case: Case) -> Verdict:
     jax.devices()  # its threads start before memory is limited
     before, start = peak_bytes(), time.monotonic()
     try:
-        with _memory_limit(ADDRESS_SPACE_BYTES), _time_limit(SECONDS), _as_users_run():
+        with _memory_limit(ADDRESS_SPACE_BYTES), _time_limit(case.seconds or SECONDS), _as_users_run():
             case.act()
         verdict = Verdict(case.name, Outcome.RIGHT)
     except KeyboardInterrupt:
@@ -133,7 +136,7 @@ def judge(case: Case) -> Verdict:
     except WrongResult as wrong:
         verdict = Verdict(case.name, Outcome.WRONG, str(wrong))
     except TimeUp:
-        verdict = Verdict(case.name, Outcome.WRONG, f"has not ended after {SECONDS:g} s")
+        verdict = Verdict(case.name, Outcome.WRONG, f"has not ended after {case.seconds or SECONDS:g} s")
     except BaseException as error:  # panics of libraries in Rust are no Exceptions
         faults = faults_of(error, case)
         said = f"{type(error).__name__}: {error}"
@@ -208,13 +211,19 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def ring(*_: object) -> NoReturn:
         raise TimeUp
 
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: what is raised in a callback is lost
+    timers = (
+        (signal.SIGPROF, signal.ITIMER_PROF, seconds),
+        (signal.SIGALRM, signal.ITIMER_REAL, WALL_FACTOR * seconds),
+    )
+    previous = {number: signal.signal(number, ring) for number, _, _ in timers}
+    for _, timer, after in timers:
+        signal.setitimer(timer, after, 1.0)  # again and again: what is raised in a callback is lost
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        for number, timer, _ in timers:
+            signal.setitimer(timer, 0)
+            signal.signal(number, previous[number])
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from tests.fuzz.verdict import PROMISED, Case, WrongResult
 
 _BASE = "llama"
 _PROMPTS = ([5, 6, 7], [9, 11], [3, 13, 17, 19, 23])
-_LOSSLESS = (None, "autoregressive", "prompt_lookup")
+_SECONDS = 15.0  # three programs may have to be compiled
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:;!?-+\né日"
 
 # Right values, which compile nothing new but for the options that are there at all.
@@ -110,7 +110,13 @@ def cases(work: Path) -> Iterator[Case]:
             yield _case(work, f"odd {option}:{index}", options, is_right=False, jax_value=jax_value, named=(option,))
     for index, prompts in enumerate(_ODD_PROMPTS):
         act = partial(_prompts, work, prompts)
-        yield Case(f"options/{_BASE}/prompts:{index}", act, (("prompt", "token"),), promised=(*PROMISED, TypeError))
+        yield Case(
+            f"options/{_BASE}/prompts:{index}",
+            act,
+            (("prompt", "token"),),
+            promised=(*PROMISED, TypeError),
+            seconds=_SECONDS,
+        )
     for name in ("max_token", "Temperature", "top k", "", "\x1b[2J", "self", "lm"):
         yield _case(work, f"unknown {name!r}", {name: 1}, is_right=False)
     for seed in range(160):
@@ -144,7 +150,7 @@ def _case(
     groups = (tuple(name.encode("unicode_escape").decode() for name in named or options),)
     given = " ".join([*options, repr(options)[:1_000]]).encode(errors="replace")
     promised = (*PROMISED, TypeError, MemoryError)
-    return Case(f"options/{_BASE}/{kind}", act, groups, promised=promised, given=given)
+    return Case(f"options/{_BASE}/{kind}", act, groups, promised=promised, given=given, seconds=_SECONDS)
 
 
 def _generate(work: Path, options: dict[str, Any], is_right: bool, jax_value: bool, seed: int | None) -> None:

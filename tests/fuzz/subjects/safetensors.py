@@ -66,7 +66,8 @@ def _headers(content: bytes) -> Iterator[Damage]:
             entry = header[name] | {"dtype": kind}
             yield Damage(f"dtype {kind!r}:{name}", write_safetensors(header | {name: entry}, data))
         right = header[name]["shape"]
-        for shape in ([], [*right, 1], [1, *right], right[::-1], [int(np.prod(right))], [2**62, 4], [-1, *right[1:]]):
+        others = ([], [*right, 1], [1, *right], right[::-1], [int(np.prod(right))], [2**62, 4], [-1, *right[1:]])
+        for shape in [list(one) for one in dict.fromkeys(map(tuple, others)) if list(one) != right]:
             entry = header[name] | {"shape": shape}
             yield Damage(f"shape {shape}:{name}", write_safetensors(header | {name: entry}, data))
     first, second = header[names[0]], header[names[1]]
