@@ -105,7 +105,14 @@ def _named(file: str) -> tuple[tuple[str, ...], ...]:
 def _case(work: Path, file: str, kind: str, content: bytes, allowed: Allowed, *, may_kill: bool = False) -> Case:
     may_kill = may_kill or file.endswith(".zarray")  # read in C++
     act = partial(_load, work, file, lambda path: path.write_bytes(content), allowed)
-    return Case(f"orbax/{_BASE}/{file} {kind}", act, _named(file), may_kill=may_kill, given=content[:100_000])
+    return Case(
+        f"orbax/{_BASE}/{file} {kind}", act, _named(file), may_kill=may_kill, given=content[:100_000] + _names(work)
+    )
+
+
+def _names(work: Path) -> bytes:
+    """The names of the arrays, which a message may repeat."""
+    return " ".join(path.name for path in (_folder(work) / "params").iterdir()).encode()
 
 
 def _folder(work: Path) -> Path:

@@ -42,7 +42,7 @@ def cases(work: Path) -> Iterator[Case]:
 
 def _weights(content: bytes) -> Iterator[Damage]:
     tensors = tensors_of(content)
-    for name in (*list(tensors)[:2], *list(tensors)[-1:]):
+    for name in dict.fromkeys((*list(tensors)[:2], *list(tensors)[-1:])):
         kind, shape, numbers = tensors[name]
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
         whole = {2: "I16", 4: "I32"}[len(numbers) // int(np.prod(shape))]
@@ -52,7 +52,8 @@ def _weights(content: bytes) -> Iterator[Damage]:
         yield Damage(f"nested:{name}", packed(tensors | {f"{name}.more": tensors[name]}), Allowed.NOTHING)
         yield Damage(f"whole numbers:{name}", packed(tensors | {name: (whole, shape, numbers)}), Allowed.NOTHING)
         yield Damage(f"NaN:{name}", packed(tensors | {name: (kind, shape, nan)}))
-        for changed in ([*shape, 1], [int(np.prod(shape))], shape[::-1] if shape[::-1] != shape else [1, *shape]):
+        others = ([*shape, 1], [int(np.prod(shape))], shape[::-1], [1, *shape])
+        for changed in [list(one) for one in dict.fromkeys(map(tuple, others)) if list(one) != shape]:
             yield Damage(f"shape {changed}:{name}", packed(tensors | {name: (kind, changed, numbers)}), Allowed.NOTHING)
     for extra in ("", ".", "a..b", "\x1b[2J", "surplus"):
         one = next(iter(tensors.values()))
