@@ -50,3 +50,12 @@ def forget_compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests have counted (`record_property("fuzz", ...)`), also where other processes ran them."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "fuzz" and report.when == "call":
+                terminalreporter.write_line(f"fuzz {value}")
