@@ -15,6 +15,7 @@ from pathlib import Path
 
 from decodax.models.model_files import parse_json_object, printable
 from decodax.models.orbax_files import FOLDER
+from decodax.models.staged_folder import partial_of
 
 MANIFEST = "decodax.json"
 
@@ -116,6 +117,12 @@ class Target:
                 f"the target {printable(self.path)} must not be the source {printable(self.sources[0])}, nor lie in it"
             )
         check_place(self.path)
+        partial = partial_of(self.path)
+        if _holds(partial, self.sources[0]):
+            raise ValueError(
+                f"the source {printable(self.sources[0])} lies in {printable(partial)}, where the target is "
+                "made: choose another target, or move the source out of there"
+            )
         if not os.path.lexists(self.path) or not any(self.path.iterdir()):
             return
         self.check_contents(self.path)

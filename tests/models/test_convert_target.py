@@ -63,6 +63,12 @@ def test_the_folder_of_the_source_is_never_replaced(tmp_path, source, refused):
     refused(to_hf, decodax.load(source), source, r"must not be the source", ValueError)
 
 
+def test_a_source_that_an_ended_conversion_moved_away(tmp_path, source, refused):
+    (tmp_path / ".target.partial").mkdir()
+    old = source.rename(tmp_path / ".target.partial" / "old")
+    refused(to_hf, old, tmp_path / "target", r"the source .*old lies in .*.target.partial, where", ValueError)
+
+
 def test_a_folder_that_the_source_links_into_is_never_replaced(tmp_path, source, refused):
     """As a snapshot in the hub's cache links to the blobs of its repository: they look like a checkpoint here."""
     repository = tmp_path / "models--org--name"

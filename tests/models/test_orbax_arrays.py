@@ -1,11 +1,8 @@
 """Orbax checkpoints of every form are read, and damaged ones refused before anything is allocated."""
 
-import gzip
 import json
-import math
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import textwrap
@@ -19,13 +16,13 @@ import tensorstore
 
 import decodax
 from decodax.models.checkpoint import open_params
-from decodax.models.compressed_chunks import check_decoded_bytes
 from decodax.models.from_hf import from_hf
 from decodax.models.hf_config import load_config
 from decodax.models.sources import whole_region
 from decodax.models.to_hf import to_hf
-from decodax.models.zarr_form import read_v2, read_v3
+from decodax.models.zarr_form import read_v3
 from tests.golden_files import load_golden
+from tests.models.test_compressed_chunks import zstd_runs
 
 LLAMA = load_golden("llama").folder
 FORMS = {
@@ -74,15 +71,6 @@ def folder_of(written, tmp_path):
 
 def change(file, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
-def zstd_runs(num_bytes):
-    """A zstd frame of zeros, 131,072 for each four bytes, that does not say how many there are."""
-    frame = bytearray(struct.pack("<I", 0xFD2FB528) + bytes([0, 0x58]))
-    for start in range(0, num_bytes, 2**17):
-        size = min(2**17, num_bytes - start)
-        frame += (size << 3 | 1 << 1 | (start + size == num_bytes)).to_bytes(3, "little") + b"\0"
-    return bytes(frame)
 
 
 def same(found, expected):
@@ -321,62 +309,6 @@ def test_a_chunk_that_becomes_gigabytes_is_refused(folder_of, tmp_path):
     assert int(lines[2]) < 100, output.stderr
 
 
-def frame(content, *, stated):
-    """A zstd frame with one raw block, which says that it becomes so many bytes."""
-    header = struct.pack("<I", 0xFD2FB528) + bytes([0x80 | 0x20]) + struct.pack("<I", stated)
-    return header + (len(content) << 3 | 1).to_bytes(3, "little") + content
-
-
-@pytest.mark.parametrize(
-    ("compressor", "content", "problem"),
-    [
-        (None, bytes(7), None),
-        (None, bytes(6), "it has 6 bytes, expected 7"),
-        ("zstd", frame(bytes(7), stated=7), None),
-        ("zstd", frame(bytes(3), stated=3) + frame(bytes(4), stated=4), None),
-        ("zstd", struct.pack("<II", 0x184D2A53, 5) + bytes(5) + frame(bytes(7), stated=7), None),
-        ("zstd", zstd_runs(7), None),
-        ("zstd", frame(bytes(7), stated=2**31), "it decompresses to 2,147,483,648 bytes, expected 7"),
-        ("zstd", frame(bytes(6), stated=7), "it decompresses to up to 6 bytes, expected 7"),
-        ("zstd", frame(bytes(7), stated=7)[:-1], "it is cut off"),
-        ("zstd", frame(bytes(7), stated=7) + b"\0\0", "it is cut off"),
-        ("zstd", b"\0" * 9, "it is no zstd stream"),
-        ("zstd", b"", "it decompresses to 0 bytes"),
-        ("zstd", zstd_runs(2**30), "it decompresses to up to 1,073,741,824 bytes"),
-        ("zstd", bytes(2**21), "it has 2,097,152 compressed bytes, for 7"),
-        ("gzip", gzip.compress(bytes(7)), None),
-        ("zlib", zlib.compress(bytes(7)), None),
-        ("gzip", gzip.compress(bytes(8)), "it decompresses to more than 7 bytes"),
-        ("gzip", gzip.compress(bytes(6)), "it decompresses to 6 bytes, expected 7"),
-        ("gzip", gzip.compress(bytes(7)) * 2, "it decompresses to"),
-        ("zlib", zlib.compress(bytes(7))[:-2], "it decompresses to"),
-        ("zlib", gzip.compress(bytes(7)), "it cannot be decompressed"),
-    ],
-)
-def test_what_a_compressed_chunk_becomes(compressor, content, problem):
-    if problem is None:
-        check_decoded_bytes(compressor, memoryview(content), 7)
-    else:
-        with pytest.raises(ValueError, match=problem):
-            check_decoded_bytes(compressor, memoryview(content), 7)
-
-
-@pytest.mark.parametrize("compressor", [{"id": "zstd", "level": 1}, {"id": "gzip"}, {"id": "zlib"}])
-@pytest.mark.parametrize("kind", ["zeros", "random", "changing"])
-def test_what_compressors_write_is_accepted(compressor, kind):
-    """Of a size at which zstd makes several blocks, also small ones where the data changes."""
-    random = np.random.default_rng(0).standard_normal((700, 701)).astype(np.float32)
-    content = {"zeros": 0 * random, "random": random, "changing": np.where(np.arange(700)[:, None] % 5, 1, random)}[
-        kind
-    ]
-    metadata = {"shape": [700, 701], "chunks": [700, 701], "dtype": "<f4", "compressor": compressor}
-    spec = {"driver": "zarr", "kvstore": {"driver": "memory"}, "metadata": metadata}
-    store = tensorstore.open(spec, create=True, open=True).result()
-    store.write(content.astype(np.float32)).result()
-    chunk = memoryview(store.kvstore.read("0.0").result().value)
-    check_decoded_bytes(compressor["id"], chunk, content.size * 4)
-
-
 def test_parts_of_a_chunk_have_an_index(folder_of, expected):
     """Four chunks in one file, each with a size of its own."""
     folder = folder_of("zarr3")
@@ -396,16 +328,3 @@ def test_parts_of_a_chunk_have_an_index(folder_of, expected):
     chunk.write_bytes(content)
     with pytest.raises(ValueError, match=r"query/c/0/0 is no intact chunk: its index says 1,099,"):
         numbers(folder)
-
-
-@pytest.mark.parametrize("separator", [".", "/"])
-def test_names_of_chunks(separator):
-    metadata = {"zarr_format": 2, "order": "C", "filters": None, "dtype": "<f4", "dimension_separator": separator}
-    form = read_v2(metadata | {"shape": [13, 5, 7], "chunks": [2, 5, 3]})
-    assert form.grid == (7, 1, 3) and form.chunk_bytes == 120 and math.prod(form.grid) == 21
-    for index in ((0, 0, 0), (6, 0, 2)):
-        name = separator.join(map(str, index))
-        assert form.chunk_name(index) == name and form.chunk_index(name) == index
-    for name in ("0", "7.0.0", "0.1.0", "00.0.0", "-1.0.0", "0.0.0.0", ".zarray", "0.0.0.__lock", "٣.0.0"):
-        assert form.chunk_index(name.replace(".", separator)) is None
-    assert read_v2(metadata | {"shape": [], "chunks": []}).chunk_index("0") == ()

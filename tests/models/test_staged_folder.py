@@ -389,7 +389,7 @@ def test_killed_at_every_moment_of_replacing_a_target(tmp_path):
     assert moments > 30 and min(seen) > 0, output
 
 
-@pytest.mark.parametrize("rounds", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [15, pytest.param(400, marks=pytest.mark.slow)])
 def test_two_processes_at_once(tmp_path, rounds):
     """Over and over, the second ever later: the target is whole and one of the two, and nothing is left beside it."""
     output = alone(

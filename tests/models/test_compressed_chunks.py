@@ -1,0 +1,76 @@
+"""What a compressed chunk becomes is known before it is decompressed, for all that compressors write."""
+
+import gzip
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tensorstore
+
+from decodax.models.compressed_chunks import check_decoded_bytes
+
+
+def zstd_runs(num_bytes):
+    """A zstd frame of zeros, 131,072 for each four bytes, that does not say how many there are."""
+    frame = bytearray(struct.pack("<I", 0xFD2FB528) + bytes([0, 0x58]))
+    for start in range(0, num_bytes, 2**17):
+        size = min(2**17, num_bytes - start)
+        frame += (size << 3 | 1 << 1 | (start + size == num_bytes)).to_bytes(3, "little") + b"\0"
+    return bytes(frame)
+
+
+def frame(content, *, stated):
+    """A zstd frame with one raw block, which says that it becomes so many bytes."""
+    header = struct.pack("<I", 0xFD2FB528) + bytes([0x80 | 0x20]) + struct.pack("<I", stated)
+    return header + (len(content) << 3 | 1).to_bytes(3, "little") + content
+
+
+@pytest.mark.parametrize(
+    ("compressor", "content", "problem"),
+    [
+        (None, bytes(7), None),
+        (None, bytes(6), "it has 6 bytes, expected 7"),
+        ("zstd", frame(bytes(7), stated=7), None),
+        ("zstd", frame(bytes(3), stated=3) + frame(bytes(4), stated=4), None),
+        ("zstd", struct.pack("<II", 0x184D2A53, 5) + bytes(5) + frame(bytes(7), stated=7), None),
+        ("zstd", zstd_runs(7), None),
+        ("zstd", frame(bytes(7), stated=2**31), "it decompresses to 2,147,483,648 bytes, expected 7"),
+        ("zstd", frame(bytes(6), stated=7), "it decompresses to up to 6 bytes, expected 7"),
+        ("zstd", frame(bytes(7), stated=7)[:-1], "it is cut off"),
+        ("zstd", frame(bytes(7), stated=7) + b"\0\0", "it is cut off"),
+        ("zstd", b"\0" * 9, "it is no zstd stream"),
+        ("zstd", b"", "it decompresses to 0 bytes"),
+        ("zstd", zstd_runs(2**30), "it decompresses to up to 1,073,741,824 bytes"),
+        ("zstd", bytes(2**21), "it has 2,097,152 compressed bytes, for 7"),
+        ("gzip", gzip.compress(bytes(7)), None),
+        ("zlib", zlib.compress(bytes(7)), None),
+        ("gzip", gzip.compress(bytes(8)), "it decompresses to more than 7 bytes"),
+        ("gzip", gzip.compress(bytes(6)), "it decompresses to 6 bytes, expected 7"),
+        ("gzip", gzip.compress(bytes(7)) * 2, "it decompresses to"),
+        ("zlib", zlib.compress(bytes(7))[:-2], "it decompresses to"),
+        ("zlib", gzip.compress(bytes(7)), "it cannot be decompressed"),
+    ],
+)
+def test_what_a_compressed_chunk_becomes(compressor, content, problem):
+    if problem is None:
+        check_decoded_bytes(compressor, memoryview(content), 7)
+    else:
+        with pytest.raises(ValueError, match=problem):
+            check_decoded_bytes(compressor, memoryview(content), 7)
+
+
+@pytest.mark.parametrize("compressor", [{"id": "zstd", "level": 1}, {"id": "gzip"}, {"id": "zlib"}])
+@pytest.mark.parametrize("kind", ["zeros", "random", "changing"])
+def test_what_compressors_write_is_accepted(compressor, kind):
+    """Of a size at which zstd makes several blocks, also small ones where the data changes."""
+    random = np.random.default_rng(0).standard_normal((700, 701)).astype(np.float32)
+    content = {"zeros": 0 * random, "random": random, "changing": np.where(np.arange(700)[:, None] % 5, 1, random)}[
+        kind
+    ]
+    metadata = {"shape": [700, 701], "chunks": [700, 701], "dtype": "<f4", "compressor": compressor}
+    spec = {"driver": "zarr", "kvstore": {"driver": "memory"}, "metadata": metadata}
+    store = tensorstore.open(spec, create=True, open=True).result()
+    store.write(content.astype(np.float32)).result()
+    chunk = memoryview(store.kvstore.read("0.0").result().value)
+    check_decoded_bytes(compressor["id"], chunk, content.size * 4)
