@@ -15,6 +15,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_AXES = 32
 _MAX_NUMBERS = 2**62  # of a tensor, sizes of 0 left aside: what NumPy can count
 _LENGTH_BYTES = 8
+_POINTER = b"version https://git-lfs"
 _METADATA = "__metadata__"
 _AGAIN = "download or write it again"
 
@@ -50,7 +51,11 @@ def read_header(file: Path) -> Header:
     try:
         actual = file.stat().st_size
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            start = stream.read(len(_POINTER))
+            if start == _POINTER:
+                raise _damaged(file, "it is the pointer that Git LFS leaves in its place: run `git lfs pull` there")
+            stream.seek(_LENGTH_BYTES)
+            length = int.from_bytes(start[:_LENGTH_BYTES], "little")
             if length > MAX_HEADER_BYTES or _LENGTH_BYTES + length > actual:
                 raise _damaged(file, f"it has {actual} bytes, too few for its header: {_AGAIN}")
             content = stream.read(length)

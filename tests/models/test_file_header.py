@@ -85,6 +85,12 @@ def test_absurd_lengths(file, monkeypatch):
         read_header(write(file, {"x": entry()}))
 
 
+def test_a_pointer_in_place_of_the_file(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"pointer that Git LFS leaves in its place: run `git lfs pull` there"):
+        read_header(file)
+
+
 @pytest.mark.parametrize("extra", [-1, 1, 1000])
 def test_more_or_fewer_bytes_than_the_tensors_have(file, extra):
     write(file, {"x": entry()}, 12 + extra)

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from decodax.models.hub import download
 from decodax.models.load import find_folder
+from decodax.models.stored_files import open_weights
 from tests.golden_files import load_golden
 
 LLAMA = load_golden("llama").folder
@@ -58,7 +59,9 @@ def test_a_whole_copy_without_a_tokenizer(repository):
 def test_shards(repository):
     add_model(repository, "config.json")
     add_shards(repository, *SHARDS)
-    assert find_folder("org/name") == repository / "snapshots" / "abc"
+    folder = find_folder("org/name")
+    assert folder == repository / "snapshots" / "abc"
+    assert set(open_weights(folder)) == set(load_file(LLAMA / "model.safetensors"))  # through the links to the blobs
 
 
 @pytest.mark.parametrize("listed", [False, True])  # newer versions of the hub's library know what should be there
