@@ -42,12 +42,10 @@ _FORM_NAMES = {"hf": "a Hugging Face folder (safetensors)", "orbax": "an Orbax c
 def check_place(target: Path) -> None:
     """Raises an error where nothing can be written at `target`, whatever is to be written there.
 
-    FileNotFoundError, NotADirectoryError or PermissionError for the folder in which it is to appear; FileExistsError
-    for a link, a file, a mount point, and a folder that holds the home or the current folder.
+    NotADirectoryError or PermissionError for the folder in which it is to appear, which is made if it is not there;
+    FileExistsError for a link, a file, a mount point, and a folder that holds the home or the current folder.
     """
-    parent = target.absolute().parent
-    if not parent.exists():
-        raise FileNotFoundError(f"{printable(target)} cannot be written: the folder {printable(parent)} is not there")
+    parent = next(folder for folder in target.absolute().parents if os.path.lexists(folder))  # others are made
     if not parent.is_dir():
         raise NotADirectoryError(f"{printable(target)} cannot be written: {printable(parent)} is no folder")
     if not os.access(parent, os.W_OK | os.X_OK):

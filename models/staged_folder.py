@@ -174,7 +174,7 @@ def _claim(partial: Path) -> None:
     """Makes the folder beside the target; FileExistsError where something else has its name."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise FileExistsError(f"{partial} is in the way, where what is unfinished is kept: move it away")
-    partial.mkdir(exist_ok=True)
+    partial.mkdir(parents=True, exist_ok=True)
     names = {entry.name for entry in os.scandir(partial)}
     if names and (surplus := names - _NAMES or ({"lock"} - names and names)):
         raise FileExistsError(

@@ -130,8 +130,8 @@ def test_a_target_that_is_something_else(tmp_path, monkeypatch):
     assert done.exit_code == 1 and "pass overwrite=True (--overwrite on the command line) to replace it" in done.stderr
     assert convert(LLAMA, "-o", tmp_path / "orbax", "--dtype", "bfloat16", "--overwrite").exit_code == 0
     monkeypatch.setattr("decodax.cli.convert.find_folder", lambda source: pytest.fail("it was looked for"))
-    done = convert("org/name", "-o", tmp_path / "no" / "where")
-    assert done.exit_code == 1 and f"the folder {tmp_path / 'no'} is not there" in done.stderr
+    done = convert("org/name", "-o", LLAMA / "config.json" / "x")
+    assert done.exit_code == 1 and "config.json is no folder" in done.stderr
 
 
 def test_options_of_the_other_form_are_refused(tmp_path):

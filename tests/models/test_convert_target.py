@@ -114,10 +114,14 @@ def test_home_current_folder_and_mount_points_are_never_replaced(tmp_path, sourc
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, source, refused, monkeypatch):
-    refused(to_hf, source, tmp_path / "no" / "where", r"the folder .*no is not there", FileNotFoundError)
     refused(to_hf, source, source / "config.json" / "x", r"config.json is no folder", NotADirectoryError)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs this may be allowed everything
     refused(to_hf, source, tmp_path / "out", r"no permission to write in", PermissionError)
+
+
+def test_folders_on_the_way_are_made(tmp_path, source):
+    to_hf(source, tmp_path / "no" / "where")
+    assert (tmp_path / "no" / "where" / "config.json").is_file()
 
 
 def test_other_folders_are_refused(tmp_path, source, refused):
