@@ -45,7 +45,8 @@ def check_place(target: Path) -> None:
     NotADirectoryError or PermissionError for the folder in which it is to appear, which is made if it is not there;
     FileExistsError for a link, a file, a mount point, and a folder that holds the home or the current folder.
     """
-    parent = next(folder for folder in target.absolute().parents if os.path.lexists(folder))  # others are made
+    above = target.absolute().parent
+    parent = next(folder for folder in (above, *above.parents) if os.path.lexists(folder))  # the others are made
     if not parent.is_dir():
         raise NotADirectoryError(f"{printable(target)} cannot be written: {printable(parent)} is no folder")
     if not os.access(parent, os.W_OK | os.X_OK):
