@@ -5,8 +5,9 @@ mesh_for("tensor=8", config)    # 9 query heads: refused, with the meshes of the
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
@@ -73,11 +74,13 @@ def unsupported_reason(config: ModelConfig, sizes: Mapping[str, int], rules: Rul
     return None
 
 
-def _distinct_weights(config: ModelConfig) -> Iterator[tuple[str, Weight]]:
+@lru_cache(maxsize=16)  # a planner asks for every mesh
+def _distinct_weights(config: ModelConfig) -> tuple[tuple[str, Weight], ...]:
     """Those around the layers, and of the first layer of each kind."""
-    yield from named_weights(replace(config, blocks=()).weights())
+    found = [*named_weights(replace(config, blocks=()).weights())]
     for block in dict.fromkeys(config.blocks):
-        yield from named_weights(block.weights(config.hidden_size), f"blocks_{config.blocks.index(block)}/")
+        found += named_weights(block.weights(config.hidden_size), f"blocks_{config.blocks.index(block)}/")
+    return tuple(found)
 
 
 def suitable_meshes(config: ModelConfig, num_devices: int, axes: Collection[str]) -> list[dict[str, int]]:

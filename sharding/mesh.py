@@ -6,6 +6,8 @@ read_mesh("tensor=4,data=2")    two groups of four devices; the last of MESH_AXE
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -67,8 +69,8 @@ def read_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
         idle = f"{found - wanted} of {found} {devices[0].platform} devices idle"
         warnings.warn(f"the mesh {text!r} leaves {idle}", IdleDevicesWarning, stacklevel=2)
         # A part of a TPU's network need not be a grid, so there is nothing to follow.
-        devices = np.asarray(devices[:wanted]).reshape(tuple(sizes.values()))
-        return Mesh(devices, tuple(sizes), axis_types=kinds)
+        taken = np.asarray(devices[:wanted]).reshape(tuple(sizes.values()))
+        return Mesh(taken, tuple(sizes), axis_types=kinds)
     # By itself JAX refuses to split an axis of a larger TPU's network between two axes of a mesh.
     placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(placed, tuple(sizes), axis_types=kinds)
@@ -106,9 +108,10 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
     >>> mesh_text({"data": 2, "tensor": 4})
     'tensor=4,data=2'
     """
-    return ",".join(f"{name}={size}" for name, size in reversed(sizes.items()))
+    return ",".join(f"{name}={size}" for name, size in reversed(list(sizes.items())))
 
 
+@lru_cache(maxsize=16)  # a planner asks for every mesh
 def _key_value_heads(config: ModelConfig) -> set[int]:
     """Of every layer that has some."""
 
@@ -122,4 +125,4 @@ def _key_value_heads(config: ModelConfig) -> set[int]:
                 found |= heads(value)
         return found
 
-    return heads(config.weights())
+    return heads(replace(config, blocks=tuple(dict.fromkeys(config.blocks))).weights())
