@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from decodax.sharding.plan.memory import memory_of
 from decodax.sharding.plan.search import Plan
 
+MOST_ROWS = 2**16  # that are looked at: the state of very many takes long to describe
+
 
 @dataclass(frozen=True)
 class Room:
-    """cached_token_bytes: of one more token in every row, on a chip. most_rows: of the plan's context. most_tokens: in
-    each of the plan's rows, at most the model's context; is_whole_context: whether it is that. switch_seconds: to bring
-    one row's cache to the host's memory, or back.
+    """cached_token_bytes: of one more token in every row, on a chip. most_rows: of the plan's context, up to about
+    MOST_ROWS. most_tokens: in each of the plan's rows, at most the model's context; is_whole_context: whether it is
+    that. switch_seconds: to bring one row's cache to the host's memory, or back.
     """
 
     cached_token_bytes: float
@@ -35,12 +37,12 @@ class Room:
 def room(plan: Plan) -> Room:
     """What fits with the plan's mesh; multiples of its rows and of the slots that a cache grows by."""
     step = plan.split.degree("data")
-    workload, longest, context = plan.workload, 2**30, plan.split.config.max_position_embeddings
+    workload, context = plan.workload, plan.split.config.max_position_embeddings
 
     def fits(**changed: int) -> bool:
         return memory_of(plan.split, plan.topology, replace(workload, **changed)).free >= 0
 
-    rows = _largest(lambda count: fits(batch=count * step), longest // step) * step
+    rows = _largest(lambda count: fits(batch=count * step), MOST_ROWS // step) * step
     # The kernels take caches of multiples of 128 slots; a row has at least two tokens.
     slots = _largest(lambda count: fits(context=count * 128), -(-context // 128)) * 128
     tokens = min(max(slots, workload.context), context)
@@ -56,6 +58,7 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high
+    high = min(high, limit + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -7,7 +7,7 @@ from decodax.sharding.plan.chips import Chip
 from decodax.sharding.plan.compiled import Program, cannot_compile
 from decodax.sharding.plan.cost import LIMITS, Cost
 from decodax.sharding.plan.layerwise import PerLayer
-from decodax.sharding.plan.long_context import Room
+from decodax.sharding.plan.long_context import MOST_ROWS, Room
 from decodax.sharding.plan.search import LeftOut, Objective, Plan
 
 SHOWN = 5
@@ -224,9 +224,10 @@ def _program_table(plan: Plan, program: Program) -> Any:
 
 def _room_text(report: Report) -> str:
     plan, room = report.best, report.room
+    more = " or more" if room.most_rows + plan.split.degree("data") > MOST_ROWS else ""
     whole = " (the model's context)" if room.is_whole_context else ""
     return (
-        f"room for {room.most_rows:,} rows of {plan.workload.context:,} tokens, or {plan.workload.batch} rows of "
+        f"room for {room.most_rows:,}{more} rows of {plan.workload.context:,} tokens, or {plan.workload.batch} rows of "
         f"{room.most_tokens:,}{whole}; a further token of every row takes {room.cached_token_bytes:,.0f} bytes on a "
         f"chip; one row's cache goes to the host in {room.switch_seconds * 1e3:.1f} ms"
     )
