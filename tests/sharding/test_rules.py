@@ -76,6 +76,21 @@ def test_zeros_fill_up_what_changes_nothing():
     assert TENSOR.padded(mesh, Weight(("F", "D"), (8, 3)), "up").shape == (8, 3)
 
 
+def test_a_device_may_hold_padding_alone():
+    """Of 41 features over eight devices each has six, and the last none."""
+    mesh, rules = mesh_of(8, AxisType.Auto), Rules((("V", "tensor"), ("F", "tensor")))
+    read = decodax.load(LLAMA, mesh=mesh, rules=rules)
+    assert read.params["blocks_0"]["feed_forward"]["down"].shape == (30, 48) and read.params["head"].shape == (72, 30)
+    jax.tree.map(np.testing.assert_array_equal, read.model.unstacked(read.params), decodax.load(LLAMA).params)
+
+
+@pytest.mark.parametrize("num_devices", [2, 4, 8])
+@pytest.mark.parametrize("vocab_size", [131, 32_000, 32_001, 49_155, 50_257])
+def test_published_vocabularies_get_as_few_rows_as_divide(vocab_size, num_devices):
+    padded = TENSOR.padded(mesh_of(num_devices, AxisType.Auto), Weight(("V", "D"), (vocab_size, 7)), "embedding").shape
+    assert padded == (-(-vocab_size // num_devices) * num_devices, 7)
+
+
 def test_other_shapes_than_the_padded_one_are_refused():
     split = decodax.load(LLAMA, mesh=mesh_of(2, AxisType.Auto))
     params = split.params | {"embedding": np.zeros((69, 30), np.float32)}
