@@ -77,7 +77,7 @@ class Execution:
 
     def padded(self, weight: Weight) -> Weight:
         """A weight as the devices hold it: zeros fill up some axes that would not divide (`sharding/rules.py`)."""
-        return weight if self.mesh is None else self.rules.padded(self.mesh, weight, "a weight")
+        return weight if self.mesh is None else self.rules.padded(self.mesh, weight)
 
     def part_shape(self, shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
         """What `per_device` gives each device of an array of this shape."""

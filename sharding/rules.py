@@ -114,9 +114,12 @@ class Rules:
                 )
         return spec
 
-    def padded(self, mesh: Mesh, weight: Weight, name: str) -> Weight:
-        """The weight as it is held on this mesh, with zeros at the end of axes that would not divide."""
-        shape = divided_shape(weight.shape, self.sharding(mesh, weight, name))
+    def padded(self, mesh: Mesh, weight: Weight) -> Weight:
+        """The weight as it is held on this mesh, with zeros at the end of those axes that may be padded."""
+        if weight.replicated or not any(letters[0] in _PADDED for letters in weight.axes):
+            return weight
+        padded = [letters if letters[0] in _PADDED else "_" for letters in weight.axes]
+        shape = divided_shape(weight.shape, NamedSharding(automatic(mesh), self.spec(mesh, padded)))
         return weight if shape == weight.shape else replace(weight, shape=shape)
 
 
