@@ -147,7 +147,8 @@ def _random_prompts(lm: decodax.LanguageModel, batch_size: int, prompt_tokens: i
 
 def weight_bytes_per_step(lm: decodax.LanguageModel) -> int:
     """Bytes of weights that a forward reads: all of them, but of an embedding that is not also the head a few rows."""
-    return lm.nbytes - (0 if lm.config.tie_embeddings else lm.params["embedding"].nbytes)
+    embedding = jax.eval_shape(lm.model.unstacked, lm.params)["embedding"]
+    return lm.nbytes - (0 if lm.config.tie_embeddings else embedding.size * embedding.dtype.itemsize)
 
 
 def _measure(

@@ -9,6 +9,7 @@ import typer
 
 from decodax.cli import session
 
+_CONTEXT = 2048  # by default
 _LAYOUTS = 6  # of the best meshes, among which each layer chooses one
 _OBJECTIVES = ("time-per-token", "time-to-first-token", "throughput", "fit")
 
@@ -22,7 +23,10 @@ def plan(
         typer.Option(help="A model folder or a config.json; weights are not read. Default: the small model."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of each row, prompt and output.")] = 2048,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of each row, prompt and output. Default: 2048, or the model's context."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and caches: bfloat16, float16 or float32.")] = "bfloat16",
     weights: Annotated[
         str, typer.Option(help="same, or int8: those of layers' products take a byte each (in the cost model alone).")
@@ -52,8 +56,9 @@ def plan(
         from decodax.sharding.plan.topology import parse_topology
 
         asked: Any = {"weights": weights, "cache": cache}
-        where, workload = parse_topology(topology), Workload(batch, context, dtype, **asked)
-        found = _find(_config(model), where, workload, objective, mesh, compile_best)
+        where, config = parse_topology(topology), _config(model)
+        tokens = min(_CONTEXT, config.max_position_embeddings) if context is None else context
+        found = _find(config, where, Workload(batch, tokens, dtype, **asked), objective, mesh, compile_best)
         if picture is not None:
             from decodax.sharding.plan.picture import draw
 
@@ -89,10 +94,11 @@ def _find(config: Any, where: Any, workload: Any, objective: Any, mesh: str | No
     from decodax.sharding.plan.layerwise import layout_per_layer
     from decodax.sharding.plan.long_context import room
     from decodax.sharding.plan.report import Report
-    from decodax.sharding.plan.search import DoesNotFitError, best_plans
+    from decodax.sharding.plan.search import DoesNotFitError, search
 
     with session.progress("looking at every mesh"):
-        plans = best_plans(config, where, workload, objective, mesh=mesh)
+        searched = search(config, where, workload, objective, mesh=mesh)
+        plans = list(searched.plans)
     programs: list[tuple[compiled.Program, ...]] = []
     refused: list[str] = []
     while compile_best and compiled.cannot_compile(plans[0]) is None and len(programs) < min(compile_best, len(plans)):
@@ -111,5 +117,11 @@ def _find(config: Any, where: Any, workload: Any, objective: Any, mesh: str | No
         programs.append((step, prompt))
     with session.progress("looking for what else fits"):
         return Report(
-            objective, tuple(plans), tuple(programs), room(plans[0]), layout_per_layer(plans[:_LAYOUTS]), tuple(refused)
+            objective,
+            tuple(plans),
+            tuple(programs),
+            room(plans[0]),
+            layout_per_layer(plans[:_LAYOUTS]),
+            tuple(refused),
+            searched.left_out,
         )

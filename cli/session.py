@@ -171,7 +171,7 @@ def versions() -> dict[str, str]:
 
 def describe(lm: decodax.LanguageModel) -> dict[str, Any]:
     """A model in numbers."""
-    leaves = jax.tree.leaves(lm.params)
+    leaves = jax.tree.leaves(jax.eval_shape(lm.model.unstacked, lm.params))  # without what pads them on a mesh
     return {
         "path": str(lm.path),
         "num_parameters": sum(leaf.size for leaf in leaves),

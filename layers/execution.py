@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
+from decodax.layers.weight import Weight
 from decodax.sharding import layout
 from decodax.sharding.context import Way
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
@@ -73,6 +74,10 @@ class Execution:
     def num_parts(self, letter: str, count: int | None = None) -> int:
         """Over how many devices an axis is split that has `count` things to split (None: any number)."""
         return 1 if self.mesh is None else num_devices(self.mesh, self.mesh_axes(letter, count))
+
+    def padded(self, weight: Weight) -> Weight:
+        """A weight as the devices hold it: zeros fill up some axes that would not divide (`sharding/rules.py`)."""
+        return weight if self.mesh is None else self.rules.padded(self.mesh, weight)
 
     def part_shape(self, shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
         """What `per_device` gives each device of an array of this shape."""

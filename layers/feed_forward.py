@@ -108,7 +108,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
-        weight = fetch_own(self, self.config.weights(self.hidden_size))
+        weight = fetch_own(self, self.config.weights(self.hidden_size), self.execution.padded)
         gate = linear(inputs, weight["gate"], weight.get("gate_bias"))
         up = linear(inputs, weight["up"], weight.get("up_bias"))
         product = gated(self.config.activation, gate, up)

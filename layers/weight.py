@@ -8,7 +8,7 @@ Matrices are stored as Hugging Face stores them, [outputs, inputs], and always t
 [heads, head size, inputs] was measured at half the decode speed on CPU, because XLA transposes it at every step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,15 +56,29 @@ class Weight:
         return (jnp.ones if self.init == "ones" else jnp.zeros)(self.shape, dtype)
 
 
-def fetch_own(module: nn.Module, described: Mapping[str, Any]) -> dict[str, Array]:
+def named_weights(weights: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Weight]]:
+    """The weights of a nested description, with names as in "mixer/query"."""
+    for name, value in weights.items():
+        if isinstance(value, Weight):
+            yield prefix + name, value
+        else:
+            yield from named_weights(value, f"{prefix}{name}/")
+
+
+Padded = Callable[[Weight], Weight]
+
+
+def fetch_own(module: nn.Module, described: Mapping[str, Any], padded: Padded | None = None) -> dict[str, Array]:
     """The values of all weights that stand directly in `described`; those further down are of modules inside this."""
-    return {name: fetch(module, name, weight) for name, weight in described.items() if isinstance(weight, Weight)}
+    weights = {name: weight for name, weight in described.items() if isinstance(weight, Weight)}
+    return {name: fetch(module, name, weight, padded) for name, weight in weights.items()}
 
 
-def fetch(module: nn.Module, name: str, weight: Weight) -> Array:
+def fetch(module: nn.Module, name: str, weight: Weight, padded: Padded | None = None) -> Array:
     """The value of a module's weight, checked against its description; creates it during `init`.
 
-    Raises ValueError when the leaf is missing or has another shape than the description.
+    padded: `Execution.padded` where zeros at the end of some axes change nothing that the module computes.
+    Raises ValueError when the leaf is missing or has another shape than the description, padded or not.
     """
     if module.is_initializing():
         return module.param(name, weight.initial)
@@ -72,6 +86,6 @@ def fetch(module: nn.Module, name: str, weight: Weight) -> Array:
     where = "/".join((*module.path, name))
     if leaf is None:
         raise ValueError(f"the parameters have no weight {where}: expected shape {weight.shape} (axes {weight.axes})")
-    if tuple(leaf.shape) != weight.shape:
+    if tuple(leaf.shape) != weight.shape and (padded is None or tuple(leaf.shape) != padded(weight).shape):
         raise ValueError(f"weight {where} must have shape {weight.shape} (axes {weight.axes}), got {tuple(leaf.shape)}")
     return leaf

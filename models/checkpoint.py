@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from decodax.layers.weight import Weight
 from decodax.models.adapter_files import warn_of_adapter
@@ -38,7 +38,7 @@ from decodax.models.stored_files import Entry, forget_pages, mappings_of, open_w
 from decodax.models.stored_formats import read_quantization
 from decodax.models.tensor_names import BODY, TensorNames
 from decodax.models.wrong_fields import explained
-from decodax.sharding.rules import Rules
+from decodax.sharding.rules import Rules, divided_shape
 
 Device = Any  # jax.Device, which type checkers take for a variable
 ShardingOf = Callable[[Weight, ParameterPath], Sharding]
@@ -215,23 +215,32 @@ def read_params(
     sharding_of: ShardingOf | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """All these parameters on their devices; the arguments and the warning are those of `load_params`."""
+    """All these parameters on their devices, with zeros behind their numbers on axes that would not divide.
+
+    The arguments and the warning are those of `load_params`.
+    """
     dtype = np.dtype(dtype)
     shardings = {path: sharding_of(weight, path) if sharding_of else None for path, weight in opened.weights.items()}
-    slices = {path: _local_slices(opened.weights[path].shape, sharding) for path, sharding in shardings.items()}
+    shapes = {path: held_shape(opened.weights[path].shape, sharding) for path, sharding in shardings.items()}
+    slices = {path: _local_slices(shapes[path], sharding) for path, sharding in shardings.items()}
     sizes = {
         path: sum(math.prod(region_shape(region)) for region, _ in local) * dtype.itemsize
         for path, local in slices.items()
     }
     done, leaves = 0, {}
     for path, sharding in shardings.items():
-        leaves[path] = _leaf(opened, path, dtype, sharding, slices[path])
+        leaves[path] = _leaf(opened, path, shapes[path], dtype, sharding, slices[path])
         done += sizes[path]
         if progress is not None:
             progress(done, sum(sizes.values()))
     opened.forget_pages()
     opened.warn(stacklevel=4)
     return nested(leaves)
+
+
+def held_shape(shape: tuple[int, ...], sharding: Sharding | None) -> tuple[int, ...]:
+    """The shape of a parameter on its devices: padded where the sharding would not divide it."""
+    return divided_shape(shape, sharding) if isinstance(sharding, NamedSharding) else shape
 
 
 def _local_slices(shape: tuple[int, ...], sharding: Sharding | None) -> list[tuple[Region, list[Device | None]]]:
@@ -248,6 +257,7 @@ def _local_slices(shape: tuple[int, ...], sharding: Sharding | None) -> list[tup
 def _leaf(
     opened: StoredWeights,
     path: ParameterPath,
+    shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: Sharding | None,
     slices: list[tuple[Region, list[Device | None]]],
@@ -255,11 +265,25 @@ def _leaf(
     """One parameter on its devices; the host buffer of a slice is gone before the next is made, where it was copied."""
     parts: list[jax.Array] = []
     for region, devices in slices:
-        host = opened.read(path, region, dtype)
+        host = _read_padded(opened, path, region, dtype)
         parts += jax.block_until_ready([to_device(host, device) for device in devices])
     if sharding is None:
         return parts[0]
-    return jax.make_array_from_single_device_arrays(opened.weights[path].shape, sharding, parts, dtype=dtype)
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
+
+
+def _read_padded(opened: StoredWeights, path: ParameterPath, region: Region, dtype: np.dtype) -> np.ndarray:
+    """A region of a parameter, with zeros where it reaches beyond it."""
+    ends = opened.weights[path].shape
+    inside = tuple(slice(min(part.start, end), min(part.stop, end)) for part, end in zip(region, ends, strict=True))
+    if inside == region:
+        return opened.read(path, region, dtype)
+    host = host_buffer(region_shape(region), dtype)
+    host[...] = 0
+    found = region_shape(inside)
+    if math.prod(found):
+        host[tuple(map(slice, found))] = opened.read(path, inside, dtype)
+    return host
 
 
 def to_device(host: np.ndarray, device: Device | None) -> jax.Array:

@@ -18,14 +18,15 @@ from jax.typing import DTypeLike
 
 from decodax.models import conversion
 from decodax.models import orbax_writing as arrays
-from decodax.models.checkpoint import Progress, shardings_on
+from decodax.models.checkpoint import Progress, held_shape, shardings_on
 from decodax.models.families._contract import ParameterPath
 from decodax.models.load import LanguageModel
 from decodax.models.orbax_arrays import array_name
 from decodax.models.orbax_files import FOLDER, METADATA
 from decodax.models.sources import Region, region_shape
 from decodax.models.staged_folder import StagedFolder
-from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.fitting import mesh_for
+from decodax.sharding.mesh import read_mesh
 from decodax.sharding.rules import RULES, Rules
 
 
@@ -54,10 +55,11 @@ def from_hf(
     opened = conversion.open_source(source)
     dtypes, weights = opened.dtypes(dtype), opened.weights.weights
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
-    sharding_of = shardings_on(None if mesh is None else fit_mesh(mesh, opened.config), rules)
+    sharding_of = shardings_on(None if mesh is None else mesh_for(mesh, opened.config, rules), rules)
     chunks = {}
     for path, weight in weights.items():
-        part = None if sharding_of is None else sharding_of(weight, path).shard_shape(weight.shape)
+        sharding = None if sharding_of is None else sharding_of(weight, path)
+        part = None if sharding is None else sharding.shard_shape(held_shape(weight.shape, sharding))
         chunks[path] = arrays.chunk_shape(weight.shape, dtypes[path].itemsize, part)
 
     def chunks_of(path: ParameterPath) -> list[tuple[str, Region]]:

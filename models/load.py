@@ -26,9 +26,10 @@ from decodax.models.model import Model, Params
 from decodax.models.model_files import printable
 from decodax.models.stacked_weights import in_stages
 from decodax.models.tokenizer import Tokenizer
-from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.fitting import mesh_for
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
+from decodax.sharding.stacks import stack_weights
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -56,8 +57,9 @@ class LanguageModel:
 
     @property
     def nbytes(self) -> int:
-        """Size of all weights in bytes."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        """Size of all weights in bytes; what pads them on a mesh does not count."""
+        leaves = jax.tree.leaves(jax.eval_shape(self.model.unstacked, self.params))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def load(
@@ -77,15 +79,14 @@ def load(
     family, config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     end_token_ids = read_end_token_ids(folder, config.vocab_size)
-    mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
-    fitted = None if mesh is None else fit_mesh(mesh, config)
+    fitted = None if mesh is None else mesh_for(mesh, config, rules)
     execution = Execution(implementation, fitted, rules, scatter_norms=scatter_norms, pipeline=pipeline)
     model = Model(config, invariant, execution)
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
         opened = open_params(folder, family, config)
         if model.stages is not None:
-            opened = in_stages(opened, model.weights(), model.stages)
+            opened = in_stages(opened, stack_weights(config.weights(), model.stages), model.stages)
         params = read_params(opened, dtype=kind, sharding_of=sharding_of, progress=progress)
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
 

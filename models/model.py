@@ -24,11 +24,14 @@ from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache._contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.stacked import Stacked
+from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.invariant import logits_in_tiles, run_in_tiles
 from decodax.models.pipelined import Rows, run_in_stages
 from decodax.models.transformer import Block, Forward, Transformer
 from decodax.sharding.pipeline import Stages, find_stages
+from decodax.sharding.rules import cut
+from decodax.sharding.rules import place as place_on_mesh
 from decodax.sharding.stacks import stack_params, stack_weights, unstack_params
 
 Params = dict[str, Any]
@@ -65,9 +68,26 @@ class Model:
         return None if num_stages == 1 else find_stages(self.config.blocks, num_stages, self.execution.pipeline)
 
     def weights(self) -> dict[str, Any]:
-        """Descriptions of all parameters as this model takes them: the config's, with those of stages stacked."""
+        """Descriptions of all parameters as this model takes them: those of stages stacked, and padded for the mesh."""
+        return self._mapped(self.execution.padded, self._stacked_weights())
+
+    def _stacked_weights(self) -> dict[str, Any]:
+        """The same without what pads them."""
         weights, stages = self.config.weights(), self.stages
         return weights if stages is None else stack_weights(weights, stages)
+
+    def _mapped(self, function: Callable[..., Any], weights: Params, *params: Params) -> Params:
+        """`function` of each description, and of what stands at its place in `params`.
+
+        Parameters that no description knows (of a strategy, beside the model's own) stay as they are.
+        """
+        mapped = dict(params[0]) if params else {}
+        for name, weight in weights.items():
+            own = [tree[name] for tree in params]
+            mapped[name] = (
+                function(weight, *own) if isinstance(weight, Weight) else self._mapped(function, weight, *own)
+            )
+        return mapped
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters: matrices scaled by the square root of their inputs, norms neutral."""
@@ -78,11 +98,23 @@ class Model:
         return self.stacked(params)
 
     def stacked(self, params: Params) -> Params:
-        """Parameters with one subtree per layer, as this model takes them: unchanged but for pipeline stages."""
-        return params if self.stages is None else stack_params(params, self.stages)
+        """Parameters with one subtree per layer, as this model takes them: stacked for pipeline stages, and padded."""
+        if self.execution.mesh is None:
+            return params
+        params = params if self.stages is None else stack_params(params, self.stages)
+        return self._mapped(self._held, self.weights(), params)
+
+    def _held(self, weight: Weight, leaf: Array) -> Array:
+        mesh, rules = self.execution.mesh, self.execution.rules
+        return (
+            leaf if mesh is None or leaf.shape == weight.shape else place_on_mesh(mesh, rules, leaf, weight, "a weight")
+        )
 
     def unstacked(self, params: Params) -> Params:
-        """The other way round: this model's parameters with one subtree per layer."""
+        """The other way round: this model's parameters with one subtree per layer, of the sizes of its config."""
+        if self.execution.mesh is None:
+            return params
+        params = self._mapped(lambda weight, leaf: cut(leaf, weight.shape), self._stacked_weights(), params)
         return params if self.stages is None else unstack_params(params, self.stages)
 
     def empty_cache(

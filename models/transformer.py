@@ -83,11 +83,11 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        described = config.weights()
-        self.embedding = fetch(self, "embedding", described["embedding"])
+        described, padded = config.weights(), self.execution.padded
+        self.embedding = fetch(self, "embedding", described["embedding"], padded)
         self.blocks = [Block(block, config.hidden_size, self.execution) for block in config.blocks]
         self.final_norm = RMSNorm(config.final_norm, config.hidden_size)
-        self.head = self.embedding if config.tie_embeddings else fetch(self, "head", described["head"])
+        self.head = self.embedding if config.tie_embeddings else fetch(self, "head", described["head"], padded)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         hidden = self.embedding[tokens]
@@ -122,7 +122,8 @@ class Transformer(nn.Module):
 
     def read_out(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         with jax.named_scope("logits"):
-            logits = linear(normed, self.head, output_dtype=jnp.float32)
+            # What pads the vocabulary on a mesh is cut off; each device keeps its part, so that moves nothing.
+            logits = linear(normed, self.head, output_dtype=jnp.float32)[..., : self.config.vocab_size]
             logits = logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
             cap = self.config.logit_softcap
             return logits if cap is None else cap * jnp.tanh(logits / cap)

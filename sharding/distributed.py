@@ -37,7 +37,7 @@ def start(
     local_device_ids: tuple[int, ...] | None = None,
     timeout_seconds: float = JOIN_TIMEOUT_SECONDS,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] | None = None,
 ) -> None:
     """Joins this process with the others; a second call that says the same does nothing, nor does a run of one process.
 
@@ -45,12 +45,13 @@ def start(
         that says nothing, asks JAX, which knows Cloud TPU virtual machines and Open MPI (and ends the process itself
         when others do not come). Values given here stand above the environment's.
     local_device_ids: the GPUs of its machine that this process uses; by default all it sees.
+    environ: what is read as the environment, by default that of this process.
     Raises TimeoutError, naming the address and who is missing, when not all have come within `timeout_seconds`;
     ValueError for values that do not fit, here or between processes; OSError when process 0 cannot listen at its port;
     RuntimeError when JAX has looked for devices before.
     """
     membership = read_membership(
-        environ,
+        os.environ if environ is None else environ,
         coordinator=None if coordinator == AUTO else coordinator,
         num_processes=num_processes,
         process_id=process_id,

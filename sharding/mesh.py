@@ -4,7 +4,10 @@ read_mesh("tensor=4,data=2")    two groups of four devices; the last of MESH_AXE
 """
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -15,6 +18,10 @@ from jax.sharding import AxisType, Mesh
 from decodax.layers.weight import Weight
 from decodax.models.config import ModelConfig
 from decodax.sharding.rules import COPIES, MESH_AXES, automatic
+
+
+class IdleDevicesWarning(UserWarning):
+    """A mesh takes a part of the devices, and the others do nothing."""
 
 
 def read_mesh_shape(text: str) -> dict[str, int]:
@@ -43,17 +50,27 @@ def read_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
 
     Devices that work most closely together stand along the last axis, tensor; a TPU's mesh follows its network.
 
-    Raises ValueError when the sizes do not multiply to the number of devices, and for text that is no mesh.
+    With fewer devices than there are it takes the first, and warns with IdleDevicesWarning.
+    Raises ValueError when there are too few devices, when devices of several processes would be left out, and for text
+    that is no mesh.
     """
     sizes = read_mesh_shape(text)
     devices = jax.devices() if devices is None else devices
     wanted, found = math.prod(sizes.values()), len(devices)
-    if wanted != found:
+    is_shared = len({device.process_index for device in devices}) > 1
+    if wanted > found or (wanted < found and is_shared):
         kind, verb = f"{devices[0].platform} device{'s' if found > 1 else ''}", "are" if found > 1 else "is"
         is_cpu = devices[0].platform == "cpu"
         hint = f": with JAX_NUM_CPU_DEVICES={wanted} in the environment a CPU counts as so many" if is_cpu else ""
-        raise ValueError(f"the mesh {text!r} needs {wanted} devices, and there {verb} {found} {kind}{hint}")
+        processes = ", all of which several processes must use" if is_shared else hint
+        raise ValueError(f"the mesh {text!r} needs {wanted} devices, and there {verb} {found} {kind}{processes}")
     kinds = (AxisType.Auto,) * len(sizes)
+    if wanted < found:
+        idle = f"{found - wanted} of {found} {devices[0].platform} devices idle"
+        warnings.warn(f"the mesh {text!r} leaves {idle}", IdleDevicesWarning, stacklevel=2)
+        # A part of a TPU's network need not be a grid, so there is nothing to follow.
+        taken = np.asarray(devices[:wanted]).reshape(tuple(sizes.values()))
+        return Mesh(taken, tuple(sizes), axis_types=kinds)
     # By itself JAX refuses to split an axis of a larger TPU's network between two axes of a mesh.
     placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(placed, tuple(sizes), axis_types=kinds)
@@ -65,20 +82,36 @@ def fit_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
     Key-value heads are then split over "tensor" and copied over "tensor_copies", and query heads split over both, so
     that each device has the key-value head that its query heads read. The devices stay where they are.
     """
-    if "tensor" not in mesh.axis_names or COPIES in mesh.axis_names:
+    fitted = fit_sizes(mesh.shape, config)
+    if tuple(fitted) == mesh.axis_names:
         return automatic(mesh)
-    degree = mesh.shape["tensor"]
+    devices = np.asarray(mesh.devices).reshape(tuple(fitted.values()))
+    return Mesh(devices, tuple(fitted), axis_types=(AxisType.Auto,) * len(fitted))
+
+
+def fit_sizes(sizes: Mapping[str, int], config: ModelConfig) -> dict[str, int]:
+    """The sizes of the axes of such a mesh, in order, as `fit_mesh` makes them."""
+    degree = sizes.get("tensor", 1)
     shared = {math.gcd(heads, degree) for heads in _key_value_heads(config)} - {1}
     split = min(shared, default=degree)
-    if split == degree:
-        return automatic(mesh)
-    place = mesh.axis_names.index("tensor")
-    names = (*mesh.axis_names[: place + 1], COPIES, *mesh.axis_names[place + 1 :])
-    sizes = [mesh.shape[name] for name in mesh.axis_names]
-    devices = np.asarray(mesh.devices).reshape(*sizes[:place], split, degree // split, *sizes[place + 1 :])
-    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+    if split == degree or COPIES in sizes:
+        return dict(sizes)
+    fitted: dict[str, int] = {}
+    for name, size in sizes.items():
+        fitted |= {name: split, COPIES: degree // split} if name == "tensor" else {name: size}
+    return fitted
 
 
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The text that `read_mesh` takes, for sizes in the order of MESH_AXES.
+
+    >>> mesh_text({"data": 2, "tensor": 4})
+    'tensor=4,data=2'
+    """
+    return ",".join(f"{name}={size}" for name, size in reversed(list(sizes.items())))
+
+
+@lru_cache(maxsize=16)  # a planner asks for every mesh
 def _key_value_heads(config: ModelConfig) -> set[int]:
     """Of every layer that has some."""
 
@@ -92,4 +125,4 @@ def _key_value_heads(config: ModelConfig) -> set[int]:
                 found |= heads(value)
         return found
 
-    return heads(config.weights())
+    return heads(replace(config, blocks=tuple(dict.fromkeys(config.blocks))).weights())

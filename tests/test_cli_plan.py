@@ -68,11 +68,33 @@ def test_the_mesh_it_prints_is_one_that_loads():
     np.testing.assert_array_equal(got, expected)
 
 
+def test_says_what_it_left_out_and_what_it_counts(tmp_path):
+    fields = FIELDS["Llama-3.1-8B"] | {
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "head_dim": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 1500}))
+    options = ("--model", tmp_path, "--topology", "v5e:2x4", "--compile", 0)
+    done = run(*options)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "8 rows of 1500 tokens" in words and "or 8 rows of 1,500 (the model's context)" in words
+    assert "left out: blocks_0/mixer/query: its axis N of 9 query heads does not divide over the 8 devices" in words
+    assert "(tensor=2,context=4; tensor=2,context=2,pipeline=2;" in words and "and 1 more)" in words
+    assert "GFLOP: of matrix products and attention. GB moved: each weight" in words
+    found = json.loads(run(*options, "--json").output)
+    assert len(found["plans"]) == 7 and {"mesh", "reason"} == set(found["left_out"][0])
+    assert set(found["counted"]) == {"by_the_model", "by_the_compiler"}
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
         (("--topology", "v5e:5x5"), 1, "know no topology 'v5e:5x5'; there are"),
         (("--topology", "v5e:2x4", "--batch", 3, "--mesh", "data=8"), 1, "a batch of 3 does not divide over data=8"),
+        (("--topology", "v5e:2x4", "--context", 131073), 1, "context must be at most the model's 131,072 tokens"),
         (("--topology", "v5e:2x4", "--mesh", "tensor=4"), 1, "the mesh 'tensor=4' needs 4 chips, and v5e:2x4 has 8"),
         (("--topology", "v5e:2x4", "--model", "nowhere"), 1, "nowhere is neither a model folder nor a config.json"),
         (("--topology", "v5e:1x1", "--batch", 64, "--context", 100000), 1, "too few"),

@@ -64,7 +64,9 @@ class DraftShape:
 def initial_params(draft: Model, target: LanguageModel, seed: int) -> Params:
     """Random layers, and an embedding that keeps what of the target's fits into the draft's width."""
     params = draft.init(jax.random.key(seed))
-    return params | {"embedding": projected_embedding(target.params["embedding"], draft.config.hidden_size)}
+    return params | {
+        "embedding": projected_embedding(target.model.unstacked(target.params)["embedding"], draft.config.hidden_size)
+    }
 
 
 def projected_embedding(embedding: Float[Array, "V D"], width: int) -> Float[Array, "V D_draft"]:

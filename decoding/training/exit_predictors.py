@@ -198,7 +198,7 @@ class ExitPredictorTraining(PartTraining):
         }
 
     def about(self) -> dict[str, Any]:
-        table = np.asarray(self.draft.params["embedding"], np.float32)
+        table = np.asarray(self.draft.model.unstacked(self.draft.params)["embedding"], np.float32)
         return super().about() | {"draft": hashlib.sha256(table.tobytes()).hexdigest()[:16]}
 
     def write(self, folder: Path, trained: Params, facts: dict[str, Any], dtype: str) -> None:

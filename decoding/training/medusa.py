@@ -62,7 +62,7 @@ class MedusaTraining(PartTraining):
         return super().about() | {"labels": self.labels, "stride": self.stride}
 
     def initial(self) -> Params:
-        return {"heads": initial_heads(self.target.params, self.shape)}
+        return {"heads": initial_heads(self.target.model.unstacked(self.target.params), self.shape)}
 
     def loss(self, trained, target_params, rows, step):
         rows, model = jnp.asarray(rows), self.target.model

@@ -83,7 +83,9 @@ class PartTraining:
 
     def about(self) -> dict[str, Any]:
         """What a resumed run must agree with, beside the plan."""
-        target = hashlib.sha256(np.asarray(self.target.params["embedding"], np.float32).tobytes()).hexdigest()[:16]
+        target = hashlib.sha256(
+            np.asarray(self.target.model.unstacked(self.target.params)["embedding"], np.float32).tobytes()
+        ).hexdigest()[:16]
         return {"shape": asdict(self.shape), "target": target, "text": self.texts.fingerprint()}
 
     def train(self, **timing: Any) -> Trained:

@@ -99,10 +99,11 @@ class _Weights(nn.Module):
     """A dictionary of weights under one name."""
 
     described: dict[str, Weight]
+    execution: Execution
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
-        return fetch_own(self, self.described)
+        return fetch_own(self, self.described, self.execution.padded)
 
 
 class MoE(nn.Module):
@@ -116,10 +117,10 @@ class MoE(nn.Module):
     def __call__(self, inputs: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routes]:
         config, described = self.config, self.config.weights(self.hidden_size)
         with jax.named_scope("route"):
-            router = _Weights(described["router"], name="router")()
+            router = _Weights(described["router"], self.execution, name="router")()
             routes = self._routes(inputs, router)
         with jax.named_scope("experts"):
-            experts = _Weights(described["experts"], name="experts")()
+            experts = _Weights(described["experts"], self.execution, name="experts")()
             tokens = inputs.reshape(-1, inputs.shape[-1])
             flat = replace(
                 routes, **{part: getattr(routes, part).reshape(len(tokens), -1) for part in ("expert", "gate")}

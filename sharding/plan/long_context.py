@@ -12,16 +12,20 @@ from dataclasses import dataclass, replace
 from decodax.sharding.plan.memory import memory_of
 from decodax.sharding.plan.search import Plan
 
+MOST_ROWS = 2**16  # that are looked at: the state of very many takes long to describe
+
 
 @dataclass(frozen=True)
 class Room:
-    """cached_token_bytes: of one more token in every row, on a chip. most_rows: of the plan's context. most_tokens: in
-    each of the plan's rows. switch_seconds: to bring one row's cache to the host's memory, or back.
+    """cached_token_bytes: of one more token in every row, on a chip. most_rows: of the plan's context, up to about
+    MOST_ROWS. most_tokens: in each of the plan's rows, at most the model's context; is_whole_context: whether it is
+    that. switch_seconds: to bring one row's cache to the host's memory, or back.
     """
 
     cached_token_bytes: float
     most_rows: int
     most_tokens: int
+    is_whole_context: bool
     switch_seconds: float
 
     def session_seconds(self, plan: Plan, turns: int, tokens_per_turn: int) -> float:
@@ -33,19 +37,20 @@ class Room:
 def room(plan: Plan) -> Room:
     """What fits with the plan's mesh; multiples of its rows and of the slots that a cache grows by."""
     step = plan.split.degree("data")
-    workload, longest = plan.workload, 2**30
+    workload, context = plan.workload, plan.split.config.max_position_embeddings
 
     def fits(**changed: int) -> bool:
         return memory_of(plan.split, plan.topology, replace(workload, **changed)).free >= 0
 
-    rows = _largest(lambda count: fits(batch=count * step), longest // step) * step
+    rows = _largest(lambda count: fits(batch=count * step), MOST_ROWS // step) * step
     # The kernels take caches of multiples of 128 slots; a row has at least two tokens.
-    tokens = max(_largest(lambda count: fits(context=count * 128), longest // 128) * 128, workload.context)
+    slots = _largest(lambda count: fits(context=count * 128), -(-context // 128)) * 128
+    tokens = min(max(slots, workload.context), context)
     least = 128 * plan.split.degree("context")
     held = [plan.split.decode_state_bytes(workload.batch, size, workload.cache_dtype) for size in (least, 2 * least)]
     per_token = (held[1] - held[0]) / least
     row_bytes = plan.memory.cache / max(workload.batch // plan.split.num_parts("B", workload.batch), 1)
-    return Room(per_token, rows, tokens, row_bytes / plan.topology.chip.host_bandwidth)
+    return Room(per_token, rows, tokens, tokens == context, row_bytes / plan.topology.chip.host_bandwidth)
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -53,6 +58,7 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high
+    high = min(high, limit + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

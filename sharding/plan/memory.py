@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from decodax.decoding.sizes import cache_capacity
 from decodax.decoding.state import MAX_CHUNK_TOKENS
 from decodax.layers.execution import Execution
-from decodax.sharding.plan.split import Split, named_weights
+from decodax.layers.weight import named_weights
+from decodax.sharding.plan.split import Split
 from decodax.sharding.plan.topology import Topology
 from decodax.sharding.plan.work import Stored, Tokens
 

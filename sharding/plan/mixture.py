@@ -9,7 +9,8 @@ from decodax.layers.moe.experts import choose_way
 from decodax.layers.moe.experts._devices import default_capacity
 from decodax.layers.moe.experts.gather_scatter import GatherScatter
 from decodax.layers.moe.layer import MoEConfig
-from decodax.sharding.plan.split import named_weights, stored_bytes
+from decodax.layers.weight import named_weights
+from decodax.sharding.plan.split import stored_bytes
 from decodax.sharding.plan.work import Collective, Part, Shape
 
 

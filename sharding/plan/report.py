@@ -7,10 +7,20 @@ from decodax.sharding.plan.chips import Chip
 from decodax.sharding.plan.compiled import Program, cannot_compile
 from decodax.sharding.plan.cost import LIMITS, Cost
 from decodax.sharding.plan.layerwise import PerLayer
-from decodax.sharding.plan.long_context import Room
-from decodax.sharding.plan.search import Objective, Plan
+from decodax.sharding.plan.long_context import MOST_ROWS, Room
+from decodax.sharding.plan.search import LeftOut, Objective, Plan
 
 SHOWN = 5
+LISTED = 4  # meshes that were left out for the same reason
+# What the figures of both are of, and why they differ.
+COUNTED_BY_THE_MODEL = (
+    "GFLOP: of matrix products and attention. GB moved: each weight, cached token and activation once, between a "
+    "chip's memory and its arithmetic."
+)
+COUNTED_BY_THE_COMPILER = (
+    "GFLOP and GB accessed are XLA's count of one step of this program: all operations, and bytes in every memory they "
+    "pass (three times for a weight that is fetched ahead); so they are not the model's, which alone times come from."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +28,7 @@ class Report:
     """All that was found: plans, the best first; programs of those that were compiled, in the same order.
 
     refused: what the compiler said of plans that it found no room for; they are not among the others.
+    left_out: the meshes that no plan is made of.
     """
 
     objective: Objective
@@ -26,6 +37,7 @@ class Report:
     room: Room
     per_layer: PerLayer | None
     refused: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def best(self) -> Plan:
@@ -52,6 +64,8 @@ def as_dict(report: Report) -> dict[str, Any]:
         "plans": [plan_as_dict(plan) for plan in report.plans],
         "programs": [[_program(program) for program in programs] for programs in report.programs],
         "refused_by_the_compiler": list(report.refused),
+        "left_out": [dataclasses.asdict(one) for one in report.left_out],
+        "counted": {"by_the_model": COUNTED_BY_THE_MODEL, "by_the_compiler": COUNTED_BY_THE_COMPILER},
         "room": dataclasses.asdict(report.room),
         "layout_per_layer": None if report.per_layer is None else report.per_layer._asdict(),
     }
@@ -102,6 +116,8 @@ def print_report(report: Report) -> None:
             console.print(_program_table(plan, program))
     for refusal in report.refused:
         console.print(f"left out: {refusal}")
+    for line in _left_out(report):
+        console.print(line, highlight=False, markup=False)
     if report.by_model_only is not None:
         console.print(f"[bold]by the model only[/bold]: {report.by_model_only}")
     console.print(_room_text(report))
@@ -109,6 +125,18 @@ def print_report(report: Report) -> None:
         gain = 1 - report.per_layer.seconds / report.per_layer.seconds_with_one
         console.print(f"a layout for each layer could save {gain:.0%} of the layers' time; `load` takes one for all")
     console.print(f'[bold]decodax.load(..., mesh="{report.best.split.text}")[/bold], with the default rules')
+
+
+def _left_out(report: Report) -> list[str]:
+    """A line for each reason, with the first meshes that it speaks against."""
+    meshes: dict[str, list[str]] = {}
+    for one in report.left_out:
+        meshes.setdefault(one.reason, []).append(one.mesh)
+    lines = []
+    for reason, names in meshes.items():
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        lines.append(f"left out: {reason} ({'; '.join(names[:LISTED])}{more})")
+    return lines
 
 
 def _plans_table(report: Report) -> Any:
@@ -138,7 +166,8 @@ def _plans_table(report: Report) -> Any:
 def _time_table(plan: Plan) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"where the time of {plan.split.text} goes, per chip")
+    title = f"where the time of {plan.split.text} goes, per chip"
+    table = Table(title=title, caption=COUNTED_BY_THE_MODEL, caption_justify="left")
     table.add_column("")
     for heading in ("token\nms", "mean-\nwhile", "chunk of a\nprompt, ms", "mean-\nwhile"):
         table.add_column(heading, justify="right", overflow="fold")
@@ -170,7 +199,7 @@ def _program_table(plan: Plan, program: Program) -> Any:
     title = (
         f"compiled for {plan.topology.name}: {program.what} of {plan.split.text}{layers}, in {program.seconds:.0f} s"
     )
-    table = Table(title=title, show_header=False)
+    table = Table(title=title, show_header=False, caption=COUNTED_BY_THE_COMPILER, caption_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
     for words, size in (
@@ -195,8 +224,10 @@ def _program_table(plan: Plan, program: Program) -> Any:
 
 def _room_text(report: Report) -> str:
     plan, room = report.best, report.room
+    more = " or more" if room.most_rows + plan.split.degree("data") > MOST_ROWS else ""
+    whole = " (the model's context)" if room.is_whole_context else ""
     return (
-        f"room for {room.most_rows:,} rows of {plan.workload.context:,} tokens, or {plan.workload.batch} rows of "
-        f"{room.most_tokens:,}; a further token of every row takes {room.cached_token_bytes:,.0f} bytes on a chip; "
-        f"one row's cache goes to the host in {room.switch_seconds * 1e3:.1f} ms"
+        f"room for {room.most_rows:,}{more} rows of {plan.workload.context:,} tokens, or {plan.workload.batch} rows of "
+        f"{room.most_tokens:,}{whole}; a further token of every row takes {room.cached_token_bytes:,.0f} bytes on a "
+        f"chip; one row's cache goes to the host in {room.switch_seconds * 1e3:.1f} ms"
     )

@@ -8,13 +8,14 @@ layout for every layer. Its dynamic programme is in `layerwise.py`; here all lay
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from decodax.decoding.state import MAX_CHUNK_TOKENS
 from decodax.layers.moe.layer import MoEConfig
 from decodax.models.config import ModelConfig
+from decodax.sharding.fitting import unsupported_reason
 from decodax.sharding.mesh import read_mesh_shape
 from decodax.sharding.pipeline import ONE_CHUNK, Schedule, best_micro_batches, find_stages
 from decodax.sharding.plan.cost import Cost, cost
@@ -26,6 +27,7 @@ from decodax.sharding.rules import MESH_AXES
 
 Objective = Literal["time-to-first-token", "time-per-token", "throughput", "fit"]
 OBJECTIVES: tuple[Objective, ...] = ("time-per-token", "time-to-first-token", "throughput", "fit")
+LISTED = 8  # meshes in an error
 _SAMPLES = 5  # chunks of a long prompt that are looked at; the time of one grows evenly with what stands before it
 
 
@@ -75,6 +77,22 @@ class DoesNotFitError(ValueError):
     """No mesh leaves room for the model."""
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A mesh that is not among the plans, and why."""
+
+    mesh: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """plans: those that fit, the best first. left_out: all other meshes of as many chips."""
+
+    plans: tuple[Plan, ...]
+    left_out: tuple[LeftOut, ...]
+
+
 def best_plans(
     config: ModelConfig,
     topology: Topology,
@@ -83,29 +101,42 @@ def best_plans(
     *,
     mesh: str | None = None,
 ) -> list[Plan]:
-    """Every plan that fits, the best first. mesh: look at this one alone.
+    """Every plan that fits, the best first; arguments and errors are those of `search`."""
+    return list(search(config, topology, workload, objective, mesh=mesh).plans)
 
-    Raises ValueError for a mesh of another size, or that the model or the batch does not divide over;
-    `DoesNotFitError`, with what is missing and the smallest topology that would do, where nothing fits.
+
+def search(
+    config: ModelConfig,
+    topology: Topology,
+    workload: Workload,
+    objective: Objective = "time-per-token",
+    *,
+    mesh: str | None = None,
+) -> Search:
+    """Looks at every mesh. mesh: look at this one alone.
+
+    Raises ValueError for a context that the model does not have, for a mesh of another size, or that the model or the
+    batch does not divide over, with those that would do; `DoesNotFitError`, with what is missing and the smallest
+    topology that would do, where nothing fits.
     """
-    if mesh is not None:
-        candidates = [_asked(mesh, topology, workload)]
-    else:
-        candidates = list(degrees(config, topology.num_chips, workload.batch))
-    plans, refusals = [], []
+    context = config.max_position_embeddings
+    if workload.context > context:
+        raise ValueError(f"context must be at most the model's {context:,} tokens, got {workload.context:,}")
+    candidates = list(_meshes(topology.num_chips)) if mesh is None else [_asked(mesh, topology, workload)]
+    plans, left_out = [], []
     for sizes in candidates:
-        try:
+        reason = why_left_out(config, sizes, workload.batch)
+        if reason is None:
             plans.append(plan_for(config, topology, workload, sizes))
-        except ValueError as error:
-            refusals.append(f"{Split.of(config, sizes).text}: {error}")
+        else:
+            left_out.append(LeftOut(Split.of(config, sizes).text, reason))
     if not plans:
-        raise ValueError(
-            f"{topology.name} has {topology.num_chips} chips, and no mesh of them divides this model. {refusals[0]}"
-        )
+        raise ValueError(_no_mesh(config, topology, workload, mesh, left_out[0]))
     fitting = [plan for plan in plans if plan.memory.free >= 0]
     if not fitting:
         raise DoesNotFitError(_what_is_missing(config, topology, workload, plans))
-    return sorted(fitting, key=lambda plan: plan.score(objective))
+    left_out += [LeftOut(plan.split.text, _too_few(plan)) for plan in plans if plan.memory.free < 0]
+    return Search(tuple(sorted(fitting, key=lambda plan: plan.score(objective))), tuple(left_out))
 
 
 def _asked(mesh: str, topology: Topology, workload: Workload) -> dict[str, int]:
@@ -123,23 +154,48 @@ def _asked(mesh: str, topology: Topology, workload: Workload) -> dict[str, int]:
     return sizes
 
 
+def _no_mesh(config: ModelConfig, topology: Topology, workload: Workload, mesh: str | None, first: LeftOut) -> str:
+    if mesh is None:
+        return (
+            f"{topology.name} has {topology.num_chips} chips, and no mesh of them divides this model: with "
+            f"{first.mesh}, {first.reason}"
+        )
+    others = [Split.of(config, sizes).text for sizes in degrees(config, topology.num_chips, workload.batch)]
+    if not others:
+        return f"{topology.name}: no mesh of its {topology.num_chips} chips divides this model. {first.reason}"
+    more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
+    return (
+        f"the mesh {mesh!r} does not divide this model: {first.reason}; meshes of {topology.num_chips} chips that "
+        f"would do: {'; '.join(others[:LISTED])}{more}"
+    )
+
+
 def degrees(config: ModelConfig, num_chips: int, batch: int) -> Iterator[dict[str, int]]:
-    """Sizes of the mesh axes for so many chips; rows have to divide over data, and layers make stages."""
-    has_experts = any(isinstance(block.feed_forward, MoEConfig) for block in config.blocks)
-    for sizes in _factors(num_chips, len(MESH_AXES)):
-        found: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
-        if batch % found["data"] or not _makes_stages(config, found["pipeline"]):
-            continue
-        if found["expert"] > 1 and not has_experts:
-            continue
-        yield found
+    """Sizes of the mesh axes for so many chips: those that nothing speaks against."""
+    for sizes in _meshes(num_chips):
+        if why_left_out(config, sizes, batch) is None:
+            yield sizes
 
 
-def _makes_stages(config: ModelConfig, count: int) -> bool:
+def why_left_out(config: ModelConfig, sizes: Mapping[str, int], batch: int) -> str | None:
+    """Why a mesh is not looked at; None where rows divide over data, layers make stages, and all weights divide."""
+    rows, stages = sizes.get("data", 1), sizes.get("pipeline", 1)
+    if batch % rows:
+        return f"a batch of {batch} does not divide over data={rows}"
+    if sizes.get("expert", 1) > 1 and not any(isinstance(block.feed_forward, MoEConfig) for block in config.blocks):
+        return "the model has no experts: the axis expert would do what data does"
     try:
-        return count == 1 or bool(find_stages(config.blocks, count, ONE_CHUNK))
-    except ValueError:
-        return False
+        if stages > 1:
+            find_stages(config.blocks, stages, ONE_CHUNK)
+    except ValueError as error:
+        return str(error)
+    return unsupported_reason(config, sizes)
+
+
+def _meshes(num_chips: int) -> Iterator[dict[str, int]]:
+    """Every division of the chips among the axes."""
+    for sizes in _factors(num_chips, len(MESH_AXES)):
+        yield dict(zip(MESH_AXES, sizes, strict=True))
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -214,13 +270,13 @@ def smallest_that_fits(config: ModelConfig, topology: Topology, workload: Worklo
     """The smallest slice of the same chip on which some mesh fits."""
     for larger in topology.larger:
         for sizes in degrees(config, larger.num_chips, workload.batch):
-            try:
-                split = Split.of(config, sizes)
-                if memory_of(split, larger, workload).free >= 0:
-                    return larger
-            except ValueError:
-                continue
+            if memory_of(Split.of(config, sizes), larger, workload).free >= 0:
+                return larger
     return None
+
+
+def _too_few(plan: Plan) -> str:
+    return f"does not fit: a chip has {_gib(-plan.memory.free)} too few"
 
 
 def _gib(num_bytes: int) -> str:

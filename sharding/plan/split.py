@@ -7,7 +7,7 @@ the compiler counts; `tests/sharding/plan/test_compiled.py` compares them.
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -21,11 +21,11 @@ from jax.typing import DTypeLike
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.state import DecodeState, _empty_state
 from decodax.layers.execution import Execution
-from decodax.layers.weight import Weight
+from decodax.layers.weight import Weight, named_weights
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 from decodax.sharding import layout
-from decodax.sharding.mesh import fit_mesh
+from decodax.sharding.mesh import fit_mesh, mesh_text
 from decodax.sharding.pipeline import ONE_CHUNK, find_stages
 from decodax.sharding.rules import COPIES, MESH_AXES, RULES, Rules
 
@@ -58,7 +58,7 @@ class Split:
     @property
     def text(self) -> str:
         """As `decodax.load(mesh=)` and `--mesh` take it."""
-        return ",".join(f"{name}={size}" for name, size in reversed(self.sizes))
+        return mesh_text(dict(self.sizes))
 
     def degree(self, axis: str) -> int:
         return dict(self.sizes).get(axis, 1)
@@ -147,15 +147,6 @@ class Split:
             stored_bytes(self.part_shape(weight, name), name, weight, dtype, int8=int8)
             for name, weight in named_weights(weights)
         )
-
-
-def named_weights(weights: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Weight]]:
-    """The weights of a nested description, with names as in "mixer/query"."""
-    for name, value in weights.items():
-        if isinstance(value, Weight):
-            yield prefix + name, value
-        else:
-            yield from named_weights(value, f"{prefix}{name}/")
 
 
 def stored_bytes(shape: tuple[int, ...], name: str, weight: Weight, dtype: DTypeLike, *, int8: bool) -> int:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from decodax.layers.weight import named_weights
 from decodax.sharding.plan.network import Kind
-from decodax.sharding.plan.split import Split, named_weights, stored_bytes
+from decodax.sharding.plan.split import Split, stored_bytes
 
 Stored = Literal["same", "int8"]
 

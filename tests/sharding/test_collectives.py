@@ -32,9 +32,12 @@ def by_layer(program):
     return counts, [collective for collective in found if collective.layer is None]
 
 
-@pytest.mark.parametrize("kind", ["dense", "mla"])
+@pytest.mark.parametrize("kind", ["dense", "mla", "odd"])
 def test_tensor_parallel_layers_take_two_sums(kind):
-    """Nothing of the size of logits moves, though half of the rows draw: the vocabulary is split to the last choice."""
+    """Nothing of the size of logits moves, though half of the rows draw: the vocabulary is split to the last choice.
+
+    Nor where it has to be padded.
+    """
     program, _ = compiled(kind, "tensor=8")
     counts, others = by_layer(program)
     assert set(map(tuple, (count.items() for count in counts.values()))) == {(("all-reduce", 2),)}

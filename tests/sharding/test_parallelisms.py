@@ -10,11 +10,17 @@ from decodax.decoding.verifiers import ExactMatch
 from tests.sharding import wide
 
 MESHES = ("tensor=8", "tensor=2,data=4", "tensor=2,expert=4", "data=2,expert=2,tensor=2")
-QUICK = {("dense", "tensor=8"), ("moe", "data=2,expert=2,tensor=2"), ("mla", "tensor=2,data=4"), ("linear", "tensor=8")}
-HAS_EXPERTS = ("moe", "mla")
+QUICK = {
+    ("odd", "tensor=8"),
+    ("dense", "tensor=8"),
+    ("moe", "data=2,expert=2,tensor=2"),
+    ("mla", "tensor=2,data=4"),
+    ("linear", "tensor=8"),
+}
+HAS_EXPERTS = ("moe", "mla", "odd_moe")
 CASES = [
     pytest.param(kind, mesh, marks=() if (kind, mesh) in QUICK else pytest.mark.slow)
-    for kind in wide.LAYERS
+    for kind in wide.LAYERS | wide.ODD_LAYERS
     for mesh in MESHES
     if "expert" not in mesh or kind in HAS_EXPERTS
 ]

@@ -45,6 +45,15 @@ LAYERS = {
     "mla": ((LATENT, MLP), (LATENT, EXPERTS)),
     "linear": ((LINEAR, MLP), (DELTA, MLP)),
 }
+ODD_VOCABULARY = 131
+ODD_MLP = GatedMLPConfig(41, "gelu", bias=True)
+ODD_EXPERTS = MoEConfig(TopK(8, 2, "softmax", renormalise=True), 17, bias=True, shared=GatedMLPConfig(23))
+# Vocabularies and feed-forward widths that no mesh divides: there they are padded.
+ODD_LAYERS = {
+    "odd": ((GROUPED, GatedMLPConfig(37)), (WINDOWED, ODD_MLP)),
+    "odd_tied": ((GROUPED, ODD_MLP), (WINDOWED, ODD_MLP)),
+    "odd_moe": ((GROUPED, ODD_MLP), (WINDOWED, ODD_EXPERTS)),
+}
 
 
 # Seen with the linear model on two cores, with and without XLA's concurrent scheduler; not with JAX 0.12.
@@ -66,8 +75,10 @@ def runnable(cases: list) -> list:
 @cache
 def model_of(kind: str, mesh: str | None = None, **execution: Any) -> Model:
     """The model over the mesh of this text, by default on one device."""
-    blocks = tuple(BlockConfig(mixer, feed_forward, NORM) for mixer, feed_forward in LAYERS[kind])
-    config = ModelConfig(VOCABULARY, WIDTH, 512, blocks, NORM, tie_embeddings=False)
+    layers = (LAYERS | ODD_LAYERS)[kind]
+    blocks = tuple(BlockConfig(mixer, feed_forward, NORM) for mixer, feed_forward in layers)
+    vocabulary = ODD_VOCABULARY if kind in ODD_LAYERS else VOCABULARY
+    config = ModelConfig(vocabulary, WIDTH, 512, blocks, NORM, tie_embeddings=kind == "odd_tied")
     if mesh is None:
         return Model(config)
     return Model(config, execution=Execution(mesh=fit_mesh(read_mesh(mesh), config), **execution))
@@ -104,7 +115,7 @@ def draft_model(kind: str, model: Model) -> Model:
 
 def start(model: Model, params: dict) -> decoding.DecodeState:
     """The state of the eight prompts, half of them to be sampled."""
-    sampling = decoding.Sampling.create(NUM_ROWS, VOCABULARY, temperature=[0.0, 0.8] * 4, top_p=0.9)
+    sampling = decoding.Sampling.create(NUM_ROWS, model.config.vocab_size, temperature=[0.0, 0.8] * 4, top_p=0.9)
     rows = np.arange(NUM_ROWS)
     return decoding.init(model, params, PROMPTS, LENGTHS, NEW, rows, sampling=sampling, stop_token_ids=NO_STOPS)
 

@@ -42,3 +42,10 @@ def test_one_more_would_not_fit(sizes, step):
 
     assert free(batch=found.most_rows) >= 0 > free(batch=found.most_rows + step)
     assert free(context=found.most_tokens) >= 0 > free(context=found.most_tokens + 128)
+    assert not found.is_whole_context
+
+
+def test_no_more_tokens_than_the_models_context():
+    config = config_of("Llama-3.1-8B", max_position_embeddings=8100)  # there would be room for more
+    found = room(plan_for(config, parse_topology("v5e:2x4"), Workload(8, 2048), {"tensor": 8}))
+    assert found.most_tokens == 8100 and found.is_whole_context

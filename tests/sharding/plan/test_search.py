@@ -8,7 +8,15 @@ import pytest
 from decodax.sharding.plan.cost import cost
 from decodax.sharding.plan.memory import Workload, memory_of
 from decodax.sharding.plan.parts import forward_parts
-from decodax.sharding.plan.search import OBJECTIVES, DoesNotFitError, best_plans, degrees, micro_batches, plan_for
+from decodax.sharding.plan.search import (
+    OBJECTIVES,
+    DoesNotFitError,
+    best_plans,
+    degrees,
+    micro_batches,
+    plan_for,
+    search,
+)
 from decodax.sharding.plan.split import Split
 from decodax.sharding.plan.topology import parse_topology
 from decodax.sharding.rules import MESH_AXES
@@ -63,8 +71,35 @@ def test_the_mesh_that_was_asked_for():
         best_plans(LLAMA, V5E_8, Workload(3, 2048), mesh="data=8")
     with pytest.raises(ValueError, match="a mesh has axes data, pipeline, context, expert, tensor"):
         best_plans(LLAMA, V5E_8, Workload(8, 2048), mesh="tensors=8")
-    with pytest.raises(ValueError, match=r"axis V of 128259 does not divide over the 8 devices"):
-        best_plans(config_of("Llama-3.1-8B", vocab_size=128259), V5E_8, Workload(8, 2048), mesh="tensor=8")
+    padded = best_plans(config_of("Llama-3.1-8B", vocab_size=128259), V5E_8, Workload(8, 2048), mesh="tensor=8")[0]
+    even = best_plans(config_of("Llama-3.1-8B", vocab_size=128264), V5E_8, Workload(8, 2048), mesh="tensor=8")[0]
+    assert padded.memory.weights == even.memory.weights > 0
+
+
+def test_what_is_left_out_says_why():
+    """Nine query heads on eight chips: seven meshes divide the model, as 30 layers make two stages."""
+    config = config_of("Llama-3.1-8B", num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30, head_dim=128)
+    found = search(config, V5E_8, Workload(8, 2048))
+    assert len(found.plans) == 7 and all("tensor" not in plan.split.text for plan in found.plans)
+    reasons = {one.mesh: one.reason for one in found.left_out}
+    assert not {plan.split.text for plan in found.plans} & set(reasons) and len(reasons) + 7 == math.comb(7, 4)
+    assert (
+        "its axis N of 9 query heads does not divide over the 2 devices of mesh axis tensor"
+        in reasons["tensor=2,data=4"]
+    )
+    assert "30 layers do not divide into 8 pipeline stages" in reasons["pipeline=8"]
+    assert "no experts" in reasons["expert=8"]
+    with pytest.raises(ValueError, match=r"'tensor=2,data=4' does not divide this model: .*query") as error:
+        search(config, V5E_8, Workload(8, 2048), mesh="tensor=2,data=4")
+    listed = str(error.value).partition("that would do: ")[2].split("; ")
+    assert sorted(listed) == sorted(plan.split.text for plan in found.plans)
+    three = search(config, V5E_8, Workload(3, 2048)).left_out
+    assert any(one.reason == "a batch of 3 does not divide over data=8" for one in three)
+
+
+def test_a_context_that_the_model_does_not_have():
+    with pytest.raises(ValueError, match=r"context must be at most the model's 8,192 tokens, got 8,193"):
+        best_plans(config_of("Llama-3.1-8B", max_position_embeddings=8192), V5E_8, Workload(8, 8193))
 
 
 def test_a_model_that_cannot_fit_says_by_how_much_and_where_it_would():
@@ -78,7 +113,9 @@ def test_a_model_that_cannot_fit_says_by_how_much_and_where_it_would():
         r"a chip needs ([\d.]+) GiB", r"and has ([\d.]+) GiB", r": ([\d.]+) GiB too few",
     ))  # fmt: skip
     assert missing == pytest.approx(needed - had, abs=0.011) and had == 15.75
-    fits = best_plans(config_of("Llama-3.1-70B"), V5E_16, workload)
+    found = search(config_of("Llama-3.1-70B"), V5E_16, workload)
+    assert any(one.reason.startswith("does not fit: a chip has") for one in found.left_out)
+    fits = found.plans
     assert fits and fits[0].memory.free >= 0
     with pytest.raises(DoesNotFitError, match="no larger slice of NVIDIA H100 SXM would do"):
         best_plans(config_of("DeepSeek-V3"), parse_topology("gpu:h100x8"), workload)

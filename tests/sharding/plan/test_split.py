@@ -52,7 +52,9 @@ def test_text_is_what_load_takes():
 def test_what_does_not_divide_is_named():
     config = config_of("Llama-3.1-8B", num_hidden_layers=1)
     split = Split.of(config, {"tensor": 3})
-    with pytest.raises(ValueError, match="mixer/query: its axis N of 32 does not divide over the 3 devices"):
+    with pytest.raises(
+        ValueError, match="mixer/query: its axis N of 32 query heads does not divide over the 3 devices"
+    ):
         split.weight_bytes(config.weights(), "bfloat16")
 
 
