@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import decodax
 from decodax.catalogue import KINDS, catalogue, module_of
-from decodax.cli import app, session
+from decodax.cli import program_cache, session
+from decodax.cli.app import app
 from decodax.cli.bench import weight_bytes_per_step
 from decodax.cli.generate import generate as generate_command
 from decodax.decoding.generation import Generation, Stats
@@ -352,7 +353,7 @@ def test_the_version_is_printed():
 
 @pytest.fixture
 def settings():
-    """Puts back what `use_compilation_cache` changes for the whole process."""
+    """Puts back what `program_cache.use` changes for the whole process."""
     names = ("persistent_cache_min_compile_time_secs", "compilation_cache_dir", "compilation_cache_max_size")
     before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
@@ -363,18 +364,18 @@ def settings():
 
 def test_the_cache_is_bounded_and_yields_to_the_user_s_own(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    session.use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == str(session.cache_folder())
-    assert session.cache_folder().is_relative_to(tmp_path / "decodax")
-    assert jax.config.jax_compilation_cache_max_size == session.MAX_CACHE_BYTES
+    program_cache.use()
+    assert jax.config.jax_compilation_cache_dir == str(program_cache.folder())
+    assert program_cache.folder().is_relative_to(tmp_path / "decodax")
+    assert jax.config.jax_compilation_cache_max_size == program_cache.MAX_BYTES
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0  # JAX's own 1 s leaves most programs out
     jax.config.update("jax_compilation_cache_dir", "chosen")
-    session.use_compilation_cache()
+    program_cache.use()
     assert jax.config.jax_compilation_cache_dir == "chosen"
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(settings, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
     with pytest.warns(UserWarning, match="cannot be written"):
-        session.use_compilation_cache()
+        program_cache.use()
     assert jax.config.jax_compilation_cache_dir is None

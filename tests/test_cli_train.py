@@ -13,7 +13,7 @@ import tokenizers
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli import app
+from decodax.cli.app import app
 from decodax.cli.train import train
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.text_windows import TextWindows
