@@ -77,6 +77,8 @@ def _leave(code: int) -> NoReturn:
     with contextlib.suppress(OSError):
         if os.isatty(2):
             os.write(2, _SHOW_CURSOR)
+        if _unsaved.is_set():
+            os.write(2, b"stopped before the last steps were saved: the same command goes on from its last checkpoint\n")
     os._exit(code)
 
 

@@ -1,28 +1,67 @@
 """`decodax methods`: everything the library can plug in, from the catalogue."""
 
 import json
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 from decodax.cli import session
 
+if TYPE_CHECKING:
+    from decodax.catalogue import Method
+
 
 def methods(as_json: session.Json = False, debug: session.Debug = False) -> None:
-    """List every method: name, kind, folder, paper, lossless, trained part, test."""
+    """List every method: name, kind, whether it is lossless, paper, trained part.
+
+    On a terminal that is a table; into a pipe or a file, a line for each method, whole. --json tells also the folder
+    and the test of each.
+    """
     with session.reported_errors(debug):
         from decodax.catalogue import catalogue
 
         rows = catalogue()
         if as_json:
             print(json.dumps([asdict(row) for row in rows]))
-            return
-        from rich.console import Console
-        from rich.table import Table
+        elif sys.stdout.isatty():
+            _print_table(rows)
+        else:
+            print("\n".join(lines(rows)))
 
-        table = Table(caption="--json tells also the folder and the test of each")
-        for heading in ("name", "kind", "lossless"):
-            table.add_column(heading, no_wrap=True)
-        table.add_column("paper")
-        table.add_column("trained part")
-        for row in rows:
-            table.add_row(row.name, row.kind, "yes" if row.lossless else "no", row.paper, row.trained_part or "-")
-        Console().print(table)
+
+def lines(rows: Sequence["Method"]) -> list[str]:
+    """One line for each method: three columns, then texts of any length, "-" where there is nothing to say."""
+    names, kinds = (max(len(getattr(row, field)) for row in rows) for field in ("name", "kind"))
+    return [
+        f"{row.name:{names}}  {row.kind:{kinds}}  {'lossless' if row.lossless else '-':8}  {row.paper or '-'}"
+        + (f"; trained part: {row.trained_part}" if row.trained_part else "")
+        for row in rows
+    ]
+
+
+def _print_table(rows: Sequence["Method"]) -> None:
+    """A line for each method, as wide as the terminal, kind by kind; of papers the numbers, and what fits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), caption="through a pipe, or with --json: whole titles, trained parts")
+    for heading in ("name", "lossless", "trained"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("paper (arXiv)", no_wrap=True, overflow="ellipsis")
+    for kind, members in groupby(rows, key=lambda row: row.kind):
+        table.add_row(f"[bold]{kind}[/bold]")
+        for row in members:
+            lossless, trained = ("yes" if told else "-" for told in (row.lossless, row.trained_part))
+            table.add_row(f"  {row.name}", lossless, trained, _shortest(row.paper))
+    Console().print(table)
+
+
+def _shortest(paper: str | None) -> str:
+    """The arXiv numbers of the papers, then their titles."""
+    if paper is None:
+        return "-"
+    numbers = re.findall(r"arXiv (\d{4}\.\d{4,5})", paper)
+    return f"{', '.join(numbers)} {re.sub(r' *[(]arXiv [^)]*[)]', '', paper)}"
