@@ -116,7 +116,7 @@ def _run(lm: decodax.LanguageModel, texts: list[str], options: dict[str, Any], a
     else:
         out = _stream(lm, texts[0], options) if len(texts) == 1 else _generate_quietly(lm, texts, options)
         if len(texts) > 1:
-            print("\n\n".join(_bold(text) + new for text, new in zip(texts, out.text or (), strict=True)))
+            print("\n\n".join(session.bold(text) + new for text, new in zip(texts, out.text or (), strict=True)))
         print(_summary(out.stats, out.finish_reasons), file=sys.stderr)
     failed = [str(row) for row, reason in enumerate(out.finish_reasons) if reason == "failed"]
     if failed:
@@ -196,13 +196,9 @@ class _Writer:
 
     def __call__(self, row: int, piece: str) -> None:
         self.before()
-        sys.stdout.write(_bold(self.prompt) + piece)
+        sys.stdout.write(session.bold(self.prompt) + piece)
         sys.stdout.flush()
         self.prompt = ""
-
-
-def _bold(text: str) -> str:
-    return f"\x1b[1m{text}\x1b[0m" if text and sys.stdout.isatty() else text
 
 
 def _summary(stats: Stats, finish_reasons: list[str]) -> str:

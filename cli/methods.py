@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,7 +28,7 @@ def methods(as_json: session.Json = False, debug: session.Debug = False) -> None
         if as_json:
             print(json.dumps([asdict(row) for row in rows]))
         elif sys.stdout.isatty():
-            _print_table(rows)
+            print("\n".join(table(rows, shutil.get_terminal_size().columns)))
         else:
             print("\n".join(lines(rows)))
 
@@ -42,21 +43,17 @@ def lines(rows: Sequence["Method"]) -> list[str]:
     ]
 
 
-def _print_table(rows: Sequence["Method"]) -> None:
-    """A line for each method, as wide as the terminal, kind by kind; of papers the numbers, and what fits."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), caption="through a pipe, or with --json: whole titles, trained parts")
-    for heading in ("name", "lossless", "trained"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("paper (arXiv)", no_wrap=True, overflow="ellipsis")
+def table(rows: Sequence["Method"], width: int) -> list[str]:
+    """Kind by kind a line for each method, at most so wide; of papers the numbers first, as what is left is cut."""
+    names = max(len(row.name) for row in rows)
+    shown = [f"  {'name':{names}}  lossless  trained  paper (arXiv)"]
     for kind, members in groupby(rows, key=lambda row: row.kind):
-        table.add_row(f"[bold]{kind}[/bold]")
+        shown += ["", session.bold(kind)]
         for row in members:
             lossless, trained = ("yes" if told else "-" for told in (row.lossless, row.trained_part))
-            table.add_row(f"  {row.name}", lossless, trained, _shortest(row.paper))
-    Console().print(table)
+            line = f"  {row.name:{names}}  {lossless:8}  {trained:7}  {_shortest(row.paper)}"
+            shown.append(line if len(line) <= width else f"{line[: max(width - 3, 0)]}...")
+    return [*shown, "", "--json, or a pipe, shows whole titles, and what has to be trained"]
 
 
 def _shortest(paper: str | None) -> str:

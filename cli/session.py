@@ -98,6 +98,11 @@ def _warning_printer() -> Callable[..., None]:
     return show
 
 
+def bold(text: str) -> str:
+    """The text, set off on a terminal that can do that."""
+    return f"\x1b[1m{text}\x1b[0m" if text and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else text
+
+
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[], None]]:
     """Shows on stderr that work goes on, from its second second; gives a function that ends the display early."""
