@@ -1,10 +1,10 @@
 """Ends the command on Ctrl-C or SIGTERM, whatever runs.
 
-Python raises KeyboardInterrupt between two instructions of the main thread alone: not while XLA compiles, or runs a loop
-for minutes. And where it raises it, it may be inside a callback, from which exceptions are dropped. So nothing is raised
-here. Python's handler in C writes the signal's number into a socket even then; a thread reads it there, and ends the
-process with `os._exit`: an ordinary exit would take XLA's data from under the threads that still work with it, and
-crash. Files stay whole without any further ado: those of decodax are replaced once their successors are complete.
+Python raises KeyboardInterrupt between two instructions of the main thread alone: not while XLA compiles or runs a
+loop, for minutes. And where it raises it, it may be inside a callback, from which exceptions are dropped. So nothing is
+raised here. Python's handler in C writes the signal's number into a socket even then; a thread reads it there, and ends
+the process with `os._exit`: an ordinary exit would take XLA's data from under the threads that still work with it, and
+crash. Files stay whole without further ado: those of decodax are replaced once their successors are complete.
 
 Work that no file holds yet (the steps of a training) may be given time to be saved: `unsaved`. A second signal ends
 the process at once all the same. Signals that are ignored when the command starts (`nohup`, jobs in the background of a
@@ -22,6 +22,7 @@ from typing import NoReturn
 INTERRUPTED = 128 + signal.SIGINT  # an exit code, as shells count them
 _SAVING_SECONDS = {signal.SIGINT: 1.5, signal.SIGTERM: 30.0}  # who presses Ctrl-C waits; who sends SIGTERM may not
 _FLUSHING_SECONDS = 0.2  # a full pipe that nobody reads would hold it up for ever
+_LOST = b"stopped before the last steps were saved: the same command goes on from its last checkpoint\n"
 _SHOW_CURSOR = b"\r\x1b[K\x1b[?25h"  # a progress display hides it, and draws into the line it is in
 
 _received: list[int] = []
@@ -78,7 +79,7 @@ def _leave(code: int) -> NoReturn:
         if os.isatty(2):
             os.write(2, _SHOW_CURSOR)
         if _unsaved.is_set():
-            os.write(2, b"stopped before the last steps were saved: the same command goes on from its last checkpoint\n")
+            os.write(2, _LOST)
     os._exit(code)
 
 

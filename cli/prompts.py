@@ -19,7 +19,8 @@ class PromptCommand(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except _UsageError as error:
-            if hasattr(error, "option_name") and not getattr(error, "possibilities", None):
+            name = getattr(error, "option_name", None)
+            if name is not None and (" " in name or not getattr(error, "possibilities", None)):
                 error.message += f'. A prompt that begins with - comes after --, like: {ctx.command_path} -- "-x"'
             raise
 

@@ -1,5 +1,6 @@
 """Starts `decodax` as a process of its own, in which the command is a few lines of Python: its frame without JAX."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,19 @@ main()
 """
 
 
-def start(app: str, **options: Any) -> subprocess.Popen[str]:
-    """`app` is Python that defines `app(prog_name)`, what Typer's commands are otherwise."""
+def start(app: str, redirections: str = "", **options: Any) -> subprocess.Popen[str]:
+    """`app` is Python that defines `app(prog_name)`, what Typer's commands are otherwise.
+
+    redirections: a shell's, such as `>&-`, or what it shall do first, before a semicolon.
+    """
+    before, _, after = redirections.rpartition(";")
+    script = f'{before}\nexec "$0" "$@" {after}'
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", _FRAME, app], cwd=ROOT, text=True, **(pipes | options))
+    environment = {**os.environ, **options.pop("env", {})}
+    return subprocess.Popen(
+        ["sh", "-c", script, sys.executable, "-c", _FRAME, app], cwd=ROOT, text=True, env=environment,
+        **(pipes | options),
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str, str]:
