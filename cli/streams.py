@@ -12,6 +12,7 @@ import os
 import sys
 from typing import Any
 
+_NARROWEST = 20  # characters in a line of a terminal
 READER_GONE = 141  # as shells count it: 128 + SIGPIPE
 
 
@@ -42,6 +43,9 @@ def prepare() -> None:
     """To be called first, before anything opens a file or prints."""
     stdout_is_open = sys.stdout is not None
     _reserve_numbers()
+    width = os.environ.get("COLUMNS", "")
+    if not (width.isdecimal() and int(width) >= _NARROWEST):
+        os.environ.pop("COLUMNS", None)  # 0, say, from some job runners: Rich would print nothing at all
     if os.name != "nt":  # its consoles are no files
         sys.stdout = _over(_Output(1, "w", closefd=False), sys.stdout)
         sys.stderr = _over(_Messages(2, "w", closefd=False), sys.stderr)

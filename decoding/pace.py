@@ -1,7 +1,7 @@
 """How many tokens one call of the compiled loop may write, so that it comes back often enough for Ctrl-C.
 
-Python raises KeyboardInterrupt only between two calls. A call costs some 0.3 ms beside the tokens, so it should write
-many: as many as fit into half a second, by how long the last call took.
+Python raises KeyboardInterrupt only between two calls. A call costs up to a millisecond beside the tokens, so it should
+write many: as many as fit into half a second, by how long the last call took.
 """
 
 import time

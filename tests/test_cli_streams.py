@@ -68,6 +68,12 @@ def test_what_an_encoding_lacks_is_escaped(encoding: str, shown: str):
     assert command.finish(process) == (0, shown + "\n", "")
 
 
+@pytest.mark.parametrize(("columns", "kept"), [("0", None), ("-5", None), ("wide", None), ("3", None), ("72", "72")])
+def test_a_width_that_no_terminal_has_is_not_believed(columns: str, kept: str | None):
+    process = command.start("def app(prog_name): import os; print(os.environ.get('COLUMNS'))", env={"COLUMNS": columns})
+    assert command.finish(process) == (0, f"{kept}\n", "")
+
+
 def test_an_error_of_another_file_is_not_one_of_stdout():
     broken = "def app(prog_name): raise BrokenPipeError(32, 'of a socket')"
     code, _, err = command.finish(command.start(broken))

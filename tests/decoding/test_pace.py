@@ -1,5 +1,7 @@
 """How long a call of the compiled loop is: about half a second, by what calls took, and the same in every process."""
 
+from itertools import pairwise
+
 import pytest
 
 from decodax.decoding import pace
@@ -26,7 +28,7 @@ def test_calls_take_half_a_second_however_long_a_token_takes(clock):
         paced = pace.Pace(None, 0.1)
         tokens = [call(paced, clock, seconds) for _ in range(4)]
         assert tokens[0] == 5 and tokens[-1] == expected
-        assert all(after <= 16 * before for before, after in zip(tokens, tokens[1:], strict=False))
+        assert all(after <= 16 * before for before, after in pairwise(tokens))
 
 
 def test_compiling_does_not_count(clock):
