@@ -23,7 +23,7 @@ INTERRUPTED = 128 + signal.SIGINT  # an exit code, as shells count them
 _SAVING_SECONDS = {signal.SIGINT: 1.5, signal.SIGTERM: 30.0}  # who presses Ctrl-C waits; who sends SIGTERM may not
 _FLUSHING_SECONDS = 0.2  # a full pipe that nobody reads would hold it up for ever
 _LOST = b"stopped before the last steps were saved: the same command goes on from its last checkpoint\n"
-_SHOW_CURSOR = b"\r\x1b[K\x1b[?25h"  # a progress display hides it, and draws into the line it is in
+_SHOW_CURSOR = b"\x1b[?25h"  # a progress display hides it
 
 _received: list[int] = []
 _unsaved = threading.Event()
@@ -76,8 +76,8 @@ def _leave(code: int) -> NoReturn:
         flushing.start()
         flushing.join(_FLUSHING_SECONDS)
     with contextlib.suppress(OSError):
-        if os.isatty(2):
-            os.write(2, _SHOW_CURSOR)
+        if os.isatty(2):  # what comes next, such as the shell's prompt, begins a line
+            os.write(2, b"\n" if os.environ.get("TERM") == "dumb" else _SHOW_CURSOR + b"\n")
         if _unsaved.is_set():
             os.write(2, _LOST)
     os._exit(code)

@@ -81,7 +81,13 @@ def reported_errors(debug: bool) -> Iterator[None]:
 
 
 def print_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_shown(message)}", file=sys.stderr)
+
+
+def _shown(message: str) -> str:
+    """A message without what a terminal would obey: names of files and tensors may hold anything."""
+    escaped = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
+    return "".join(escaped)
 
 
 def _warning_printer() -> Callable[..., None]:
@@ -92,7 +98,7 @@ def _warning_printer() -> Callable[..., None]:
         nonlocal cache_is_told
         problem = program_cache.explain(str(message))
         if problem is None or not cache_is_told:
-            print(f"warning: {problem or message}", file=sys.stderr)
+            print(f"warning: {_shown(problem or str(message))}", file=sys.stderr)
         cache_is_told |= problem is not None
 
     return show

@@ -218,6 +218,11 @@ def test_a_prompt_that_is_no_text_is_refused(folder, tmp_path):
     assert result.exit_code == 1 and f"{file} must be text in UTF-8" in result.stderr
 
 
+def test_an_error_gives_a_terminal_no_orders():
+    result = run("generate", "ab", "--model", "no\x1b[31m\udcff", "--no-compilation-cache")
+    assert "no\\x1b[31m\\udcff" in result.stderr and "\x1b" not in result.stderr
+
+
 def test_debug_shows_where_it_failed():
     result = run("generate", "ab", "--model", "/no/such/folder", "--debug", "--no-compilation-cache")
     assert isinstance(result.exception, FileNotFoundError)

@@ -64,6 +64,17 @@ def test_a_full_pipe_does_not_hold_it_up():
     command.finish(process)
 
 
+@pytest.mark.parametrize(("terminal", "expected"), [("xterm", "\x1b[?25h\n"), ("dumb", "\n")])
+def test_a_terminal_gets_its_cursor_back_and_a_new_line(terminal: str, expected: str):
+    ours, theirs = os.openpty()
+    process = command.start(app("print('begun', flush=True)", BUSY), stderr=theirs, env={"TERM": terminal})
+    os.close(theirs)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    assert ended(process, signal.SIGINT) == (130, "", None)
+    assert os.read(ours, 99).decode().replace("\r\n", "\n") == expected
+    os.close(ours)
+
+
 def test_ignored_signals_stay_ignored():
     ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # as for a script's job in the background
     lines = [BEGIN, "import sys, time", "while not sys.stdin.readline(): time.sleep(0.01)", "print('done')"]

@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(model, text, uninterrupted
             staged.mkdir()
             (tmp_path / "draft" / "draft.json").rename(staged / "draft.json")
             (tmp_path / "draft" / "config.json").unlink()
-            with (tmp_path / "draft.run" / "log.jsonl").open("a") as log:
+            with (tmp_path / "work" / "log.jsonl").open("a") as log:
                 log.write('{"step": 1')
         ended = run(*arguments)
         assert ended.exit_code == 0 and "trained on 420 tokens" in ended.stdout
