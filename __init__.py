@@ -1,15 +1,34 @@
-"""decodax: run language models fast in JAX, and research how to run them faster.
+"""decodax: run language models fast, and research how to run them faster.
 
 import decodax
 
 lm = decodax.load()                                   # the embedded model; or a folder, or a hub id
 out = decodax.generate(lm, ["def fib(n):"], max_new_tokens=64)
 print(out.text[0], out.stats.tokens_per_second)
+
+What is named here is imported when it is first used: the command line has to be ready for Ctrl-C before JAX and the
+rest are imported, which takes seconds.
 """
 
-from decodax import decoding
-from decodax.api import Generation, LanguageModel, generate, load, logits
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from decodax import decoding
+    from decodax.api import Generation, LanguageModel, generate, load, logits
 
 __version__ = "0.1.0"
 
 __all__ = ["Generation", "LanguageModel", "decoding", "generate", "load", "logits"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = import_module("decodax.decoding") if name == "decoding" else getattr(import_module("decodax.api"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

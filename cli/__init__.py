@@ -1,5 +1,32 @@
-"""The `decodax` command: generate, bench, methods, plan, train."""
+"""The `decodax` command: generate, bench, convert, methods, plan, train.
 
-from decodax.cli.app import app, main
+Only what handles Ctrl-C and the standard streams is imported at first; the commands, and JAX with them, come after.
+"""
 
-__all__ = ["app", "main"]
+import sys
+
+from decodax.cli import interrupts, streams
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Runs the command line and ends the process with its exit code."""
+    streams.prepare()
+    interrupts.install()
+    try:
+        from decodax.cli.app import app
+
+        app(prog_name="decodax")
+        code: int | str | None = 0
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:  # where no thread watches: on Windows
+        code = interrupts.INTERRUPTED
+    except OSError as error:  # raised by --help, say
+        if not streams.is_of_stdout(error):
+            raise
+        code = 1
+    code = streams.finish(code)
+    interrupts.leave_if_asked(code)
+    sys.exit(code)

@@ -5,13 +5,13 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import decodax
-from decodax.cli import hosts, session
+from decodax.cli import hosts, program_cache, session
+from decodax.cli.prompts import as_text, read_prompts
 from decodax.decoding.generation import Generation, Stats
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.strategies import METHODS as STRATEGIES
@@ -74,7 +74,7 @@ def generate(
     """Continue prompts with a language model.
 
     One prompt is streamed to stdout as it is written, several follow one another when all are done. A line of
-    statistics goes to stderr.
+    statistics goes to stderr. Prompts that begin with - come after the options and a --.
 
     Example: decodax generate "def fibonacci(n):" --max-new-tokens 64
     """
@@ -91,7 +91,7 @@ def generate(
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=_read_biases(logit_bias),
-            stop=tuple(stop or ()),
+            stop=tuple(as_text(text, "a stop text") for text in stop or ()),
             stop_token_ids=_read_ids(stop_token_ids),
             seed=seed,
             strategy=_check_strategy(strategy),
@@ -99,9 +99,9 @@ def generate(
             draft_tokens=_read_draft_tokens(draft_tokens),
             block_tokens=block_tokens,
         )
-        texts = _read_prompts(prompts or [], file or [])
+        texts = read_prompts(prompts or [], file or [])
         if compilation_cache:
-            session.use_compilation_cache()
+            program_cache.use()
         with hosts.joined(distributed, num_processes, process_id, join_timeout, mesh):
             lm = decodax.load(model, dtype=dtype, mesh=mesh, invariant=invariant, adapter=adapter)
             _check_values(lm, options, len(texts))
@@ -116,7 +116,7 @@ def _run(lm: decodax.LanguageModel, texts: list[str], options: dict[str, Any], a
     else:
         out = _stream(lm, texts[0], options) if len(texts) == 1 else _generate_quietly(lm, texts, options)
         if len(texts) > 1:
-            print("\n\n".join(_bold(text) + new for text, new in zip(texts, out.text or (), strict=True)))
+            print("\n\n".join(session.bold(text) + new for text, new in zip(texts, out.text or (), strict=True)))
         print(_summary(out.stats, out.finish_reasons), file=sys.stderr)
     failed = [str(row) for row, reason in enumerate(out.finish_reasons) if reason == "failed"]
     if failed:
@@ -175,24 +175,6 @@ def _read_biases(items: list[str] | None) -> dict[int, float] | None:
     return biases or None
 
 
-def _read_prompts(prompts: list[str], files: list[str]) -> list[str]:
-    sources = [*(prompt for prompt in prompts if prompt == "-"), *(file for file in files if file == "-")]
-    if len(sources) > 1:
-        raise typer.BadParameter("stdin (-) can be read once, and was named several times")
-    texts = [_read("-") if prompt == "-" else prompt for prompt in prompts] + [_read(file) for file in files]
-    if not texts:
-        raise typer.BadParameter("a prompt is needed: some text, --file FILE, or - for stdin")
-    return texts
-
-
-def _read(file: str) -> str:
-    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{'stdin' if file == '-' else file} must be text in UTF-8: {error}") from error
-
-
 def _generate_quietly(lm: decodax.LanguageModel, texts: list[str], options: dict[str, Any]) -> Generation:
     with session.progress("generating"):
         return decodax.generate(lm, texts, **options)
@@ -214,13 +196,9 @@ class _Writer:
 
     def __call__(self, row: int, piece: str) -> None:
         self.before()
-        sys.stdout.write(_bold(self.prompt) + piece)
+        sys.stdout.write(session.bold(self.prompt) + piece)
         sys.stdout.flush()
         self.prompt = ""
-
-
-def _bold(text: str) -> str:
-    return f"\x1b[1m{text}\x1b[0m" if text and sys.stdout.isatty() else text
 
 
 def _summary(stats: Stats, finish_reasons: list[str]) -> str:

@@ -65,7 +65,7 @@ def _only_the_first_speaks() -> Iterator[None]:
         os.dup2(2, 1)
         with contextlib.ExitStack() as stack:
             target = os.dup(output) if distributed.is_first() else os.devnull
-            stream = stack.enter_context(open(target, "w", encoding=encoding, errors="replace"))
+            stream = stack.enter_context(open(target, "w", encoding=encoding, errors="backslashreplace"))
             stack.enter_context(contextlib.redirect_stdout(stream))
             if not distributed.is_first():
                 stack.enter_context(contextlib.redirect_stderr(stream))

@@ -1,28 +1,64 @@
 """`decodax methods`: everything the library can plug in, from the catalogue."""
 
 import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 from decodax.cli import session
 
+if TYPE_CHECKING:
+    from decodax.catalogue import Method
+
 
 def methods(as_json: session.Json = False, debug: session.Debug = False) -> None:
-    """List every method: name, kind, folder, paper, lossless, trained part, test."""
+    """List every method: name, kind, whether it is lossless, paper, trained part.
+
+    On a terminal that is a table; into a pipe or a file, a line for each method, whole. --json tells also the folder
+    and the test of each.
+    """
     with session.reported_errors(debug):
         from decodax.catalogue import catalogue
 
         rows = catalogue()
         if as_json:
             print(json.dumps([asdict(row) for row in rows]))
-            return
-        from rich.console import Console
-        from rich.table import Table
+        elif sys.stdout.isatty():
+            print("\n".join(table(rows, shutil.get_terminal_size().columns)))
+        else:
+            print("\n".join(lines(rows)))
 
-        table = Table(caption="--json tells also the folder and the test of each")
-        for heading in ("name", "kind", "lossless"):
-            table.add_column(heading, no_wrap=True)
-        table.add_column("paper")
-        table.add_column("trained part")
-        for row in rows:
-            table.add_row(row.name, row.kind, "yes" if row.lossless else "no", row.paper, row.trained_part or "-")
-        Console().print(table)
+
+def lines(rows: Sequence["Method"]) -> list[str]:
+    """One line for each method: three columns, then texts of any length, "-" where there is nothing to say."""
+    names, kinds = (max(len(getattr(row, field)) for row in rows) for field in ("name", "kind"))
+    return [
+        f"{row.name:{names}}  {row.kind:{kinds}}  {'lossless' if row.lossless else '-':8}  {row.paper or '-'}"
+        + (f"; trained part: {row.trained_part}" if row.trained_part else "")
+        for row in rows
+    ]
+
+
+def table(rows: Sequence["Method"], width: int) -> list[str]:
+    """Kind by kind a line for each method, at most so wide; of papers the numbers first, as what is left is cut."""
+    names = max(len(row.name) for row in rows)
+    shown = [f"  {'name':{names}}  lossless  trained  paper (arXiv)"]
+    for kind, members in groupby(rows, key=lambda row: row.kind):
+        shown += ["", session.bold(kind)]
+        for row in members:
+            lossless, trained = ("yes" if told else "-" for told in (row.lossless, row.trained_part))
+            line = f"  {row.name:{names}}  {lossless:8}  {trained:7}  {_shortest(row.paper)}"
+            shown.append(line if len(line) <= width else f"{line[: max(width - 3, 0)]}...")
+    return [*shown, "", "--json, or a pipe, shows whole titles, and what has to be trained"]
+
+
+def _shortest(paper: str | None) -> str:
+    """The arXiv numbers of the papers, then their titles."""
+    if paper is None:
+        return "-"
+    numbers = re.findall(r"arXiv (\d{4}\.\d{4,5})", paper)
+    return f"{', '.join(numbers)} {re.sub(r' *[(]arXiv [^)]*[)]', '', paper)}"

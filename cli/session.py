@@ -1,7 +1,5 @@
 """What every command shares: errors as one line, the compilation cache, progress on stderr, versions."""
 
-import hashlib
-import io
 import os
 import platform
 import sys
@@ -9,18 +7,18 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import typer
 
 import decodax
-from decodax.cli import hosts
+from decodax.cli import hosts, program_cache, streams
+from decodax.cli.interrupts import INTERRUPTED
+from decodax.cli.streams import READER_GONE
 from decodax.sharding.rules import MESH_AXES
 
-MAX_CACHE_BYTES = 2**30
-FAILED, INTERRUPTED, READER_GONE = 1, 130, 141  # the last two as shells count them: 128 + SIGINT, 128 + SIGPIPE
+FAILED = 1
 _SILENT_SECONDS = 1.0  # a progress display for less only flickers
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -60,12 +58,9 @@ MeshName = Annotated[
 @contextmanager
 def reported_errors(debug: bool) -> Iterator[None]:
     """Turns whatever goes wrong inside into one line on stderr and an exit code; warnings become lines too."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _print_warning
+            warnings.showwarning = _warning_printer()
             yield
         sys.stdout.flush()
     except BrokenPipeError:
@@ -78,51 +73,40 @@ def reported_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug or isinstance(error, typer.Exit | typer.BadParameter):
             raise
+        if streams.is_of_stdout(error):
+            raise typer.Exit(FAILED) from error
         print_error(hosts.error_prefix() + (str(error) or type(error).__name__))
         hosts.leave_if_joined(FAILED)
         raise typer.Exit(FAILED) from error
 
 
 def print_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_shown(message)}", file=sys.stderr)
 
 
-def _print_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _shown(message: str) -> str:
+    """A message without what a terminal would obey: names of files and tensors may hold anything."""
+    escaped = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
+    return "".join(escaped)
 
 
-def cache_folder() -> Path:
-    """Where compiled programs are kept by default: one folder per kind of processor.
+def _warning_printer() -> Callable[..., None]:
+    """Prints a warning as a line. Of the cache of compiled programs one is enough: JAX gives one for each program."""
+    cache_is_told = False
 
-    Compiled code uses the instructions of the processor it was compiled on, and a home directory may be shared by
-    machines of several kinds.
-    """
-    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = chosen if chosen.is_absolute() else Path.home() / ".cache"
-    processor = f"{platform.machine()} {platform.processor()}"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        processor += next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    return root / "decodax" / "xla" / hashlib.sha256(processor.encode()).hexdigest()[:12]
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        nonlocal cache_is_told
+        problem = program_cache.explain(str(message))
+        if problem is None or not cache_is_told:
+            print(f"warning: {_shown(problem or str(message))}", file=sys.stderr)
+        cache_is_told |= problem is not None
+
+    return show
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, at most MAX_CACHE_BYTES of them; JAX's own environment variables win."""
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
-        return
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        warnings.warn(f"{folder} cannot be written: compiled programs are not kept for the next run", stacklevel=2)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
+def bold(text: str) -> str:
+    """The text, set off on a terminal that can do that."""
+    return f"\x1b[1m{text}\x1b[0m" if text and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else text
 
 
 @contextmanager

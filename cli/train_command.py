@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from decodax.cli import session
+from decodax.cli import interrupts, session
 from decodax.cli import train_options as option
 from decodax.decoding.training.part import PartTraining
 
@@ -81,12 +81,12 @@ def _describe(command: Any, set_up: Callable[..., PartTraining], without: tuple[
 def _carry_out(part_training: PartTraining, out: Path) -> dict[str, Any]:
     """Trains and writes the part; gives its facts. Ends the command where the run was asked to stop."""
     part_training.refuse_foreign(out)
-    trained = part_training.train()
+    trained = part_training.train(unsaved=interrupts.unsaved)
     if not trained.finished:
         print(
             f"stopped at step {trained.step} of {part_training.plan.steps}: the same command goes on", file=sys.stderr
         )
-        raise typer.Exit(session.INTERRUPTED)
+        raise typer.Exit(interrupts.INTERRUPTED)
     with session.progress("measuring"):
         return part_training.export(out, trained.params, trained.step, out / "loss.png")
 

@@ -1,7 +1,7 @@
 """Drives a decoding strategy from prompts to text: the host's part, outside the compiled loop.
 
-The loop runs uninterrupted to the end unless stop strings or streaming ask for a look at the text between blocks of
-tokens.
+The loop runs to the end in calls of about half a second, between which Python can raise KeyboardInterrupt; stop strings
+and streaming ask for a look at the text between blocks of tokens as well.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.compile_clock import compile_seconds
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.options import GenerateOptions
+from decodax.decoding.pace import Pace
 from decodax.decoding.programs import bounded_jit
 from decodax.decoding.speculative import Speculative, speculative
 from decodax.decoding.state import DecodeState
@@ -32,6 +33,8 @@ from decodax.sharding.host import check_same, to_host
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
+
+_UNLIMITED = int(np.iinfo(np.int32).max)
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,8 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     prefill_seconds = clock.lap()
     prefill_forwards = int(state.num_target_forwards)
     watcher = TextWatcher(lm, options, rows)
-    state = _decode(plan, state, watcher)
+    pace = Pace(lm.model.execution.mesh, prefill_seconds / max(prefill_forwards, 1))
+    state = _decode(plan, state, watcher, pace)
     jax.block_until_ready(state.length)
     decode_seconds = clock.lap()
     return _result(lm, state, watcher, plan, clock, (prefill_seconds, decode_seconds, prefill_forwards))
@@ -282,13 +286,29 @@ class _Clock:
         return max(wall - compiled, 0.0)
 
 
-def _decode(plan: _Plan, state: DecodeState, watcher: TextWatcher) -> DecodeState:
-    """Runs the loop to its end, at once or in blocks with a look at the text after each."""
-    block = watcher.options.block_tokens if watcher.needed else np.iinfo(np.int32).max
+def _decode(plan: _Plan, state: DecodeState, watcher: TextWatcher, pace: Pace) -> DecodeState:
+    """Runs the loop to its end, where the text is wanted meanwhile in blocks with a look at it after each."""
+    block = watcher.options.block_tokens if watcher.needed else _UNLIMITED
     while not bool(jnp.all(state.done)):
-        state = plan.decode(state, np.int32(block))
-        state = dataclasses.replace(state, done=state.done | watcher.look(state))
+        state = _decode_block(plan, state, block, pace)
+        if watcher.needed:
+            state = dataclasses.replace(state, done=state.done | watcher.look(state))
+    watcher.look(state)
     watcher.finish()
+    return state
+
+
+def _decode_block(plan: _Plan, state: DecodeState, max_tokens: int, pace: Pace) -> DecodeState:
+    """Runs the loop until all rows are done or one has gained so many tokens, by calls short enough for Ctrl-C.
+
+    Where the calls are cut changes nothing: each goes on from the state in which the last one stopped.
+    """
+    begin, left, done = to_host(state.length), max_tokens, False
+    while left > 0 and not done:
+        with pace.measured(left) as tokens:
+            state = plan.decode(state, np.int32(tokens))
+            lengths, rows_done = to_host((state.length, state.done))
+        left, done = max_tokens - int(np.max(lengths - begin)), bool(np.all(rows_done))
     return state
 
 

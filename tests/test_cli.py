@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -17,9 +18,11 @@ from typer.testing import CliRunner
 
 import decodax
 from decodax.catalogue import KINDS, catalogue, module_of
-from decodax.cli import app, session
+from decodax.cli import program_cache, session
+from decodax.cli.app import app
 from decodax.cli.bench import weight_bytes_per_step
 from decodax.cli.generate import generate as generate_command
+from decodax.cli.methods import table
 from decodax.decoding.generation import Generation, Stats
 from decodax.decoding.options import GenerateOptions
 from tests.golden_files import load_golden
@@ -215,6 +218,11 @@ def test_a_prompt_that_is_no_text_is_refused(folder, tmp_path):
     assert result.exit_code == 1 and f"{file} must be text in UTF-8" in result.stderr
 
 
+def test_an_error_gives_a_terminal_no_orders():
+    result = run("generate", "ab", "--model", "no\x1b[31m\udcff", "--no-compilation-cache")
+    assert "no\\x1b[31m\\udcff" in result.stderr and "\x1b" not in result.stderr
+
+
 def test_debug_shows_where_it_failed():
     result = run("generate", "ab", "--model", "/no/such/folder", "--debug", "--no-compilation-cache")
     assert isinstance(result.exception, FileNotFoundError)
@@ -274,8 +282,28 @@ def test_methods_lists_the_catalogue():
     rows = json.loads(run("methods", "--json").stdout)
     assert rows == [dataclasses.asdict(row) for row in catalogue()]
     assert set(rows[0]) == {"name", "kind", "folder", "paper", "lossless", "trained_part", "test"}
-    table = run("methods").stdout
-    assert all(row["name"] in table for row in rows)
+
+
+def test_methods_are_a_line_each_in_a_pipe():
+    lines = run("methods").stdout.splitlines()
+    rows = catalogue()
+    assert [line.split()[0] for line in lines] == [row.name for row in rows]
+    kinds = {line.index(f"  {row.kind}  ") for line, row in zip(lines, rows, strict=True)}
+    assert len(kinds) == 1 and all(line.isascii() for line in lines)
+    for line, row in zip(lines, rows, strict=True):
+        assert ("lossless" in line.split()) == row.lossless
+        assert (row.paper or "-") in line and (row.trained_part or "") in line
+
+
+def test_methods_fit_a_terminal():
+    rows = catalogue()
+    for width in (20, 80, 120):
+        shown = [line for line in table(rows, width) if line.startswith("  ")][1:]
+        assert len(shown) == len(rows) and all(len(line) <= width for line in shown)
+        assert all(f" {row.name} " in line for line, row in zip(shown, rows, strict=True) if width >= 80)
+        assert not any(line.endswith("...") and len(line) < width for line in shown)
+    (medusa,) = (line for line in table(rows, 80) if line.startswith("  medusa "))
+    assert medusa.split()[1:] == ["yes", "yes", "2401.10774", "Medusa"]
 
 
 def test_every_method_s_file_and_test_exist():
@@ -336,23 +364,13 @@ def test_the_second_start_finds_all_that_the_first_compiled(tmp_path):
     assert {file for file in cache.rglob("*-cache")} == compiled
 
 
-def test_a_reader_that_goes_away_is_no_error():
-    read, write = os.pipe()
-    os.close(read)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "decodax", "methods", "--json"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=300)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (session.READER_GONE, b"")
-
-
 def test_the_version_is_printed():
     assert process("--version").stdout == f"decodax {decodax.__version__}\n"
 
 
 @pytest.fixture
 def settings():
-    """Puts back what `use_compilation_cache` changes for the whole process."""
+    """Puts back what `program_cache.use` changes for the whole process."""
     names = ("persistent_cache_min_compile_time_secs", "compilation_cache_dir", "compilation_cache_max_size")
     before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
@@ -363,18 +381,89 @@ def settings():
 
 def test_the_cache_is_bounded_and_yields_to_the_user_s_own(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    session.use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == str(session.cache_folder())
-    assert session.cache_folder().is_relative_to(tmp_path / "decodax")
-    assert jax.config.jax_compilation_cache_max_size == session.MAX_CACHE_BYTES
+    program_cache.use()
+    assert jax.config.jax_compilation_cache_dir == str(program_cache.folder())
+    assert program_cache.folder().is_relative_to(tmp_path / "decodax")
+    assert jax.config.jax_compilation_cache_max_size == program_cache.MAX_BYTES
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0  # JAX's own 1 s leaves most programs out
     jax.config.update("jax_compilation_cache_dir", "chosen")
-    session.use_compilation_cache()
+    program_cache.use()
     assert jax.config.jax_compilation_cache_dir == "chosen"
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_done_without(settings, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
-    with pytest.warns(UserWarning, match="cannot be written"):
-        session.use_compilation_cache()
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(settings, monkeypatch, tmp_path):
+    (tmp_path / "decodax").write_text("a file")
+    monkeypatch.setattr(program_cache.os, "getpid", lambda: "x/y")  # a probe that fails, as on a full disk
+    for chosen in ("/dev/null/cache", tmp_path, tmp_path / "new"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(chosen))
+        with pytest.warns(UserWarning, match=f"not kept for the next run: {chosen}/.* cannot be written"):
+            program_cache.use()
+        assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_user_without_a_home_has_no_cache(settings, monkeypatch):
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.warns(UserWarning, match="this user has no home directory"):
+        program_cache.use()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def cached(folder, name, *, note=None):
+    (folder / f"{name}-cache").write_bytes(b"program")
+    if note is not None:
+        (folder / f"{name}-atime").write_bytes(note.to_bytes(8, "little"))
+
+
+def files(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_damaged_program_is_removed_from_the_cache(settings, tmp_path):
+    """Which one it is JAX's warning does not say, but the file that it has just written."""
+    cached(tmp_path, "good", note=7)
+    cached(tmp_path, "damaged", note=300)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    said = program_cache.explain("Error reading persistent compilation cache entry for 'jit_f': zlib.error: Error -5")
+    assert said is not None and "damaged" in said
+    assert files(tmp_path) == ["damaged-atime", "good-atime", "good-cache"]
+
+
+def test_a_program_without_a_note_keeps_no_other_from_being_written(settings, tmp_path):
+    writing = "Error writing persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space left: 'x'"
+    cached(tmp_path, "good", note=7)
+    cached(tmp_path, "left")
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    assert "damaged" in (program_cache.explain(writing) or "")
+    assert files(tmp_path) == ["good-atime", "good-cache"]
+    assert program_cache.explain(writing) == (
+        "compiled programs are not kept for the next run: OSError: [Errno 28] No space left: 'x'"
+    )
+    assert program_cache.explain("top_k changes nothing") is None
+
+
+@pytest.mark.filterwarnings("default")
+def test_of_the_cache_one_warning_is_enough(capsys):
+    with session.reported_errors(False):
+        for program in "fgh":
+            warnings.warn(f"Error writing persistent compilation cache entry for '{program}': full", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert capsys.readouterr().err == (
+        "warning: compiled programs are not kept for the next run: full\nwarning: another\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_cache_of_damaged_programs_heals(tmp_path):
+    arguments = ("generate", "def f(", "--max-new-tokens", "2")
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    first = process(*arguments, **environment)
+    for file in tmp_path.rglob("*-cache"):
+        os.truncate(file, file.stat().st_size // 2)
+    second, third = (process(*arguments, **environment) for _ in range(2))
+    assert first.stdout == second.stdout == third.stdout
+    assert [done.stderr.count("warning") for done in (first, second, third)] == [0, 1, 0]

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli import app, bench_kernels
+from decodax.cli import bench_kernels
+from decodax.cli.app import app
 from decodax.kernels_pallas import KERNELS, choice, module_of, shapes_of
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.rope import Rope

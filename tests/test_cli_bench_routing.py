@@ -4,7 +4,7 @@ import json
 
 from typer.testing import CliRunner
 
-from decodax.cli import app
+from decodax.cli.app import app
 from decodax.decoding.routing_trace import RoutingTrace
 from tests.golden_files import load_golden
 

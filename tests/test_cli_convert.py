@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli import app
+from decodax.cli.app import app
 from decodax.cli.convert import read_size
 from decodax.models import load as load_module
 from decodax.models.from_hf import from_hf

@@ -7,7 +7,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from decodax.cli import app, hosts, session
+from decodax.cli import hosts, session
+from decodax.cli.app import app
 from decodax.sharding import distributed
 
 

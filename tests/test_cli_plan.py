@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli import app
+from decodax.cli.app import app
 from tests.golden_files import load_golden
 from tests.sharding.plan.published import FIELDS
 

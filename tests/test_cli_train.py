@@ -13,7 +13,7 @@ import tokenizers
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli import app
+from decodax.cli.app import app
 from decodax.cli.train import train
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.text_windows import TextWindows
@@ -110,11 +110,21 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(model, text, uninterrupted
         stopped = run(*arguments)
     assert stopped.exit_code == 130 and "stopped at step 4 of 10: the same command goes on" in stopped.stderr
     assert not (tmp_path / "draft").exists()
-    for _ in range(2):  # to the end; and once more, with nothing left to do
+    for ended_while_writing in (False, True):  # to the end; and once more, with nothing left to do but to write
+        if ended_while_writing:
+            staged = tmp_path / "draft" / ".being_written"
+            staged.mkdir()
+            (tmp_path / "draft" / "draft.json").rename(staged / "draft.json")
+            (tmp_path / "draft" / "config.json").unlink()
+            with (tmp_path / "work" / "log.jsonl").open("a") as log:
+                log.write('{"step": 1')
         ended = run(*arguments)
         assert ended.exit_code == 0 and "trained on 420 tokens" in ended.stdout
         for name in ("model.safetensors", "config.json", "draft.json"):
             assert (tmp_path / "draft" / name).read_bytes() == (uninterrupted[0] / name).read_bytes()
+        assert {file.name for file in (tmp_path / "draft").iterdir()} == {
+            file.name for file in uninterrupted[0].iterdir()
+        }
 
 
 def test_failures_are_one_line_that_says_what_to_do(model, text, uninterrupted, tmp_path):

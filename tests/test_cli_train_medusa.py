@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli import app
+from decodax.cli.app import app
 from decodax.decoding.trained_part import read_part
 from tests.test_cli_train import model, text  # noqa: F401  (fixtures)
 

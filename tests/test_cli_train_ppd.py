@@ -7,7 +7,7 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
-from decodax.cli import app
+from decodax.cli.app import app
 from decodax.decoding.training.export import write_model
 from decodax.models.hf_config import read_config
 from decodax.models.model import Model

@@ -85,3 +85,14 @@ def test_a_wheel_holds_the_model_and_runs_elsewhere(tmp_path):
     assert Path(document["model"]["path"]).is_relative_to(target)
     assert len(document["tokens"][0]) == 3
     assert not [file for file in target.rglob("*.py") if file.relative_to(target).parts[0] != "decodax"]
+
+
+def test_names_of_the_package_are_there_before_they_are_imported(tmp_path):
+    code = (
+        "import decodax, sys; print('jax' in sys.modules, set(decodax.__all__) <= set(dir(decodax))); "
+        "from decodax import *; print(load is decodax.api.load, decodax.decoding is decoding); decodax.nonsense"
+    )
+    path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    done = in_process(code, folder=tmp_path, path=path)
+    assert done.stdout == "False True\nTrue True\n"
+    assert done.stderr.rstrip().endswith("AttributeError: module 'decodax' has no attribute 'nonsense'")

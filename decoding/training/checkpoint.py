@@ -90,7 +90,10 @@ def load_trained(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Log:
-    """One JSON line per report in `log.jsonl`; lines behind a checkpoint that is resumed from are cut off."""
+    """One JSON line per report in `log.jsonl`; lines behind a checkpoint that is resumed from are cut off.
+
+    So is a line that is not whole, as a process that is ended while it writes leaves it.
+    """
 
     file: Path
     step: int
@@ -98,9 +101,18 @@ class Log:
     def __post_init__(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-        self.file.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in lines if (step := _step_of(line)) is not None and step <= self.step]
+        temporary = self.file.with_name(f".{self.file.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.file)
 
     def write(self, entry: Mapping[str, int | float]) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps(dict(entry)) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return None

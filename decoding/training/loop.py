@@ -108,12 +108,14 @@ def train(
     report_every: int = 20,
     measure_every: int = 200,
     checkpoint_seconds: float = 150.0,
+    unsaved: Callable[[int], None] = lambda steps: None,
 ) -> Trained:
     """Trains to the plan's last step, from the folder's checkpoint where there is one.
 
     Reports go to `log.jsonl` in the folder and to stderr, as a progress bar or, without a terminal, as lines. A
     checkpoint is written every `checkpoint_seconds`, at the end, and when the process is asked to end (SIGTERM, Ctrl-C;
     the step under way is finished first).
+    unsaved: told after each step, and each checkpoint, how many steps no checkpoint holds.
 
     Raises:
         ValueError: the checkpoint belongs to another task.
@@ -126,7 +128,7 @@ def train(
         _refuse_changes(folder, progress.about, task.about)
         step, (trained, state) = progress.step, load_tree(folder, (trained, state))
     update, log = make_step(task.loss, optimizer), Log(folder / "log.jsonl", step)
-    saved_at = time.perf_counter()
+    saved_at, saved_step = time.perf_counter(), step
     with _stop_requests() as asked_to_stop, _progress_bar(plan.steps, step) as bar:
         reports = _Reports(plan, task, log, bar)
         while step < plan.steps and not asked_to_stop:
@@ -135,13 +137,16 @@ def train(
                 trained, state, task.frozen, rows, np.int32(step), np.float32(plan.learning_rate(step))
             )
             step += 1
+            unsaved(step - saved_step)
             reports.add(loss, rows.size - len(rows))
             if step % report_every == 0 or step == plan.steps:
                 reports.write(step, trained, measure=step % measure_every == 0 or step == plan.steps)
             if time.perf_counter() - saved_at > checkpoint_seconds:
                 save_checkpoint(folder, step, asdict(plan), task.about, (trained, state))
-                saved_at = time.perf_counter()
+                saved_at, saved_step = time.perf_counter(), step
+                unsaved(0)
         save_checkpoint(folder, step, asdict(plan), task.about, (trained, state))
+        unsaved(0)
     return Trained(trained, step, step == plan.steps)
 
 
@@ -190,7 +195,8 @@ def _stop_requests() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield received
         return
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, remember) for number in heard}
     try:
         yield received
     finally:

@@ -6,6 +6,8 @@ log, the loss curve, and the refusal to overwrite what is something else are the
 
 import datetime
 import hashlib
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from decodax.decoding.training.texts import Texts
 from decodax.models.load import LanguageModel
 from decodax.models.model import Params
 from decodax.models.model_files import find_file, read_json_object
+
+_STAGED = ".being_written"  # inside a part's folder: what is not complete yet
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class PartTraining:
     def export(
         self, folder: Path, params: Params, step: int, image: Path, *, dtype: str = "bfloat16"
     ) -> dict[str, Any]:
-        """Writes the part's folder and the loss curve, and returns what its file of facts says.
+        """Writes the part's folder, no file of it before all are complete, then the loss curve; returns the facts.
 
         What was measured is that of the rounded weights, on windows as long as the plan's longest.
         """
@@ -133,7 +137,10 @@ class PartTraining:
             "plan": asdict(self.plan),
             "about": self.about(),
         }
-        self.write(folder, params, facts, dtype)
+        staged = folder / _STAGED
+        shutil.rmtree(staged, ignore_errors=True)  # of a run that was interrupted
+        self.write(staged, params, facts, dtype)
+        _put_in_place(staged, folder, last=self.facts_file)
         shares = dict(self.curve_shares)
         draw_loss(self.run / "log.jsonl", image, title=self.curve_title, unit=self.curve_unit, shares=shares)
         return facts
@@ -150,9 +157,9 @@ class PartTraining:
             return
         if not folder.is_dir():
             raise ValueError(f"{folder} is a file: give a folder to write to")
-        if not any(folder.iterdir()):
+        if not {file.name for file in folder.iterdir()} - {_STAGED}:
             return
-        file = find_file(folder, self.facts_file)
+        file = find_file(folder, self.facts_file) or find_file(folder, f"{_STAGED}/{self.facts_file}")
         facts = {} if file is None else read_json_object(file)
         plan = facts.get("plan")
         plan = plan if isinstance(plan, dict) else {}
@@ -160,3 +167,16 @@ class PartTraining:
         stored = {name: value for name, value in plan.items() if name not in MOVABLE}
         if facts.get("about") != self.about() or stored != own:
             raise ValueError(f"{folder} already holds another model or other files: choose another folder, or empty it")
+
+
+def _put_in_place(staged: Path, folder: Path, *, last: str) -> None:
+    """Moves complete files from `staged` to where they belong in `folder`, the one that says what they are at the end.
+
+    Interrupted on the way, `staged` still says so, and the same training goes on.
+    """
+    files = sorted((file for file in staged.rglob("*") if file.is_file()), key=lambda file: file.name == last)
+    for file in files:
+        place = folder / file.relative_to(staged)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    shutil.rmtree(staged)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import inspect
+import os
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import tokenizers
 
 import decodax
+from decodax.decoding import generation, pace
 from decodax.models.load import LanguageModel
 from decodax.models.tokenizer import Tokenizer
 from tests.tiny import tiny_model
@@ -256,3 +260,62 @@ def test_logits_of_whole_rows(plain):
     for bad, message in (([1, 2], "shape"), ([[99]], r"0\.\.36, got 99"), ([[0] * 513], "context is 512")):
         with pytest.raises(ValueError, match=message):
             logits(LM, np.array(bad))
+
+
+class Calls:
+    """The calls of the compiled loop: how many tokens each may write."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.tokens = []
+        monkeypatch.setattr(pace, "CALL_SECONDS", seconds)
+        decode = generation._Plan.decode
+
+        def counting(plan, state, max_tokens):
+            self.tokens.append(int(max_tokens))
+            return decode(plan, state, max_tokens)
+
+        monkeypatch.setattr(generation._Plan, "decode", counting)
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "prompt_lookup", "draft_tokens": 3}])
+def test_where_the_loop_is_cut_changes_nothing(options, monkeypatch):
+    calls = Calls(monkeypatch, 1e6)
+    whole = generate(**options)
+    assert len(calls.tokens) == 1
+    monkeypatch.setattr(pace, "CALL_SECONDS", 0.0)
+    cut = generate(**options)
+    assert len(calls.tokens) > 4 and set(calls.tokens[1:]) == {1}
+    np.testing.assert_array_equal(cut.tokens, whole.tokens)
+    np.testing.assert_array_equal(cut.logprobs, whole.logprobs)
+    assert (cut.text, cut.finish_reasons) == (whole.text, whole.finish_reasons)
+    for name in ("target_forwards", "accepted_lengths", "offered", "accepted", "row_layers", "num_new_tokens"):
+        assert getattr(cut.stats, name) == getattr(whole.stats, name), name
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_the_text_is_looked_at_after_the_same_tokens_wherever_the_loop_is_cut(seconds, monkeypatch):
+    Calls(monkeypatch, seconds)
+    pieces = []
+    generate(["abc"], on_text=lambda row, piece: pieces.append(len(piece)), block_tokens=5)
+    assert pieces == [5, 5, 2]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_comes_between_two_calls_and_the_next_run_works(plain, monkeypatch):
+    calls = Calls(monkeypatch, 0.0)
+    measured = pace.Pace.measured
+
+    @contextmanager
+    def interrupting(self, max_tokens):
+        if len(calls.tokens) == 3:
+            signal.raise_signal(signal.SIGINT)
+        with measured(self, max_tokens) as tokens:
+            yield tokens
+
+    monkeypatch.setattr(pace.Pace, "measured", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        generate()
+    assert len(calls.tokens) == 3
+    calls.tokens.clear()
+    monkeypatch.setattr(pace.Pace, "measured", measured)
+    np.testing.assert_array_equal(generate().tokens, plain.tokens)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import decodax
 from decodax import decoding
-from decodax.cli import app as cli
+from decodax.cli.app import app as cli
 from decodax.decoding import prompt_reading
 from decodax.decoding.drafters import Children, NextTokenLayer
 from decodax.decoding.logits_processors import History

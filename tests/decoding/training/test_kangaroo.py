@@ -12,7 +12,7 @@ import tokenizers
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli import app
+from decodax.cli.app import app
 from decodax.decoding.trained_part import read_part
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.kangaroo import KangarooShape, KangarooTraining, expected_tokens_per_full_depth

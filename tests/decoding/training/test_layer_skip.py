@@ -11,7 +11,7 @@ import tokenizers
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli import app
+from decodax.cli.app import app
 from decodax.decoding.trained_part import TrainedPart, read_part, write_part
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.layer_skip import LayerSkipShape, LayerSkipTraining, exits_of_step

@@ -94,6 +94,24 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, asked_by):
     assert ["heldout_loss" in entry for entry in log_of(tmp_path / "whole")] == [False, True, False, True]
 
 
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """As for a command that `nohup` or a script's & has started."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found = run(tmp_path, rows=lambda step: (os.kill(os.getpid(), signal.SIGINT), rows(step))[1])
+        assert found.finished and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_it_says_how_many_steps_would_be_lost(tmp_path):
+    told = []
+    for seconds, expected in ((0.0, [1, 0] * 8 + [0]), (1e9, [*range(1, 9), 0])):
+        train(tmp_path / str(seconds), PLAN, task(), checkpoint_seconds=seconds, unsaved=told.append)
+        assert told == expected
+        told.clear()
+
+
 def test_a_finished_run_does_no_further_step(tmp_path):
     first = run(tmp_path)
     again = run(tmp_path, rows=lambda step: pytest.fail("a step was begun"))

@@ -1,0 +1,102 @@
+"""Where compiled programs are kept between runs, and what becomes of a run when they cannot be."""
+
+import contextlib
+import hashlib
+import os
+import platform
+import warnings
+from pathlib import Path
+
+import jax
+
+MAX_BYTES = 2**30
+_READING, _WRITING = (f"Error {doing} persistent compilation cache entry" for doing in ("reading", "writing"))
+_PROGRAM, _NOTE = "-cache", "-atime"  # endings of the names of JAX's files
+
+
+def folder() -> Path:
+    """Where compiled programs are kept by default: one folder per kind of processor.
+
+    Compiled code uses the instructions of the processor it was compiled on, and a home directory may be shared by
+    machines of several kinds. Raises RuntimeError where nothing says what the home directory is.
+    """
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    root = chosen if chosen.is_absolute() else Path.home() / ".cache"
+    processor = f"{platform.machine()} {platform.processor()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        processor += next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    return root / "decodax" / "xla" / hashlib.sha256(processor.encode()).hexdigest()[:12]
+
+
+def use() -> None:
+    """Keeps compiled programs between runs, at most MAX_BYTES of them; JAX's own environment variables win.
+
+    Where there is no folder for them, a warning says so, and nothing is kept.
+    """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    try:
+        kept_in = folder()
+    except RuntimeError:
+        _warn("this user has no home directory (set HOME or XDG_CACHE_HOME to keep them)")
+        return
+    if not _can_be_written(kept_in):
+        _warn(f"{kept_in} cannot be written")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(kept_in))
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+def explain(warning: str) -> str | None:
+    """What to say instead of JAX's warning about one compiled program of the cache; None for any other warning.
+
+    A program that cannot be read is removed, as JAX would leave it there, and fail again in every run. So is one
+    without a note of when it was last read, which keeps JAX from writing any other.
+    """
+    damaged = "the cache of compiled programs holds damaged ones: they are compiled anew"
+    if warning.startswith(_READING):
+        _remove_last_read()
+        return damaged
+    if warning.startswith(_WRITING):
+        problem = f"compiled programs are not kept for the next run: {warning.partition(': ')[2]}"
+        return damaged if _remove_without_note() else problem
+    return None
+
+
+def _warn(problem: str) -> None:
+    warnings.warn(f"compiled programs are not kept for the next run: {problem}", stacklevel=3)
+
+
+def _can_be_written(path: Path) -> bool:
+    """Whether a file can be made there, which permissions alone do not tell: a disk may be read-only, or full."""
+    probe = path / f".probe-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _remove_last_read() -> None:
+    """JAX notes beside each program when it was read: the latest note is that of the program at fault."""
+    kept_in = jax.config.values["jax_compilation_cache_dir"]
+    with contextlib.suppress(OSError, ValueError):
+        notes = Path(kept_in).glob(f"*{_NOTE}")
+        last = max(notes, key=lambda note: int.from_bytes(note.read_bytes(), "little"))
+        last.with_name(last.name.removesuffix(_NOTE) + _PROGRAM).unlink()
+
+
+def _remove_without_note() -> int:
+    """Removes the programs that were written by a process that ended before it wrote the note; says how many."""
+    kept_in, removed = jax.config.values["jax_compilation_cache_dir"], 0
+    with contextlib.suppress(OSError):
+        for program in Path(kept_in).glob(f"*{_PROGRAM}"):
+            if not program.with_name(program.name.removesuffix(_PROGRAM) + _NOTE).exists():
+                program.unlink()
+                removed += 1
+    return removed
