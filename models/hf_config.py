@@ -160,6 +160,9 @@ def _fields(file: _File) -> dict[str, Any]:
         if rest:
             file.problems.append("head_dim is needed where hidden_size is no multiple of num_attention_heads")
     check_relations(fields, file.name, file.problems)
+    for name, other in family.same_as.items():
+        if raw.get(name) is not None and (raw[name] != fields[other] or isinstance(raw[name], bool)):
+            file.problems.append(f"{name} must be {fields[other]} ({other}) or absent, got {quoted(raw[name])}")
     return fields
 
 
@@ -246,7 +249,7 @@ def _layer_kinds(file: _File, fields: Mapping[str, Any]) -> list[str]:
 def _check_unread(file: _File, settings: RopeSettings) -> None:
     """What is done about the fields, and keys of the rope dictionary, that nothing here reads."""
     raw, family, window = file.raw, file.family, file.raw.get("sliding_window")
-    unread = raw.keys() - {*family.defaults, *_READ_ELSEWHERE}
+    unread = raw.keys() - {*family.defaults, *family.same_as, *_READ_ELSEWHERE}
     if "sliding_window" not in family.defaults or raw.get("sliding_window", family.defaults["sliding_window"]) is None:
         unread -= {"use_sliding_window", "max_window_layers"}  # nothing slides, whatever these say
     context = raw.get("max_position_embeddings", family.defaults["max_position_embeddings"])

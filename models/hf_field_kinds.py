@@ -102,6 +102,7 @@ KINDS: Mapping[str, Kind] = {
     "max_window_layers": Whole(0, MAX_POSITION),
     "first_k_dense_replace": Whole(0, MAX_POSITION),
     **dict.fromkeys(("decoder_sparse_step", "full_attention_interval"), Whole(largest=MAX_POSITION)),
+    "linear_conv_kernel_dim": Whole(2, 4_096),  # tokens, the newest among them
     "intermediate_size": Whole(largest=2**24),  # 16 times the widest hidden state
     "hidden_act": _ACTIVATION,
     "hidden_activation": _ACTIVATION,

@@ -117,7 +117,7 @@ WITHOUT_INFLUENCE = frozenset(
     }
 )
 
-_OFF = (False, 0)  # in a list of neutral values, null is always one more
+_OFF = (False, 0)  # in a list of neutral values, null is one more, but for the fields in NULL_IS_NO
 _ONE = (1,)
 
 # Fields that change the result in other code (in the models' own, in vLLM, in other families of transformers) and bring
@@ -261,6 +261,8 @@ CHANGES_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     "quantization": (),
     "compression_config": (),
 }
+
+NULL_IS_NO = frozenset({"is_causal"})  # where transformers takes null for false
 
 # Keys of the rope dictionary, beside those that its type reads.
 ROPE_WITHOUT_INFLUENCE = frozenset(

@@ -128,21 +128,25 @@ def read_rope(
         return None, max_position_embeddings
     original_length = int(beside or values.get("original_max_position_embeddings", max_position_embeddings))
     if kind != "default" and original_length < 2:
-        problems.append(
-            f"{settings.source}.original_max_position_embeddings, or max_position_embeddings without it, must be at "
-            f"least 2 for rope type {kind}, got {original_length}"
-        )
+        length = _length_name(raw, settings)
+        problems.append(f"{length} must be at least 2 (tokens) for rope type {kind}, got {original_length}")
         return None, max_position_embeddings
     scaling = _scaling(kind, values, max_position_embeddings, original_length)
     context = _context(scaling, max_position_embeddings)
     if context > MAX_POSITION:
-        problems.append(
-            f"{settings.source}.factor x original_max_position_embeddings (max_position_embeddings without it) must be "
-            f"at most {MAX_POSITION:,} tokens of context, got {context:,}"
-        )
+        length = _length_name(raw, settings)
+        problems.append(f"{settings.source}.factor x {length} must be at most {MAX_POSITION:,}, got {context:,}")
         return None, max_position_embeddings
     _note_context(settings, scaling, original_length, max_position_embeddings, notes)
     return Rope(rotary_size, float(values.get("rope_theta", base)), scaling), context
+
+
+def _length_name(raw: Mapping[str, Any], settings: RopeSettings) -> str:
+    """The field that says how long the rows were that the model was trained with."""
+    name = "original_max_position_embeddings"
+    if raw.get(name) is not None:
+        return name
+    return f"{settings.source}.{name}" if name in settings.values else "max_position_embeddings"
 
 
 def unread_rope_keys(settings: RopeSettings) -> list[str]:

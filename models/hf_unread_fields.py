@@ -10,7 +10,7 @@ from typing import Any
 
 from decodax.models.families._contract import Family
 from decodax.models.hf_field_kinds import quoted
-from decodax.models.hf_known_fields import CHANGES_ELSEWHERE, CHECKED_TRANSFORMERS, WITHOUT_INFLUENCE
+from decodax.models.hf_known_fields import CHANGES_ELSEWHERE, CHECKED_TRANSFORMERS, NULL_IS_NO, WITHOUT_INFLUENCE
 from decodax.models.model_files import printable
 
 _MAX_NAMES = 20  # in one message
@@ -26,7 +26,8 @@ def check_unread(
     ignored = []
     for name in unread:
         value = raw[name]
-        if value is None or name in WITHOUT_INFLUENCE or name in family.ignored:
+        is_absent = value is None and name not in NULL_IS_NO
+        if is_absent or name in WITHOUT_INFLUENCE or name in family.ignored:
             continue
         if name not in neutral:
             ignored.append(name)

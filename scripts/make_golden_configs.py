@@ -8,7 +8,7 @@ PUBLISHED is a folder of folders with a published `config.json` each. Three file
     fields.json     per family: the fields that its class has or that its code reads, and their other names
     published.json  per published config of a known family: its fields that mean something, and the facts of the model
                     that transformers builds from them (scripts/_config_facts.py), or that it refuses; of other
-                    configs the model_type and the names of their fields
+                    configs the model_type
     effects.json    per family, field that it reads and value: what changes in the facts of a tiny model when this value
                     stands in its config, or -1 where transformers refuses it or its forward fails
 """
@@ -73,11 +73,21 @@ def model_of(raw: dict[str, Any], device: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager).eval()
 
 
+def windows_of(model: Any) -> list[int | None]:
+    """Each layer's window as counted in its mask; by the rule where it is too wide to be seen in one."""
+    seen, by_rule = windows_by_mask(model, NUM_TOKENS), windows_by_rule(model)
+    return [
+        rule if mask is None and rule is not None and rule >= NUM_TOKENS else mask
+        for mask, rule in zip(seen, by_rule, strict=True)
+    ]
+
+
 def tiny_facts(raw: dict[str, Any]) -> dict[str, Any] | None:
     """The facts of a tiny model, after a forward; None where transformers refuses or fails."""
     try:
         model = model_of(raw, "cpu")
-        return facts_of(model, windows_by_mask(model, NUM_TOKENS))
+        facts = facts_of(model, windows_of(model))
+        return {**facts, "layers": run_lengths(facts["layers"])}
     except Exception:  # any: the classes check little, and the code fails in its own ways
         return None
 
@@ -117,7 +127,7 @@ def effects_of(model_type: str, names: list[str]) -> dict[str, Any]:
 def published_of(raw: dict[str, Any]) -> dict[str, Any]:
     """A published config: its fields that mean something, and the facts."""
     if raw.get("model_type") not in FAMILIES:
-        return {"model_type": raw.get("model_type"), "fields": sorted(raw)}
+        return {"model_type": raw.get("model_type")}
     kept = {
         name: value
         for name, value in raw.items()

@@ -78,6 +78,7 @@ class Family:
     aliases: other names of fields -> those in `defaults`; where a file gives both they must agree.
     ignored: fields without influence that only this family's files carry.
     fixed: fields that must have this value, or be absent: no other is implemented.
+    same_as: fields that must be what another field is, or be absent.
     layer_kind: (fields, index) -> the kind of that layer, where `layer_types` does not say: "full_attention",
         "sliding_attention" (limited to the window) or another of `kinds`.
     qkv_bias, out_bias, mlp_bias: true, false, or the name of the boolean field that says so.
@@ -99,6 +100,7 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     fixed: Fields = field(default_factory=dict)
+    same_as: Mapping[str, str] = field(default_factory=dict)
     layer_kind: Callable[[Fields, int], str] = lambda fields, index: "full_attention"
     kinds: frozenset[str] = frozenset({"full_attention", "sliding_attention"})
     activation_field: str = "hidden_act"

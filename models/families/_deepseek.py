@@ -30,7 +30,7 @@ DEFAULTS = {
 }
 FIXED = {"moe_layer_freq": 1}
 # Derived from the sizes of the parts of a head; for training; for another program's layout.
-IGNORED = frozenset({"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads"})
+IGNORED = frozenset({"qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads"})
 
 
 def latent_attention(layer: Layer) -> MLAConfig:

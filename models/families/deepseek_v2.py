@@ -54,7 +54,7 @@ FAMILY = Family(
     },
     nullable=frozenset({"q_lora_rank", "n_group", "topk_group"}),
     aliases={"num_experts": "n_routed_experts"},
-    ignored=IGNORED | {"norm_topk_prob"},
+    ignored=IGNORED | {"norm_topk_prob", "head_dim"},
     fixed={**FIXED, "scoring_func": "softmax"},
     rotary_size="qk_rope_head_dim",
     mlp_bias="mlp_bias",

@@ -74,6 +74,7 @@ FAMILY = Family(
     aliases={"num_local_experts": "n_routed_experts"},
     ignored=IGNORED | {"num_nextn_predict_layers", "num_mtp_layers"},
     fixed={**FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    same_as={"head_dim": "qk_rope_head_dim"},  # transformers rotates so many coordinates where a file gives it
     rotary_size="qk_rope_head_dim",
     mixer=latent_attention,
     feed_forward=where(is_sparse, _experts),

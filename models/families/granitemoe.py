@@ -68,7 +68,6 @@ FAMILY = Family(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    aliases={"num_experts": "num_local_experts"},
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     mixer=_attention,

@@ -183,6 +183,7 @@ def test_fields_without_influence_pass():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1 or absent, got 0.5"),
         ({"sliding_window": 5}, "sliding_window must be absent, got 5"),
         ({"is_causal": False}, "is_causal must be true or absent, got false"),
+        ({"is_causal": None}, "is_causal must be true or absent, got null"),
         ({"attention_chunk_size": 8192}, "attention_chunk_size must be absent, got 8192"),
         ({"use_logn_attn": True}, "use_logn_attn must be false or 0 or absent, got true"),
         ({"hidden_act": "relu"}, "hidden_act must be one of .*'silu'.*got \"relu\""),
