@@ -59,7 +59,8 @@ def experts(layer: Layer, router: TopK) -> MoEConfig:
     """Routed experts beside shared ones, which are one MLP of their joint width."""
     fields, size = layer.fields, layer.fields["moe_intermediate_size"]
     num_shared = fields["n_shared_experts"] or 0
-    shared = GatedMLPConfig(size * num_shared, layer.activation) if num_shared else None
+    bias = layer.flag(layer.family.mlp_bias)
+    shared = GatedMLPConfig(size * num_shared, layer.activation, bias) if num_shared else None
     return MoEConfig(router, size, layer.activation, shared=shared)
 
 
