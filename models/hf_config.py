@@ -219,7 +219,8 @@ def _rotary_size(fields: Mapping[str, Any], family: Family, settings: RopeSettin
 def _layer_kinds(file: _File, fields: Mapping[str, Any]) -> list[str]:
     """What each layer is, as `layer_types` or the family's rule says."""
     family, problems = file.family, file.problems
-    count, given = fields["num_hidden_layers"], file.raw.get("layer_types")
+    count: int = fields["num_hidden_layers"]
+    given: Any = file.raw.get("layer_types")
     by_rule = [family.layer_kind(fields, index) for index in range(count)]
     if given is None:
         kinds = by_rule

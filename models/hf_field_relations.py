@@ -5,7 +5,7 @@ from typing import Any
 
 # Descriptions that a model may take, all layers together: each costs memory before any weight is read. Published
 # models have up to 25,000 experts and 16,000 heads so counted.
-MAX_EXPERTS_IN_ALL = 2**18
+MAX_EXPERTS_IN_ALL = 2**16
 MAX_HEADS_IN_ALL = 2**20
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

@@ -170,7 +170,7 @@ def _check_keys(settings: RopeSettings, kind: str, rotary_size: int, problems: l
             if expected := _KINDS.get(key, _FACTOR).unexpected(value):
                 problems.append(f"{name} must be {expected}, got {quoted(value)}")
         elif key in ROPE_CHANGES_ELSEWHERE and not is_neutral(value, ROPE_CHANGES_ELSEWHERE[key]):
-            problems.append(refusal(name, value, ROPE_CHANGES_ELSEWHERE[key], f"rope type {kind} in these"))
+            problems.append(refusal(name, value, ROPE_CHANGES_ELSEWHERE[key], f"models with rope type {kind}"))
         elif isinstance(value, Mapping):
             problems.append(f"{name} must be absent, got an object: all layers of these models rotate alike")
         elif kind == "default" and key in _SCALING_KEYS - ROPE_WITHOUT_INFLUENCE - ROPE_CHANGES_ELSEWHERE.keys():

@@ -32,7 +32,7 @@ def check_unread(
         if name not in neutral:
             ignored.append(name)
         elif not is_neutral(value, neutral[name]):
-            problems.append(refusal(name, value, neutral[name], family.model_type))
+            problems.append(refusal(name, value, neutral[name], f"{family.model_type} models"))
     foreign = _foreign_classes(raw.get("auto_map"), family, problems)
     if foreign and ignored:
         problems.append(
@@ -53,10 +53,11 @@ def is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
 
 
-def refusal(name: str, value: Any, neutral: Sequence[Any], model_type: str) -> str:
-    """The problem with a field that would have to be neutral."""
+def refusal(name: str, value: Any, neutral: Sequence[Any], models: str) -> str:
+    """The problem with a field that would have to be neutral in these models."""
     choices = " or ".join([*(quoted(other) for other in neutral), "absent"])
-    return f"{name} must be {choices}, got {quoted(value)}: {model_type} models have no other form of it"
+    remedy = "remove it from config.json if you know that it changes nothing"
+    return f"{name} must be {choices}, got {quoted(value)}: {models} are computed with no other ({remedy})"
 
 
 def listed(names: Sequence[str]) -> str:
