@@ -1,13 +1,13 @@
-"""Reads a Hugging Face `config.json` into a `ModelConfig`, and refuses what it does not understand.
+"""Reads a Hugging Face `config.json` into a `ModelConfig`, as transformers reads it, and refuses what it cannot.
 
-Every field of the file is one of three: read (by the family or the rope reader), on the list of fields without
-influence on the result, or on the list of fields with one harmless value. All others are reported together in one
-ValueError, because a model computed with a field ignored looks right and is not.
+The fields that a family reads get its defaults, and a check of their kind (`hf_field_kinds.py`) and of each other
+(`hf_field_relations.py`); the rotation is read by `hf_rope.py`; what is done about all other fields is said in
+`hf_unread_fields.py`. All problems are reported together in one ValueError, in the file's own names.
 """
 
-import json
-import math
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +15,86 @@ from decodax.layers.norm import RMSNormConfig
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.families import FAMILIES
 from decodax.models.families._contract import Family
-from decodax.models.families._layer import ACTIVATIONS, Layer
-from decodax.models.hf_field_kinds import BOOLEANS, CHOICES, FROM_ZERO, LISTS, NULLABLE, NUMBERS
-from decodax.models.hf_known_fields import NEUTRAL, WITHOUT_INFLUENCE
-from decodax.models.hf_rope import ROPE_FIELDS, read_rope, rope_settings
+from decodax.models.families._layer import Layer
+from decodax.models.hf_field_kinds import quoted, unexpected
+from decodax.models.hf_field_relations import check_relations
+from decodax.models.hf_rope import ROPE_FIELDS, RopeSettings, read_rope, rope_settings, unread_rope_keys
+from decodax.models.hf_unread_fields import check_unread
+from decodax.models.model_files import find_file, printable, read_json_object
 from decodax.models.stored_formats import read_quantization
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MAX_PROBLEMS = 20  # in one message
+_DERIVED = ("num_key_value_heads", "head_dim")  # from the other sizes where they are null, in every family
+_RENAMED_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}  # early names in layer_types
+_READ_ELSEWHERE = frozenset({"layer_types", "quantization_config", "auto_map"}) | ROPE_FIELDS
+
+
+@dataclass(frozen=True)
+class _File:
+    """A config.json that is being read: its fields under the family's names, and what is found on the way.
+
+    written: the family's name of a field -> the name it has in the file, where that is another.
+    """
+
+    raw: Mapping[str, Any]
+    family: Family
+    written: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def name(self, field_name: str) -> str:
+        return self.written.get(field_name, field_name)
 
 
 def load_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """Reads `config.json` of a folder, or such a file itself.
+    """Reads `config.json` of a folder, or such a file itself; warns about what it ignores, naming the file.
 
     Raises FileNotFoundError without the file, ValueError when it is no JSON object or `read_config` refuses it.
     """
-    path = folder if folder.is_file() else folder / "config.json"
-    if not path.is_file():
+    path = folder if folder.is_file() else find_file(folder, "config.json")
+    if path is None:
         raise FileNotFoundError(f"{folder} has no config.json: a model folder in Hugging Face format is expected")
+    raw = read_json_object(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        family, config, notes = _read(raw)
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(raw).__name__}")
-    try:
-        return read_config(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{printable(path)}: {error}") from error
+    _warn(notes, f"{printable(path)}: ")
+    return family, config
 
 
 def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
-    """The family and the frozen config that the fields of a `config.json` describe.
+    """The family and the frozen config that the fields of a `config.json` describe; warns about what it ignores.
 
-    Raises ValueError for an unknown `model_type`, and one that lists every missing, malformed or unknown field.
+    Raises ValueError for an unknown `model_type`, and one that lists every missing, malformed or refused field.
     """
+    family, config, notes = _read(raw)
+    _warn(notes, "")
+    return family, config
+
+
+def _warn(notes: list[str], where: str) -> None:
+    if notes:
+        warnings.warn(where + "; ".join(notes), UserWarning, stacklevel=3)
+
+
+def _read(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig, list[str]]:
+    """Family, config, and what the reader should be told."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type must be one of {sorted(FAMILIES)} (the families decodax reads), got {model_type!r}"
+            f"model_type must be one of {sorted(FAMILIES)} (the families decodax reads), got {quoted(model_type)}"
         )
-    family = FAMILIES[model_type]
-    problems: list[str] = []
-    raw = _canonical(raw, family, problems)
-    fields = _fields(raw, family, problems)
-    context, blocks = (0, ()) if problems else _blocks(raw, fields, family, problems)
-    _refuse_unknown(raw, family, problems)
-    if problems:
-        listed = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
-        raise ValueError(f"this config cannot be used:{listed}")
-    softcap = fields.get("final_logit_softcapping")
-    return family, ModelConfig(
+    file = _with_family_names(raw, FAMILIES[model_type])
+    settings = rope_settings(file.raw, file.family.default_rope, file.problems)
+    fields = _fields(file)
+    context, blocks = (0, ()) if file.problems else _blocks(file, fields, settings)
+    _check_unread(file, settings)
+    _check_quantization(file)
+    if file.problems:
+        raise ValueError(f"this config cannot be used:{_listed(file.problems)}")
+    softcap, family = fields.get("final_logit_softcapping"), file.family
+    config = ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=fields["hidden_size"],
         max_position_embeddings=context,
@@ -75,142 +105,139 @@ def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         logit_softcap=None if softcap is None else float(softcap),
         logit_scale=family.logit_scale(fields),
     )
+    return family, config, file.notes
 
 
-def _canonical(raw: Mapping[str, Any], family: Family, problems: list[str]) -> Mapping[str, Any]:
+def _listed(problems: list[str]) -> str:
+    """One problem on the line, several below it."""
+    if len(problems) == 1:
+        return f" {problems[0]}"
+    more = [f"and {len(problems) - _MAX_PROBLEMS:,} more"] if len(problems) > _MAX_PROBLEMS else []
+    return "".join(f"\n  - {problem}" for problem in [*problems[:_MAX_PROBLEMS], *more])
+
+
+def _with_family_names(raw: Mapping[str, Any], family: Family) -> _File:
     """The fields under the names that the family reads."""
-    renamed = {name: value for name, value in raw.items() if name not in family.aliases}
+    file = _File({name: value for name, value in raw.items() if name not in family.aliases}, family)
+    fields = dict(file.raw)
     for alias, name in family.aliases.items():
         if raw.get(alias) is None:
             continue
-        if renamed.setdefault(name, raw[alias]) != raw[alias]:
-            problems.append(f"{alias} and {name} mean the same and differ: got {raw[alias]!r} and {renamed[name]!r}")
-    return renamed
+        if fields.get(name) is None:
+            fields[name], file.written[name] = raw[alias], alias
+        elif fields[name] != raw[alias]:
+            file.problems.append(
+                f"{alias} and {name} mean the same and differ: got {quoted(raw[alias])} and {quoted(fields[name])}"
+            )
+    return _File(fields, family, file.written, file.problems, file.notes)
 
 
 def _norm(fields: Mapping[str, Any], family: Family) -> RMSNormConfig:
     return RMSNormConfig(float(fields["rms_norm_eps"]), family.unit_offset_norms)
 
 
-def _blocks(
-    raw: Mapping[str, Any], fields: Mapping[str, Any], family: Family, problems: list[str]
-) -> tuple[int, tuple[BlockConfig, ...]]:
-    """The context in tokens, and every layer; no layers where there are problems."""
-    settings = rope_settings(raw, family.default_rope, problems)
-    context, base = fields["max_position_embeddings"], float(fields["rope_theta"])
-    rotary_size = _rotary_size(fields, family, settings, problems)
-    rope, context = read_rope(raw, settings, rotary_size, context, base, problems)
-    kinds = _layer_kinds(raw, fields, family, problems)
-    if problems or rope is None:
-        return context, ()
-    norm = _norm(fields, family)
-
-    def block(index: int, kind: str) -> BlockConfig:
-        layer = Layer(family, index, kind, fields, rope, settings, norm)
-        mixer, feed_forward = family.mixer(layer), family.feed_forward(layer)
-        return BlockConfig(mixer, feed_forward, norm, family.post_norms, *family.residuals(layer))
-
-    try:
-        return context, tuple(block(index, kind) for index, kind in enumerate(kinds))
-    except ValueError as error:  # sizes that do not go together: what a layer's own config says of them
-        problems.append(str(error))
-        return context, ()
-
-
-def _rotary_size(fields: Mapping[str, Any], family: Family, settings: Mapping[str, Any], problems: list[str]) -> int:
-    """How many coordinates of each head rotate."""
-    if family.rotary_size is not None:
-        return family.rotary_size(fields)
-    part = settings.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-    if "partial_rotary_factor" not in fields and part != 1.0:
-        problems.append(f"partial_rotary_factor must be 1.0 (these families rotate whole heads), got {part!r}")
-    elif not isinstance(part, int | float) or not 0 < part <= 1:
-        problems.append(f"partial_rotary_factor must be a number above 0 and up to 1, got {part!r}")
-    else:
-        return int(fields["head_dim"] * part)
-    return fields["head_dim"]
-
-
-def _fields(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
+def _fields(file: _File) -> dict[str, Any]:
     """The fields that the family reads, defaults filled in, checked for their kind."""
-    fields: dict[str, Any] = {}
-    for name in _SIZES:
-        fields[name] = raw.get(name)
-        if fields[name] is None:
-            problems.append(f"{name} is missing: every {family.model_type} config must give it")
-    uses_window = raw.get("use_sliding_window", family.defaults.get("use_sliding_window")) is not False
-    for name, default in family.defaults.items():
-        value = raw.get(name, default) if uses_window or name != "sliding_window" else None
-        fields[name] = default if value is None and name not in NULLABLE else value
+    family, raw = file.family, file.raw
+    fields = {name: raw.get(name, default) for name, default in family.defaults.items()}
+    if fields.get("use_sliding_window") is False:  # a field of the families that read it; others keep their window
+        fields["sliding_window"] = None
+    if fields["rope_theta"] is None and any(_inner_base(raw.get(name)) for name in ("rope_scaling", "rope_parameters")):
+        fields["rope_theta"] = family.defaults["rope_theta"]
     for name, value in fields.items():
-        if value is not None and (expected := _unexpected(name, value)):
-            problems.append(f"{name} must be {expected}, got {value!r}")
-    if problems:
+        if value is None and (name in family.nullable or name in _DERIVED):
+            continue
+        if value is None and name not in raw:
+            file.problems.append(f"{name} is missing: every {family.model_type} config must give it")
+        elif expected := unexpected(name, value):
+            file.problems.append(f"{file.name(name)} must be {expected}, got {quoted(value)}")
+    if file.problems:
         return fields
     if fields.get("num_key_value_heads", 0) is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if fields.get("head_dim", 0) is None:
         fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_attention_heads"])
         if rest:
-            problems.append("head_dim is needed where hidden_size is no multiple of num_attention_heads")
+            file.problems.append("head_dim is needed where hidden_size is no multiple of num_attention_heads")
+    check_relations(fields, file.name, file.problems)
+    for name, other in family.same_as.items():
+        if raw.get(name) is not None and (raw[name] != fields[other] or isinstance(raw[name], bool)):
+            file.problems.append(f"{name} must be {fields[other]} ({other}) or absent, got {quoted(raw[name])}")
     return fields
 
 
-def _unexpected(name: str, value: Any) -> str | None:
-    """What a field should have been, if it is something else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name in ("hidden_act", "hidden_activation"):
-        return None if value in ACTIVATIONS else f"one of {sorted(ACTIVATIONS)}"
-    if name in CHOICES:
-        return None if value in CHOICES[name] else f"one of {sorted(CHOICES[name])}"
-    if name in BOOLEANS:
-        return None if isinstance(value, bool) else "true or false"
-    if name in LISTS:
-        return None if isinstance(value, list) else LISTS[name]
-    if name in NUMBERS:
-        return None if is_number and math.isfinite(value) and value > 0 else "a positive number"
-    smallest = 0 if name in FROM_ZERO else 1
-    is_integer = is_number and isinstance(value, int)
-    return None if is_integer and value >= smallest else f"a whole number from {smallest} on"
+def _inner_base(settings: Any) -> bool:
+    return isinstance(settings, Mapping) and settings.get("rope_theta") is not None
 
 
-def _refuse_unknown(raw: Mapping[str, Any], family: Family, problems: list[str]) -> None:
-    """Reports every field that is neither read nor known to be harmless; null says that a feature is not used."""
-    read = {*_SIZES, *family.defaults, *ROPE_FIELDS, *family.ignored, *WITHOUT_INFLUENCE, "layer_types"}
-    neutral = {**NEUTRAL, **family.fixed}
-    for name in sorted(raw.keys() - read):
-        value = raw[name]
-        if value is None or (name in neutral and value == neutral[name]):
-            continue
-        if name == "quantization_config":
-            try:
-                read_quantization(value)
-            except ValueError as error:
-                problems.append(str(error))
-        elif name in neutral:
-            problems.append(
-                f"{name} must be {json.dumps(neutral[name])} or absent, got {json.dumps(value)}: "
-                f"no {family.model_type} model has another"
-            )
-        else:
-            problems.append(
-                f"{name} = {json.dumps(value)} is not understood and may change the result: "
-                "remove it from config.json if you know that it does not"
-            )
+def _blocks(file: _File, fields: Mapping[str, Any], settings: RopeSettings) -> tuple[int, tuple[BlockConfig, ...]]:
+    """The context in tokens, and every layer; no layers where there are problems."""
+    raw, family, problems = file.raw, file.family, file.problems
+    context, base = fields["max_position_embeddings"], float(fields["rope_theta"])
+    rotary_size = _rotary_size(fields, family, settings, problems)
+    rope, context = read_rope(raw, settings, rotary_size, context, base, problems, file.notes)
+    kinds = _layer_kinds(file, fields)
+    if problems or rope is None:
+        return context, ()
+    norm = _norm(fields, family)
+    layers = [Layer(family, index, kind, fields, rope, settings.values, norm) for index, kind in enumerate(kinds)]
+    return context, tuple(_block(layer) for layer in layers)
 
 
-def _layer_kinds(raw: Mapping[str, Any], fields: Mapping[str, Any], family: Family, problems: list[str]) -> list[str]:
+def _block(layer: Layer) -> BlockConfig:
+    family = layer.family
+    residuals = family.residuals(layer)
+    return BlockConfig(family.mixer(layer), family.feed_forward(layer), layer.norm, family.post_norms, *residuals)
+
+
+def _rotary_size(fields: Mapping[str, Any], family: Family, settings: RopeSettings, problems: list[str]) -> int:
+    """How many coordinates of each head rotate."""
+    inner, source = settings.values.get("partial_rotary_factor"), f"{settings.source}.partial_rotary_factor"
+    if "partial_rotary_factor" not in fields:
+        name = "head_dim" if family.rotary_size is None else family.rotary_size
+        if inner is not None and inner != 1:
+            problems.append(f"{source} must be 1.0 or absent (these families rotate whole heads), got {quoted(inner)}")
+        if fields[name] % 2:
+            derived = " (hidden_size / num_attention_heads where it is absent)" if name == "head_dim" else ""
+            problems.append(f"{name}{derived} must be even: rotary embedding turns pairs, got {fields[name]}")
+        return fields[name]
+    outer = fields["partial_rotary_factor"]
+    part, name = (outer, "partial_rotary_factor") if inner is None else (inner, source)
+    part = 1.0 if part is None else part
+    if expected := unexpected("partial_rotary_factor", part):
+        problems.append(f"{name} must be {expected}, got {quoted(part)}")
+        return fields["head_dim"]
+    size = int(fields["head_dim"] * part)
+    if size % 2 or not size:
+        problems.append(
+            f"{name} must let an even number of each head's {fields['head_dim']} coordinates (head_dim) rotate, "
+            f"got {size}"
+        )
+    return size
+
+
+def _layer_kinds(file: _File, fields: Mapping[str, Any]) -> list[str]:
     """What each layer is, as `layer_types` or the family's rule says."""
-    count, names = fields["num_hidden_layers"], sorted(family.kinds)
+    family, problems = file.family, file.problems
+    count: int = fields["num_hidden_layers"]
+    given: Any = file.raw.get("layer_types")
     by_rule = [family.layer_kind(fields, index) for index in range(count)]
-    given = raw.get("layer_types")
-    kinds = by_rule if given is None else given
+    if given is None:
+        kinds = by_rule
+    elif expected := unexpected("layer_types", given):
+        problems.append(f"layer_types must be {expected}, got {quoted(given)}")
+        return by_rule
+    else:
+        kinds = [_RENAMED_KINDS.get(kind, kind) for kind in given]
     if len(kinds) != count or not family.kinds.issuperset(kinds):
-        choices = " or ".join(repr(name) for name in names)
-        problems.append(f"layer_types must hold {count} times {choices} (one per layer), got {kinds!r}")
+        choices = " or ".join(repr(name) for name in sorted(family.kinds))
+        problems.append(
+            f"layer_types must hold {count} times {choices} (one per layer, num_hidden_layers), got "
+            f"{len(kinds):,}: {quoted(given)}"
+        )
     elif "layer_types" not in family.defaults and kinds != by_rule:
         problems.append(
-            f"layer_types must be absent or {by_rule[:1]} throughout for {family.model_type}, got {kinds!r}"
+            f"layer_types must be absent or {by_rule[:1]} throughout for {family.model_type}, got {quoted(given)}"
         )
     elif "sliding_attention" in kinds and fields.get("sliding_window") is None:
         problems.append(
@@ -218,3 +245,25 @@ def _layer_kinds(raw: Mapping[str, Any], fields: Mapping[str, Any], family: Fami
             "use_sliding_window = true; got none"
         )
     return kinds
+
+
+def _check_unread(file: _File, settings: RopeSettings) -> None:
+    """What is done about the fields, and keys of the rope dictionary, that nothing here reads."""
+    raw, family, window = file.raw, file.family, file.raw.get("sliding_window")
+    unread = raw.keys() - {*family.defaults, *family.same_as, *_READ_ELSEWHERE}
+    if "sliding_window" not in family.defaults or raw.get("sliding_window", family.defaults["sliding_window"]) is None:
+        unread -= {"use_sliding_window", "max_window_layers"}  # nothing slides, whatever these say
+    context = raw.get("max_position_embeddings", family.defaults["max_position_embeddings"])
+    is_wide = isinstance(window, int) and isinstance(context, int) and window >= context
+    if is_wide or raw.get("use_sliding_window") is False:
+        unread -= {"sliding_window"}
+    keys = unread_rope_keys(settings)
+    values = {**raw, **{f"{settings.source}.{key}": value for key, value in settings.values.items()}}
+    check_unread(values, sorted(unread) + keys, family, file.problems, file.notes)
+
+
+def _check_quantization(file: _File) -> None:
+    try:
+        read_quantization(file.raw.get("quantization_config"))
+    except ValueError as error:
+        file.problems.append(str(error))

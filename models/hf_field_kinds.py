@@ -1,62 +1,168 @@
-"""What kind of value each field of a `config.json` must have; those in no list here are whole numbers from 1 on."""
+"""What each field of a `config.json` may hold: its kind of value, and the largest that is read.
 
-# May be null for "none" or "derive it"; a null in any other field means that the default holds.
-NULLABLE = frozenset(
-    {
-        "num_key_value_heads",
-        "head_dim",
-        "sliding_window",
-        "layer_types",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "clip_qkv",
-        "mlp_only_layers",
-        "n_group",
-        "topk_group",
-        "n_shared_experts",
-        "q_lora_rank",
-    }
-)
-BOOLEANS = frozenset(
-    {
-        "tie_word_embeddings",
-        "attention_bias",
-        "qkv_bias",
-        "mlp_bias",
-        "use_sliding_window",
-        "norm_topk_prob",
-        "rope_interleave",
-    }
-)
-LISTS = {
-    "layer_types": "a list with one name per layer",
-    "mlp_only_layers": "a list of layers (whole numbers)",
+A count in a file costs memory before a single weight is read (a description for each layer, a name for each expert), so
+each has a limit, far above any published model: a file beyond it is damaged, or means to fill the memory.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from decodax.models.families._layer import ACTIVATIONS
+from decodax.models.model_files import printable
+
+_MAX_QUOTED = 80  # characters of a value in a message: enough for every value that is a typing mistake
+
+MAX_LAYERS = 4_096  # the deepest published models have about 130
+MAX_HEADS = 4_096  # 232 in the largest published
+MAX_EXPERTS = 16_384  # 2,048 in the largest published
+MAX_SIZE = 2**20  # of hidden states, heads, latents, one expert: 1,048,576; published models have up to 65,536
+MAX_VOCABULARY = 2**28  # 268 million tokens; the largest published has about a million
+MAX_POSITION = 2**31 - 1  # positions are 32-bit integers
+MAX_NUMBER = 1e30  # what float32 can hold, with room for its powers and products
+
+
+class Kind(Protocol):
+    """The values that a field may have."""
+
+    def unexpected(self, value: Any) -> str | None:
+        """What was expected, if `value` is something else."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    smallest: int = 1
+    largest: int = MAX_SIZE
+
+    def unexpected(self, value: Any) -> str | None:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if is_integer and self.smallest <= value <= self.largest:
+            return None
+        return f"a whole number from {self.smallest} to {self.largest:,}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """above: the largest number that is too small; with `or_zero`, 0 is one more."""
+
+    above: float = 0.0
+    largest: float = MAX_NUMBER
+    or_zero: bool = False
+
+    def unexpected(self, value: Any) -> str | None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and (self.above < value <= self.largest or (self.or_zero and value == 0)):
+            return None
+        least = "a positive number" if self.above == 0 else f"a number above {self.above:g}"
+        return f"{least}, at most {self.largest:g}{', or 0' if self.or_zero else ''}"
+
+
+@dataclass(frozen=True)
+class Flag:
+    def unexpected(self, value: Any) -> str | None:
+        return None if isinstance(value, bool) else "true or false"
+
+
+@dataclass(frozen=True)
+class Choice:
+    names: frozenset[str]
+
+    def unexpected(self, value: Any) -> str | None:
+        return None if isinstance(value, str) and value in self.names else f"one of {sorted(self.names)}"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A list, each item of which `is_item` accepts."""
+
+    expected: str
+    is_item: Callable[[Any], bool]
+
+    def unexpected(self, value: Any) -> str | None:
+        return None if isinstance(value, list) and all(map(self.is_item, value)) else self.expected
+
+
+_SIZE = Whole()
+_ACTIVATION = Choice(frozenset(ACTIVATIONS))
+
+KINDS: Mapping[str, Kind] = {
+    "vocab_size": Whole(largest=MAX_VOCABULARY),
+    "num_hidden_layers": Whole(largest=MAX_LAYERS),
+    **dict.fromkeys(
+        ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads"),
+        Whole(largest=MAX_HEADS),
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), Whole(largest=MAX_EXPERTS)),
+    **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), Whole(largest=MAX_EXPERTS)),
+    "n_shared_experts": Whole(0, MAX_EXPERTS),
+    "shared_expert_intermediate_size": Whole(0),
+    **dict.fromkeys(("max_position_embeddings", "sliding_window"), Whole(largest=MAX_POSITION)),
+    "max_window_layers": Whole(0, MAX_POSITION),
+    "first_k_dense_replace": Whole(0, MAX_POSITION),
+    **dict.fromkeys(("decoder_sparse_step", "full_attention_interval"), Whole(largest=MAX_POSITION)),
+    "linear_conv_kernel_dim": Whole(2, 4_096),  # tokens, the newest among them
+    "intermediate_size": Whole(largest=2**24),  # 16 times the widest hidden state
+    "hidden_act": _ACTIVATION,
+    "hidden_activation": _ACTIVATION,
+    "topk_method": Choice(frozenset({"greedy", "group_limited_greedy"})),
+    **dict.fromkeys(
+        (
+            "tie_word_embeddings",
+            "attention_bias",
+            "qkv_bias",
+            "mlp_bias",
+            "use_sliding_window",
+            "norm_topk_prob",
+            "rope_interleave",
+        ),
+        Flag(),
+    ),
+    "layer_types": Listed("a list with the name of each layer's kind", lambda item: isinstance(item, str)),
+    "mlp_only_layers": Listed("a list of layers (whole numbers)", lambda item: type(item) is int),
+    "rope_theta": Number(above=1.0),  # the base of powers that must grow
+    "partial_rotary_factor": Number(largest=1.0),
+    **dict.fromkeys(
+        (
+            "rms_norm_eps",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "clip_qkv",
+            "routed_scaling_factor",
+            "swiglu_alpha",
+            "swiglu_limit",
+            "embedding_multiplier",
+            "logits_scaling",
+            "residual_multiplier",
+            "attention_multiplier",
+            "full_attn_alpha_factor",
+            "full_attn_beta_factor",
+            "linear_attn_alpha_factor",
+            "linear_attn_beta_factor",
+            "mlp_alpha_factor",
+            "mlp_beta_factor",
+        ),
+        Number(),
+    ),
 }
-NUMBERS = frozenset(
-    {
-        "rms_norm_eps",
-        "rope_theta",
-        "partial_rotary_factor",
-        "query_pre_attn_scalar",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "clip_qkv",
-        "routed_scaling_factor",
-        "swiglu_alpha",
-        "swiglu_limit",
-        "embedding_multiplier",
-        "logits_scaling",
-        "residual_multiplier",
-        "attention_multiplier",
-        "full_attn_alpha_factor",
-        "full_attn_beta_factor",
-        "linear_attn_alpha_factor",
-        "linear_attn_beta_factor",
-        "mlp_alpha_factor",
-        "mlp_beta_factor",
-    }
-)
-FROM_ZERO = frozenset({"max_window_layers", "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"})
-CHOICES = {
-    "topk_method": frozenset({"greedy", "group_limited_greedy"}),
-}
+
+
+def unexpected(name: str, value: Any) -> str | None:
+    """What a field should have been, if it is something else; fields without a kind of their own are sizes."""
+    return KINDS.get(name, _SIZE).unexpected(value)
+
+
+def quoted(value: Any) -> str:
+    """A value of a file as JSON writes it, cut to what a message can hold.
+
+    >>> quoted([None, "a" * 100])
+    '[null, "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...'
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # from Python: no JSON, or a number of thousands of digits
+        return f"a value of type {type(value).__name__}"
+    text = printable(text[: _MAX_QUOTED + 1])
+    return text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 3] + "..."

@@ -1,21 +1,27 @@
-"""The fields of a `config.json` that no family reads: what may stand there without changing the result.
+"""The fields of a `config.json` that no family reads: what may stand there, and what must not.
 
-A field is added here once it is known that transformers computes the same with any value (WITHOUT_INFLUENCE), or with
-one value (NEUTRAL). All others are refused by `hf_config.py`.
+Whatever a family's class in transformers does not read cannot change what transformers computes. It may still say that
+the model is meant to be computed in another way, by code that is not transformers': so there are fields without
+influence (WITHOUT_INFLUENCE), fields that change results elsewhere and bring no weights that would give them away
+(CHANGES_ELSEWHERE, refused unless neutral), and all others, about which the reader is told once.
 """
 
+from collections.abc import Mapping
 from typing import Any
+
+# The transformers whose classes were read for the families and the lists here (scripts/make_golden_configs.py).
+CHECKED_TRANSFORMERS = "5.24.0"
 
 WITHOUT_INFLUENCE = frozenset(
     {
         # what the file is, how it was saved and where it came from
         "model_type",
         "architectures",
-        "auto_map",
         "transformers_version",
         "torch_dtype",
         "dtype",
         "_name_or_path",
+        "_model_name_or_path",
         "name_or_path",
         "_commit_hash",
         "_from_model_config",
@@ -33,6 +39,7 @@ WITHOUT_INFLUENCE = frozenset(
         "license",
         # how a program runs it, or what it hands back
         "use_cache",
+        "cache_implementation",
         "pretraining_tp",
         "return_dict",
         "return_dict_in_generate",
@@ -42,12 +49,18 @@ WITHOUT_INFLUENCE = frozenset(
         "output_router_logits",
         "torchscript",
         "use_bfloat16",
+        "use_flash_attention",
         "tf_legacy_loss",
         "chunk_size_feed_forward",
         "tie_last_hidden_states",
         # training
         "initializer_range",
         "attention_dropout",
+        "hidden_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "gradient_checkpointing",
         "router_aux_loss_coef",
         "router_jitter_noise",
         # tokens with a meaning, which the tokenizer and the end of generation use
@@ -58,6 +71,9 @@ WITHOUT_INFLUENCE = frozenset(
         "sep_token_id",
         "cls_token_id",
         "mask_token_id",
+        "bos_token",
+        "eos_token",
+        "pad_token",
         "decoder_start_token_id",
         "forced_bos_token_id",
         "forced_eos_token_id",
@@ -86,6 +102,7 @@ WITHOUT_INFLUENCE = frozenset(
         "suppress_tokens",
         "begin_suppress_tokens",
         # other tasks and other kinds of model
+        "is_decoder",
         "tie_encoder_decoder",
         "cross_attention_hidden_size",
         "finetuning_task",
@@ -94,25 +111,166 @@ WITHOUT_INFLUENCE = frozenset(
         "num_labels",
         "task_specific_params",
         "problem_type",
+        # one axis of positions for text: the sections of the others are all equal to it
+        "mrope_section",
+        "mrope_interleaved",
     }
 )
 
-# Harmless with this value only (or null): any other changes the result in a way that is not implemented. A family that
-# reads the field takes precedence.
-NEUTRAL: dict[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "use_mrope": False,
-    "use_bidirectional_attention": False,
-    "is_encoder_decoder": False,
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "pruned_heads": {},
-    "per_layer_config": {},
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
+_OFF = (False, 0)  # in a list of neutral values, null is one more, but for the fields in NULL_IS_NO
+_ONE = (1,)
+
+# Fields that change the result in other code (in the models' own, in vLLM, in other families of transformers) and bring
+# no weights: only these values, or null, compute what the family computes. A family that reads the field comes first.
+CHANGES_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
+    # which keys a query attends to
+    "is_causal": (True,),
+    "use_bidirectional_attention": _OFF,
+    "bidirectional": _OFF,
+    "is_encoder_decoder": _OFF,
+    "add_cross_attention": _OFF,
+    "pruned_heads": ({},),
+    "per_layer_config": ({},),
+    "sliding_window": (),
+    "attention_chunk_size": (),
+    "dual_chunk_attention_config": (),
+    "attention_window": (),
+    "attention_window_size": (),
+    "window_size": (),
+    "local_attention_window": (),
+    "sliding_window_pattern": (),
+    "_sliding_window_pattern": (),
+    "num_sink_tokens": _OFF,
+    "attention_sink_size": _OFF,
+    "sparse_mode": (),
+    "sparse_attention_config": (),
+    # positions
+    "alibi": _OFF,
+    "use_alibi": _OFF,
+    "position_embedding_type": ("rope", "rotary", "absolute"),  # "absolute" was written into every file once
+    "pos_emb_type": ("rope", "rotary"),
+    "rope": (True,),
+    "use_rope": (True,),
+    "use_rotary": (True,),
+    "use_pos_enc": (True,),
+    "rope_pct": _ONE,
+    "rotary_pct": _ONE,
+    "rotary_percentage": _ONE,
+    "partial_rotary_factor": _ONE,
+    "rotary_dim": (),
+    "rope_interleaved": _OFF,
+    "rotary_interleaved": _OFF,
+    "rope_interleave": _OFF,
+    "is_neox_style": (True,),
+    "use_mrope": _OFF,
+    "rotary_emb_base": (),
+    "rope_base": (),
+    "rope_ratio": _ONE,
+    "rope_local_base_freq": (),
+    "local_rope_theta": (),
+    "no_rope_layers": ([],),
+    "no_rope_layer_interval": _OFF,
+    "nope_layer_interval": _OFF,
+    "use_dynamic_ntk": _OFF,
+    "use_logn_attn": _OFF,
+    # scores
+    "attn_temperature_tuning": _OFF,
+    "attn_scale": (),
+    "attention_scale": (),
+    "softmax_scale": (),
+    "query_pre_attn_scalar": (),
+    "attention_multiplier": (),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": _OFF,
+    "attn_logit_softcapping": (),
+    "attention_logit_softcapping": (),
+    "attn_logit_cap": (),
+    "use_qk_norm": _OFF,
+    "qk_norm": _OFF,
+    "qk_layernorm": _OFF,
+    "use_qk_layernorm": _OFF,
+    "use_qk_l2_norm": _OFF,
+    "clip_qkv": (),
+    "attention_k_eq_v": _OFF,
+    "num_kv_shared_layers": _OFF,
+    # embeddings, residuals, logits
+    "embedding_multiplier": _ONE,
+    "embedding_scale": _ONE,
+    "scale_emb": _ONE,
+    "scale_embedding": _OFF,
+    "scale_embeddings": _OFF,
+    "normalize_embeddings": _OFF,
+    "embeddings_normalize": _OFF,
+    "residual_multiplier": _ONE,
+    "residual_scale": _ONE,
+    "scale_depth": (),
+    "dim_model_base": (),
+    "use_mup": _OFF,
+    "mup_enabled": _OFF,
+    "final_logit_softcapping": (),
+    "logits_soft_cap": (),
+    "router_logit_softcapping": (),
+    "logit_scale": _ONE,
+    "logits_scaling": _ONE,
+    "lm_head_multiplier": _ONE,
+    "output_multiplier_scale": _ONE,
+    "scale_logits": _OFF,
+    "norm_head": _OFF,
+    # the order of a block's parts, and its norms
+    "parallel_attn": _OFF,
+    "parallel_residual": _OFF,
+    "use_parallel_residual": _OFF,
+    "new_decoder_architecture": _OFF,
+    "apply_residual_connection_post_layernorm": _OFF,
+    "post_norm": _OFF,
+    "postnorm": _OFF,
+    "use_post_norm": _OFF,
+    "norm_after": _OFF,
+    "do_layer_norm_before": (True,),
+    "norm_type": ("rmsnorm", "rms_norm", "RMSNorm"),
+    "layer_norm_type": ("rmsnorm", "rms_norm", "rms", "RMSNorm"),
+    "rmsnorm": (True,),
+    "use_rms_norm": (True,),
+    "norm_unit_offset": _OFF,
+    # biases: they do bring weights, and this is the clearer refusal
+    "attention_bias": _OFF,
+    "qkv_bias": _OFF,
+    "mlp_bias": _OFF,
+    "bias": _OFF,
+    "use_bias": _OFF,
+    "use_qkv_bias": _OFF,
+    "add_bias_linear": _OFF,
+    "add_qkv_bias": _OFF,
+    "lm_head_bias": _OFF,
+    "no_bias": (True,),
+    # experts
+    "scoring_func": ("softmax",),
+    "score_func": ("softmax",),
+    "moe_router_score_function": ("softmax",),
+    "topk_method": ("greedy",),
+    "n_group": _ONE,
+    "topk_group": _ONE,
+    "num_expert_group": _ONE,
+    "use_grouped_topk": _OFF,
+    "routed_scaling_factor": _ONE,
+    "moe_layer_freq": _ONE,
+    "swiglu_alpha": (),
+    "swiglu_limit": (),
+    "moe_primary_router_apply_softmax": (),
+    # other forms of the weights
+    "quantization": (),
+    "compression_config": (),
 }
+
+NULL_IS_NO = frozenset({"is_causal"})  # where transformers takes null for false
+
+# Keys of the rope dictionary, beside those that its type reads.
+ROPE_WITHOUT_INFLUENCE = frozenset(
+    {
+        "original_max_position_embeddings",
+        "finetuned",  # how the model was made, in the first YaRN checkpoints
+        "mrope_section",
+        "mrope_interleaved",
+    }
+)
+ROPE_CHANGES_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {"alpha": (), "factor": _ONE}

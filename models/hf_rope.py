@@ -7,6 +7,7 @@ transformers 4 has `rope_theta` beside `rope_scaling` {"type" or "rope_type", "f
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from decodax.layers.rope import (
@@ -18,6 +19,9 @@ from decodax.layers.rope import (
     Scaling,
     YarnScaling,
 )
+from decodax.models.hf_field_kinds import MAX_POSITION, Flag, Kind, Number, quoted
+from decodax.models.hf_known_fields import ROPE_CHANGES_ELSEWHERE, ROPE_WITHOUT_INFLUENCE
+from decodax.models.hf_unread_fields import is_neutral, refusal
 
 ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"})
 
@@ -26,8 +30,8 @@ _ALWAYS = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "default": (frozenset(), frozenset()),
     # transformers reads no original length for these two: the factor, or max_position_embeddings, says it all.
-    "linear": (frozenset({"factor"}), frozenset({"original_max_position_embeddings"})),
-    "dynamic": (frozenset({"factor"}), frozenset({"original_max_position_embeddings"})),
+    "linear": (frozenset({"factor"}), frozenset()),
+    "dynamic": (frozenset({"factor"}), frozenset()),
     "llama3": (
         frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
         frozenset({"original_max_position_embeddings"}),
@@ -36,7 +40,6 @@ _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset(),
         frozenset(
             {
-                "finetuned",  # how the model was made, in the first YaRN checkpoints
                 "factor",
                 "original_max_position_embeddings",
                 "attention_factor",
@@ -53,131 +56,200 @@ _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"factor", "original_max_position_embeddings", "attention_factor"}),
     ),
 }
+_SCALING_KEYS = frozenset().union(*(required | optional for required, optional in _KEYS.values()))
 _ALIASES = {"su": "longrope"}  # the first name of longrope, in early Phi-3 files
+_FACTOR_LISTS = ("short_factor", "long_factor")
+_LENGTH = Number(above=1, largest=MAX_POSITION)
+_FACTOR = Number(largest=1e6)  # a thousand times the largest published
+_KINDS: Mapping[str, Kind] = {
+    "rope_theta": Number(above=1),
+    "original_max_position_embeddings": _LENGTH,
+    "truncate": Flag(),
+    # 0 says "not given", as in transformers
+    **dict.fromkeys(("mscale", "mscale_all_dim", "beta_fast", "beta_slow"), Number(largest=1e6, or_zero=True)),
+}
+
+
+@dataclass(frozen=True)
+class RopeSettings:
+    """The rope dictionary of a file without its nulls. source: the field it stands in, for messages."""
+
+    source: str = "rope_parameters"
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def type(self) -> Any:
+        kind = self.values.get("rope_type", self.values.get("type", "default"))
+        return _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+
+
+def rope_settings(raw: Mapping[str, Any], default: Mapping[str, Any] | None, problems: list[str]) -> RopeSettings:
+    """The rope dictionary of either spelling, or `default` without one."""
+    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            problems.append(f"{name} must be an object or null, got {quoted(value)}")
+            return RopeSettings()
+    if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
+        problems.append("rope_scaling and rope_parameters are both given and differ: keep the one that is right")
+    if not given:
+        return RopeSettings(values={} if raw.get("rope_parameters") is not None else default or {})
+    source, values = next(iter(given.items()))
+    # transformers takes a null `truncate` for false, and other nulls for "not given".
+    values = {key: False if key == "truncate" and value is None else value for key, value in values.items()}
+    return RopeSettings(source, {key: value for key, value in values.items() if value is not None})
 
 
 def read_rope(
     raw: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    settings: RopeSettings,
     rotary_size: int,
     max_position_embeddings: int,
     base: float,
     problems: list[str],
+    notes: list[str],
 ) -> tuple[Rope | None, int]:
-    """The rotation of each head, and how many tokens of context it stretches `max_position_embeddings` to.
+    """The rotation of each head, and how many tokens of context the model has with it.
 
-    settings: what `rope_settings` gave. rotary_size: how many coordinates of a head rotate. base: the `rope_theta`
-        beside the dictionary, or the family's; one inside the dictionary wins.
-    Appends what it cannot understand to `problems`; the rotation is None when there was something.
+    rotary_size: how many coordinates of a head rotate. base: the `rope_theta` beside the dictionary, or the family's;
+        one inside the dictionary wins.
+    Appends what it cannot understand to `problems` (the rotation is None then), and to `notes` what is ambiguous.
     """
     known_problems = len(problems)
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    kind, values = settings.type, settings.values
     if not isinstance(kind, str) or kind not in _KEYS:
-        problems.append(f"rope_type must be one of {sorted(_KEYS)}, got {kind!r}")
+        problems.append(f"{settings.source}.rope_type must be one of {sorted(_KEYS)}, got {quoted(kind)}")
         return None, max_position_embeddings
+    _check_keys(settings, kind, rotary_size, problems)
+    beside = raw.get("original_max_position_embeddings")
+    if beside is not None and (expected := _LENGTH.unexpected(beside)):
+        problems.append(f"original_max_position_embeddings must be {expected} (tokens), got {quoted(beside)}")
+    if len(problems) > known_problems or rotary_size % 2 or rotary_size < 2:  # which the caller reports
+        return None, max_position_embeddings
+    original_length = int(beside or values.get("original_max_position_embeddings", max_position_embeddings))
+    if kind != "default" and original_length < 2:
+        length = _length_name(raw, settings)
+        problems.append(f"{length} must be at least 2 (tokens) for rope type {kind}, got {original_length}")
+        return None, max_position_embeddings
+    scaling = _scaling(kind, values, max_position_embeddings, original_length)
+    context = _context(scaling, max_position_embeddings)
+    if context > MAX_POSITION:
+        length = _length_name(raw, settings)
+        problems.append(f"{settings.source}.factor x {length} must be at most {MAX_POSITION:,}, got {context:,}")
+        return None, max_position_embeddings
+    _note_context(settings, scaling, original_length, max_position_embeddings, notes)
+    return Rope(rotary_size, float(values.get("rope_theta", base)), scaling), context
+
+
+def _length_name(raw: Mapping[str, Any], settings: RopeSettings) -> str:
+    """The field that says how long the rows were that the model was trained with."""
+    name = "original_max_position_embeddings"
+    if raw.get(name) is not None:
+        return name
+    return f"{settings.source}.{name}" if name in settings.values else "max_position_embeddings"
+
+
+def unread_rope_keys(settings: RopeSettings) -> list[str]:
+    """The keys of the dictionary that its type does not read and that may mean something, as `field.key`."""
+    required, optional = _KEYS.get(settings.type, ((), ())) if isinstance(settings.type, str) else ((), ())
+    known = {*_ALWAYS, *required, *optional, *ROPE_WITHOUT_INFLUENCE, *ROPE_CHANGES_ELSEWHERE}
+    return [f"{settings.source}.{key}" for key in sorted(settings.values.keys() - known)]
+
+
+def _check_keys(settings: RopeSettings, kind: str, rotary_size: int, problems: list[str]) -> None:
+    """What is missing in the dictionary, of the wrong kind, or may change the result elsewhere."""
+    source, values = settings.source, settings.values
     required, optional = _KEYS[kind]
-    if missing := sorted(key for key in required if settings.get(key) is None):
-        problems.append(f"rope scaling {kind!r} needs {missing}, got only {sorted(settings)}")
-    if unknown := sorted(settings.keys() - _ALWAYS - required - optional):
-        problems.append(f"rope scaling {kind!r} has fields that decodax does not understand: {unknown}")
-    for key in sorted(settings.keys() & (required | optional | {"rope_theta"})):
-        value = settings[key]
-        if key in ("short_factor", "long_factor"):
-            _check_factor_list(key, value, rotary_size // 2, problems)
-        elif key not in ("truncate", "finetuned") and not _is_positive(value):
-            problems.append(f"{key} in the rope scaling must be a positive number, got {value!r}")
-    beside = raw.get("original_max_position_embeddings")
-    if beside is not None and not _is_positive(beside):
-        problems.append(f"original_max_position_embeddings must be a positive number of tokens, got {beside!r}")
-    if rotary_size % 2 or rotary_size < 2:
-        problems.append(f"head_dim must be even (rotary embedding turns pairs), got {rotary_size} coordinates")
-    if len(problems) > known_problems:
-        return None, max_position_embeddings
-    original_length = _original_length(raw, settings, max_position_embeddings)
-    scaling = _scaling(kind, settings, max_position_embeddings, original_length)
-    return Rope(rotary_size, float(settings.get("rope_theta", base)), scaling), _context(
-        scaling, max_position_embeddings
-    )
+    if missing := sorted(required - values.keys()):
+        problems.append(f"{source}.{missing[0]} is missing: rope type {kind} needs {', '.join(sorted(required))}")
+    for key in sorted(values):
+        value, name = values[key], f"{source}.{key}"
+        if key in _FACTOR_LISTS and key in required:
+            _check_factor_list(name, value, rotary_size // 2, problems)
+        elif key in (*required, *optional, "rope_theta", "original_max_position_embeddings"):
+            if expected := _KINDS.get(key, _FACTOR).unexpected(value):
+                problems.append(f"{name} must be {expected}, got {quoted(value)}")
+        elif key in ROPE_CHANGES_ELSEWHERE and not is_neutral(value, ROPE_CHANGES_ELSEWHERE[key]):
+            problems.append(refusal(name, value, ROPE_CHANGES_ELSEWHERE[key], f"models with rope type {kind}"))
+        elif isinstance(value, Mapping):
+            problems.append(f"{name} must be absent, got an object: all layers of these models rotate alike")
+        elif kind == "default" and key in _SCALING_KEYS - ROPE_WITHOUT_INFLUENCE - ROPE_CHANGES_ELSEWHERE.keys():
+            problems.append(f"{name} needs a {source}.rope_type that reads it, got none or 'default'")
+    if kind == "dynamic" and rotary_size < 4:
+        problems.append(f"{source}.rope_type dynamic needs at least 4 coordinates of each head that rotate")
+    low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
+    if kind == "llama3" and isinstance(low, int | float) and isinstance(high, int | float) and not low < high:
+        problems.append(
+            f"{source}.high_freq_factor must be above {source}.low_freq_factor, got {quoted(high)} and {quoted(low)}"
+        )
 
 
-def rope_settings(raw: Mapping[str, Any], default: Mapping[str, Any] | None, problems: list[str]) -> dict[str, Any]:
-    """The rope dictionary of either spelling, or `default` without one; fields that are null are left out."""
-    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
-    for name, value in given.items():
-        if not isinstance(value, Mapping):
-            problems.append(f"{name} must be an object or null, got {value!r}")
-            return {}
-    if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
-        problems.append("rope_scaling and rope_parameters are both given and differ: keep the one that is right")
-    settings = next(iter(given.values()), default or {})
-    return {key: value for key, value in settings.items() if value is not None}
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _check_factor_list(key: str, value: Any, num_pairs: int, problems: list[str]) -> None:
-    if not isinstance(value, list) or len(value) != num_pairs or not all(_is_positive(item) for item in value):
-        length = len(value) if isinstance(value, list) else "no list"
-        problems.append(f"{key} must be a list of {num_pairs} positive numbers (half the head size), got {length}")
-
-
-def _original_length(raw: Mapping[str, Any], settings: Mapping[str, Any], max_position_embeddings: int) -> int:
-    beside = raw.get("original_max_position_embeddings")
-    if beside is not None:
-        return int(beside)
-    return int(settings.get("original_max_position_embeddings", max_position_embeddings))
+def _check_factor_list(name: str, value: Any, num_pairs: int, problems: list[str]) -> None:
+    if not isinstance(value, list) or len(value) != num_pairs or any(_FACTOR.unexpected(item) for item in value):
+        got = f"a list of {len(value):,}" if isinstance(value, list) else quoted(value)
+        problems.append(f"{name} must be a list of {num_pairs} positive numbers (half the head size), got {got}")
 
 
 def _scaling(
-    kind: str, settings: Mapping[str, Any], max_position_embeddings: int, original_length: int
+    kind: str, values: Mapping[str, Any], max_position_embeddings: int, original_length: int
 ) -> Scaling | None:
-    factor = settings.get("factor")
+    factor = values.get("factor")
     if kind == "linear":
-        return LinearScaling(float(settings["factor"]))
+        return LinearScaling(float(values["factor"]))
     if kind == "dynamic":
-        return DynamicScaling(float(settings["factor"]), max_position_embeddings)
+        return DynamicScaling(float(values["factor"]), max_position_embeddings)
     if kind == "llama3":
-        low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
-        return Llama3Scaling(float(settings["factor"]), low, high, original_length)
+        low, high = float(values["low_freq_factor"]), float(values["high_freq_factor"])
+        return Llama3Scaling(float(values["factor"]), low, high, original_length)
     factor = float(max_position_embeddings / original_length if factor is None else factor)
     if kind == "yarn":
         return YarnScaling(
             factor,
             original_length,
-            _yarn_attention_factor(factor, settings),
-            float(settings.get("beta_fast", 32)),
-            float(settings.get("beta_slow", 1)),
-            bool(settings.get("truncate", True)),
+            _yarn_attention_factor(factor, values),
+            float(values.get("beta_fast") or 32),
+            float(values.get("beta_slow") or 1),
+            values.get("truncate", True),
         )
     if kind == "longrope":
-        attention_factor = settings.get("attention_factor")
+        attention_factor = values.get("attention_factor")
         if attention_factor is None:
             attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length))
-        short, long = (tuple(float(item) for item in settings[name]) for name in ("short_factor", "long_factor"))
+        short, long = (tuple(float(item) for item in values[name]) for name in _FACTOR_LISTS)
         return LongRopeScaling(short, long, original_length, float(attention_factor))
     return None
 
 
-def _yarn_attention_factor(factor: float, settings: Mapping[str, Any]) -> float:
+def _yarn_attention_factor(factor: float, values: Mapping[str, Any]) -> float:
     """What multiplies cos and sin: 0.1 mscale ln(factor) + 1, as a ratio of two when both mscales are given."""
-
-    def magnitude(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-    if "attention_factor" in settings:
-        return float(settings["attention_factor"])
-    if "mscale" in settings and "mscale_all_dim" in settings:
-        return magnitude(settings["mscale"]) / magnitude(settings["mscale_all_dim"])
-    return magnitude(1.0)
+    if "attention_factor" in values:
+        return float(values["attention_factor"])
+    growth = 0.1 * math.log(max(factor, 1.0))
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        return (values["mscale"] * growth + 1) / (values["mscale_all_dim"] * growth + 1)
+    return growth + 1
 
 
 def _context(scaling: Scaling | None, max_position_embeddings: int) -> int:
-    """Tokens of context. These three scalings serve beyond `max_position_embeddings`; others state the result in it."""
-    if isinstance(scaling, LinearScaling | DynamicScaling):
-        return int(max_position_embeddings * max(scaling.factor, 1.0))
+    """Tokens of context.
+
+    YaRN states the original length, so its product with the factor is known. Linear and dynamic scaling do not, and
+    published files are of two minds: in some `max_position_embeddings` is the length before scaling, which vLLM takes
+    it for (it multiplies), in others the product (deepseek-coder: 16,384 = 4 x 4,096). transformers has no limit at
+    all. The smaller of the two readings is right in every file: no model is run beyond what it was trained for.
+    """
     if isinstance(scaling, YarnScaling):
         return max(max_position_embeddings, int(scaling.original_length * scaling.factor))
     return max_position_embeddings
+
+
+def _note_context(
+    settings: RopeSettings, scaling: Scaling | None, original_length: int, context: int, notes: list[str]
+) -> None:
+    """Says that the context may be larger, unless the original length tells that it is the product already."""
+    if not isinstance(scaling, LinearScaling | DynamicScaling) or original_length * scaling.factor <= context:
+        return
+    notes.append(
+        f"the context is max_position_embeddings = {context:,} tokens; if that is the length before "
+        f"{settings.source}.factor = {scaling.factor:g}, the model may serve up to {int(context * scaling.factor):,}"
+    )

@@ -161,6 +161,8 @@ def pieces(
     stored, parameter: the shapes of both. target: contiguous, the `region` of the parameter. A piece holds about
         `piece_numbers` numbers of whole stored rows. Nothing where the source fills no part of the region.
     """
+    if not target.size:  # a part of width 0, as in the files of models that have none
+        return
     if source.at is not None:
         if not region[0].start <= source.at < region[0].stop:
             return

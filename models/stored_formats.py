@@ -168,22 +168,25 @@ def read_quantization(field: Any) -> Quantization | None:
     if method not in ("fp8", "mxfp4"):
         raise ValueError(
             "quantization_config must be null or absent, or have quant_method fp8 (with a scale per block) or mxfp4, "
-            f"got {field!r}: use a checkpoint with plain (float) weights"
+            f"got {printable(repr(field))}: use a checkpoint with plain (float) weights"
         )
     if unknown := sorted(field.keys() - (_FP8_FIELDS if method == "fp8" else _MXFP4_FIELDS)):
         raise ValueError(
-            f"quantization_config with quant_method {method} has fields that are not understood: {unknown}"
+            f"quantization_config with quant_method {method} has fields that are not understood: {printable(unknown)}"
         )
     if method == "mxfp4":
         return Quantization(method)
     for name, known in {"fmt": "e4m3", "activation_scheme": "dynamic", "expert_dtype": "fp8"}.items():
         if field.get(name, known) != known:
-            raise ValueError(f"quantization_config with quant_method fp8 must have {name} {known}, got {field[name]!r}")
+            raise ValueError(
+                f"quantization_config.{name} must be {known} or absent with quant_method fp8, got "
+                f"{printable(repr(field[name]))}"
+            )
     block = field.get("weight_block_size", [128, 128])
     if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise ValueError(
-            "quantization_config with quant_method fp8 must have a weight_block_size of two whole numbers from 1 on "
-            f"(outputs and inputs that share a scale), got {block!r}"
+            "quantization_config.weight_block_size must be two whole numbers from 1 on with quant_method fp8 "
+            f"(outputs and inputs that share a scale), got {printable(repr(block))}"
         )
     return Quantization(method, (block[0], block[1]))
 

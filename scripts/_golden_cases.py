@@ -48,12 +48,17 @@ CASES: dict[str, dict[str, Any]] = {
         "head_dim": None,
     },
     "llama_biases": {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
-    "llama_linear": {**LLAMA_4, "rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    # The original lengths of these two say that the context is the product already; transformers does not read them.
+    "llama_linear": {
+        **LLAMA_4,
+        "rope_theta": 100.0,
+        "rope_scaling": {"type": "linear", "factor": 3.0, "original_max_position_embeddings": 21},
+    },
     "llama_dynamic": {
         **LLAMA_4,
         "max_position_embeddings": 17,
         "rope_theta": 100.0,
-        "rope_scaling": {"type": "dynamic", "factor": 3.0},
+        "rope_scaling": {"type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 5},
     },
     "llama_llama3": {
         **LLAMA_4,

@@ -38,6 +38,7 @@ from decodax.scripts.bench_gpu import bandwidth
 SHAPES: dict[str, dict[str, Any]] = {
     "deepseek_v2_lite": {
         "model_type": "deepseek_v2",
+        "num_experts_per_tok": 6,
         "vocab_size": 102400,
         "hidden_size": 2048,
         "intermediate_size": 10944,

@@ -71,11 +71,14 @@ class NextLayerNames:
 class Family:
     """`model_type` is the family's name in `config.json`; the rest is what that file does not say.
 
-    defaults: the fields this family reads beside the sizes that every config must give, with transformers' values for
-        absent ones. A field that stands neither here nor among the harmless ones of `models/hf_config.py` is refused.
+    defaults: the fields that this family's class and code in transformers read, with their values for absent ones
+        (None: derived from others, or without `nullable` needed in every file). What is done about all other fields of
+        a file says `models/hf_unread_fields.py`.
+    nullable: those that may be null, which then says "none", "no" or "derive it", as in transformers.
     aliases: other names of fields -> those in `defaults`; where a file gives both they must agree.
     ignored: fields without influence that only this family's files carry.
     fixed: fields that must have this value, or be absent: no other is implemented.
+    same_as: fields that must be what another field is, or be absent.
     layer_kind: (fields, index) -> the kind of that layer, where `layer_types` does not say: "full_attention",
         "sliding_attention" (limited to the window) or another of `kinds`.
     qkv_bias, out_bias, mlp_bias: true, false, or the name of the boolean field that says so.
@@ -84,7 +87,7 @@ class Family:
     elsewhere: config -> a regular expression for the names of stored tensors that belong to a part which is loaded
         separately (`open_part` in `models/checkpoint.py`). None: all tensors are the model's.
     next_layer: the names in a layer that predicts one token further, where checkpoints may have one.
-    rotary_size: (fields) -> how many coordinates of a head rotate; None: all, or the part that the file says.
+    rotary_size: the field that says how many coordinates of a head rotate; None: all, or the part that the file says.
     default_rope: the `rope_scaling` of a config without one.
     mixer, feed_forward: what makes those parts of a block, where they are not plain attention and a gated MLP.
     residuals: (layer) -> how the two parts of a block are added.
@@ -93,9 +96,11 @@ class Family:
 
     model_type: str
     defaults: Mapping[str, Any]
+    nullable: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     fixed: Fields = field(default_factory=dict)
+    same_as: Mapping[str, str] = field(default_factory=dict)
     layer_kind: Callable[[Fields, int], str] = lambda fields, index: "full_attention"
     kinds: frozenset[str] = frozenset({"full_attention", "sliding_attention"})
     activation_field: str = "hidden_act"
@@ -106,7 +111,7 @@ class Family:
     head_norms: bool = False
     unit_offset_norms: bool = False
     post_norms: bool = False
-    rotary_size: Callable[[Fields], int] | None = None
+    rotary_size: str | None = None
     default_rope: Mapping[str, Any] | None = None
     mixer: Callable[[Layer], Mixer] = attention
     feed_forward: Callable[[Layer], FeedForward] = gated_mlp

@@ -28,10 +28,9 @@ DEFAULTS = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-ALIASES = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
 FIXED = {"moe_layer_freq": 1}
 # Derived from the sizes of the parts of a head; for training; for another program's layout.
-IGNORED = frozenset({"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads"})
+IGNORED = frozenset({"qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads"})
 
 
 def latent_attention(layer: Layer) -> MLAConfig:
@@ -51,7 +50,7 @@ def latent_attention(layer: Layer) -> MLAConfig:
         rope=layer.rope,
         scale=scale,
         norm=LATENT_NORM,
-        rope_interleaved=fields.get("rope_interleave", True),
+        rope_interleaved=bool(fields.get("rope_interleave", True)),
         bias=fields["attention_bias"],
     )
 
@@ -60,7 +59,8 @@ def experts(layer: Layer, router: TopK) -> MoEConfig:
     """Routed experts beside shared ones, which are one MLP of their joint width."""
     fields, size = layer.fields, layer.fields["moe_intermediate_size"]
     num_shared = fields["n_shared_experts"] or 0
-    shared = GatedMLPConfig(size * num_shared, layer.activation) if num_shared else None
+    bias = layer.flag(layer.family.mlp_bias)
+    shared = GatedMLPConfig(size * num_shared, layer.activation, bias) if num_shared else None
     return MoEConfig(router, size, layer.activation, shared=shared)
 
 

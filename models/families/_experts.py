@@ -79,6 +79,10 @@ def expert_tensors(block: BlockConfig) -> BlockTensors:
         "feed_forward/router/selection_bias": "mlp.gate.e_score_correction_bias",
         **experts_at(block.feed_forward, *names),
         **{f"feed_forward/shared/{name}": f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")},
+        **{
+            f"feed_forward/shared/{name}_bias": f"mlp.shared_experts.{name}_proj.bias"
+            for name in ("gate", "up", "down")
+        },
     }
 
 

@@ -51,6 +51,17 @@ class Layer:
         return ACTIVATIONS[self.fields[self.family.activation_field]]
 
 
+def sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    """The sizes that transformers' class of a family takes where a file gives none, for `Family.defaults`."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
 def attention(layer: Layer) -> GQAConfig:
     """Softmax attention with grouped heads."""
     family, fields = layer.family, layer.fields

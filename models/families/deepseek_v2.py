@@ -7,7 +7,6 @@ from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.models.families._contract import Family
 from decodax.models.families._deepseek import (
-    ALIASES,
     DEFAULTS,
     FIXED,
     IGNORED,
@@ -17,7 +16,7 @@ from decodax.models.families._deepseek import (
     tensors,
 )
 from decodax.models.families._experts import where
-from decodax.models.families._layer import Layer
+from decodax.models.families._layer import Layer, sizes
 
 
 def _experts(layer: Layer) -> MoEConfig:
@@ -39,23 +38,25 @@ def _experts(layer: Layer) -> MoEConfig:
 FAMILY = Family(
     model_type="deepseek_v2",
     defaults={
+        **sizes(102400, 4096, 11008, 32, 32),
         **DEFAULTS,
         "max_position_embeddings": 2048,
         "mlp_bias": False,
         "first_k_dense_replace": 0,
         "n_routed_experts": 64,
         "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
+        "num_experts_per_tok": None,
         "moe_intermediate_size": 1407,
         "routed_scaling_factor": 1.0,
         "topk_method": "greedy",
         "n_group": None,
         "topk_group": None,
     },
-    aliases=ALIASES,
-    ignored=IGNORED | {"norm_topk_prob"},
+    nullable=frozenset({"q_lora_rank", "n_group", "topk_group"}),
+    aliases={"num_experts": "n_routed_experts"},
+    ignored=IGNORED | {"norm_topk_prob", "head_dim"},
     fixed={**FIXED, "scoring_func": "softmax"},
-    rotary_size=lambda fields: fields["qk_rope_head_dim"],
+    rotary_size="qk_rope_head_dim",
     mlp_bias="mlp_bias",
     mixer=latent_attention,
     feed_forward=where(is_sparse, _experts),

@@ -9,7 +9,6 @@ from decodax.layers.moe.routers.top_k import TopK
 from decodax.models.config import ModelConfig
 from decodax.models.families._contract import Family, NextLayerNames
 from decodax.models.families._deepseek import (
-    ALIASES,
     DEFAULTS,
     FIXED,
     IGNORED,
@@ -19,7 +18,7 @@ from decodax.models.families._deepseek import (
     tensors,
 )
 from decodax.models.families._experts import where
-from decodax.models.families._layer import Layer
+from decodax.models.families._layer import Layer, sizes
 
 
 def _experts(layer: Layer) -> MoEConfig:
@@ -28,7 +27,7 @@ def _experts(layer: Layer) -> MoEConfig:
         fields["n_routed_experts"],
         fields["num_experts_per_tok"],
         score="sigmoid",
-        renormalise=fields["norm_topk_prob"],
+        renormalise=bool(fields["norm_topk_prob"]),
         scale=float(fields["routed_scaling_factor"]),
         selection_bias=True,
         num_groups=fields["n_group"],
@@ -57,6 +56,7 @@ NEXT_LAYER = NextLayerNames(
 FAMILY = Family(
     model_type="deepseek_v3",
     defaults={
+        **sizes(129280, 7168, 18432, 61, 128),
         **DEFAULTS,
         "max_position_embeddings": 4096,
         "rope_interleave": True,
@@ -70,10 +70,12 @@ FAMILY = Family(
         "n_group": 8,
         "topk_group": 4,
     },
-    aliases=ALIASES,
+    nullable=frozenset({"q_lora_rank", "n_group", "topk_group", "rope_interleave", "norm_topk_prob"}),
+    aliases={"num_local_experts": "n_routed_experts"},
     ignored=IGNORED | {"num_nextn_predict_layers", "num_mtp_layers"},
     fixed={**FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    rotary_size=lambda fields: fields["qk_rope_head_dim"],
+    same_as={"head_dim": "qk_rope_head_dim"},  # transformers rotates so many coordinates where a file gives it
+    rotary_size="qk_rope_head_dim",
     mixer=latent_attention,
     feed_forward=where(is_sparse, _experts),
     block_tensors=tensors,

@@ -6,10 +6,12 @@ Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118.
 import math
 
 from decodax.models.families._contract import BLOCK_TENSORS, Family
+from decodax.models.families._layer import sizes
 
 FAMILY = Family(
     model_type="gemma2",
     defaults={
+        **sizes(256000, 2304, 9216, 26, 8),
         "num_key_value_heads": 4,
         "head_dim": 256,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -24,6 +26,7 @@ FAMILY = Family(
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
+    nullable=frozenset({"sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping"}),
     # Of two spellings, transformers reads hidden_activation and sliding_window; the cache is decodax's own.
     ignored=frozenset({"hidden_act", "sliding_window_size", "cache_implementation"}),
     layer_kind=lambda fields, index: "full_attention" if index % 2 else "sliding_attention",

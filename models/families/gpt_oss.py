@@ -11,7 +11,7 @@ from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.models.config import BlockConfig
 from decodax.models.families._contract import BLOCK_TENSORS, BlockTensors, Family
-from decodax.models.families._layer import Layer, attention
+from decodax.models.families._layer import Layer, attention, sizes
 from decodax.models.sources import Every, Layouts, Source
 
 
@@ -52,9 +52,9 @@ def _tensors(block: BlockConfig) -> BlockTensors:
 FAMILY = Family(
     model_type="gpt_oss",
     defaults={
+        **sizes(201088, 2880, 2880, 36, 64),
         "num_key_value_heads": 8,
         "head_dim": 64,
-        "hidden_act": "silu",
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
         "rope_theta": 150000.0,
@@ -67,9 +67,10 @@ FAMILY = Family(
         "num_local_experts": 128,
         "num_experts_per_tok": 4,
     },
+    nullable=frozenset({"sliding_window", "layer_types"}),
     aliases={"num_experts": "num_local_experts"},
-    # Said once more under another name: experts per token, and the length before yarn.
-    ignored=frozenset({"experts_per_token", "initial_context_length"}),
+    # Said once more under another name: experts per token, and the length before yarn. The activation is fixed.
+    ignored=frozenset({"experts_per_token", "initial_context_length", "hidden_act"}),
     layer_kind=lambda fields, index: "full_attention" if index % 2 else "sliding_attention",
     default_rope={
         "rope_type": "yarn",
@@ -82,6 +83,7 @@ FAMILY = Family(
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     mixer=_attention,
+    fixed={"norm_topk_prob": True},
     feed_forward=_experts,
     block_tensors=_tensors,
 )

@@ -10,7 +10,7 @@ from decodax.layers.moe.layer import MoEConfig
 from decodax.models.config import BlockConfig, Residual
 from decodax.models.families._contract import BLOCK_TENSORS, BlockTensors, Family
 from decodax.models.families._experts import either, softmax_top_k
-from decodax.models.families._layer import Layer, attention
+from decodax.models.families._layer import Layer, attention, sizes
 from decodax.models.sources import Every, Layouts, Source
 
 
@@ -52,6 +52,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
 FAMILY = Family(
     model_type="granitemoe",
     defaults={
+        **sizes(32000, 4096, 11008, 32, 32),
         "num_key_value_heads": None,
         "head_dim": None,
         "hidden_act": "silu",
@@ -67,10 +68,10 @@ FAMILY = Family(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    aliases={"num_experts": "num_local_experts"},
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     mixer=_attention,
+    fixed={"norm_topk_prob": True},
     feed_forward=_experts,
     residuals=_residuals,
     embedding_scale=lambda fields: float(fields["embedding_multiplier"]),

@@ -4,10 +4,12 @@ LLaMA, arXiv 2302.13971; Llama 2, arXiv 2307.09288; The Llama 3 Herd of Models, 
 """
 
 from decodax.models.families._contract import Family
+from decodax.models.families._layer import sizes
 
 FAMILY = Family(
     model_type="llama",
     defaults={
+        **sizes(32000, 4096, 11008, 32, 32),
         "num_key_value_heads": None,
         "head_dim": None,
         "hidden_act": "silu",

@@ -13,7 +13,7 @@ from decodax.layers.norm import RMSNormConfig
 from decodax.models.config import BlockConfig, Residual
 from decodax.models.families._contract import BlockTensors, Family
 from decodax.models.families._experts import mixtral_tensors, softmax_top_k
-from decodax.models.families._layer import Fields, Layer, attention
+from decodax.models.families._layer import Fields, Layer, attention, sizes
 
 LIGHTNING_NORM = RMSNormConfig(1e-6)  # transformers' own, whatever rms_norm_eps says
 FACTORS = ("full_attn_alpha_factor", "full_attn_beta_factor", "linear_attn_alpha_factor")
@@ -72,6 +72,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
 FAMILY = Family(
     model_type="minimax",
     defaults={
+        **sizes(32000, 4096, 14336, 32, 32),
         "num_key_value_heads": 8,
         "head_dim": None,
         "hidden_act": "silu",
@@ -85,11 +86,13 @@ FAMILY = Family(
         "num_experts_per_tok": 2,
         **dict.fromkeys(FACTORS, 1),
     },
+    nullable=frozenset({"sliding_window", "layer_types"}),
     aliases={"num_experts": "num_local_experts"},
     ignored=frozenset({"block_size"}),  # in which transformers computes lightning attention
     layer_kind=_layer_kind,
     kinds=frozenset({"full_attention", "linear_attention"}),
     mixer=_mixer,
+    fixed={"norm_topk_prob": True},
     feed_forward=_experts,
     residuals=_residuals,
     block_tensors=_tensors,

@@ -4,11 +4,12 @@ Mistral 7B, arXiv 2310.06825.
 """
 
 from decodax.models.families._contract import Family
-from decodax.models.families._layer import slides_if_windowed
+from decodax.models.families._layer import sizes, slides_if_windowed
 
 FAMILY = Family(
     model_type="mistral",
     defaults={
+        **sizes(32000, 4096, 14336, 32, 32),
         "num_key_value_heads": 8,
         "head_dim": None,
         "hidden_act": "silu",
@@ -18,5 +19,6 @@ FAMILY = Family(
         "tie_word_embeddings": False,
         "sliding_window": 4096,
     },
+    nullable=frozenset({"sliding_window"}),
     layer_kind=slides_if_windowed,
 )

@@ -6,7 +6,7 @@ Mixtral of Experts, arXiv 2401.04088.
 from decodax.layers.moe.layer import MoEConfig
 from decodax.models.families._contract import Family
 from decodax.models.families._experts import mixtral_tensors, softmax_top_k
-from decodax.models.families._layer import Layer, slides_if_windowed
+from decodax.models.families._layer import Layer, sizes, slides_if_windowed
 
 
 def _experts(layer: Layer) -> MoEConfig:
@@ -17,6 +17,7 @@ def _experts(layer: Layer) -> MoEConfig:
 FAMILY = Family(
     model_type="mixtral",
     defaults={
+        **sizes(32000, 4096, 14336, 32, 32),
         "num_key_value_heads": 8,
         "head_dim": None,
         "hidden_act": "silu",
@@ -28,8 +29,10 @@ FAMILY = Family(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    nullable=frozenset({"sliding_window"}),
     aliases={"num_experts": "num_local_experts"},
     layer_kind=slides_if_windowed,
+    fixed={"norm_topk_prob": True},
     feed_forward=_experts,
     block_tensors=mixtral_tensors,
 )

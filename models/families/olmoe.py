@@ -9,7 +9,7 @@ from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.models.families._contract import Family
 from decodax.models.families._experts import expert_tensors, softmax_top_k
-from decodax.models.families._layer import Layer, attention
+from decodax.models.families._layer import Layer, attention, sizes
 
 
 def _attention(layer: Layer) -> GQAConfig:
@@ -24,6 +24,7 @@ def _experts(layer: Layer) -> MoEConfig:
 FAMILY = Family(
     model_type="olmoe",
     defaults={
+        **sizes(50304, 2048, 2048, 16, 16),
         "num_key_value_heads": None,
         "head_dim": None,
         "hidden_act": "silu",
@@ -37,6 +38,7 @@ FAMILY = Family(
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     },
+    nullable=frozenset({"clip_qkv"}),
     aliases={"num_local_experts": "num_experts"},
     qkv_bias="attention_bias",
     out_bias="attention_bias",

@@ -4,11 +4,12 @@ Qwen2 Technical Report, arXiv 2407.10671; Qwen2.5 Technical Report, arXiv 2412.1
 """
 
 from decodax.models.families._contract import Family
-from decodax.models.families._layer import slides_from_max_window_layers
+from decodax.models.families._layer import sizes, slides_from_max_window_layers
 
 FAMILY = Family(
     model_type="qwen2",
     defaults={
+        **sizes(151936, 4096, 22016, 32, 32),
         "num_key_value_heads": 32,
         "head_dim": None,
         "hidden_act": "silu",
@@ -21,6 +22,9 @@ FAMILY = Family(
         "max_window_layers": 28,
         "layer_types": None,
     },
+    nullable=frozenset({"sliding_window", "layer_types"}),
     layer_kind=slides_from_max_window_layers,
+    # Query, key and value always have biases, and no other product has one.
+    ignored=frozenset({"attention_bias", "qkv_bias"}),
     qkv_bias=True,
 )

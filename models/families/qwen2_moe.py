@@ -6,7 +6,7 @@ Qwen2 Technical Report, arXiv 2407.10671.
 from decodax.models.config import BlockConfig
 from decodax.models.families._contract import BlockTensors, Family
 from decodax.models.families._experts import expert_tensors, is_sparse, qwen_gated_shared_experts, where
-from decodax.models.families._layer import Fields
+from decodax.models.families._layer import Fields, sizes
 
 
 def _layer_kind(fields: Fields, index: int) -> str:
@@ -24,6 +24,7 @@ def shared_expert_tensors(block: BlockConfig) -> BlockTensors:
 FAMILY = Family(
     model_type="qwen2_moe",
     defaults={
+        **sizes(151936, 2048, 5632, 24, 16),
         "num_key_value_heads": 16,
         "head_dim": None,
         "hidden_act": "silu",
@@ -44,8 +45,9 @@ FAMILY = Family(
         "decoder_sparse_step": 1,
         "mlp_only_layers": None,
     },
-    aliases={"num_local_experts": "num_experts"},
+    nullable=frozenset({"sliding_window", "layer_types", "mlp_only_layers"}),
     layer_kind=_layer_kind,
+    ignored=frozenset({"attention_bias"}),  # the class reads qkv_bias
     qkv_bias="qkv_bias",
     feed_forward=where(is_sparse, qwen_gated_shared_experts),
     block_tensors=shared_expert_tensors,

@@ -4,11 +4,12 @@ Qwen3 Technical Report, arXiv 2505.09388.
 """
 
 from decodax.models.families._contract import Family
-from decodax.models.families._layer import slides_from_max_window_layers
+from decodax.models.families._layer import sizes, slides_from_max_window_layers
 
 FAMILY = Family(
     model_type="qwen3",
     defaults={
+        **sizes(151936, 4096, 22016, 32, 32),
         "num_key_value_heads": 32,
         "head_dim": 128,
         "hidden_act": "silu",
@@ -22,6 +23,7 @@ FAMILY = Family(
         "max_window_layers": 28,
         "layer_types": None,
     },
+    nullable=frozenset({"sliding_window", "layer_types"}),
     layer_kind=slides_from_max_window_layers,
     qkv_bias="attention_bias",
     out_bias="attention_bias",

@@ -5,11 +5,12 @@ Qwen3 Technical Report, arXiv 2505.09388.
 
 from decodax.models.families._contract import Family
 from decodax.models.families._experts import expert_tensors, is_sparse, qwen_experts, where
-from decodax.models.families._layer import slides_if_windowed
+from decodax.models.families._layer import sizes, slides_if_windowed
 
 FAMILY = Family(
     model_type="qwen3_moe",
     defaults={
+        **sizes(151936, 2048, 6144, 24, 32),
         "num_key_value_heads": 4,
         "head_dim": None,
         "hidden_act": "silu",
@@ -27,8 +28,9 @@ FAMILY = Family(
         "decoder_sparse_step": 1,
         "mlp_only_layers": None,
     },
+    nullable=frozenset({"sliding_window", "mlp_only_layers"}),
     aliases={"num_local_experts": "num_experts"},
-    ignored=frozenset({"max_window_layers"}),
+    ignored=frozenset({"max_window_layers", "shared_expert_intermediate_size"}),
     layer_kind=slides_if_windowed,
     qkv_bias="attention_bias",
     out_bias="attention_bias",

@@ -12,7 +12,7 @@ from decodax.layers.norm import RMSNormConfig
 from decodax.models.config import BlockConfig
 from decodax.models.families._contract import BlockTensors, Family
 from decodax.models.families._experts import is_sparse, qwen_gated_shared_experts, where
-from decodax.models.families._layer import Fields, Layer, attention
+from decodax.models.families._layer import Fields, Layer, attention, sizes
 from decodax.models.families.qwen2_moe import shared_expert_tensors
 from decodax.models.sources import Source
 
@@ -59,6 +59,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
 FAMILY = Family(
     model_type="qwen3_next",
     defaults={
+        **sizes(151936, 2048, 5632, 48, 16),
         "num_key_value_heads": 2,
         "head_dim": 256,
         "hidden_act": "silu",
@@ -83,7 +84,7 @@ FAMILY = Family(
         "decoder_sparse_step": 1,
         "mlp_only_layers": None,
     },
-    aliases={"num_local_experts": "num_experts"},
+    nullable=frozenset({"layer_types", "mlp_only_layers", "partial_rotary_factor"}),
     layer_kind=_layer_kind,
     kinds=frozenset({"full_attention", "linear_attention"}),
     qkv_bias="attention_bias",

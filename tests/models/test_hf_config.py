@@ -66,8 +66,8 @@ def test_defaults(model_type):
 def test_null_derives_heads_and_switches_features_off():
     mixer = mixer_of("mistral", num_key_value_heads=None, head_dim=None, sliding_window=None, rope_scaling=None)
     assert (mixer.num_kv_heads, mixer.head_size, mixer.window, mixer.rope.scaling) == (6, 8, None, None)
-    config = config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None, rms_norm_eps=None)
-    assert (config.blocks[0].mixer.softcap, config.logit_softcap, config.final_norm.eps) == (None, None, 1e-6)
+    config = config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (config.blocks[0].mixer.softcap, config.logit_softcap) == (None, None)
 
 
 def test_windows():
@@ -82,8 +82,9 @@ def test_windows():
 # (rope type, its settings, fields beside them) -> (scaling, context of a model with max_position_embeddings 64)
 SCALINGS = [
     ("default", {}, {}, None, 64),
-    ("linear", {"factor": 3.0}, {}, LinearScaling(3.0), 192),
-    ("dynamic", {"factor": 3}, {}, DynamicScaling(3.0, 64), 192),
+    # 64 is the product already, or the context is at least not larger: see test_context_of_linear_scaling
+    ("linear", {"factor": 3.0, "original_max_position_embeddings": 20}, {}, LinearScaling(3.0), 64),
+    ("dynamic", {"factor": 3, "original_max_position_embeddings": 20}, {}, DynamicScaling(3.0, 64), 64),
     (
         "llama3",
         {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
@@ -117,6 +118,13 @@ SCALINGS = [
         {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.9, "truncate": False},
         {},
         YarnScaling(4.0, 64, (0.07 * math.log(4) + 1) / (0.19 * math.log(4) + 1), truncate=False),
+        256,
+    ),
+    (  # 0 is "not given" for these, and a null `truncate` is false, as in transformers
+        "yarn",
+        {"factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0, "beta_fast": 0, "beta_slow": 0.0, "truncate": None},
+        {},
+        YarnScaling(4.0, 64, 0.1 * math.log(4) + 1, 32.0, 1.0, truncate=False),
         256,
     ),
     (
@@ -171,30 +179,42 @@ def test_fields_without_influence_pass():
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"qk_clip": 3.0}, "qk_clip = 3.0 is not understood"),
         ({"quantization_config": {"bits": 4}}, "quantization_config must be null or absent"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0 or absent, got 0.5"),
-        ({"sliding_window": 5}, "sliding_window must be null or absent, got 5"),
-        ({"hidden_act": "relu"}, "hidden_act must be one of .*'silu'.*got 'relu'"),
-        ({"vocab_size": 0}, "vocab_size must be a whole number from 1 on, got 0"),
-        ({"hidden_size": "48"}, "hidden_size must be a whole number from 1 on, got '48'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1 or absent, got 0.5"),
+        ({"sliding_window": 5}, "sliding_window must be absent, got 5"),
+        ({"is_causal": False}, "is_causal must be true or absent, got false"),
+        ({"is_causal": None}, "is_causal must be true or absent, got null"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size must be absent, got 8192"),
+        ({"use_logn_attn": True}, "use_logn_attn must be false or 0 or absent, got true"),
+        ({"hidden_act": "relu"}, "hidden_act must be one of .*'silu'.*got \"relu\""),
+        ({"hidden_act": ["silu"]}, r"hidden_act must be one of .*got \[\"silu\"\]"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number from 1 to 268,435,456, got 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 4,096, got 1000000000"),
+        ({"hidden_size": "48"}, 'hidden_size must be a whole number from 1 to 1,048,576, got "48"'),
+        ({"hidden_size": 48.0}, "hidden_size must be a whole number from 1 to 1,048,576, got 48.0"),
         ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
-        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number, got -1.0"),
-        ({"head_dim": 7}, "head_dim must be even"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number, at most 1e[+]30, got -1.0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive number, at most 1e[+]30, got NaN"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, at most 1e[+]30, got null"),
+        ({"head_dim": 7}, r"head_dim .* must be even: .*, got 7"),
         ({"hidden_size": 47}, "head_dim is needed"),
-        ({"num_key_value_heads": 4}, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
+        ({"num_key_value_heads": 4}, "num_attention_heads must be a multiple of num_key_value_heads, got 6 and 4"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types must be absent or"),
-        ({"rope_theta": "big"}, "rope_theta must be a positive number, got 'big'"),
-        ({"rope_scaling": {"type": "spiral"}}, "rope_type must be one of .*'yarn'.*got 'spiral'"),
-        ({"rope_scaling": {"type": ["yarn"]}}, "rope_type must be one of"),
-        ({"rope_scaling": {"type": "linear"}}, r"rope scaling 'linear' needs \['factor'\]"),
-        ({"rope_scaling": {"type": "linear", "factor": 2, "alpha": 1}}, r"does not understand: \['alpha'\]"),
-        ({"rope_scaling": {"type": "linear", "factor": -2}}, "factor in the rope scaling must be a positive number"),
+        ({"layer_types": [["full_attention"]] * 3}, "layer_types must be a list with the name of each layer"),
+        ({"rope_theta": "big"}, 'rope_theta must be a number above 1, at most 1e[+]30, got "big"'),
+        ({"rope_scaling": {"type": "spiral"}}, "rope_scaling.rope_type must be one of .*'yarn'.*got \"spiral\""),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope_scaling.rope_type must be one of"),
+        ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 5}}, "rope_parameters.rope_type must be one of"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing: rope type linear needs factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 1}}, "rope_scaling.alpha must be absent, got 1"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor must be a positive number"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object or null"),
-        ({"rope_scaling": {"factor": 2.0}}, r"rope scaling 'default' has fields .*'factor'"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor must be 1 or absent, got 2.0"),
+        ({"rope_scaling": {"long_factor": [1.0]}}, "rope_scaling.long_factor needs a rope_scaling.rope_type"),
+        ({"rope_scaling": {"full_attention": {"rope_theta": 5}}}, "rope_scaling.full_attention must be absent"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor must be 1",
+            "rope_parameters.partial_rotary_factor must be 1",
         ),
         (
             {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 3}},
@@ -202,7 +222,11 @@ def test_fields_without_influence_pass():
         ),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1, 1], "long_factor": [1, 1, 1, 1]}},
-            r"short_factor must be a list of 4 positive numbers \(half the head size\), got 2",
+            r"rope_scaling.short_factor must be a list of 4 positive numbers \(half the head size\), got a list of 2",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "rope_scaling.high_freq_factor must be above rope_scaling.low_freq_factor, got 4 and 4",
         ),
         (
             {"original_max_position_embeddings": "x", "rope_scaling": {"type": "yarn"}},
@@ -223,17 +247,80 @@ def test_sliding_layers_need_a_window():
 
 
 def test_all_problems_are_listed_together():
+    wrong = {"vocab_size": None, "alibi": True, "qk_norm": True, "head_dim": 0, "rope_scaling": 5}
     with pytest.raises(ValueError) as caught:
-        read_config({"model_type": "llama", **SIZES, "vocab_size": None, "alpha": 1, "beta": 2, "head_dim": 0})
-    for name in ("vocab_size is missing", "alpha = 1", "beta = 2", "head_dim must be"):
-        assert name in str(caught.value)
+        config_of(**wrong)
+    for name in wrong:
+        assert f"\n  - {name} must be" in str(caught.value)
 
 
 def test_unknown_family_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"model_type must be one of .*'gemma2'.*'llama'.*got 'mamba'"):
+    with pytest.raises(ValueError, match=r"model_type must be one of .*'gemma2'.*'llama'.*got \"mamba\""):
         read_config({"model_type": "mamba", **SIZES})
-    with pytest.raises(ValueError, match=r"got None"):
+    with pytest.raises(ValueError, match="got null"):
         read_config(SIZES)
+
+
+def test_context_of_linear_scaling():
+    """The smaller of two readings, and a word about the other where the file leaves it open."""
+    for kind in ("linear", "dynamic"):
+        settings = {"type": kind, "factor": 4.0}
+        with pytest.warns(UserWarning, match=r"^the context is max_position_embeddings = 64 .*factor = 4, .*up to 256"):
+            assert config_of(max_position_embeddings=64, rope_scaling=settings).max_position_embeddings == 64
+        known = {**settings, "original_max_position_embeddings": 16}  # 64 is the product: nothing to say
+        assert config_of(max_position_embeddings=64, rope_scaling=known).max_position_embeddings == 64
+        assert config_of(max_position_embeddings=64, rope_scaling={**settings, "factor": 1}) is not None
+
+
+def test_fields_that_the_family_does_not_read():
+    """One warning lists them; null says nothing; the version that wrote the file is named if it is newer."""
+    with pytest.warns(UserWarning, match=r"^beta, qk_clip: not read by llama models in .*, and ignored$") as caught:
+        assert config_of(qk_clip=3.0, beta=[1], gamma=None, transformers_version="4.40.0") == config_of()
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r"ignored; the file was written by transformers 6.1.0.dev0, which may read"):
+        config_of(qk_clip=3.0, transformers_version="6.1.0.dev0")
+    with pytest.warns(UserWarning, match=r"^rope_scaling.gamma: not read"):
+        config_of(rope_scaling={"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "gamma": 1})
+    with pytest.warns(UserWarning, match=r"^f00, .*, f19 and 80 more: not read"):
+        config_of(**{f"f{index:02}": 1 for index in range(100)})
+    with pytest.warns(UserWarning, match=r"^\\x1b\[2J: not read"):
+        config_of(**{"\x1b[2J": 1})
+
+
+def test_code_of_its_own():
+    """Classes that are named as the family's own are; with others, no field is ignored."""
+    own = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModelForCausalLM": "org/name--x.LlamaForCausalLM"}
+    assert config_of(auto_map=own) == config_of()
+    with pytest.warns(UserWarning, match="^qk_clip: not read"):
+        config_of(auto_map=own, qk_clip=3.0)
+    other = {**own, "AutoModelForCausalLM": "modeling_other.OtherForCausalLM", "AutoTokenizer": ["a.B", None]}
+    with pytest.warns(UserWarning, match=r"^auto_map names code that decodax does not run \(modeling_other.Other"):
+        config_of(auto_map=other)
+    with pytest.raises(ValueError, match=r"auto_map names code .*OtherForCausalLM\), so qk_clip may change the result"):
+        config_of(auto_map=other, qk_clip=3.0)
+    with pytest.raises(ValueError, match="auto_map must be an object or null, got 5"):
+        config_of(auto_map=5)
+
+
+def test_sizes_left_to_the_class():
+    config = read_config({"model_type": "qwen2"})[1]
+    assert (config.vocab_size, config.hidden_size, config.num_layers) == (151936, 4096, 32)
+    with pytest.raises(ValueError, match="num_experts_per_tok is missing: every deepseek_v2 config must give it"):
+        read_config({"model_type": "deepseek_v2"})
+
+
+def test_fields_that_say_nothing_new():
+    assert config_of("qwen2", attention_bias=True) == config_of("qwen2", qkv_bias=True) == config_of("qwen2")
+    assert config_of("qwen3", rope_scaling={"rope_type": "default", "mrope_section": [1, 1, 2]}) == config_of("qwen3")
+    off = {"use_sliding_window": False, "max_window_layers": 2}
+    assert config_of(sliding_window=5, **off) == config_of(sliding_window=2048) == config_of()
+    assert config_of(layer_types=["attention"] * 3) == config_of()  # an early name of full_attention
+
+
+def test_window_stays_where_use_sliding_window_is_not_read():
+    with pytest.warns(UserWarning, match="^use_sliding_window: not read by mistral models"):
+        assert windows_of("mistral", sliding_window=9, use_sliding_window=False) == [9] * 3
+    assert windows_of("mistral", sliding_window=None, use_sliding_window=False) == [None] * 3
 
 
 def test_load_config_names_the_file(tmp_path):
@@ -244,5 +331,13 @@ def test_load_config_names_the_file(tmp_path):
         with pytest.raises(ValueError, match=expected) as caught:
             load_config(tmp_path)
         assert str(tmp_path / "config.json") in str(caught.value)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
-    assert load_config(tmp_path)[0] is FAMILIES["llama"]
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match=r"config.json is JSON nested deeper"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, "spice": 1}))
+    with pytest.warns(UserWarning, match=r"config.json: spice: not read by llama models"):
+        assert load_config(tmp_path)[0] is FAMILIES["llama"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match=r"config.json is a link to"):
+        load_config(tmp_path)

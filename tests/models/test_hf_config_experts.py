@@ -44,6 +44,8 @@ def test_fields_have_several_names():
     }.items():
         config = config_of(model_type, num_experts_per_tok=2, **fields)
         assert config.blocks[0].feed_forward.router.num_experts == 6
+    with pytest.raises(ValueError, match=r"num_experts_per_tok must be in 1..6 \(num_local_experts\), got 8"):
+        config_of("qwen3_moe", num_local_experts=6)
     with pytest.raises(ValueError, match=r"num_local_experts and num_experts mean the same and differ: got 8 and 6"):
         config_of("qwen3_moe", num_experts=6, num_local_experts=8)
 
@@ -54,12 +56,12 @@ def test_which_layers_have_experts():
 
     assert kinds("qwen2_moe", decoder_sparse_step=2) == [False, True, False, True]
     assert kinds("qwen3_moe", mlp_only_layers=[0, 3]) == [False, True, True, False]
-    assert kinds("deepseek_v2", first_k_dense_replace=3) == [False, False, False, True]
+    assert kinds("deepseek_v2", num_experts_per_tok=6, first_k_dense_replace=3) == [False, False, False, True]
     assert kinds("deepseek_v3") == [False, False, False, True]
     assert feed_forwards("deepseek_v3")[0] == GatedMLPConfig(41)
-    shared = feed_forwards("deepseek_v2", n_shared_experts=2, moe_intermediate_size=7)[0]
+    shared = feed_forwards("deepseek_v2", num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=7)[0]
     assert (shared.intermediate_size, shared.shared) == (7, GatedMLPConfig(14))
-    assert feed_forwards("deepseek_v2", n_shared_experts=None)[0].shared is None
+    assert feed_forwards("deepseek_v2", num_experts_per_tok=6, n_shared_experts=0)[0].shared is None
 
 
 def test_windows():
@@ -108,21 +110,29 @@ def test_layers_without_attention():
 @pytest.mark.parametrize(
     ("model_type", "fields", "expected"),
     [
-        ("deepseek_v3", {"n_group": 7}, "num_experts must divide by num_groups, got 256 and 7"),
-        ("deepseek_v3", {"n_group": 64, "topk_group": 1}, "the groups kept must hold at least experts_per_token = 8"),
-        ("mixtral", {"num_experts_per_tok": 9}, r"experts_per_token must be in 1..8 \(num_experts\), got 9"),
-        ("qwen3_moe", {"num_experts": 0}, "num_experts must be a whole number from 1 on, got 0"),
+        ("deepseek_v3", {"n_group": 7}, "n_routed_experts must be a multiple of n_group, got 256 and 7"),
+        ("deepseek_v3", {"n_group": 64, "topk_group": 1}, "the groups kept must hold at least num_experts_per_tok = 8"),
+        ("mixtral", {"num_experts_per_tok": 9}, r"num_experts_per_tok must be in 1..8 \(num_local_experts\), got 9"),
+        ("qwen3_moe", {"num_experts": 0}, "num_experts must be a whole number from 1 to 16,384, got 0"),
         ("deepseek_v3", {"scoring_func": "softmax"}, 'scoring_func must be "sigmoid" or absent, got "softmax"'),
-        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq must be 1 or absent, got 2"),
+        ("deepseek_v2", {"num_experts_per_tok": 6, "moe_layer_freq": 2}, "moe_layer_freq must be 1 or absent, got 2"),
         (
             "deepseek_v2",
             {"topk_method": "noaux_tc"},
             r"topk_method must be one of \['greedy', 'group_limited_greedy'\]",
         ),
         ("minimax", {"layer_types": ["sliding_attention"] * 4}, "'full_attention' or 'linear_attention'"),
-        ("qwen3_next", {"linear_num_value_heads": 33}, "num_value_heads must be a multiple of num_key_heads"),
-        ("qwen3_next", {"partial_rotary_factor": 1.5}, "partial_rotary_factor must be a number above 0 and up to 1"),
-        ("olmoe", {"clip_qkv": -1}, "clip_qkv must be a positive number, got -1"),
+        (
+            "qwen3_next",
+            {"linear_num_value_heads": 33},
+            "linear_num_value_heads must be a multiple of linear_num_key_heads",
+        ),
+        (
+            "qwen3_next",
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor must be a positive number, at most 1, got 1.5",
+        ),
+        ("olmoe", {"clip_qkv": -1}, "clip_qkv must be a positive number, at most 1e[+]30, got -1"),
     ],
 )
 def test_what_does_not_go_together_is_refused(model_type, fields, expected):
