@@ -7,6 +7,7 @@ tokens.
 import dataclasses
 import time
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decodax.arguments import refusal, shown
 from decodax.decoding import state as decode_state
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.compile_clock import compile_seconds
 from decodax.decoding.depth import Depth
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.drafters import Drafter
+from decodax.decoding.drafters._size import check_draft_tokens
 from decodax.decoding.options import GenerateOptions
+from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.speculative import speculative
 from decodax.decoding.state import DecodeState
 from decodax.decoding.strategies import METHODS as STRATEGIES
@@ -118,16 +122,13 @@ class _Plan:
     """A strategy made ready for one model: jitted functions, what they need, and what to call it in the statistics."""
 
     def __init__(self, lm: "LanguageModel", options: GenerateOptions) -> None:
-        chosen, self.fallback = options.strategy or "autoregressive", None
-        self.name = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
-        if isinstance(chosen, str):
-            if chosen not in STRATEGIES:
-                raise ValueError(
-                    f"strategy must be one of {sorted(STRATEGIES)}, a Speculation or a function from a model, got "
-                    f"{chosen!r}"
-                )
-            chosen = STRATEGIES[chosen]
+        chosen, self.fallback = _find_strategy(options.strategy), None
+        self.name = options.strategy or "autoregressive"
+        if not isinstance(self.name, str):
+            self.name = getattr(chosen, "__name__", type(chosen).__name__)
         if isinstance(chosen, type) and issubclass(chosen, Strategy):
+            if isinstance(options.draft_tokens, int):
+                check_draft_tokens("draft_tokens", options.draft_tokens, lm.config.max_position_embeddings)
             chosen = chosen.build(lm, options.draft, options.draft_tokens)
         elif options.draft is not None or options.draft_tokens is not None:
             raise ValueError(f"draft and draft_tokens are for strategies that have a name and draft, got {self.name!r}")
@@ -141,10 +142,8 @@ class _Plan:
             if not isinstance(options.strategy, str):
                 self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"
             self._start, self._decode = _compiled_speculation(lm.model, chosen.drafter, chosen.verifier, chosen.depth)
-        elif callable(chosen):
-            self._start, self._decode = None, _compiled_plain(chosen, lm.model)
         else:
-            raise ValueError(f"strategy must be a name, a Speculation or a function from a model, got {chosen!r}")
+            self._start, self._decode = None, _compiled_plain(chosen, lm.model)
 
     def start(self, state: DecodeState) -> DecodeState:
         """Lets the drafter read the prompts."""
@@ -156,10 +155,29 @@ class _Plan:
         return self._decode(self.params, self.draft_params, state, max_tokens)
 
 
+def _find_strategy(strategy: Any) -> Any:
+    """A strategy's class, a `Speculation`, or a function from a model to a decode; ValueError for anything else."""
+    if strategy is None:
+        return autoregressive
+    if isinstance(strategy, str):
+        if strategy not in STRATEGIES:
+            raise refusal("strategy", f"one of {sorted(STRATEGIES)}, a Speculation or a function from a model", strategy)
+        return STRATEGIES[strategy]
+    if not isinstance(strategy, Speculation) and not (callable(strategy) and isinstance(strategy, Hashable)):
+        raise refusal("strategy", "a name, a Speculation or a function from a model", strategy)
+    return strategy
+
+
 @cache
 def _compiled_plain(make_decode: Any, model: Model) -> Any:
     """One jitted loop per strategy and model, so that a second call finds what the first compiled."""
-    return jax.jit(make_decode(model), donate_argnums=1)
+    decode = make_decode(model)
+    if not callable(decode):
+        raise ValueError(
+            "strategy must be a name, a Speculation or a function from a model to a decode(params, state, max_tokens); "
+            f"what this function gives is {shown(decode)}"
+        )
+    return jax.jit(decode, donate_argnums=1)
 
 
 @cache
@@ -167,28 +185,6 @@ def _compiled_speculation(model: Model, drafter: Drafter, verifier: Verifier, de
     """The same for a drafter and a verifier: what starts it, and the loop."""
     decode = speculative(model, drafter, verifier, depth)
     return jax.jit(decode.start, donate_argnums=2), jax.jit(decode, donate_argnums=2)
-
-
-def encode_prompts(lm: "LanguageModel", prompts: Any) -> list[np.ndarray]:
-    """Token ids of one or many prompts, each text or ids; raises ValueError for what is neither, and for empty ones."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-        prompts = [prompts]
-    rows = []
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if lm.tokenizer is None:
-                raise ValueError(f"{lm.path} has no tokenizer.json: pass token ids instead of text")
-            ids = np.asarray(lm.tokenizer.encode(prompt), np.int64)
-        else:
-            ids = np.asarray(prompt)
-            if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-                raise ValueError(f"a prompt must be a string or a list of token ids, got {prompt!r} (prompt {index})")
-        if not ids.size:
-            raise ValueError(f"prompt {index} is empty: it must hold at least one token")
-        rows.append(ids)
-    if not rows:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    return rows
 
 
 def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Generation:
@@ -203,15 +199,16 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
             )
     if options.stop_strings and lm.tokenizer is None:
         raise ValueError(f"{lm.path} has no tokenizer.json: use stop_token_ids instead of stop")
-    ends = lm.end_token_ids if options.stop_token_ids is None else tuple(options.stop_token_ids)
+    ends = options.end_tokens(lm.end_token_ids, lm.config.vocab_size)
+    seeds = options.seeds(len(rows))
     check_same(lm.model.execution.mesh, _said(lm, rows, options))
-    plan = _Plan(lm, options)
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
+    plan = _Plan(lm, options)
     lengths = np.asarray([len(ids) for ids in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int64)
     for index, ids in enumerate(rows):
         tokens[index, : len(ids)] = ids
-    limits = np.minimum(options.max_new_tokens, context - lengths)
+    limits = np.minimum(min(options.max_new_tokens, context), context - lengths)
 
     clock = _Clock()
     state = decode_state.init(
@@ -220,7 +217,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         tokens,
         lengths,
         limits,
-        options.seeds(len(rows)),
+        seeds,
         sampling=sampling,
         stop_token_ids=ends,
         depth=plan.depth,
