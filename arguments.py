@@ -4,10 +4,11 @@ Every reader takes the name under which the user passed the value. What it canno
 line that says this name, what is expected, and what came.
 """
 
+import errno
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def plain(value: Any) -> Any:
     >>> plain(np.float32(0.5)), plain(np.arange(3)), plain("text")
     (0.5, [0, 1, 2], 'text')
     """
-    if not hasattr(value, "ndim") or isinstance(value, _BYTES) or isinstance(value, type):
+    if not hasattr(value, "ndim") or isinstance(value, _BYTES | type):
         return value
     try:
         return value.tolist() if hasattr(value, "tolist") else np.asarray(value).tolist()
@@ -61,7 +62,12 @@ def listed(value: Any) -> list[Any] | None:
     value = plain(value)
     if isinstance(value, _NO_LISTS) or not isinstance(value, Iterable):
         return None
-    return [plain(entry) for entry in value]
+    if isinstance(value, Iterator):
+        return [plain(entry) for entry in value]  # what it raises is its own
+    try:
+        return [plain(entry) for entry in value]
+    except Exception:  # no list after all: an array without axes, or one that is deleted
+        return None
 
 
 def in_order(value: Any) -> list[Any] | None:
@@ -108,6 +114,13 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """One of the texts in `allowed`."""
     if not isinstance(value, str) or value not in allowed:
         raise refusal(name, f"one of {', '.join(allowed)}", value)
+    return value
+
+
+def instance(name: str, value: Any, kind: Any, expected: str) -> Any:
+    """The value, if it is an instance of this class, or of one of several (`str | Mesh`)."""
+    if not isinstance(value, kind):
+        raise refusal(name, expected, value)
     return value
 
 
@@ -159,9 +172,16 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     return tuple(text(name, item) for item in texts)
 
 
-def folder(name: str, value: Any, otherwise: str = "") -> str | Path:
+def folder_name(name: str, value: Any, otherwise: str = "") -> str | Path:
     """The name of a folder, or of a model on the hub; `otherwise` is what else the error names as possible."""
     found = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(found, str):
         raise refusal(name, f"the path of a folder, as text or pathlib.Path{otherwise}", value)
+    try:
+        os.lstat(found)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise refusal(name, "a path that this system allows, and it is too long", found) from None
+    except ValueError:  # a null character, say
+        raise refusal(name, "a path that this system allows", found) from None
     return found if isinstance(value, str) else Path(found)

@@ -7,7 +7,6 @@ tokens.
 import dataclasses
 import time
 import warnings
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ from decodax.decoding.strategies import Speculation, Strategy
 from decodax.decoding.text_watcher import TextWatcher
 from decodax.decoding.verifiers import Verifier
 from decodax.models.model import Model
-from decodax.sharding.host import check_same, to_host
+from decodax.sharding.host import check_same, spans_processes, to_host
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -123,12 +122,12 @@ class _Plan:
 
     def __init__(self, lm: "LanguageModel", options: GenerateOptions) -> None:
         chosen, self.fallback = _find_strategy(options.strategy), None
-        self.name = options.strategy or "autoregressive"
-        if not isinstance(self.name, str):
-            self.name = getattr(chosen, "__name__", type(chosen).__name__)
+        self.name = getattr(chosen, "__name__", type(chosen).__name__)
+        if isinstance(options.strategy, str):
+            self.name = options.strategy
         if isinstance(chosen, type) and issubclass(chosen, Strategy):
             if isinstance(options.draft_tokens, int):
-                check_draft_tokens("draft_tokens", options.draft_tokens, lm.config.max_position_embeddings)
+                check_draft_tokens(options.draft_tokens, lm.config.max_position_embeddings)
             chosen = chosen.build(lm, options.draft, options.draft_tokens)
         elif options.draft is not None or options.draft_tokens is not None:
             raise ValueError(f"draft and draft_tokens are for strategies that have a name and draft, got {self.name!r}")
@@ -161,11 +160,24 @@ def _find_strategy(strategy: Any) -> Any:
         return autoregressive
     if isinstance(strategy, str):
         if strategy not in STRATEGIES:
-            raise refusal("strategy", f"one of {sorted(STRATEGIES)}, a Speculation or a function from a model", strategy)
+            raise refusal(
+                "strategy", f"one of {sorted(STRATEGIES)}, a Speculation or a function from a model", strategy
+            )
         return STRATEGIES[strategy]
-    if not isinstance(strategy, Speculation) and not (callable(strategy) and isinstance(strategy, Hashable)):
+    is_class = isinstance(strategy, type)
+    is_known = issubclass(strategy, Strategy) if is_class else isinstance(strategy, Speculation)
+    if not is_known and (is_class or not callable(strategy) or not _is_hashable(strategy)):
         raise refusal("strategy", "a name, a Speculation or a function from a model", strategy)
     return strategy
+
+
+def _is_hashable(value: Any) -> bool:
+    """Whether compiled code can be kept for it."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 @cache
@@ -201,7 +213,8 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         raise ValueError(f"{lm.path} has no tokenizer.json: use stop_token_ids instead of stop")
     ends = options.end_tokens(lm.end_token_ids, lm.config.vocab_size)
     seeds = options.seeds(len(rows))
-    check_same(lm.model.execution.mesh, _said(lm, rows, options))
+    if spans_processes(lm.model.execution.mesh):
+        check_same(lm.model.execution.mesh, _said(lm, rows, options))
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
     plan = _Plan(lm, options)
     lengths = np.asarray([len(ids) for ids in rows], np.int32)

@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from decodax.decoding.logits_processors._options import Option
 from decodax.decoding.sampling import Sampling
 
 _OBJECTS = ("strategy", "draft", "on_text")  # which no array stands for
+_MOST_TOKENS = 2**31 - 1  # more than any context has; positions are int32
 _SHAPES_A_DRAW = {"top_k": (None, 0, -1), "top_p": (None, 1), "min_p": (None, 0), "typical_p": (None, 1)}
 
 
@@ -20,7 +21,8 @@ _SHAPES_A_DRAW = {"top_k": (None, 0, -1), "top_p": (None, 1), "min_p": (None, 0)
 class GenerateOptions:
     """Options marked * take one value, or one per prompt. None means that an option is not given, whichever it is.
 
-    Numbers may be Python's, NumPy's or JAX's, and lists also tuples or arrays; kept are Python's.
+    Numbers may be Python's, NumPy's or JAX's, and lists also tuples or arrays; kept are Python's. What an option cannot
+    take is refused by a ValueError that names it, so no annotation says less than the reader takes.
 
     max_new_tokens: most tokens to add to each prompt; fewer where the model's context ends, so any number however large
         means to its end.
@@ -30,8 +32,8 @@ class GenerateOptions:
     min_new_tokens *: no stop token before so many new tokens.
     stop: a string or several; a row ends where one appears, and the text ends before it.
     stop_token_ids: one or several token ids that end a row; None means the model's own end tokens, [] none.
-    seed *: a whole number, taken modulo 2**32. One gives every row the same seed, so a prompt's result does not depend on its place in a batch;
-        pass several to draw different continuations of one prompt.
+    seed *: a whole number, taken modulo 2**32. One number gives every row the same seed, so a prompt's result does not
+        depend on its place in a batch; pass several to draw different continuations of one prompt.
     strategy: how tokens are found: a name that `decodax methods` lists (None: "autoregressive"), a `Speculation` made
         of a drafter and a verifier, or a function from a model to a `decode(params, state, max_tokens)`.
     draft: the trained part of a strategy that has one: a folder, a hub id or a loaded model; None for what comes with
@@ -42,7 +44,7 @@ class GenerateOptions:
     block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: Option = 128
     temperature: Option = 0.0
     top_k: Option = None
     top_p: Option = None
@@ -53,23 +55,25 @@ class GenerateOptions:
     frequency_penalty: Option = None
     logit_bias: Option = None
     min_new_tokens: Option = 0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: int | Sequence[int] | None = None
-    seed: int | Sequence[int | None] = 0
-    strategy: Any = None
-    draft: Any = None
-    draft_tokens: int | str | None = None
-    on_text: Callable[[int, str], None] | None = None
-    block_tokens: int = 16
+    stop: Option = ()
+    stop_token_ids: Option = None
+    seed: Option = 0
+    strategy: Option = None
+    draft: Option = None
+    draft_tokens: Option = None
+    on_text: Option = None
+    block_tokens: Option = 16
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            value = value if field.name in _OBJECTS else plain(value)
+            if field.name not in _OBJECTS:
+                value = (
+                    list(value) if isinstance(value, Iterator) else plain(value)
+                )  # an iterator ends at its first use
             self._keep(field.name, field.default if value is None else value)
-        self._keep("max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens, least=1))
-        # The loop counts in int32.
-        self._keep("block_tokens", min(whole_number("block_tokens", self.block_tokens, least=1), 2**31 - 1))
+        for name in ("max_new_tokens", "block_tokens"):
+            self._keep(name, min(whole_number(name, getattr(self, name), least=1), _MOST_TOKENS))
         self._keep("stop", strings("stop", self.stop))
         if self.stop_token_ids is not None:
             self._keep("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
@@ -102,14 +106,14 @@ class GenerateOptions:
         """The token ids that end a row: those given, or else the model's; ValueError for one outside the vocabulary."""
         if self.stop_token_ids is None:
             return tuple(of_model)
-        return tuple(inside("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids), vocab_size))
+        return tuple(inside("stop_token_ids", list(self.stop_token_ids), vocab_size))
 
     def seeds(self, num_rows: int) -> np.ndarray:
         """UInt32[B]; raises ValueError when there are neither one nor as many seeds as rows."""
         given = self.seed if isinstance(self.seed, Sequence) else [self.seed] * num_rows
         if len(given) != num_rows:
             raise ValueError(f"seed must be a whole number, or one per prompt ({num_rows}), got {len(given)} numbers")
-        return np.asarray([(seed or 0) % 2**32 for seed in given], np.uint32)
+        return np.asarray([seed or 0 for seed in given], np.uint32)
 
     def sampling(self, num_rows: int, vocab_size: int, end_token_ids: Sequence[int]) -> Sampling:
         """The pipeline that these options ask for; warns where an option shapes a draw that greedy rows never make."""
@@ -132,8 +136,8 @@ def _is_on(option: Any, off: Sequence[Any]) -> bool:
 
 
 def _read_seed(seed: Any) -> int | list[int | None]:
-    """One seed as an int, several as a list."""
+    """One seed as an int, several as a list, modulo 2**32."""
     seeds = in_order(seed)
     if not all(is_integer(one) or (one is None and seeds is not None) for one in ([seed] if seeds is None else seeds)):
         raise refusal("seed", "a whole number, or one per prompt", seed)
-    return int(seed) if seeds is None else [None if one is None else int(one) for one in seeds]
+    return int(seed) % 2**32 if seeds is None else [None if one is None else int(one) % 2**32 for one in seeds]

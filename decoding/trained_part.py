@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from decodax.arguments import folder_name
 from decodax.models.load import find_folder
 from decodax.models.model import Params
 
@@ -98,8 +99,8 @@ def read_part(folder: str | Path, dtype: Any) -> TrainedPart:
     return TrainedPart(kind, params, facts, path.name)
 
 
-def find_part(kind: str, lm: "LanguageModel", given: str | Path | TrainedPart | None) -> TrainedPart:
-    """The part given, or the one that comes with the embedded model.
+def find_part(kind: str, lm: "LanguageModel", given: Any) -> TrainedPart:
+    """The part given, as a folder or a `TrainedPart`, or the one that comes with the embedded model.
 
     Raises ValueError when there is none, when it is of another kind, or was made for a model of other sizes.
     """
@@ -111,6 +112,7 @@ def find_part(kind: str, lm: "LanguageModel", given: str | Path | TrainedPart | 
             )
         given = lm.path / kind
     if not isinstance(given, TrainedPart):
+        given = folder_name("draft", given, f" (for strategy {kind!r})")
         given = read_part(given, jax.tree.leaves(lm.params)[0].dtype)
     if given.kind != kind:
         raise ValueError(f"strategy {kind!r} needs a part of that kind, {given.name} holds {given.kind!r}")

@@ -6,20 +6,18 @@ import numpy as np
 
 from decodax.arguments import is_integer, refusal, shown
 from decodax.decoding.drafters._contract import Drafter
-from decodax.decoding.tree import Tree
-
-# Who attends to whom among the nodes of a draft is a square of their number, and every node has logits for the whole
-# vocabulary: more than this compiles for minutes, and fills memory. Published methods draft up to about a hundred.
-MAX_DRAFT_TOKENS = 1024
-_TOKENS = "the tokens of a draft"
+from decodax.decoding.tree import MAX_DRAFT_TOKENS, Tree
 
 
-def check_draft_tokens(name: str, num_tokens: int, context: int | None = None) -> None:
-    """Raises ValueError where a draft is larger than any may be, or than the model's `context` could ever hold."""
-    most = MAX_DRAFT_TOKENS if context is None else min(MAX_DRAFT_TOKENS, context - 1)
+def check_draft_tokens(num_tokens: int, context: int) -> None:
+    """Raises ValueError, naming the option, for more tokens than any draft may have or the `context` has room for.
+
+    Called before the drafter is made, which for absurd sizes takes long and much memory.
+    """
+    most = min(MAX_DRAFT_TOKENS, context - 1)
     if num_tokens > most:
-        why = "" if most == MAX_DRAFT_TOKENS else f", as the model's context is {context}"
-        raise ValueError(f"{name} must be at most {most}{why}, got {shown(num_tokens)}")
+        why = f", as the model's context is {context}" if most < MAX_DRAFT_TOKENS else ""
+        raise ValueError(f"draft_tokens must be at most {most}{why}, got {shown(num_tokens)}")
 
 
 def set_size(drafter: Drafter, num_nodes: int, max_depth: int) -> None:
@@ -31,10 +29,10 @@ def set_size(drafter: Drafter, num_nodes: int, max_depth: int) -> None:
 def check_chain(num_tokens: int) -> None:
     """Raises ValueError for a chain of no tokens, or of more than a draft may have."""
     if not is_integer(num_tokens):
-        raise refusal(_TOKENS, "an integer", num_tokens)
-    if num_tokens < 1:
-        raise ValueError(f"a draft must hold at least 1 token, got {num_tokens}")
-    check_draft_tokens(_TOKENS, num_tokens)
+        raise refusal("the number of tokens of a draft", "an integer", num_tokens)
+    if not 1 <= num_tokens <= MAX_DRAFT_TOKENS:
+        bound = "at least 1 token" if num_tokens < 1 else f"at most {MAX_DRAFT_TOKENS} tokens"
+        raise ValueError(f"a draft must hold {bound}, got {shown(num_tokens)}")
 
 
 def set_chain(drafter: Drafter, num_tokens: int) -> None:
@@ -45,7 +43,6 @@ def set_chain(drafter: Drafter, num_tokens: int) -> None:
 
 def set_tree(drafter: Drafter, parents: Sequence[int]) -> None:
     """A fixed tree (`parents` as in `Tree.fixed`); raises ValueError where it has no node but the root."""
-    check_draft_tokens(_TOKENS, len(parents) - 1)
     tree = Tree.fixed(parents)
     if tree.num_nodes < 2:
         raise ValueError("a draft must hold at least 1 token, got 0: for none, use the strategy 'autoregressive'")

@@ -27,9 +27,7 @@ class MinNewTokens:
     needs_counts: ClassVar[bool] = False
 
     @classmethod
-    def create(
-        cls, option: Option, *, end_token_ids: Any, batch_size: int, vocab_size: int
-    ) -> "MinNewTokens | None":
+    def create(cls, option: Option, *, end_token_ids: Any, batch_size: int, vocab_size: int) -> "MinNewTokens | None":
         rows = per_row(
             "min_new_tokens",
             option,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from decodax.arguments import folder, shown
+from decodax.arguments import folder_name, shown
 from decodax.decoding.draft_vocabulary import in_target_vocabulary
 from decodax.models.load import LanguageModel, find_folder, load
 from decodax.models.tokenizer import Tokenizer
@@ -51,8 +51,11 @@ def find_draft(strategy: str, lm: LanguageModel, draft: Any) -> Draft:
             )
         draft = lm.path / "draft"
     if not isinstance(draft, LanguageModel):
-        found = folder("draft", draft, f" or a loaded model (for strategy {strategy!r})")
-        draft = _load(str(found), jax.tree.leaves(lm.params)[0].dtype.name, lm.model.execution.mesh)
+        found = folder_name("draft", draft, f" or a loaded model (for strategy {strategy!r})")
+        try:
+            draft = _load(str(found), jax.tree.leaves(lm.params)[0].dtype.name, lm.model.execution.mesh)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"draft: {error}") from error
     _check_tokens(lm, draft)
     draft = _beside(lm, draft)
     model = in_target_vocabulary(draft.model, lm.model.vocab_size)

@@ -357,7 +357,9 @@ def test_refuses_what_is_no_number(option):
 
 @pytest.mark.parametrize("token", [13, -1])
 def test_refuses_end_tokens_outside_the_vocabulary(token):
-    with pytest.raises(ValueError, match=rf"end_token_ids must be token ids in 0\.\.12 \(the vocabulary\), got {token}"):
+    with pytest.raises(
+        ValueError, match=rf"end_token_ids must be token ids in 0\.\.12 \(the vocabulary\), got {token}"
+    ):
         METHODS["min_new_tokens"].create(0, end_token_ids=[1, token], batch_size=ROWS, vocab_size=VOCABULARY)
 
 
