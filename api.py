@@ -20,6 +20,7 @@ from decodax.decoding.trained_part import TrainedPart
 from decodax.kernels_pallas.choice import IMPLEMENTATIONS, Implementation
 from decodax.models.load import LanguageModel
 from decodax.models.load import load as _load
+from decodax.models.load import working_dtype
 from decodax.models.model import Model, Params
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
@@ -77,7 +78,7 @@ def load(
     }
     if adapter is not None and not isinstance(adapter, TrainedPart):
         adapter = folder_name("adapter", adapter, ", or a TrainedPart")
-    lm = _load(path, dtype=dtype, **options)
+    lm = _load(path, dtype=working_dtype(dtype), **options)
     return lm if adapter is None else with_adapter(lm, adapter)
 
 

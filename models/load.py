@@ -135,7 +135,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def working_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+def working_dtype(dtype: Any) -> jnp.dtype:
     """What a model is loaded with: float32 on CPU and bfloat16 elsewhere by default; ValueError for an unknown one."""
     if dtype is None:
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
