@@ -106,7 +106,7 @@ class GenerateOptions:
         """The token ids that end a row: those given, or else the model's; ValueError for one outside the vocabulary."""
         if self.stop_token_ids is None:
             return tuple(of_model)
-        return tuple(inside("stop_token_ids", list(self.stop_token_ids), vocab_size))
+        return tuple(dict.fromkeys(inside("stop_token_ids", list(self.stop_token_ids), vocab_size)))  # each once
 
     def seeds(self, num_rows: int) -> np.ndarray:
         """UInt32[B]; raises ValueError when there are neither one nor as many seeds as rows."""

@@ -83,6 +83,7 @@ def test_stop_tokens_outside_the_vocabulary_are_named_as_they_were_passed():
         with pytest.raises(ValueError, match=r"^stop_token_ids must be token ids in 0\.\.36 \(the vocabulary\), got "):
             GenerateOptions(stop_token_ids=value).end_tokens((99,), 37)
     assert GenerateOptions(stop_token_ids=3).end_tokens((5,), 37) == (3,)
+    assert GenerateOptions(stop_token_ids=[3, 7, 3] * 9).end_tokens((5,), 37) == (3, 7)  # each once
     assert DEFAULTS.end_tokens((5,), 37) == (5,)
 
 
