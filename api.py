@@ -18,9 +18,8 @@ from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.trained_part import TrainedPart
 from decodax.kernels_pallas.choice import IMPLEMENTATIONS, Implementation
-from decodax.models.load import LanguageModel
+from decodax.models.load import LanguageModel, working_dtype
 from decodax.models.load import load as _load
-from decodax.models.load import working_dtype
 from decodax.models.model import Model, Params
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules

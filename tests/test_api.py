@@ -16,9 +16,9 @@ load = inspect.unwrap(decodax.load)  # as users have it: without this session's 
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
-        ("path_or_id", (5, b"folder", ["folder"], True), "path_or_id must be the path of a folder, .* a model on the hub"),
+        ("path_or_id", (5, b"folder", ["folder"], True), "path_or_id must be the path of a folder, .* on the hub"),
         ("dtype", (5, "fp32", ["float32"], {"a": 1}, int, np.zeros(3)), "dtype must be one of float32, .* or None"),
-        ("mesh", (5, b"data=1", [1], jax.devices(), {"data": 1}), r"mesh must be a text like .* or a jax\.sharding\.Mesh"),
+        ("mesh", (5, b"data=1", [1], jax.devices(), {"data": 1}), r"mesh must be a text .* a jax\.sharding\.Mesh"),
         ("rules", (5, "data", [("B", "data")]), r"rules must be decodax\.sharding\.rules\.Rules"),
         ("invariant", (1, "yes", []), "invariant must be True or False"),
         ("scatter_norms", (1, "no", ()), "scatter_norms must be True or False"),
