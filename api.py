@@ -1,6 +1,7 @@
 """The functions most users need: load a model, generate with it, read its logits."""
 
-from pathlib import Path
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,14 +10,15 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from decodax.arguments import choice, flag, folder_name, instance, shown
 from decodax.decoding.adapted import with_adapter
 from decodax.decoding.generation import Generation
 from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.programs import bounded_jit
 from decodax.decoding.trained_part import TrainedPart
-from decodax.kernels_pallas.choice import Implementation
-from decodax.models.load import LanguageModel
+from decodax.kernels_pallas.choice import IMPLEMENTATIONS, Implementation
+from decodax.models.load import LanguageModel, working_dtype
 from decodax.models.load import load as _load
 from decodax.models.model import Model, Params
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
@@ -26,16 +28,16 @@ __all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
 
 
 def load(
-    path_or_id: str | Path | None = None,
+    path_or_id: str | os.PathLike[str] | None = None,
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | str | None = None,
-    rules: Rules = RULES,
-    invariant: bool = False,
-    adapter: str | Path | TrainedPart | None = None,
+    rules: Rules | None = RULES,
+    invariant: bool | None = False,
+    adapter: str | os.PathLike[str] | TrainedPart | None = None,
     implementation: Implementation | None = None,
-    scatter_norms: bool = False,
-    pipeline: Pipeline = ONE_CHUNK,
+    scatter_norms: bool | None = False,
+    pipeline: Pipeline | None = ONE_CHUNK,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json), or with Orbax arrays.
 
@@ -56,19 +58,26 @@ def load(
         sums over devices become reduce-scatters and all-gathers.
     pipeline: on a mesh with an axis "pipeline", into how many chunks each stage's layers are dealt, and into how many
         micro-batches the rows (`sharding.pipeline.Pipeline`).
+    None for any of them means that it is not given.
     Raises FileNotFoundError when there is no such folder or it lacks a file, ConnectionError when a download is needed
     and not possible, ValueError for files that do not fit or are not understood, and for a mesh that does not fit the
     devices or the model.
     """
+    path = None if path_or_id is None else folder_name("path_or_id", path_or_id, ", or the id of a model on the hub")
+    known_mesh = "a text like 'tensor=4,data=2' or a jax.sharding.Mesh"
     options: Any = {
-        "mesh": mesh,
-        "rules": rules,
-        "invariant": invariant,
-        "implementation": implementation,
-        "scatter_norms": scatter_norms,
-        "pipeline": pipeline,
+        "mesh": None if mesh is None else instance("mesh", mesh, str | Mesh, known_mesh),
+        "rules": RULES if rules is None else instance("rules", rules, Rules, "decodax.sharding.rules.Rules"),
+        "invariant": invariant is not None and flag("invariant", invariant),
+        "implementation": None if implementation is None else choice("implementation", implementation, IMPLEMENTATIONS),
+        "scatter_norms": scatter_norms is not None and flag("scatter_norms", scatter_norms),
+        "pipeline": ONE_CHUNK
+        if pipeline is None
+        else instance("pipeline", pipeline, Pipeline, "decodax.sharding.pipeline.Pipeline"),
     }
-    lm = _load(path_or_id, dtype=dtype, **options)
+    if adapter is not None and not isinstance(adapter, TrainedPart):
+        adapter = folder_name("adapter", adapter, ", or a TrainedPart")
+    lm = _load(path, dtype=working_dtype(dtype), **options)
     return lm if adapter is None else with_adapter(lm, adapter)
 
 
@@ -89,15 +98,26 @@ def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
     >>> len(out.tokens[0])
     8
     """
+    _check_model(lm)
     return _generate(lm, prompts, GenerateOptions.read(options))
 
 
-def logits(lm: LanguageModel, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
+def _check_model(lm: Any) -> None:
+    instance("lm", lm, LanguageModel, "a model as decodax.load gives it")
+
+
+def logits(
+    lm: LanguageModel, tokens: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]]
+) -> Float[Array, "B T V"]:
     """Next-token logits in float32 after every token of full rows (no padding).
 
     Raises ValueError for another shape, ids outside the vocabulary or rows beyond the context.
     """
-    rows = np.asarray(tokens)
+    _check_model(lm)
+    try:
+        rows = np.asarray(tokens)
+    except Exception as error:  # rows of different lengths, or what no array can be made of
+        raise ValueError(f"tokens must be whole numbers of shape [B, T], got {shown(tokens)}") from error
     if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in "iu":
         raise ValueError(f"tokens must be whole numbers of shape [B, T], got {rows.dtype} of shape {rows.shape}")
     if rows.min() < 0 or rows.max() >= lm.config.vocab_size:

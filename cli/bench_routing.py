@@ -8,7 +8,7 @@ import numpy as np
 
 import decodax
 from decodax.cli import session
-from decodax.decoding.generation import encode_prompts
+from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.routing_trace import RoutingTrace, draw_routes, record_routes
 
 

@@ -14,22 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decodax.arguments import refusal, shown
 from decodax.decoding import state as decode_state
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.compile_clock import compile_seconds
 from decodax.decoding.draft_length import DraftChoice
+from decodax.decoding.drafters._size import check_draft_tokens
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.pace import Pace
 from decodax.decoding.programs import bounded_jit
+from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.speculative import Speculative, speculative
 from decodax.decoding.state import DecodeState
 from decodax.decoding.strategies import METHODS as STRATEGIES
 from decodax.decoding.strategies import Speculation, Strategy
 from decodax.decoding.text_watcher import TextWatcher
 from decodax.models.model import Model
-from decodax.models.model_files import printable
-from decodax.models.tokenizer import Tokenizer, no_tokenizer_message
-from decodax.sharding.host import check_same, to_host
+from decodax.models.tokenizer import no_tokenizer_message
+from decodax.sharding.host import check_same, spans_processes, to_host
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -120,16 +122,13 @@ class _Plan:
     """A strategy made ready for one model: jitted functions, what they need, and what to call it in the statistics."""
 
     def __init__(self, lm: "LanguageModel", options: GenerateOptions) -> None:
-        chosen, self.fallback = options.strategy or "autoregressive", None
-        self.name = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
-        if isinstance(chosen, str):
-            if chosen not in STRATEGIES:
-                raise ValueError(
-                    f"strategy must be one of {sorted(STRATEGIES)}, a Speculation or a function from a model, got "
-                    f"{chosen!r}"
-                )
-            chosen = STRATEGIES[chosen]
+        chosen, self.fallback = _find_strategy(options.strategy), None
+        self.name = getattr(chosen, "__name__", type(chosen).__name__)
+        if isinstance(options.strategy, str):
+            self.name = options.strategy
         if isinstance(chosen, type) and issubclass(chosen, Strategy):
+            if isinstance(options.draft_tokens, int):
+                check_draft_tokens(options.draft_tokens, lm.config.max_position_embeddings)
             chosen = chosen.build(lm, options.draft, options.draft_tokens)
         elif options.draft is not None or options.draft_tokens is not None:
             raise ValueError(f"draft and draft_tokens are for strategies that have a name and draft, got {self.name!r}")
@@ -143,10 +142,8 @@ class _Plan:
             if not isinstance(options.strategy, str):
                 self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"
             self._speculative = speculative(lm.model, chosen.drafter, chosen.verifier, chosen.depth)
-        elif callable(chosen):
-            self._speculative, self._make, self._model = None, chosen, lm.model
         else:
-            raise ValueError(f"strategy must be a name, a Speculation or a function from a model, got {chosen!r}")
+            self._speculative, self._make, self._model = None, chosen, lm.model
 
     def start(self, state: DecodeState) -> DecodeState:
         """Lets the drafter read the prompts."""
@@ -160,9 +157,41 @@ class _Plan:
         return _decode_speculation(self._speculative, self.params, self.draft_params, state, max_tokens)
 
 
+def _find_strategy(strategy: Any) -> Any:
+    """A strategy's class, a `Speculation`, or a function from a model to a decode; ValueError for anything else."""
+    if strategy is None:
+        return autoregressive
+    if isinstance(strategy, str):
+        if strategy not in STRATEGIES:
+            raise refusal(
+                "strategy", f"one of {sorted(STRATEGIES)}, a Speculation or a function from a model", strategy
+            )
+        return STRATEGIES[strategy]
+    is_class = isinstance(strategy, type)
+    is_known = issubclass(strategy, Strategy) if is_class else isinstance(strategy, Speculation)
+    if not is_known and (is_class or not callable(strategy) or not _is_hashable(strategy)):
+        raise refusal("strategy", "a name, a Speculation or a function from a model", strategy)
+    return strategy
+
+
+def _is_hashable(value: Any) -> bool:
+    """Whether compiled code can be kept for it."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 @bounded_jit(static_argnums=(0, 1), donate_argnums=(3,))
 def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeState, max_tokens: Any) -> DecodeState:
-    return make_decode(model)(params, state, max_tokens)
+    decode = make_decode(model)
+    if not callable(decode):
+        raise ValueError(
+            "strategy must be a name, a Speculation or a function from a model to a decode(params, state, max_tokens); "
+            f"what this function gives is {shown(decode)}"
+        )
+    return decode(params, state, max_tokens)
 
 
 @bounded_jit(static_argnums=(0,), donate_argnums=(3,))
@@ -177,40 +206,6 @@ def _decode_speculation(
     return decode(params, draft_params, state, max_tokens)
 
 
-def encode_prompts(lm: "LanguageModel", prompts: Any) -> list[np.ndarray]:
-    """Token ids of one or many prompts, each text or ids; raises ValueError for what is neither, and for empty ones."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-        prompts = [prompts]
-    rows = []
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if lm.tokenizer is None:
-                raise ValueError(no_tokenizer_message(lm.path, "pass token ids instead of text"))
-            ids = np.asarray(lm.tokenizer.encode(prompt), np.int64)
-            _check_encoded(lm, lm.tokenizer, ids, index)
-        else:
-            ids = np.asarray(prompt)
-            if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-                raise ValueError(f"a prompt must be a string or a list of token ids, got {prompt!r} (prompt {index})")
-        if not ids.size:
-            raise ValueError(f"prompt {index} is empty: it must hold at least one token")
-        rows.append(ids)
-    if not rows:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    return rows
-
-
-def _check_encoded(lm: "LanguageModel", tokenizer: Tokenizer, ids: np.ndarray, index: int) -> None:
-    """Raises ValueError for a text with a token that the tokenizer knows and the model does not."""
-    beyond = ids[ids >= lm.config.vocab_size]
-    if beyond.size:
-        token = printable(repr(tokenizer.backend.id_to_token(int(beyond[0]))))
-        raise ValueError(
-            f"prompt {index} holds {token}, which is token {beyond[0]} in tokenizer.json of {printable(lm.path)}, but "
-            f"the model's vocabulary ends at {lm.config.vocab_size - 1}: leave it out of the text"
-        )
-
-
 def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Generation:
     """Runs the prompts as one batch; see `decodax.generate`."""
     rows = encode_prompts(lm, prompts)
@@ -223,15 +218,17 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
             )
     if options.stop_strings and lm.tokenizer is None:
         raise ValueError(no_tokenizer_message(lm.path, "use stop_token_ids instead of stop"))
-    ends = lm.end_token_ids if options.stop_token_ids is None else tuple(options.stop_token_ids)
-    check_same(lm.model.execution.mesh, _said(lm, rows, options))
-    plan = _Plan(lm, options)
+    ends = options.end_tokens(lm.end_token_ids, lm.config.vocab_size)
+    seeds = options.seeds(len(rows))
+    if spans_processes(lm.model.execution.mesh):
+        check_same(lm.model.execution.mesh, _said(lm, rows, options))
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
+    plan = _Plan(lm, options)
     lengths = np.asarray([len(ids) for ids in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int64)
     for index, ids in enumerate(rows):
         tokens[index, : len(ids)] = ids
-    limits = np.minimum(options.max_new_tokens, context - lengths)
+    limits = np.minimum(min(options.max_new_tokens, context), context - lengths)
 
     clock = _Clock()
     state = decode_state.init(
@@ -240,7 +237,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         tokens,
         lengths,
         limits,
-        options.seeds(len(rows)),
+        seeds,
         sampling=sampling,
         stop_token_ids=ends,
         depth=plan.depth,

@@ -2,32 +2,38 @@
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 
+from decodax.arguments import in_order, inside, is_integer, plain, refusal, strings, token_ids, whole_number
 from decodax.decoding.logits_processors._options import Option
-from decodax.decoding.logits_processors.logit_bias import Bias
 from decodax.decoding.sampling import Sampling
 
+_OBJECTS = ("strategy", "draft", "on_text")  # which no array stands for
+_MOST_TOKENS = 2**31 - 1  # more than any context has; positions are int32
 _SHAPES_A_DRAW = {"top_k": (None, 0, -1), "top_p": (None, 1), "min_p": (None, 0), "typical_p": (None, 1)}
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Options marked * take one value, or one per prompt.
+    """Options marked * take one value, or one per prompt. None means that an option is not given, whichever it is.
 
-    max_new_tokens: most tokens to add to each prompt; fewer where the model's context ends.
+    Numbers may be Python's, NumPy's or JAX's, and lists also tuples or arrays; kept are Python's. What an option cannot
+    take is refused by a ValueError that names it, so no annotation says less than the reader takes.
+
+    max_new_tokens: most tokens to add to each prompt; fewer where the model's context ends, so any number however large
+        means to its end.
     temperature *: 0 is greedy. top_k *, top_p *, min_p *, typical_p *: cut the tail of the law before a draw.
     repetition_penalty *: transformers' (prompt and output); presence_penalty *, frequency_penalty *: OpenAI's (output).
     logit_bias: {token id: number added to its logit}, or one such dictionary per prompt.
     min_new_tokens *: no stop token before so many new tokens.
     stop: a string or several; a row ends where one appears, and the text ends before it.
-    stop_token_ids: token ids that end a row; None means the model's own end tokens, [] none.
-    seed *: one number gives every row the same seed, so a prompt's result does not depend on its place in a batch;
-        pass several to draw different continuations of one prompt.
+    stop_token_ids: one or several token ids that end a row; None means the model's own end tokens, [] none.
+    seed *: a whole number, taken modulo 2**32. One number gives every row the same seed, so a prompt's result does not
+        depend on its place in a batch; pass several to draw different continuations of one prompt.
     strategy: how tokens are found: a name that `decodax methods` lists (None: "autoregressive"), a `Speculation` made
         of a drafter and a verifier, or a function from a model to a `decode(params, state, max_tokens)`.
     draft: the trained part of a strategy that has one: a folder, a hub id or a loaded model; None for what comes with
@@ -38,7 +44,7 @@ class GenerateOptions:
     block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: Option = 128
     temperature: Option = 0.0
     top_k: Option = None
     top_p: Option = None
@@ -47,26 +53,39 @@ class GenerateOptions:
     repetition_penalty: Option = None
     presence_penalty: Option = None
     frequency_penalty: Option = None
-    logit_bias: Bias | Sequence[Bias | None] | None = None
+    logit_bias: Option = None
     min_new_tokens: Option = 0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] | None = None
-    seed: int | Sequence[int] | np.ndarray = 0
-    strategy: Any = None
-    draft: Any = None
-    draft_tokens: int | str | None = None
-    on_text: Callable[[int, str], None] | None = None
-    block_tokens: int = 16
+    stop: Option = ()
+    stop_token_ids: Option = None
+    seed: Option = 0
+    strategy: Option = None
+    draft: Option = None
+    draft_tokens: Option = None
+    on_text: Option = None
+    block_tokens: Option = 16
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _OBJECTS:
+                value = (
+                    list(value) if isinstance(value, Iterator) else plain(value)
+                )  # an iterator ends at its first use
+            self._keep(field.name, field.default if value is None else value)
         for name in ("max_new_tokens", "block_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of tokens, at least 1, got {value!r}")
-        if isinstance(self.draft_tokens, str) and self.draft_tokens != "auto":
-            raise ValueError(f"draft_tokens must be a number or 'auto', got {self.draft_tokens!r}")
-        if any(not isinstance(text, str) or not text for text in self.stop_strings):
-            raise ValueError(f"stop must be one or more non-empty strings, got {self.stop!r}")
+            self._keep(name, min(whole_number(name, getattr(self, name), least=1), _MOST_TOKENS))
+        self._keep("stop", strings("stop", self.stop))
+        if self.stop_token_ids is not None:
+            self._keep("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
+        self._keep("seed", _read_seed(self.seed))
+        if self.draft_tokens is not None and not (isinstance(self.draft_tokens, str) and self.draft_tokens == "auto"):
+            number = whole_number("draft_tokens", self.draft_tokens, least=1, otherwise=", or 'auto'")
+            self._keep("draft_tokens", number)
+        if self.on_text is not None and not callable(self.on_text):
+            raise refusal("on_text", "a function of a row and a piece of text", self.on_text)
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # as the dataclass itself does, being frozen
 
     @classmethod
     def read(cls, options: dict[str, Any]) -> Self:
@@ -81,28 +100,44 @@ class GenerateOptions:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
+        return tuple(self.stop)
+
+    def end_tokens(self, of_model: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+        """The token ids that end a row: those given, or else the model's; ValueError for one outside the vocabulary."""
+        if self.stop_token_ids is None:
+            return tuple(of_model)
+        return tuple(dict.fromkeys(inside("stop_token_ids", list(self.stop_token_ids), vocab_size)))  # each once
 
     def seeds(self, num_rows: int) -> np.ndarray:
         """UInt32[B]; raises ValueError when there are neither one nor as many seeds as rows."""
-        seeds = np.asarray(self.seed)
-        if seeds.dtype.kind not in "iu" or seeds.shape not in ((), (num_rows,)):
-            raise ValueError(f"seed must be a whole number, or one per prompt ({num_rows}), got {self.seed!r}")
-        return np.broadcast_to(seeds.astype(np.int64) % 2**32, (num_rows,)).astype(np.uint32)
+        given = self.seed if isinstance(self.seed, Sequence) else [self.seed] * num_rows
+        if len(given) != num_rows:
+            raise ValueError(f"seed must be a whole number, or one per prompt ({num_rows}), got {len(given)} numbers")
+        return np.asarray([seed or 0 for seed in given], np.uint32)
 
     def sampling(self, num_rows: int, vocab_size: int, end_token_ids: Sequence[int]) -> Sampling:
         """The pipeline that these options ask for; warns where an option shapes a draw that greedy rows never make."""
-        if np.all(np.asarray(self.temperature) == 0):
-            idle = [
-                name
-                for name, off in _SHAPES_A_DRAW.items()
-                if np.ndim(getattr(self, name)) or getattr(self, name) not in off
-            ]
-            if idle:
-                warnings.warn(
-                    f"{', '.join(idle)} changes nothing at temperature 0 (greedy): set temperature above 0 to sample",
-                    stacklevel=4,
-                )
         names = ("temperature", *_SHAPES_A_DRAW, "repetition_penalty", "presence_penalty", "frequency_penalty")
         chosen = {name: getattr(self, name) for name in (*names, "logit_bias", "min_new_tokens")}
-        return Sampling.create(num_rows, vocab_size, end_token_ids=end_token_ids, **chosen)
+        sampling = Sampling.create(num_rows, vocab_size, end_token_ids=end_token_ids, **chosen)
+        idle = [name for name, off in _SHAPES_A_DRAW.items() if _is_on(getattr(self, name), off)]
+        if idle and not sampling.draws:
+            warnings.warn(
+                f"{', '.join(idle)} changes nothing at temperature 0 (greedy): set temperature above 0 to sample",
+                stacklevel=4,
+            )
+        return sampling
+
+
+def _is_on(option: Any, off: Sequence[Any]) -> bool:
+    """Whether a number, or one for each row, is given and is none of those that switch the option off."""
+    values = in_order(option)
+    return any(value not in off for value in ([option] if values is None else values))
+
+
+def _read_seed(seed: Any) -> int | list[int | None]:
+    """One seed as an int, several as a list, modulo 2**32."""
+    seeds = in_order(seed)
+    if not all(is_integer(one) or (one is None and seeds is not None) for one in ([seed] if seeds is None else seeds)):
+        raise refusal("seed", "a whole number, or one per prompt", seed)
+    return int(seed) % 2**32 if seeds is None else [None if one is None else int(one) % 2**32 for one in seeds]

@@ -5,7 +5,7 @@
 dtype.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from decodax.decoding.logits_processors import METHODS, History, LogitsProcessor
 from decodax.decoding.logits_processors._largest import largest_token
 from decodax.decoding.logits_processors._options import Option
 from decodax.decoding.logits_processors.frequency_penalty import FrequencyPenalty
-from decodax.decoding.logits_processors.logit_bias import Bias, LogitBias
+from decodax.decoding.logits_processors.logit_bias import LogitBias
 from decodax.decoding.logits_processors.min_new_tokens import MinNewTokens
 from decodax.decoding.logits_processors.min_p import MinP
 from decodax.decoding.logits_processors.presence_penalty import PresencePenalty
@@ -55,7 +55,7 @@ class Sampling:
         batch_size: int,
         vocab_size: int,
         *,
-        temperature: Option = 0.0,
+        temperature: Option = None,
         top_k: Option = None,
         top_p: Option = None,
         min_p: Option = None,
@@ -63,11 +63,11 @@ class Sampling:
         repetition_penalty: Option = None,
         presence_penalty: Option = None,
         frequency_penalty: Option = None,
-        logit_bias: Bias | Sequence[Bias | None] | None = None,
-        min_new_tokens: Option = 0,
-        end_token_ids: Sequence[int] = (),
+        logit_bias: Option = None,
+        min_new_tokens: Option = None,
+        end_token_ids: Any = (),
     ) -> "Sampling":
-        """Every option is one number, or one per row; None, for all rows or one of them, is off.
+        """Every option is one number, or one per row; None, for all rows or one of them, is not given: greedy, or off.
 
         An option off for every row leaves no trace in the compiled code; neither do the options that only shape the
         draw (top_k, top_p, min_p, typical_p) where every row is greedy. `end_token_ids` are what `min_new_tokens`

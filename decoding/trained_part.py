@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from decodax.arguments import folder_name
 from decodax.decoding.part_check import MEASURED, check_part, check_value
 from decodax.models.load import find_folder
 from decodax.models.model import Params
@@ -128,8 +129,8 @@ def _nested(file: Path, tensors: Mapping[str, np.ndarray]) -> Params:
     return params
 
 
-def find_part(kind: str, lm: "LanguageModel", given: str | Path | TrainedPart | None) -> TrainedPart:
-    """The part given, or the one that comes with the embedded model.
+def find_part(kind: str, lm: "LanguageModel", given: Any) -> TrainedPart:
+    """The part given, as a folder or a `TrainedPart`, or the one that comes with the embedded model.
 
     Raises ValueError when there is none, when it is of another kind, was made for a model of other sizes, or its
     weights or settings are not those of its kind.
@@ -142,6 +143,7 @@ def find_part(kind: str, lm: "LanguageModel", given: str | Path | TrainedPart | 
             )
         given = lm.path / kind
     if not isinstance(given, TrainedPart):
+        given = folder_name("draft", given, f" (for strategy {kind!r})")
         given = read_part(given, jax.tree.leaves(lm.params)[0].dtype)
     if given.kind != kind:
         raise ValueError(

@@ -10,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from decodax.arguments import shown
 from decodax.layers import pytree
 from decodax.layers.attention.mask import Ancestors, Causal, Mask
+
+# Who reads whom among the nodes of a tree is a square of their number, and every node has logits for the whole
+# vocabulary: more than this compiles for minutes, and fills memory. Published methods draft up to about a hundred.
+MAX_DRAFT_TOKENS = 1024
 
 
 @pytree.dataclass
@@ -31,13 +36,16 @@ class Tree:
     def fixed(cls, parents: Sequence[int]) -> "Tree":
         """The same tree in every row and every round, given as the parent of each node, the root's being -1.
 
-        Raises ValueError when there is no root, more than one, or a parent that does not precede its child.
+        Raises ValueError when there is no root, more than one, a parent that does not precede its child, or more than
+        `MAX_DRAFT_TOKENS` of them.
 
         >>> Tree.fixed([-1, 0, 0, 1]).depth
         array([[0, 1, 1, 2]], dtype=int32)
         """
         if not len(parents) or parents[0] != -1:
-            raise ValueError(f"a tree must begin with its root, whose parent is -1, got parents {list(parents)}")
+            raise ValueError(f"a tree must begin with its root, whose parent is -1, got parents {shown(parents)}")
+        if len(parents) - 1 > MAX_DRAFT_TOKENS:
+            raise ValueError(f"a draft must hold at most {MAX_DRAFT_TOKENS} tokens, got {len(parents) - 1}")
         depth = np.zeros(len(parents), np.int32)
         ancestors = np.eye(len(parents), dtype=bool)
         for node, parent in enumerate(parents[1:], start=1):

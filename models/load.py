@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from decodax.arguments import refusal
 from decodax.kernels_pallas.choice import Implementation
 from decodax.layers.execution import Execution
 from decodax.models.adapter_files import refuse_adapter_alone
@@ -120,16 +121,16 @@ def find_folder(path_or_id: str | Path | None) -> Path:
     return folder
 
 
-def working_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+def working_dtype(dtype: Any) -> jnp.dtype:
     """What a model is loaded with: float32 on CPU and bfloat16 elsewhere by default; ValueError for an unknown one."""
     if dtype is None:
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     try:
         name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
+    except Exception:  # NumPy raises whatever it meets on its way into the value
+        name = None
     if name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} or None, got {dtype!r}")
+        raise refusal("dtype", f"one of {', '.join(_DTYPES)} or None", dtype)
     return jnp.dtype(name)
 
 

@@ -59,6 +59,11 @@ class Model:
         return Transformer(self.config, execution)
 
     @property
+    def vocab_size(self) -> int:
+        """How many tokens `logits` has a value for."""
+        return self.config.vocab_size
+
+    @property
     def stages(self) -> Stages | None:
         """Which layers run where, on a mesh with a pipeline axis; None without.
 

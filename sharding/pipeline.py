@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from decodax.arguments import in_order, is_integer, refusal, whole_number
+
 # Tokens up to which a matrix product in bfloat16 takes no longer than reading its weight: 240 on a TPU v5e (197 TFLOP/s
 # over 819 GB/s, Google Cloud TPU documentation), 295 on an H100 SXM (989 over 3.35 TB/s, NVIDIA's data sheet).
 BALANCED_TOKENS = 256
@@ -34,10 +36,14 @@ class Pipeline:
     outside: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.chunks < 1 or (self.micro_batches is not None and self.micro_batches < 1):
-            raise ValueError(f"chunks and micro_batches must be at least 1, got {self.chunks} and {self.micro_batches}")
-        if self.outside is not None and min(self.outside) < 0:
-            raise ValueError(f"outside must be two numbers of layers, first and last, got {self.outside}")
+        object.__setattr__(self, "chunks", whole_number("chunks", self.chunks, least=1))
+        if self.micro_batches is not None:
+            object.__setattr__(self, "micro_batches", whole_number("micro_batches", self.micro_batches, least=1))
+        if self.outside is not None:
+            layers = in_order(self.outside)
+            if layers is None or len(layers) != 2 or any(not is_integer(count) or count < 0 for count in layers):
+                raise refusal("outside", "two numbers of layers, first and last", self.outside)
+            object.__setattr__(self, "outside", tuple(layers))
 
 
 ONE_CHUNK = Pipeline()

@@ -4,8 +4,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from decodax.arguments import is_integer, refusal, shown
 from decodax.decoding.drafters._contract import Drafter
-from decodax.decoding.tree import Tree
+from decodax.decoding.tree import MAX_DRAFT_TOKENS, Tree
+
+
+def check_draft_tokens(num_tokens: int, context: int) -> None:
+    """Raises ValueError, naming the option, for more tokens than any draft may have or the `context` has room for.
+
+    Called before the drafter is made, which for absurd sizes takes long and much memory.
+    """
+    most = min(MAX_DRAFT_TOKENS, context - 1)
+    if num_tokens > most:
+        why = f", as the model's context is {context}" if most < MAX_DRAFT_TOKENS else ""
+        raise ValueError(f"draft_tokens must be at most {most}{why}, got {shown(num_tokens)}")
 
 
 def set_size(drafter: Drafter, num_nodes: int, max_depth: int) -> None:
@@ -14,10 +26,18 @@ def set_size(drafter: Drafter, num_nodes: int, max_depth: int) -> None:
     object.__setattr__(drafter, "max_depth", max_depth)
 
 
+def check_chain(num_tokens: int) -> None:
+    """Raises ValueError for a chain of no tokens, or of more than a draft may have."""
+    if not is_integer(num_tokens):
+        raise refusal("the number of tokens of a draft", "an integer", num_tokens)
+    if not 1 <= num_tokens <= MAX_DRAFT_TOKENS:
+        bound = "at least 1 token" if num_tokens < 1 else f"at most {MAX_DRAFT_TOKENS} tokens"
+        raise ValueError(f"a draft must hold {bound}, got {shown(num_tokens)}")
+
+
 def set_chain(drafter: Drafter, num_tokens: int) -> None:
     """The root and `num_tokens` tokens behind it; raises ValueError for none."""
-    if num_tokens < 1:
-        raise ValueError(f"a draft must hold at least 1 token, got {num_tokens}")
+    check_chain(num_tokens)
     set_size(drafter, num_tokens + 1, num_tokens)
 
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
+from decodax.decoding.draft_vocabulary import check_vocabulary
 from decodax.decoding.drafters._contract import Children, Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._expand import draw_children
-from decodax.decoding.drafters._size import set_tree
+from decodax.decoding.drafters._size import check_chain, set_tree
 from decodax.decoding.node_laws import node_history, node_logits
 from decodax.decoding.prompt_reading import all_layers, read_prompt_chunks
 from decodax.decoding.state import DecodeState
@@ -55,7 +56,7 @@ class DraftModel(Drafter):
     num_nodes: int = field(init=False)
     max_depth: int = field(init=False)
 
-    trained_part = "a small language model with the target's vocabulary: `decodax train draft`"
+    trained_part = "a small language model with the target's tokenizer: `decodax train draft`"
 
     def __post_init__(self) -> None:
         set_tree(self, self.parents)
@@ -63,8 +64,7 @@ class DraftModel(Drafter):
     @classmethod
     def chain(cls, model: Model, num_tokens: int) -> "DraftModel":
         """`num_tokens` tokens one after the other, each drawn from the draft's law (the likeliest in greedy rows)."""
-        if num_tokens < 1:
-            raise ValueError(f"a draft must hold at least 1 token, got {num_tokens}")
+        check_chain(num_tokens)
         return cls(model, tuple(range(-1, num_tokens)))
 
     @classmethod
@@ -85,12 +85,7 @@ class DraftModel(Drafter):
         return self.model.execution.laid_out(draft)
 
     def check(self, model: Model, draft_params: Any) -> None:
-        mine, wanted = self.model.config.vocab_size, model.config.vocab_size
-        if mine != wanted:
-            raise ValueError(
-                f"a draft must have the target's vocabulary of {wanted} tokens, got {mine}: choose a draft made for "
-                "this model, or train one with `decodax train draft`"
-            )
+        check_vocabulary(self.model, model)
 
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Any, ...]:
         batch, capacity = state.tokens.shape
@@ -134,7 +129,7 @@ class DraftModel(Drafter):
         token = jnp.zeros((batch, num_nodes + 1), jnp.int32).at[:, 0].set(state.pending()).at[:, -1].set(before[:, 0])
         law = None
         if state.sampling.draws and self.children is not Children.CHOSEN:
-            law = jnp.zeros((batch, num_nodes, self.model.config.vocab_size), jnp.float32)
+            law = jnp.zeros((batch, num_nodes, self.model.vocab_size), jnp.float32)
         dtype = jax.tree.leaves(draft_params)[0].dtype
         no = jnp.zeros((batch, num_nodes), bool)
         return _Draft(token, no, law, self.model.empty_rows(batch, num_nodes + 1, dtype))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from decodax.decoding.draft_vocabulary import check_vocabulary
 from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._size import set_chain
 from decodax.decoding.logits_processors import History
@@ -49,14 +50,12 @@ class NestedDraft(Drafter):
         set_chain(self, self.num_tokens)
 
     def check(self, model: Model, draft_params: Any) -> None:
-        mine, wanted = self.inner.model.config.vocab_size, model.config.vocab_size
-        if mine != wanted:
-            raise ValueError(f"a draft must have the target's vocabulary of {wanted} tokens, got {mine}")
+        check_vocabulary(self.inner.model, model)
         self.inner.drafter.check(self.inner.model, draft_params["drafter"])
 
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> DecodeState:
         model, (batch, capacity) = self.inner.model, state.tokens.shape
-        vocab_size = model.config.vocab_size
+        vocab_size = model.vocab_size
         dtype = jax.tree.leaves(draft_params["model"])[0].dtype
         run, caches = all_layers(model, draft_params["model"]), model.empty_cache(batch, capacity, dtype)
         caches = read_prompt_chunks(run, caches, state.tokens, state.length, skip=state.failed)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
-from decodax.decoding.drafters._size import set_size
+from decodax.decoding.drafters._size import check_chain, set_size
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.layers import pytree
@@ -58,6 +58,8 @@ class Replay(Drafter):
     def __post_init__(self) -> None:
         if self.num_tokens < 0:
             raise ValueError(f"num_tokens must be 0 or more, got {self.num_tokens}")
+        if self.num_tokens:
+            check_chain(self.num_tokens)
         set_size(self, self.num_tokens + 1, self.num_tokens)
 
     def check(self, model: Model, draft_params: Any) -> None:

@@ -1,12 +1,17 @@
 """Reads one sampling option, a number or one number per row, into one checked value per row (on the host)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-Option = int | float | np.number | Sequence[int | float | None] | np.ndarray | jax.Array | None
+from decodax.arguments import in_order, is_number, is_whole, plain, refusal
+
+# A number, or one per row (a list, a tuple, an array, None in it or for all): whatever a program passes, as `per_row`
+# reads and refuses it.
+Option = Any
+_MOST = 2**31 - 1  # a whole number beyond it is cut to it: no row has as many tokens, no vocabulary as many entries
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def per_row(
@@ -25,22 +30,30 @@ def per_row(
     is to most processors: a probability of 1e-40 is refused like 0. Raises ValueError naming the option, what is
     `expected`, and the value and row that broke it.
     """
-    if hasattr(option, "ndim"):  # NumPy and JAX, 0-dimensional scalars included
-        option = np.asarray(option).tolist()
-    is_per_row = isinstance(option, Sequence) and not isinstance(option, str | bytes)
-    values: list[Any] = list(option) if is_per_row else [option] * batch_size
+    values = in_order(option)
+    is_per_row = values is not None
+    values = [plain(option)] * batch_size if values is None else values
     if len(values) != batch_size:
         raise ValueError(f"{name} must be one number, or one per row ({batch_size} rows), got {len(values)} numbers")
 
     rows = np.zeros(batch_size, np.int32 if whole else np.float32)
     for row, value in enumerate(values):
         value = neutral if value is None else value
-        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if is_number and whole:
-            is_number = abs(value) < 2**31 and value == int(value)
-        if is_number:
-            with np.errstate(over="ignore"):
-                rows[row] = value if abs(value) >= np.finfo(np.float32).tiny or np.isnan(value) else 0
-        if not is_number or not is_valid(rows[row]):
-            raise ValueError(f"{name} must be {expected}, got {value!r}" + (f" in row {row}" if is_per_row else ""))
+        is_readable = is_whole(value) if whole else is_number(value)
+        if is_readable:
+            rows[row] = max(-_MOST, min(int(value), _MOST)) if whole else to_float32(value)
+        if not is_readable or not is_valid(rows[row]):
+            raise refusal(name, expected, value, f" in row {row}" if is_per_row else "")
     return rows
+
+
+def to_float32(value: Any) -> np.float32:
+    """The nearest float32, infinite beyond the largest; 0 below the smallest normal number."""
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the largest float
+        number = float("inf") if value > 0 else float("-inf")
+    if abs(number) < _SMALLEST_NORMAL:
+        return np.float32(0)
+    with np.errstate(over="ignore"):
+        return np.float32(number)

@@ -3,28 +3,43 @@
 As in OpenAI's API and vLLM: a mapping from token id to bias, here one for all rows or one per row.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from decodax.arguments import in_order, is_integer, is_number, plain, refusal, shown
 from decodax.decoding.logits_processors._contract import History
+from decodax.decoding.logits_processors._options import Option, to_float32
 from decodax.layers import pytree
 
 Bias = Mapping[int, float]
 
 
-def _check(bias: Bias, vocab_size: int) -> None:
-    """Raises ValueError for a token outside the vocabulary, or a bias that would turn a logit into NaN or +inf."""
-    for token, value in bias.items():
-        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
-            raise ValueError(f"logit_bias: token ids must be in 0..{vocab_size - 1} (vocabulary), got {token!r}")
-        with np.errstate(over="ignore"):
-            rounded = np.float32(value)
+def _read(bias: Any, vocab_size: int, where: str) -> dict[int, np.float32]:
+    """One mapping with ints and float32 numbers in it; None is an empty one.
+
+    Raises ValueError for a token outside the vocabulary, or a bias that would turn a logit into NaN or +inf.
+    """
+    if bias is None:
+        return {}
+    if not isinstance(bias, Mapping):
+        raise refusal("logit_bias", "a mapping from token ids to numbers", bias, where)
+    read = {}
+    for token, value in ((plain(token), plain(value)) for token, value in bias.items()):
+        if not is_integer(token) or not 0 <= token < vocab_size:
+            raise ValueError(
+                f"logit_bias: token ids must be in 0..{vocab_size - 1} (vocabulary), got {shown(token)}{where}"
+            )
+        rounded = to_float32(value) if is_number(value) else np.float32(np.nan)
         if np.isnan(rounded) or rounded == np.inf:
-            raise ValueError(f"logit_bias: a bias must be a finite number or -inf, got {value!r} for token {token}")
+            raise ValueError(
+                f"logit_bias: a bias must be a finite number or -inf, got {shown(value)} for token {token}{where}"
+            )
+        read[int(token)] = rounded
+    return read
 
 
 @pytree.dataclass
@@ -39,15 +54,15 @@ class LogitBias:
     needs_counts: ClassVar[bool] = False
 
     @classmethod
-    def create(
-        cls, option: Bias | Sequence[Bias | None] | None, *, batch_size: int, vocab_size: int
-    ) -> "LogitBias | None":
-        rows = [option] * batch_size if option is None or isinstance(option, Mapping) else list(option)
+    def create(cls, option: Option, *, batch_size: int, vocab_size: int) -> "LogitBias | None":
+        """`option` is a mapping (`Bias`), or one per row; None is none."""
+        several = None if isinstance(option, Mapping) else in_order(option)
+        if several is None:
+            rows = [_read(option, vocab_size, "")] * batch_size
+        else:
+            rows = [_read(bias, vocab_size, f" in row {row}") for row, bias in enumerate(several)]
         if len(rows) != batch_size:
             raise ValueError(f"logit_bias must be one mapping, or one per row ({batch_size} rows), got {len(rows)}")
-        rows = [row or {} for row in rows]
-        for row in rows:
-            _check(row, vocab_size)
         longest = max((len(row) for row in rows), default=0)
         if longest == 0:
             return None

@@ -3,13 +3,13 @@
 As `min_new_tokens` in transformers and `min_tokens` in vLLM.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from decodax.arguments import token_ids
 from decodax.decoding.logits_processors._contract import History
 from decodax.decoding.logits_processors._options import Option, per_row
 from decodax.layers import pytree
@@ -27,9 +27,7 @@ class MinNewTokens:
     needs_counts: ClassVar[bool] = False
 
     @classmethod
-    def create(
-        cls, option: Option, *, end_token_ids: Sequence[int], batch_size: int, vocab_size: int
-    ) -> "MinNewTokens | None":
+    def create(cls, option: Option, *, end_token_ids: Any, batch_size: int, vocab_size: int) -> "MinNewTokens | None":
         rows = per_row(
             "min_new_tokens",
             option,
@@ -39,12 +37,10 @@ class MinNewTokens:
             is_valid=lambda value: value >= 0,
             expected="a whole number, 0 or more",
         )
-        for token in end_token_ids:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"end_token_ids must be in 0..{vocab_size - 1} (vocabulary), got {token!r}")
-        if (rows == 0).all() or len(end_token_ids) == 0:
+        ends = token_ids("end_token_ids", end_token_ids, vocab_size)
+        if (rows == 0).all() or not ends:
             return None
-        return cls(jnp.asarray(rows), jnp.asarray(np.asarray(end_token_ids, np.int32)))
+        return cls(jnp.asarray(rows), jnp.asarray(np.asarray(ends, np.int32)))
 
     def __call__(self, logits: Float32[Array, "B V"], history: History) -> Float32[Array, "B V"]:
         is_end = jnp.zeros(logits.shape[1], bool).at[self.end_tokens].set(True)

@@ -33,7 +33,7 @@ class Temperature:
             "temperature",
             option,
             batch_size=batch_size,
-            neutral=1.0,
+            neutral=0.0,  # greedy where none is given
             is_valid=lambda value: np.isfinite(value) & (value >= 0),
             expected="a finite number, 0 or more (0: always the most probable token)",
         )

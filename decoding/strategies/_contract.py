@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from decodax.arguments import instance
 from decodax.decoding.depth import Depth
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.drafters import Drafter
@@ -26,6 +27,11 @@ class Speculation:
     draft_params: Any = None
     depth: Depth = FULL_DEPTH
     params: Any = None
+
+    def __post_init__(self) -> None:
+        instance("drafter", self.drafter, Drafter, "a drafter (decodax.decoding.drafters)")
+        instance("verifier", self.verifier, Verifier, "a verifier (decodax.decoding.verifiers)")
+        instance("depth", self.depth, Depth, "a depth (decodax.decoding.depth)")
 
 
 class Strategy:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from decodax.arguments import folder_name, shown
+from decodax.decoding.draft_vocabulary import in_target_vocabulary
 from decodax.decoding.part_check import SHARE, SHARES, check_value
 from decodax.models.load import LanguageModel, find_folder, load
 from decodax.models.model_files import find_file, printable, read_json_object
@@ -35,10 +37,12 @@ class Draft:
     rank_acceptance: tuple[float, ...]
 
 
-def find_draft(strategy: str, lm: LanguageModel, draft: str | Path | LanguageModel | None) -> Draft:
-    """The draft given, or the one that comes with the embedded model.
+def find_draft(strategy: str, lm: LanguageModel, draft: Any) -> Draft:
+    """The draft given, as a folder, a hub id or a loaded model, or the one that comes with the embedded model.
 
-    Raises ValueError when there is none, or when its vocabulary is not the model's.
+    Its vocabulary may be of another size (`decoding/draft_vocabulary.py`).
+
+    Raises ValueError when there is none, or when an id that both have is another token in each.
     """
     if draft is None:
         if lm.path != find_folder(None):
@@ -48,9 +52,15 @@ def find_draft(strategy: str, lm: LanguageModel, draft: str | Path | LanguageMod
             )
         draft = lm.path / "draft"
     if not isinstance(draft, LanguageModel):
-        draft = _load(str(draft), jax.tree.leaves(lm.params)[0].dtype.name, lm.model.execution.mesh)
+        found = folder_name("draft", draft, f" or a loaded model (for strategy {strategy!r})")
+        try:
+            draft = _load(str(found), jax.tree.leaves(lm.params)[0].dtype.name, lm.model.execution.mesh)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"draft: {error}") from error
+    _check_tokens(lm, draft)
     draft = _beside(lm, draft)
-    _check_vocabulary(lm, draft)
+    model = in_target_vocabulary(draft.model, lm.model.vocab_size)
+    draft = dataclasses.replace(draft, model=model)
     facts = _facts(draft.path)
     ranks = tuple(facts.get("rank_acceptance", TYPICAL_RANKS))
     return Draft(draft, facts.get("greedy"), ranks)
@@ -83,25 +93,31 @@ def _facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _check_vocabulary(lm: LanguageModel, draft: LanguageModel) -> None:
-    """Equal sizes, and where both have a tokenizer, the same token behind every id."""
+def _check_tokens(lm: LanguageModel, draft: LanguageModel) -> None:
+    """The same token behind every id that both have; where one has no tokenizer to compare, at least equal sizes."""
     wanted, found = lm.config.vocab_size, draft.config.vocab_size
-    if wanted != found:
-        raise ValueError(
-            f"a draft must have the model's vocabulary of {wanted} tokens, got {found} in {draft.path.name}: choose a "
-            "draft made for this model, or train one with `decodax train draft`"
-        )
+    advice = "choose a draft made for this model, or train one with `decodax train draft`"
     if lm.tokenizer is None or draft.tokenizer is None:
+        if wanted != found:
+            raise ValueError(
+                f"a draft without a tokenizer must have the model's vocabulary of {wanted} tokens, got {found} in "
+                f"{draft.path.name}: {advice}"
+            )
         return
-    other = _first_difference(lm.tokenizer, draft.tokenizer, wanted)
+    other = _first_difference(lm.tokenizer, draft.tokenizer, min(wanted, found))
     if other is not None:
+        token, of_model, of_draft = other
         raise ValueError(
-            f"a draft must have the model's tokenizer, but token {other} is another one in {draft.path.name}: choose a "
-            "draft made for this model, or train one with `decodax train draft`"
+            f"a draft must have the model's tokenizer, but token {token} is {shown(of_model)} in {lm.path.name} and "
+            f"{shown(of_draft)} in {draft.path.name}: {advice}"
         )
 
 
 @lru_cache(maxsize=4)  # a vocabulary of 100,000 takes long to compare, and `generate` asks at every call
-def _first_difference(of_model: Tokenizer, of_draft: Tokenizer, vocab_size: int) -> int | None:
-    one, other = of_model.backend, of_draft.backend
-    return next((token for token in range(vocab_size) if one.id_to_token(token) != other.id_to_token(token)), None)
+def _first_difference(of_model: Tokenizer, of_draft: Tokenizer, num_common: int) -> tuple[int, str, str] | None:
+    """The first id that is another token in each, with both; ids that only one of them uses make no difference."""
+    for token in range(num_common):
+        one, other = of_model.backend.id_to_token(token), of_draft.backend.id_to_token(token)
+        if one is not None and other is not None and one != other:
+            return token, one, other
+    return None

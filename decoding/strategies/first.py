@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from decodax.arguments import shown
 from decodax.decoding.depth.routed_layers import RoutedLayers
 from decodax.decoding.drafters.no_draft import NoDraft
 from decodax.decoding.strategies._contract import Speculation, Strategy
@@ -25,7 +26,7 @@ class RoutedLayersStrategy(Strategy):
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if draft_tokens is not None:
-            raise ValueError(f"first drafts nothing: leave out draft_tokens, got {draft_tokens!r}")
+            raise ValueError(f"first drafts nothing: leave out draft_tokens, got {shown(draft_tokens)}")
         part = find_part("first", lm, draft)
         depth = RoutedLayers(*(part.shape[name] for name in ("threshold", "kept_first", "kept_last")))
         params = lm.model.stacked(merged(lm.model.unstacked(lm.params), part.params.get("low_rank", {})))

@@ -1,10 +1,11 @@
 """Multi-token prediction: the layer behind the last in DeepSeek-V3's checkpoints drafts the next token."""
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from decodax.arguments import folder_name, shown
 from decodax.decoding.drafters.next_layer import NextTokenLayer
 from decodax.decoding.strategies._contract import Speculation, Strategy
 from decodax.decoding.verifiers.chain_rejection import ChainRejection
@@ -30,9 +31,9 @@ class MultiTokenPrediction(Strategy):
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if isinstance(draft_tokens, str):
             raise ValueError("mtp cannot choose the length of its drafts: give draft_tokens a number")
-        if draft is not None and not isinstance(draft, str | Path):
-            raise ValueError(f"mtp reads its layer from a folder: pass draft=FOLDER or none, got {draft!r}")
+        if draft is not None and not isinstance(draft, str | os.PathLike):
+            raise ValueError(f"mtp reads its layer from a folder: pass draft=FOLDER or none, got {shown(draft)}")
         drafter = NextTokenLayer(lm.model, DRAFT_TOKENS if draft_tokens is None else draft_tokens)
-        folder = lm.path if draft is None else find_folder(draft)
+        folder = lm.path if draft is None else find_folder(folder_name("draft", draft))
         weights = load_next_layer(folder, lm.model, dtype=jax.tree.leaves(lm.params)[0].dtype)
         return Speculation(drafter, ChainRejection(), weights)

@@ -35,13 +35,24 @@ class ParallelPrompt(Strategy):
             if not choice.num_tokens:
                 return choice
             draft_tokens = choice.num_tokens
-        trees = dynamic_trees(accuracy, 1 + (DRAFT_TOKENS if draft_tokens is None else draft_tokens), ensemble)
+        size = 1 + (DRAFT_TOKENS if draft_tokens is None else draft_tokens)
+        if size < _smallest(accuracy, ensemble):
+            raise ValueError(
+                f"draft_tokens must be at least {_smallest(accuracy, ensemble) - 1} for ppd (one guess, and the prompt "
+                f"tokens behind it and the root), got {size - 1}"
+            )
+        trees = dynamic_trees(accuracy, size, ensemble)
         return Speculation(PromptTokens(lm.model, trees, ensemble), ExactMatch(), part.params)
 
 
 def _choose_size(lm: "LanguageModel", accuracy: Sequence[Sequence[float]], ensemble: int) -> DraftChoice:
     """The size that gives most tokens per second, by measured times of forwards; takes seconds, mostly compiling."""
-    smallest = len(accuracy) * ensemble + ensemble + 2
+    smallest = _smallest(accuracy, ensemble)
     seconds = latency_curve(lm.model, lm.params, (1, *(size for size in SIZES if size >= smallest)))
     tokens = {size: expected_tokens(accuracy, dynamic_trees(accuracy, size, ensemble)) for size in seconds if size > 1}
     return choose_tree_size(seconds, tokens)
+
+
+def _smallest(accuracy: Sequence[Sequence[float]], ensemble: int) -> int:
+    """Nodes of the smallest tree: the root with prompt tokens for all distances, one guess with one for the next."""
+    return len(accuracy) * ensemble + ensemble + 2

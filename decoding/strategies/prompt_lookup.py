@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from decodax.arguments import shown
 from decodax.decoding.drafters.prompt_lookup import PromptLookup
 from decodax.decoding.strategies._contract import Speculation, Strategy
 from decodax.decoding.verifiers.exact_match import ExactMatch
@@ -21,7 +22,7 @@ class PromptLookupChain(Strategy):
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if draft is not None:
-            raise ValueError(f"prompt_lookup needs no trained part, got draft={draft!r}: leave it out")
+            raise ValueError(f"prompt_lookup needs no trained part, got draft={shown(draft)}: leave it out")
         if isinstance(draft_tokens, str):
             raise ValueError("prompt_lookup has no known acceptance to choose a length by: give draft_tokens a number")
         return Speculation(PromptLookup(DRAFT_TOKENS if draft_tokens is None else draft_tokens), ExactMatch())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from decodax.arguments import shown
 from decodax.decoding.drafters.del_choice import DynamicExit
 from decodax.decoding.drafters.early_layers import EarlyLayers
 from decodax.decoding.exit_choice import best_exit
@@ -60,7 +61,7 @@ def _number(name: str, draft: Any, draft_tokens: int | str | None) -> int | None
     """The number of tokens asked for, if any; ValueError for what these strategies do not take."""
     if draft is not None:
         raise ValueError(
-            f"{name} drafts with the model's own layers, got draft={draft!r}: leave it out. What `decodax train "
+            f"{name} drafts with the model's own layers, got draft={shown(draft)}: leave it out. What `decodax train "
             "layer_skip` made is merged when the model is loaded: decodax.load(..., adapter=FOLDER)"
         )
     if isinstance(draft_tokens, str):

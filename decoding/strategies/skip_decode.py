@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from decodax.arguments import shown
 from decodax.decoding.depth.skip_decode import SkipDecode
 from decodax.decoding.drafters.no_draft import NoDraft
 from decodax.decoding.strategies._contract import Speculation, Strategy
@@ -27,7 +28,7 @@ class SkipDecodeStrategy(Strategy):
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if draft_tokens is not None:
-            raise ValueError(f"skip_decode drafts nothing: leave out draft_tokens, got {draft_tokens!r}")
+            raise ValueError(f"skip_decode drafts nothing: leave out draft_tokens, got {shown(draft_tokens)}")
         part = find_part("skip_decode", lm, draft)
         shape = part.shape
         most = shape["max_layers"] or lm.config.num_layers

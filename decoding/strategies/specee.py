@@ -7,6 +7,7 @@ trained with; those of the embedded model use the draft that it brings.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decodax.arguments import folder_name, shown
 from decodax.decoding.depth.speculative_exit import WEIGHTS, SpeculativeExit
 from decodax.decoding.drafters.hints import Hints
 from decodax.decoding.strategies._contract import Speculation, Strategy
@@ -36,7 +37,7 @@ class SpeculativeExitAlone(Strategy):
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if draft_tokens is not None:
             raise ValueError(
-                f"strategy 'specee' drafts no tokens, got draft_tokens={draft_tokens!r}: leave it out, or use "
+                f"strategy 'specee' drafts no tokens, got draft_tokens={shown(draft_tokens)}: leave it out, or use "
                 "'specee_tree'"
             )
         part, found = _find("specee", lm, draft)
@@ -65,7 +66,11 @@ class SpeculativeExitTree(Strategy):
 def _find(strategy: str, lm: "LanguageModel", given: Any) -> tuple[TrainedPart, Draft]:
     """The predictors, and the draft that they were trained with: that in their folder, or the embedded model's."""
     part = find_part(PART, lm, given)
-    draft = None if given is None or isinstance(given, TrainedPart) else Path(given).expanduser() / "draft"
+    draft = (
+        None
+        if given is None or isinstance(given, TrainedPart)
+        else Path(folder_name("draft", given)).expanduser() / "draft"
+    )
     if draft is not None and not draft.is_dir():
         draft = None
     if draft is None and lm.path != find_folder(None):

@@ -7,6 +7,7 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -54,6 +55,17 @@ def test_text_and_ids_one_and_many(plain):
         result = generate(one)
         np.testing.assert_array_equal(result.tokens, plain.tokens[:1])
         assert result.text == plain.text[:1] == ["".join(LETTERS[t] for t in plain.tokens[0])]
+
+
+def test_options_as_programs_pass_them(plain):
+    """None for what is not given; NumPy's and JAX's numbers and arrays; tuples."""
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(decodax.decoding.GenerateOptions))
+    for options in (
+        nothing | {"max_new_tokens": np.int64(12)},
+        {"max_new_tokens": jnp.int32(12), "stop": (), "stop_token_ids": np.array([], int), "temperature": np.zeros(3)},
+        {"temperature": (None, 0.0, jnp.float32(0)), "seed": jnp.arange(3), "min_new_tokens": jnp.array(0)},
+    ):
+        np.testing.assert_array_equal(generate(**options).tokens, plain.tokens)
 
 
 def test_stats_count(plain):
@@ -192,6 +204,9 @@ def test_context_limits_the_output():
     short = LanguageModel(model, model.config, params, LM.tokenizer, Path("tiny"), ())
     result = decodax.generate(short, PROMPTS, max_new_tokens=12)
     assert [len(tokens) for tokens in result.tokens] == [12, 1, 12] and result.finish_reasons == ["length"] * 3
+    for huge in (2**40, 10**400):
+        result = decodax.generate(short, PROMPTS, max_new_tokens=huge, min_new_tokens=2**40, stop_token_ids=0)
+        assert [len(tokens) for tokens in result.tokens] == [17, 1, 19] and result.finish_reasons == ["length"] * 3
 
 
 def test_strategy_by_name_and_by_object(plain):
@@ -205,9 +220,9 @@ def test_strategy_by_name_and_by_object(plain):
         ("", {}, ValueError, "prompt 0 is empty"),
         ([], {}, ValueError, "at least one prompt, got none"),
         (["abc", []], {}, ValueError, "prompt 1 is empty"),
-        ([[1, 99]], {}, ValueError, r"token ids must be in 0\.\.36 \(the vocabulary\), got 99 in row 0"),
+        ([[1, 99]], {}, ValueError, r"token ids must be in 0\.\.36 \(the vocabulary\), got 99"),
         ([[1, -1]], {}, ValueError, "got -1"),
-        ([[0.5]], {}, ValueError, "a string or a list of token ids"),
+        ([[0.5]], {}, ValueError, r"prompt 0 must be a text or a list of token ids, got \[0\.5\]"),
         ([[0] * 512], {}, ValueError, "prompt 0 has 512 tokens, .* context of 512 leaves room for at most 511"),
         ("abc", {"temperature": -0.1}, ValueError, "temperature must be"),
         ("abc", {"temprature": 0.5}, TypeError, "no option 'temprature': did you mean 'temperature'"),
@@ -215,11 +230,13 @@ def test_strategy_by_name_and_by_object(plain):
             "abc",
             {"max_new_tokens": 0},
             ValueError,
-            "max_new_tokens must be a whole number of tokens, at least 1, got 0",
+            "max_new_tokens must be a whole number, at least 1, got 0",
         ),
         ("abc", {"stop": ["a", ""]}, ValueError, "stop must be one or more non-empty strings"),
         ("abc", {"seed": [1, 2]}, ValueError, r"seed must be a whole number, or one per prompt \(1\)"),
         ("abc", {"seed": np.array([0.5])}, ValueError, "seed must be a whole number"),
+        ("abc", {"stop_token_ids": 37}, ValueError, r"stop_token_ids must be token ids in 0\.\.36 \(the vocabulary\)"),
+        ("abc", {"stop_token_ids": [-1], "min_new_tokens": 3}, ValueError, "stop_token_ids must be .*, got -1"),
     ],
 )
 def test_bad_input(prompts, options, error, message):
@@ -257,9 +274,24 @@ def test_logits_of_whole_rows(plain):
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(logprobs[0, 2:-1].max(-1), plain.logprobs[0], atol=2e-5)
     logits = inspect.unwrap(decodax.logits)  # as users have it: without this session's check of shapes before its own
-    for bad, message in (([1, 2], "shape"), ([[99]], r"0\.\.36, got 99"), ([[0] * 513], "context is 512")):
+    np.testing.assert_array_equal(logits(LM, rows.tolist()), logits(LM, rows))
+    for bad, message in (
+        ([1, 2], "shape"),
+        ([[99]], r"0\.\.36, got 99"),
+        ([[0] * 513], "context is 512"),
+        ([[1, 2], [3]], r"tokens must be whole numbers of shape \[B, T\], got \[\[1, 2\], \[3\]\]"),
+        ([[0.5]], "tokens must be whole numbers"),
+        ([[True]], "tokens must be whole numbers"),
+        ([["a"]], "tokens must be whole numbers"),
+        (None, "tokens must be whole numbers"),
+        ([[10**30]], "tokens must be whole numbers"),
+    ):
         with pytest.raises(ValueError, match=message):
-            logits(LM, np.array(bad))
+            logits(LM, bad)
+    for bad in (None, "abc", LM.model):
+        for function in (logits, inspect.unwrap(decodax.generate)):
+            with pytest.raises(ValueError, match=r"lm must be a model as decodax\.load gives it, got"):
+                function(bad, rows)
 
 
 class Calls:

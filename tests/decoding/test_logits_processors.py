@@ -140,8 +140,10 @@ def test_many_nodes_of_a_tree_at_once(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_an_option_off_for_all_rows_makes_no_processor(name):
     off = VALUES[name][2]
-    for option in (None, off, [off] * ROWS, [None] * ROWS):
+    for option in (off, [off] * ROWS):
         assert create(name, option) is None
+    for option in (None, [None] * ROWS):  # not given: greedy, or off
+        assert (create(name, option) is None) == (name != "temperature")
     assert create(name, VALUES[name][0], batch_size=3) is not None
     assert create(name, [off] * (ROWS - 1) + VALUES[name][:1]) is not None
 
@@ -304,13 +306,16 @@ NAN, INF = float("nan"), float("inf")
         ("temperature", NAN, r"temperature must be .*, got nan$"),
         ("temperature", [1.0, 1.0, INF, 1.0, 1.0], r"temperature must be .*, got inf in row 2$"),
         ("temperature", 1e39, r"temperature must be .*, got 1e\+39$"),  # infinite in float32
+        ("temperature", 10**400, r"temperature must be .*, got 10+\.\.\.0+$"),  # beyond any float
+        ("min_p", -(10**400), r"min_p must be in 0\.\.1 \(0: off\), got -10+\.\.\.0+$"),
+        ("top_p", {0.5}, r"top_p must be above 0 and at most 1 \(1: off\), got \{0\.5\}$"),  # rows have an order
+        ("top_k", -(2**40), r"top_k must be a whole number.*, got -1099511627776$"),
         ("temperature", [0.5, 0.5], r"temperature must be one number, or one per row \(5 rows\), got 2 numbers"),
         ("temperature", np.ones(6), r"temperature must be one number, or one per row \(5 rows\), got 6 numbers"),
         ("top_k", -2, r"top_k must be a whole number, 1 or more \(0, -1 or None: off\), got -2$"),
         ("top_k", 2.5, r"top_k must be a whole number.*, got 2\.5$"),
         ("top_k", NAN, r"top_k must be a whole number.*, got nan$"),
         ("top_k", [3, 3, 3, 3, INF], r"top_k must be a whole number.*, got inf in row 4$"),
-        ("top_k", 2**31, r"top_k must be a whole number.*, got 2147483648$"),
         ("top_p", 0.0, r"top_p must be above 0 and at most 1 \(1: off\), got 0\.0$"),
         ("top_p", 1e-40, r"top_p must be above 0 and at most 1 \(1: off\), got 1e-40$"),  # not normal in float32
         ("top_p", 1.5, r"top_p must be .*, got 1\.5$"),
@@ -327,7 +332,13 @@ NAN, INF = float("nan"), float("inf")
         ("frequency_penalty", -INF, r"frequency_penalty must be a finite number \(0: off\), got -inf$"),
         ("min_new_tokens", -1, r"min_new_tokens must be a whole number, 0 or more, got -1$"),
         ("logit_bias", {13: 1.0}, r"token ids must be in 0\.\.12 \(vocabulary\), got 13$"),
-        ("logit_bias", [{}, {-1: 1.0}, {}, {}, {}], r"token ids must be in 0\.\.12 \(vocabulary\), got -1$"),
+        ("logit_bias", [{}, {-1: 1.0}, {}, {}, {}], r"token ids must be in 0\.\.12 \(vocabulary\), got -1 in row 1$"),
+        ("logit_bias", {"3": 1.0}, r"token ids must be in 0\.\.12 \(vocabulary\), got '3'$"),
+        ("logit_bias", {True: 1.0}, r"token ids must be in 0\.\.12 \(vocabulary\), got True$"),
+        ("logit_bias", {3: "x"}, r"a bias must be a finite number or -inf, got 'x' for token 3$"),
+        ("logit_bias", {3: 10**400}, r"a bias must be a finite number or -inf, got 10+\.\.\.0+ for token 3$"),
+        ("logit_bias", 5, r"logit_bias must be a mapping from token ids to numbers, got 5$"),
+        ("logit_bias", [None, 1, {}, {}, {}], r"logit_bias must be a mapping from token ids .*, got 1 in row 1$"),
         ("logit_bias", {3: NAN}, r"a bias must be a finite number or -inf, got nan for token 3$"),
         ("logit_bias", {3: INF}, r"a bias must be a finite number or -inf, got inf for token 3$"),
         ("logit_bias", [{1: 1.0}], r"logit_bias must be one mapping, or one per row \(5 rows\), got 1$"),
@@ -346,14 +357,34 @@ def test_refuses_what_is_no_number(option):
 
 @pytest.mark.parametrize("token", [13, -1])
 def test_refuses_end_tokens_outside_the_vocabulary(token):
-    with pytest.raises(ValueError, match=rf"end_token_ids must be in 0\.\.12 \(vocabulary\), got {token}"):
+    with pytest.raises(
+        ValueError, match=rf"end_token_ids must be token ids in 0\.\.12 \(the vocabulary\), got {token}"
+    ):
         METHODS["min_new_tokens"].create(0, end_token_ids=[1, token], batch_size=ROWS, vocab_size=VOCABULARY)
+
+
+def test_a_temperature_that_is_not_given_is_greedy():
+    np.testing.assert_array_equal(create("temperature", [None, 0.5, 1, None, 2]).temperature, [0, 0.5, 1, 0, 2])
+
+
+def test_a_whole_number_beyond_any_size_is_the_largest_of_its_kind():
+    for huge in (2**31, 2**40, 1e12, 10**400, np.uint64(2**63)):
+        assert create("top_k", huge) is None  # as many as there are, so nothing is cut
+        np.testing.assert_array_equal(create("min_new_tokens", huge).min_new_tokens, [2**31 - 1] * ROWS)
 
 
 def test_reads_numbers_of_every_kind():
     expected = np.array([0.5, 2.0, 3.0], np.float32)
     read = {"batch_size": 3, "neutral": 3.0, "is_valid": np.isfinite, "expected": "a number"}
-    for option in ((0.5, 2, None), [np.float32(0.5), np.int64(2), 3.0], np.array([0.5, 2, 3]), jnp.array([0.5, 2, 3])):
+    for option in (
+        (0.5, 2, None),
+        [np.float32(0.5), np.int64(2), 3.0],
+        [jnp.bfloat16(0.5), jnp.int32(2), np.array(3)],
+        iter([0.5, 2, 3]),
+        np.array([0.5, 2, 3]),
+        jnp.array([0.5, 2, 3], jnp.float16),
+        np.ma.masked_equal([0.5, 2.0, 9.0], 9.0),
+    ):
         np.testing.assert_array_equal(per_row("heat", option, **read), expected)
     for option in (2, 2.0, np.float64(2), np.int32(2), jnp.float32(2), np.array(2)):
         rows = per_row("heat", option, **read)

@@ -10,7 +10,7 @@ import decodax
 from decodax import decoding
 from decodax.decoding.depth import FullDepth, RoutedLayers, SkipDecode, SpeculativeExit
 from decodax.decoding.drafters import DynamicExit, EarlyLayers, Kangaroo
-from decodax.decoding.generation import encode_prompts
+from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.strategies import METHODS, Strategy
 
 PROMPTS = ["def fibonacci(n):", "import os\n\nclass Stack:\n    def", "for"]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -22,7 +23,7 @@ from decodax.decoding.tree_choice import best_tree
 from decodax.decoding.tree_choice import expected_tokens as expected_of_tree
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.load import LanguageModel
-from tests.decoding.test_generation import LM, PROMPTS, letter_tokenizer
+from tests.decoding.test_generation import LETTERS, LM, PROMPTS, letter_tokenizer
 from tests.tiny import tiny_model
 
 NEW = 24
@@ -244,10 +245,13 @@ def other_vocabulary():
         ({"strategy": 3}, "a name, a Speculation or a function"),
         ({"strategy": "draft_model"}, "'draft_model' needs a draft for tiny: pass draft=FOLDER"),
         ({"strategy": "draft_model", "draft": other_vocabulary()}, "vocabulary of 37 tokens, got 41 in other"),
-        ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": 0}, "at least 1 token, got 0"),
-        ({"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": 0}, "at least 1 token, got 0"),
+        ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": 0}, "draft_tokens must be .* at least 1, .*got 0"),
+        ({"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": 0}, "draft_tokens must be .* at least 1, .*got 0"),
         ({"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": "auto"}, "give a tree a number"),
-        ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "many"}, "a number or 'auto', got 'many'"),
+        (
+            {"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "many"},
+            "a whole number, at least 1, or 'auto', got 'many'",
+        ),
         ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "auto"}, "needs the acceptance"),
         ({"strategy": "prompt_lookup", "draft": DRAFT}, "needs no trained part"),
         ({"strategy": "prompt_lookup", "draft_tokens": "auto"}, "give draft_tokens a number"),
@@ -259,11 +263,70 @@ def test_bad_input(options, message):
         generate(**options)
 
 
+@pytest.mark.parametrize("name", sorted(set(strategies.METHODS) - {"autoregressive"}))
+def test_an_absurd_draft_is_refused_before_anything_is_built(name):
+    for size in (512, 100_000, 10**6, 10**400):
+        with pytest.raises(ValueError, match="draft_tokens must be at most 511, as the model's context is 512, got "):
+            generate(strategy=name, draft_tokens=size)
+
+
+def test_a_strategy_is_a_name_a_speculation_or_a_function():
+    for wrong in (3, [], {}, "", object(), int, DraftModel, DraftModel.chain(LM.model, 2), np.zeros(3), ExactMatch()):
+        with pytest.raises(ValueError, match=r"strategy must be .*a Speculation or a function from a model, got .+$"):
+            generate(strategy=wrong)
+    with pytest.raises(ValueError, match=r"strategy must be .* what this function gives is 3$"):
+        generate(strategy=lambda model: 3)
+
+
+@pytest.mark.parametrize("name", sorted(set(strategies.METHODS) - {"autoregressive"}))
+def test_what_is_no_draft_is_refused_by_name(name):
+    for wrong in (3, b"folder", ["folder"], True, 0.5):
+        with pytest.raises(ValueError, match=r"draft must be .*got |got draft=|pass draft=FOLDER or none, got "):
+            strategies.METHODS[name].build(LM, wrong, None)
+    if name in WITH_DRAFT:
+        with pytest.raises(FileNotFoundError, match=r"draft: no such model folder: .*nowhere"):
+            strategies.METHODS[name].build(LM, "nowhere", None)
+
+
+def resized(lm, size):
+    """The same model with its vocabulary cut to `size`, or filled up with tokens likelier than any other."""
+    extra = ((0, max(0, size - lm.config.vocab_size)), (0, 0))
+    model = dataclasses.replace(lm.model, config=dataclasses.replace(lm.config, vocab_size=size))
+    tables = {name: jnp.pad(lm.params[name][:size], extra, constant_values=9.0) for name in ("embedding", "head")}
+    return dataclasses.replace(lm, model=model, config=model.config, params=lm.params | tables)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("draft_model", 31),
+        ("draft_tree", 41),
+        pytest.param("draft_model", 41, marks=pytest.mark.slow),
+        pytest.param("draft_sampled_tree", 31, marks=pytest.mark.slow),
+        pytest.param("draft_sampled_tree", 41, marks=pytest.mark.slow),
+    ],
+)
+def test_a_draft_whose_vocabulary_has_another_size(plain, name, size):
+    out = generate(strategy=name, draft=resized(DRAFT, size))
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    assert max(map(max, out.tokens)) > 31  # tokens that the smaller draft cannot read
+    assert out.stats.tokens_per_forward > {31: 1.1, 41: 1.3}[size]
+
+
+def test_ids_that_only_one_tokenizer_uses_make_no_difference():
+    tokenizer = letter_tokenizer()
+    words = tokenizer.backend.get_vocab() | {"<extra>": len(LETTERS)}
+    tokenizer.backend.model = tokenizers.models.WordLevel(words)
+    draft = dataclasses.replace(resized(DRAFT, 41), tokenizer=tokenizer)
+    for lm in (LM, resized(LM, 43)):
+        assert strategies._drafts.find_draft("draft_model", lm, draft).lm.model.vocab_size == lm.config.vocab_size
+
+
 def test_another_tokenizer_is_refused():
     tokenizer = letter_tokenizer()
     words = tokenizer.backend.get_vocab()
     words["a"], words["b"] = words["b"], words["a"]
     tokenizer.backend.model = tokenizers.models.WordLevel(words)
     draft = dataclasses.replace(DRAFT, tokenizer=tokenizer, path=Path("swapped"))
-    with pytest.raises(ValueError, match="token 0 is another one in swapped"):
+    with pytest.raises(ValueError, match="token 0 is 'a' in tiny and 'b' in swapped"):
         generate(strategy="draft_model", draft=draft)

@@ -102,9 +102,9 @@ def test_the_field_in_which_layers_differ_is_named():
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match="must be at least 1, got 0 and None"):
+    with pytest.raises(ValueError, match="chunks must be a whole number, at least 1, got 0"):
         Pipeline(chunks=0)
-    with pytest.raises(ValueError, match="must be at least 1, got 1 and 0"):
+    with pytest.raises(ValueError, match="micro_batches must be a whole number, at least 1, got 0"):
         Pipeline(micro_batches=0)
     with pytest.raises(ValueError, match="outside must be two numbers"):
         Pipeline(outside=(-1, 0))

@@ -190,6 +190,9 @@ def test_other_shapes_of_draft():
 def test_bad_input():
     with pytest.raises(ValueError, match="a draft must hold at least 1 token, got 0"):
         DraftModel.chain(MODEL, 0)
+    for absurd in (DraftModel.chain, lambda model, size: DraftModel(model, tuple(range(-1, size)))):
+        with pytest.raises(ValueError, match="a draft must hold at most 1024 tokens, got 100000"):
+            absurd(MODEL, 10**5)
     with pytest.raises(ValueError, match="at least 1 token, got 0: for none, use the strategy 'autoregressive'"):
         DraftModel(MODEL, (-1,))
     with pytest.raises(ValueError, match="parents must precede their children: node 1"):

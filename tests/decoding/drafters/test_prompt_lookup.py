@@ -76,6 +76,8 @@ def test_the_example():
     ("settings", "message"),
     [
         ((0,), "at least 1 token, got 0"),
+        ((1025,), "a draft must hold at most 1024 tokens, got 1025"),
+        ((10**6,), "a draft must hold at most 1024 tokens, got 1000000"),
         ((3, 2, 0), "1 <= min_ngram <= max_ngram .* got 0 and 2"),
         ((3, 2, 3), "got 3 and 2"),
     ],

@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 
 from decodax import decoding
+from decodax.decoding.draft_vocabulary import in_target_vocabulary
 from decodax.decoding.drafters import Children, Drafter, DraftModel, fixed_proposal
 from decodax.decoding.drafters._expand import draw_children
 from decodax.decoding.tree import Tree, expansion
@@ -39,6 +40,7 @@ OPTIONS = {
     "plain": {"temperature": 1.0},
     "cut": {"temperature": 0.8, "top_k": 6, "top_p": 0.9},
     "penalty": {"temperature": 1.1, "repetition_penalty": 1.7},
+    "forbidden": {"temperature": 1.0, "logit_bias": dict.fromkeys(range(5), -np.inf)},
 }
 
 
@@ -186,6 +188,41 @@ def test_a_draft_that_is_the_target_is_always_accepted(name):
     # single tokens, which refuses a token in 1e-6 of cases.
     lengths = np.asarray(state.counts.accepted_lengths)
     assert lengths[2] >= ROWS - 2
+
+
+def in_another_vocabulary(size):
+    """The target, with its vocabulary cut to `size`, or filled up with tokens that it finds likelier than any other."""
+    model = Model(replace(MODEL.config, vocab_size=size))
+    params = PARAMS | {
+        name: jnp.pad(PARAMS[name][:size], ((0, max(0, size - VOCABULARY)), (0, 0)), constant_values=9.0)
+        for name in ("embedding", "head")
+    }
+    return in_target_vocabulary(model, VOCABULARY), params
+
+
+@pytest.mark.parametrize("name", ["prefix", pytest.param("padded", marks=pytest.mark.slow)])
+def test_a_draft_of_another_vocabulary_keeps_the_law_of_the_target(name):
+    model, params = in_another_vocabulary({"prefix": 5, "padded": 11}[name])
+    drafter, verifier, options = {
+        "prefix": (DraftModel.chain(model, 2), ChainRejection(), "penalty"),
+        "padded": (DraftModel.sampled(model, expansion((2, 1))), TreeRejectionWithoutReplacement(), "cut"),
+    }[name]
+    tokens, state = decode(drafter, verifier, params, options)
+    assert min(check_law(tokens, joint_law(options)).values()) > 1e-3
+    accepted = np.sum(state.counts.accepted) / np.sum(state.counts.accepted_lengths)
+    assert accepted > {"prefix": 0.5, "padded": 1.9}[name]  # a padded one is the target itself
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chain", "tree"])
+def test_a_draft_all_of_whose_tokens_are_forbidden_drafts_nothing(name):
+    model, params = in_another_vocabulary(5)
+    drafter, verifier = {
+        "chain": (DraftModel.chain(model, 2), ChainRejection()),
+        "tree": (DraftModel.sampled(model, expansion((2, 2))), TreeRejectionWithoutReplacement()),
+    }[name]
+    tokens, state = decode(drafter, verifier, params, "forbidden")
+    assert not np.any(state.counts.accepted) and min(check_law(tokens, joint_law("forbidden")).values()) > 1e-3
 
 
 class TargetAfterRefusal(TreeRejection):

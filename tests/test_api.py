@@ -1,0 +1,54 @@
+"""`decodax.load` refuses what an option cannot take in one line, by name and before any file is read."""
+
+import inspect
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import decodax
+from decodax.sharding.pipeline import Pipeline
+
+load = inspect.unwrap(decodax.load)  # as users have it: without this session's check of types before its own
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("path_or_id", (5, b"folder", ["folder"], True), "path_or_id must be the path of a folder, .* on the hub"),
+        ("dtype", (5, "fp32", ["float32"], {"a": 1}, int, np.zeros(3)), "dtype must be one of float32, .* or None"),
+        ("mesh", (5, b"data=1", [1], jax.devices(), {"data": 1}), r"mesh must be a text .* a jax\.sharding\.Mesh"),
+        ("rules", (5, "data", [("B", "data")]), r"rules must be decodax\.sharding\.rules\.Rules"),
+        ("invariant", (1, "yes", []), "invariant must be True or False"),
+        ("scatter_norms", (1, "no", ()), "scatter_norms must be True or False"),
+        ("adapter", (5, b"folder", {}), "adapter must be the path of a folder, .* or a TrainedPart"),
+        ("implementation", ("cuda", "XLA", ["xla"], {}, 5), "implementation must be one of xla, tpu, gpu, "),
+        ("pipeline", (2, "2", {"chunks": 2}), r"pipeline must be decodax\.sharding\.pipeline\.Pipeline"),
+    ],
+)
+def test_refusals_name_the_option(name, values, expected):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{expected}.*, got .+$"):
+            load(**{"path_or_id": "nowhere", name: value})
+
+
+def test_none_is_not_given():
+    names = set(inspect.signature(load).parameters) - {"path_or_id"}
+    with pytest.raises(FileNotFoundError, match="no such model folder"):
+        load(Path("nowhere"), **dict.fromkeys(names))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunks": "2"}, "chunks must be a whole number, at least 1, got '2'"),
+        ({"chunks": 0}, "chunks must be a whole number, at least 1, got 0"),
+        ({"micro_batches": 1.5}, "micro_batches must be a whole number, at least 1, got 1.5"),
+        ({"outside": (1,)}, r"outside must be two numbers of layers, first and last, got \(1,\)"),
+        ({"outside": 3}, "outside must be two numbers of layers, first and last, got 3"),
+    ],
+)
+def test_a_pipeline_names_what_it_cannot_take(settings, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(Pipeline.__init__)(object.__new__(Pipeline), **settings)
