@@ -253,6 +253,7 @@ def other_vocabulary():
             "a whole number, at least 1, or 'auto', got 'many'",
         ),
         ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "auto"}, "needs the acceptance"),
+        ({"strategy": "ppd", "draft": PROMPT_TOKENS, "draft_tokens": 8}, "draft_tokens must be at least 9 for ppd"),
         ({"strategy": "prompt_lookup", "draft": DRAFT}, "needs no trained part"),
         ({"strategy": "prompt_lookup", "draft_tokens": "auto"}, "give draft_tokens a number"),
         ({"strategy": "autoregressive", "draft_tokens": 3}, "for strategies that have a name and draft"),
