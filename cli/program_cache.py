@@ -53,8 +53,8 @@ def use() -> None:
 def explain(warning: str) -> str | None:
     """What to say instead of JAX's warning about one compiled program of the cache; None for any other warning.
 
-    A program that cannot be read is removed, as JAX would leave it there, and fail again in every run. So is one
-    without a note of when it was last read, which keeps JAX from writing any other.
+    In our own folder a program that cannot be read is removed, as JAX would leave it there, and fail again in every
+    run. So is one without a note of when it was last read, which keeps JAX from writing any other.
     """
     damaged = "the cache of compiled programs holds damaged ones: they are compiled anew"
     if warning.startswith(_READING):
@@ -82,21 +82,30 @@ def _can_be_written(path: Path) -> bool:
     return True
 
 
+def _own() -> Path | None:
+    """The folder that `use` chose, of which files may be removed; None where JAX's cache is somebody else's."""
+    chosen = jax.config.values["jax_compilation_cache_dir"]
+    with contextlib.suppress(RuntimeError):
+        return Path(chosen) if chosen is not None and Path(chosen) == folder() else None
+    return None
+
+
 def _remove_last_read() -> None:
     """JAX notes beside each program when it was read: the latest note is that of the program at fault."""
-    kept_in = jax.config.values["jax_compilation_cache_dir"]
-    with contextlib.suppress(OSError, ValueError):
-        notes = Path(kept_in).glob(f"*{_NOTE}")
-        last = max(notes, key=lambda note: int.from_bytes(note.read_bytes(), "little"))
-        last.with_name(last.name.removesuffix(_NOTE) + _PROGRAM).unlink()
+    own = _own()
+    if own is not None:
+        with contextlib.suppress(OSError, ValueError):
+            last = max(own.glob(f"*{_NOTE}"), key=lambda note: int.from_bytes(note.read_bytes(), "little"))
+            last.with_name(last.name.removesuffix(_NOTE) + _PROGRAM).unlink()
 
 
 def _remove_without_note() -> int:
     """Removes the programs that were written by a process that ended before it wrote the note; says how many."""
-    kept_in, removed = jax.config.values["jax_compilation_cache_dir"], 0
-    with contextlib.suppress(OSError):
-        for program in Path(kept_in).glob(f"*{_PROGRAM}"):
-            if not program.with_name(program.name.removesuffix(_PROGRAM) + _NOTE).exists():
-                program.unlink()
-                removed += 1
+    own, removed = _own(), 0
+    if own is not None:
+        with contextlib.suppress(OSError):
+            for program in own.glob(f"*{_PROGRAM}"):
+                if not program.with_name(program.name.removesuffix(_PROGRAM) + _NOTE).exists():
+                    program.unlink()
+                    removed += 1
     return removed

@@ -423,31 +423,49 @@ def files(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
-def test_a_damaged_program_is_removed_from_the_cache(settings, tmp_path):
+@pytest.fixture
+def own_cache(settings, tmp_path, monkeypatch):
+    """The command's own folder of compiled programs, in use."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program_cache.use()
+    return program_cache.folder()
+
+
+READING = "Error reading persistent compilation cache entry for 'jit_f': zlib.error: Error -5"
+WRITING = "Error writing persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space left: 'x'"
+
+
+def test_a_damaged_program_is_removed_from_the_cache(own_cache):
     """Which one it is JAX's warning does not say, but the file that it has just written."""
-    cached(tmp_path, "good", note=7)
-    cached(tmp_path, "damaged", note=300)
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    said = program_cache.explain("Error reading persistent compilation cache entry for 'jit_f': zlib.error: Error -5")
-    assert said is not None and "damaged" in said
-    assert files(tmp_path) == ["damaged-atime", "good-atime", "good-cache"]
+    cached(own_cache, "good", note=7)
+    cached(own_cache, "damaged", note=300)
+    assert "damaged" in (program_cache.explain(READING) or "")
+    assert files(own_cache) == ["damaged-atime", "good-atime", "good-cache"]
 
 
-def test_a_program_without_a_note_keeps_no_other_from_being_written(settings, tmp_path):
-    writing = "Error writing persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space left: 'x'"
-    cached(tmp_path, "good", note=7)
-    cached(tmp_path, "left")
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    assert "damaged" in (program_cache.explain(writing) or "")
-    assert files(tmp_path) == ["good-atime", "good-cache"]
-    assert program_cache.explain(writing) == (
+def test_a_program_without_a_note_keeps_no_other_from_being_written(own_cache):
+    cached(own_cache, "good", note=7)
+    cached(own_cache, "left")
+    assert "damaged" in (program_cache.explain(WRITING) or "")
+    assert files(own_cache) == ["good-atime", "good-cache"]
+    assert program_cache.explain(WRITING) == (
         "compiled programs are not kept for the next run: OSError: [Errno 28] No space left: 'x'"
     )
     assert program_cache.explain("top_k changes nothing") is None
 
 
+def test_from_a_cache_that_is_not_ours_nothing_is_removed(settings, tmp_path):
+    """JAX writes no notes there, where the user set no bound."""
+    cached(tmp_path, "theirs")
+    cached(tmp_path, "noted", note=7)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    for warning in (READING, WRITING):
+        assert program_cache.explain(warning) is not None
+    assert files(tmp_path) == ["noted-atime", "noted-cache", "theirs-cache"]
+
+
 @pytest.mark.filterwarnings("default")
-def test_of_the_cache_one_warning_is_enough(capsys):
+def test_of_the_cache_one_warning_is_enough(own_cache, capsys):
     with session.reported_errors(False):
         for program in "fgh":
             warnings.warn(f"Error writing persistent compilation cache entry for '{program}': full", stacklevel=1)
