@@ -220,7 +220,7 @@ def _layer_kinds(file: _File, fields: Mapping[str, Any]) -> list[str]:
     """What each layer is, as `layer_types` or the family's rule says."""
     family, problems = file.family, file.problems
     count: int = fields["num_hidden_layers"]
-    given: Any = file.raw.get("layer_types")
+    given = file.raw.get("layer_types")
     by_rule = [family.layer_kind(fields, index) for index in range(count)]
     if given is None:
         kinds = by_rule
@@ -228,7 +228,7 @@ def _layer_kinds(file: _File, fields: Mapping[str, Any]) -> list[str]:
         problems.append(f"layer_types must be {expected}, got {quoted(given)}")
         return by_rule
     else:
-        kinds = [_RENAMED_KINDS.get(kind, kind) for kind in given]
+        kinds = [str(_RENAMED_KINDS.get(kind, kind)) for kind in given]
     if len(kinds) != count or not family.kinds.issuperset(kinds):
         choices = " or ".join(repr(name) for name in sorted(family.kinds))
         problems.append(
