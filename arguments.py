@@ -125,15 +125,14 @@ def instance(name: str, value: Any, kind: Any, expected: str) -> Any:
 
 
 def token_ids(name: str, value: Any, vocab_size: int | None = None) -> list[int]:
-    """One token id or several as a list, all inside the vocabulary, if its size is given.
+    """A list of token ids, all inside the vocabulary, if its size is given.
 
-    >>> token_ids("stop_token_ids", 7), token_ids("stop_token_ids", np.array([7, 11]), vocab_size=12)
+    >>> token_ids("stop_token_ids", (7,)), token_ids("stop_token_ids", np.array([7, 11]), vocab_size=12)
     ([7], [7, 11])
     """
-    found = plain(value)
-    ids = [found] if is_integer(found) else listed(found)
+    ids = listed(value)
     if ids is None or not all(map(is_integer, ids)):
-        raise refusal(name, "token ids (integers)", value)
+        raise refusal(name, "a list of token ids (integers)", value)
     return inside(name, [int(token) for token in ids], vocab_size)
 
 

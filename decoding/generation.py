@@ -183,7 +183,7 @@ def _is_hashable(value: Any) -> bool:
     return True
 
 
-@bounded_jit(static_argnums=(0, 1), donate_argnums=(3,))
+@bounded_jit(static_argnums=(0, 1), donate_argnums=(3,), name="decode")
 def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeState, max_tokens: Any) -> DecodeState:
     decode = make_decode(model)
     if not callable(decode):
@@ -194,12 +194,12 @@ def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeStat
     return decode(params, state, max_tokens)
 
 
-@bounded_jit(static_argnums=(0,), donate_argnums=(3,))
+@bounded_jit(static_argnums=(0,), donate_argnums=(3,), name="start")
 def _start_speculation(decode: Speculative, params: Any, draft_params: Any, state: DecodeState) -> DecodeState:
     return decode.start(params, draft_params, state)
 
 
-@bounded_jit(static_argnums=(0,), donate_argnums=(3,))
+@bounded_jit(static_argnums=(0,), donate_argnums=(3,), name="decode")
 def _decode_speculation(
     decode: Speculative, params: Any, draft_params: Any, state: DecodeState, max_tokens: Any
 ) -> DecodeState:

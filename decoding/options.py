@@ -31,7 +31,7 @@ class GenerateOptions:
     logit_bias: {token id: number added to its logit}, or one such dictionary per prompt.
     min_new_tokens *: no stop token before so many new tokens.
     stop: a string or several; a row ends where one appears, and the text ends before it.
-    stop_token_ids: one or several token ids that end a row; None means the model's own end tokens, [] none.
+    stop_token_ids: token ids that end a row; None means the model's own end tokens, [] none.
     seed *: a whole number, taken modulo 2**32. One number gives every row the same seed, so a prompt's result does not
         depend on its place in a batch; pass several to draw different continuations of one prompt.
     strategy: how tokens are found: a name that `decodax methods` lists (None: "autoregressive"), a `Speculation` made

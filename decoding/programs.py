@@ -28,9 +28,14 @@ class BoundedJit:
     """
 
     def __init__(
-        self, function: Callable[..., Any], static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = ()
+        self,
+        function: Callable[..., Any],
+        static_argnums: tuple[int, ...] = (),
+        donate_argnums: tuple[int, ...] = (),
+        name: str = "",
     ) -> None:
         functools.update_wrapper(self, function)
+        self.__name__ = name or function.__name__
         self._function, self._static, self._donated = function, static_argnums, donate_argnums
 
     def __call__(self, *arguments: Any) -> Any:
@@ -59,14 +64,15 @@ class BoundedJit:
         def function(*arguments: Any) -> Any:
             return self._function(*arguments)
 
+        function.__name__ = self.__name__
         return jax.jit(function, static_argnums=self._static, donate_argnums=self._donated)
 
 
 def bounded_jit(
-    static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = ()
-) -> Callable[..., BoundedJit]:
-    """`BoundedJit` as a decorator."""
-    return lambda function: BoundedJit(function, static_argnums, donate_argnums)
+    static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = (), name: str = ""
+) -> Callable[[Callable[..., Any]], BoundedJit]:
+    """`BoundedJit` as a decorator. name: what logs and profiles call it; by default the function's own name."""
+    return lambda function: BoundedJit(function, static_argnums, donate_argnums, name)
 
 
 def num_programs() -> int:

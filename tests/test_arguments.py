@@ -99,14 +99,15 @@ def test_whole_numbers():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("7", r"ids must be token ids \(integers\), got '7'$"),
-        ([[7]], r"ids must be token ids \(integers\), got \[\[7\]\]$"),
+        ("7", r"ids must be a list of token ids \(integers\), got '7'$"),
+        (7, r"ids must be a list of token ids \(integers\), got 7$"),
+        ([[7]], r"ids must be a list of token ids \(integers\), got \[\[7\]\]$"),
         ([7, None], r"\(integers\), got \[7, None\]$"),
         ([7, True], r"\(integers\), got \[7, True\]$"),
         ([7.0], r"\(integers\), got \[7\.0\]$"),
         (b"7", r"\(integers\), got b'7'$"),
         ([3, 13, 99], r"ids must be token ids in 0\.\.12 \(the vocabulary\), got 13$"),
-        (-1, r"\(the vocabulary\), got -1$"),
+        ([-1], r"\(the vocabulary\), got -1$"),
         ([10**400], r"\(the vocabulary\), got 10+\.\.\.0+$"),
     ],
 )

@@ -205,7 +205,7 @@ def test_context_limits_the_output():
     result = decodax.generate(short, PROMPTS, max_new_tokens=12)
     assert [len(tokens) for tokens in result.tokens] == [12, 1, 12] and result.finish_reasons == ["length"] * 3
     for huge in (2**40, 10**400):
-        result = decodax.generate(short, PROMPTS, max_new_tokens=huge, min_new_tokens=2**40, stop_token_ids=0)
+        result = decodax.generate(short, PROMPTS, max_new_tokens=huge, min_new_tokens=2**40, stop_token_ids=[0])
         assert [len(tokens) for tokens in result.tokens] == [17, 1, 19] and result.finish_reasons == ["length"] * 3
 
 

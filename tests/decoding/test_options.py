@@ -31,8 +31,7 @@ def test_none_is_not_given():
         ("block_tokens", 2**40, 2**31 - 1),
         ("draft_tokens", np.uint8(7), 7),
         ("draft_tokens", 7.0, 7),
-        ("stop_token_ids", 7, (7,)),
-        ("stop_token_ids", np.int32(7), (7,)),
+        ("stop_token_ids", np.array([7], np.int32), (7,)),
         ("stop_token_ids", jnp.array([7, 11]), (7, 11)),
         ("stop_token_ids", (7, 11), (7, 11)),
         ("stop_token_ids", {7}, (7,)),
@@ -60,7 +59,11 @@ def test_values_of_every_kind(name, value, kept):
         ("block_tokens", (0, 2.5, False, b"7", int), "a whole number, at least 1"),
         ("draft_tokens", (0, -1, 1.5, True, "3", "Auto", [4], b"4"), "a whole number, at least 1, or 'auto'"),
         ("stop", (5, True, [5], ["a", ""], b"ab", {"ab": 1}), "one or more non-empty strings"),
-        ("stop_token_ids", ("x", [[0]], [None], 1.0, True, {"a": 1}), r"token ids \(integers\)"),
+        (
+            "stop_token_ids",
+            ("x", 7, np.int32(7), [[0]], [None], 1.0, True, {"a": 1}),
+            r"a list of token ids \(integers\)",
+        ),
         ("seed", (0.5, "7", True, [0.5], {3}, {3: 4}, b"7"), "a whole number, or one per prompt"),
         ("on_text", (5, "print", [print]), "a function of a row and a piece of text"),
     ],
@@ -79,10 +82,10 @@ def test_refusals_of_the_sampler_name_the_option(name):
 
 
 def test_stop_tokens_outside_the_vocabulary_are_named_as_they_were_passed():
-    for value in (37, [3, 37], -1, 10**30):
+    for value in ([37], [3, 37], [-1], [10**30]):
         with pytest.raises(ValueError, match=r"^stop_token_ids must be token ids in 0\.\.36 \(the vocabulary\), got "):
             GenerateOptions(stop_token_ids=value).end_tokens((99,), 37)
-    assert GenerateOptions(stop_token_ids=3).end_tokens((5,), 37) == (3,)
+    assert GenerateOptions(stop_token_ids=(3,)).end_tokens((5,), 37) == (3,)
     assert GenerateOptions(stop_token_ids=[3, 7, 3] * 9).end_tokens((5,), 37) == (3, 7)  # each once
     assert DEFAULTS.end_tokens((5,), 37) == (5,)
 
