@@ -11,6 +11,7 @@ the process at once all the same. Signals that are ignored when the command star
 script) stay ignored.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -44,6 +45,13 @@ def install() -> None:
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     for number in heard:
         signal.signal(number, lambda *_: None)
+    atexit.register(_ignore, heard)  # the first to be registered runs last
+
+
+def _ignore(numbers: list[signal.Signals]) -> None:
+    """All is done, and Python takes itself down: a signal now would end a run that has succeeded as if it had not."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def unsaved(steps: int) -> None:

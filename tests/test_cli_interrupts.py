@@ -56,6 +56,13 @@ def test_an_exit_that_would_crash_or_hang_is_not_run():
     assert ended(begun(command.start(app(*lines))), signal.SIGINT) == (130, "", "")
 
 
+def test_a_command_that_is_done_has_succeeded():
+    """The signal falls into the time in which Python takes itself down, after all that `atexit` runs."""
+    lines = ["import sys, time", "class Late:", "    def __del__(self, say=sys.stderr, sleep=time.sleep):"]
+    lines += ["        print('begun', file=say, flush=True); sleep(0.3)", "sys.late = Late()"]
+    assert ended(begun(command.start(app(*lines))), signal.SIGINT) == (0, "", "")
+
+
 def test_a_full_pipe_does_not_hold_it_up():
     process = begun(command.start(app(BEGIN, "while True: print('x' * 1000)")))
     at = time.monotonic()
