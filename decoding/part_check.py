@@ -3,9 +3,10 @@
 Each kind of part has an entry in `KINDS`: the settings that its `about.shape` must give, and the shapes of its weights.
 """
 
-import math
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ def _is_whole(value: Any, smallest: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Infinity and NaN are none, nor is a whole number that is larger than any float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_share(value: Any) -> bool:
@@ -80,6 +82,15 @@ def check_value(where: str, value: Any, check: Check) -> None:
         raise ValueError(f"{where} must be {check[1]}, got {printable(repr(value))}")
 
 
+@contextlib.contextmanager
+def naming_settings(where: str) -> Iterator[None]:
+    """What is built by a part's settings refuses them by names of its own: here the part is named as well."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"about.shape of {where}: {printable(error)}") from error
+
+
 def check_part(where: str, kind: str, settings: Mapping[str, Any], params: Any, lm: "LanguageModel") -> None:
     """Raises ValueError where a part of this kind does not fit the model; `where` names it. Other kinds are not known.
 
@@ -95,7 +106,8 @@ def check_part(where: str, kind: str, settings: Mapping[str, Any], params: Any, 
         check_value(f"about.shape.{name} of {where}", settings.get(name), check)
     if known.shapes is None and not has_change:
         raise ValueError(f"{where} must hold a low-rank change (weights named {_CHANGE}...), and has none")
-    wanted = {} if known.shapes is None else known.shapes(lm, settings, found)
+    with naming_settings(where):
+        wanted = {} if known.shapes is None else known.shapes(lm, settings, found)
     if known.with_change is not None:
         wanted |= _change_shapes(where, lm, found)
     if odd := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:

@@ -85,7 +85,7 @@ class RopeSettings:
 
 def rope_settings(raw: Mapping[str, Any], default: Mapping[str, Any] | None, problems: list[str]) -> RopeSettings:
     """The rope dictionary of either spelling, or `default` without one."""
-    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)}
+    given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name) not in (None, {})}
     for name, value in given.items():
         if not isinstance(value, Mapping):
             problems.append(f"{name} must be an object or null, got {quoted(value)}")

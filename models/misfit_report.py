@@ -6,7 +6,7 @@ the files do have.
 
 from collections.abc import Sequence
 
-MOST_LINES = 50
+MOST_LINES = 20  # as of the problems of a config
 
 
 def misfit_error(where: str, problems: Sequence[str]) -> ValueError:

@@ -4,16 +4,20 @@ A folder may come from anywhere, so nothing in it is trusted: a link must not le
 and what a file says reaches the terminal without its control characters.
 """
 
+import errno
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 2**28  # the index of a model with a million tensors has a third of it
 MAX_JSON_DEPTH = 64  # no config of a known model has ten levels; Python's own limit of recursion is near 1,000
+_MAX_DIGITS = 1_000  # of a whole number; one that a field can hold has ten
 _MAX_NAME_LENGTH = 200
 _EMBEDDED = Path(__file__).absolute().parent / "demo"  # installed by links into a store by some package managers
 _MAX_NAMES, _CUT = 3, "..."
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # no file can have so long a name
 _HUB_SNAPSHOTS, _HUB_REPOSITORY = "snapshots", "models--"  # <hub cache>/models--org--name/snapshots/<revision>/file
 
 
@@ -25,8 +29,12 @@ def find_file(folder: Path, name: str) -> Path | None:
     and another folder may link into the cache, as downloads into a folder of one's own once did.
     """
     path = folder / name
-    if not path.is_symlink() and not path.exists():
-        return None
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
@@ -83,13 +91,14 @@ def parse_json_object(content: bytes | bytearray | memoryview, where: str, *, un
     unique: refuse an object that has a name twice, of which Python would take the last.
     """
     try:
-        value = json.loads(bytes(content).decode("utf-8-sig"), object_pairs_hook=_unique if unique else None)
+        text = bytes(content).decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unique if unique else None, parse_int=_whole_number)
     except RecursionError:
         raise ValueError(f"{printable(where)} is JSON nested deeper than {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
         raise ValueError(f"{printable(where)} is no valid JSON: {printable(error)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{printable(where)} must hold a JSON object, got a {type(value).__name__}")
+        raise ValueError(f"{printable(where)} must hold a JSON object, got {json_type(value)}")
     if _is_deeper(value, MAX_JSON_DEPTH):
         raise ValueError(f"{printable(where)} is JSON nested deeper than {MAX_JSON_DEPTH} levels")
     return value
@@ -101,6 +110,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         raise ValueError(f"it has {next(name for name, _ in pairs if name in seen or seen.add(name))} twice")
     return content
+
+
+def _whole_number(digits: str) -> int:
+    """Python reads no more digits, and its own message speaks of a setting of the interpreter."""
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits, {printable(digits[:10])}...")
+    return int(digits)
+
+
+def json_type(value: object) -> str:
+    """What JSON calls the type of a value that was read, for an error message.
+
+    >>> json_type(None), json_type([1]), json_type(0.5)
+    ('null', 'a list', 'a number')
+    """
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else kinds[type(value)]
 
 
 def _is_deeper(value: Any, limit: int) -> bool:

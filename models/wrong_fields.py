@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from decodax.models.config import ModelConfig
+from decodax.models.families import FAMILIES
 from decodax.models.hf_config import read_config
 from decodax.models.layouts import Expected, Match, match_sources
 from decodax.models.model_files import printable
@@ -93,8 +94,11 @@ def _is_subset(one: Match, other: Match) -> bool:
 
 
 def _sizes(raw: Mapping[str, Any]) -> dict[str, int]:
-    """The fields that may say how large weights are, or how many."""
-    sizes = {name: value for name, value in raw.items() if type(value) is int and not _NO_SIZE.fullmatch(name)}
+    """The fields that may say how large weights are, or how many, with what those left out are by default."""
+    family = FAMILIES[raw["model_type"]]
+    named = {family.aliases.get(name, name) for name in raw}
+    given = {**raw, **{name: value for name, value in family.defaults.items() if name not in named}}
+    sizes = {name: value for name, value in given.items() if type(value) is int and not _NO_SIZE.fullmatch(name)}
     for name, derive in _DERIVED.items():
         if raw.get(name) is None and {"hidden_size", "num_attention_heads"} <= sizes.keys():
             sizes[name] = derive(raw)

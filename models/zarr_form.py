@@ -85,10 +85,13 @@ def read_v2(metadata: Mapping[str, Any]) -> ZarrForm:
     _expect("filters", metadata.get("filters"), [None])
     separator = metadata.get("dimension_separator", ".")
     _expect("dimension_separator", separator, [".", "/"])
-    compressor = metadata.get("compressor")
+    if missing := [name for name in ("compressor", "fill_value", "filters") if name not in metadata]:
+        raise ValueError(f"{missing[0]} is missing, which Orbax writes even where it is null")
+    compressor = metadata["compressor"]
     if compressor is not None:
         compressor = compressor.get("id") if isinstance(compressor, Mapping) else compressor
-        _expect("compressor", compressor, [*_V2_COMPRESSORS, None])
+        _expect("compressor", compressor, list(_V2_COMPRESSORS))
+    _check_fill_value(metadata["fill_value"])
     return ZarrForm(shape, _number_of(metadata.get("dtype")), chunk, compressor, "", separator, True)
 
 
@@ -165,6 +168,13 @@ def _expect(name: str, value: Any, allowed: list[Any]) -> None:
     if not any(type(value) is type(one) and value == one for one in allowed):
         words = " or ".join(map(json.dumps, allowed))
         raise ValueError(f"{name} must be {words}, as Orbax writes it, got {printable(json.dumps(value))}")
+
+
+def _check_fill_value(value: Any) -> None:
+    """What stands for chunks that are not stored; none is read, but TensorStore opens no array with a wrong one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (value is None or is_number or value in ("NaN", "Infinity", "-Infinity")):
+        raise ValueError(f"fill_value must be null or a number, got {printable(json.dumps(value))}")
 
 
 def _number_of(field: Any) -> str:

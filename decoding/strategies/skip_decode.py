@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from decodax.arguments import shown
 from decodax.decoding.depth.skip_decode import SkipDecode
 from decodax.decoding.drafters.no_draft import NoDraft
+from decodax.decoding.part_check import naming_settings
 from decodax.decoding.strategies._contract import Speculation, Strategy
 from decodax.decoding.trained_part import find_part
 from decodax.decoding.verifiers.exact_match import ExactMatch
@@ -31,7 +32,8 @@ class SkipDecodeStrategy(Strategy):
             raise ValueError(f"skip_decode drafts nothing: leave out draft_tokens, got {shown(draft_tokens)}")
         part = find_part("skip_decode", lm, draft)
         shape = part.shape
-        most = shape["max_layers"] or lm.config.num_layers
-        depth = SkipDecode(most, shape["min_layers"], DECAY_TOKENS, shape["warmup"])
+        most = shape.get("max_layers") or lm.config.num_layers
+        with naming_settings(part.label):
+            depth = SkipDecode(most, shape["min_layers"], DECAY_TOKENS, shape["warmup"])
         params = lm.model.stacked(merged(lm.model.unstacked(lm.params), part.params["low_rank"]))
         return Speculation(NoDraft(), ExactMatch(), depth=depth, params=params)

@@ -6,6 +6,7 @@ For each golden folder and field: "absent" is the value that transformers' class
 for null; a field is left out where transformers refuses the file.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ def _read(raw: dict[str, Any], field: str) -> Any:
     """The field's value as transformers reads the file; raises where it refuses."""
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))  # it writes into rope_scaling
     if field == "rope_theta":
         return config.rope_parameters["rope_theta"]
     if field == "partial_rotary_factor":
-        return config.rope_parameters["partial_rotary_factor"]
+        return config.rope_parameters.get("partial_rotary_factor", 1.0)  # as the models read it
     if field in ("rope_scaling", "rope_parameters"):
         return {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
     return getattr(config, field)

@@ -32,7 +32,7 @@ MAX_GROWTH_BYTES = 2**28  # of the process's memory in one case; a tiny checkpoi
 ADDRESS_SPACE_BYTES = (
     2**30
 )  # beyond what the process has, in one case; threads and compilers reserve more than they use
-_MAX_LINES, _MAX_CHARACTERS = 20, 3_000
+_MAX_LINES, _MAX_CHARACTERS = 24, 3_000
 
 PROMISED = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 # What an error of Python, of a library or of the code within says, and no message for users does.
@@ -186,10 +186,14 @@ def form_faults(message: str, given: str = "") -> list[str]:
 
 
 def inner_words(message: str, case: Case) -> list[str]:
-    """Words of code (with an underscore) in a message that are neither the user's nor the formats' nor in the files."""
-    given = _WORD.findall(f"{case.name} {case.given.decode(errors='replace')}")
+    """Words of code (with an underscore) in a message that are neither the user's nor the formats' nor in the files.
+
+    A word of the user's may be cut where the message is.
+    """
+    given = f"{case.name} {case.given.decode(errors='replace')}"
     without_paths = re.sub(r"(?<!\S)[/~]\S+", "", message)
-    return sorted({word for word in _WORD.findall(without_paths) if "_" in word} - _public_words() - set(given))
+    unknown = {word for word in _WORD.findall(without_paths) if "_" in word} - _public_words()
+    return sorted(word for word in unknown if word not in given)
 
 
 @cache

@@ -209,6 +209,8 @@ def test_fields_without_influence_pass():
         ({"rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 1}}, "rope_scaling.alpha must be absent, got 1"),
         ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor must be a positive number"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object or null"),
+        ({"rope_scaling": False}, "rope_scaling must be an object or null, got false"),
+        ({"rope_scaling": []}, "rope_scaling must be an object or null, got \\[\\]"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor must be 1 or absent, got 2.0"),
         ({"rope_scaling": {"long_factor": [1.0]}}, "rope_scaling.long_factor needs a rope_scaling.rope_type"),
         ({"rope_scaling": {"full_attention": {"rope_theta": 5}}}, "rope_scaling.full_attention must be absent"),

@@ -19,6 +19,8 @@ def test_finds_files_and_links_inside_the_folder(tmp_path):
     assert find_file(tmp_path, "real.json") == tmp_path / "real.json"
     assert find_file(tmp_path, "link.json") == tmp_path / "link.json"
     assert find_file(tmp_path, "absent.json") is None
+    assert find_file(tmp_path / "real.json", "absent.json") is None
+    assert find_file(tmp_path, "x" * 100_000) is None
 
 
 def test_a_snapshot_may_link_to_the_blobs_of_its_repository_only(tmp_path):
@@ -90,7 +92,9 @@ def test_refuses_links_that_lead_nowhere_or_out_and_what_is_no_file(tmp_path):
         (b'{"a": "\xff"}', "no valid JSON"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested deeper than 64 levels"),
         (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "nested deeper than 64 levels"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "no valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "no valid JSON: it has a number of 5,000 digits, 9999999999"),
+        (b"null", "must hold a JSON object, got null"),
+        (b"true", "must hold a JSON object, got true or false"),
     ],
 )
 def test_refuses_what_is_no_sane_json_object(tmp_path, content, words):

@@ -9,7 +9,8 @@ from decodax.models.zarr_form import read_v2
 
 @pytest.mark.parametrize("separator", [".", "/"])
 def test_names_of_chunks(separator):
-    metadata = {"zarr_format": 2, "order": "C", "filters": None, "dtype": "<f4", "dimension_separator": separator}
+    metadata = {"zarr_format": 2, "order": "C", "filters": None, "compressor": None, "fill_value": None}
+    metadata |= {"dtype": "<f4", "dimension_separator": separator}
     form = read_v2(metadata | {"shape": [13, 5, 7], "chunks": [2, 5, 3]})
     assert form.grid == (7, 1, 3) and form.chunk_bytes == 120 and math.prod(form.grid) == 21
     for index in ((0, 0, 0), (6, 0, 2)):

@@ -118,8 +118,9 @@ def _field_cases(work: Path, base: str, field: str, value: Any) -> Iterator[Case
     for damage in field_damages(value):
         if damage.kind == "null":
             continue
-        is_number = isinstance(value, int | float) and damage.kind.startswith(("huge", "zero"))
-        allowed = Allowed.OTHER if is_number and field in _FREE_NUMBERS else damage.allowed
+        is_number = isinstance(value, int | float) and damage.kind.startswith(("huge", "zero", "retype:fraction"))
+        is_other = field in _FREE_NUMBERS if is_number else field in _ROPE and damage.content == {}
+        allowed = Allowed.OTHER if is_other else damage.allowed
         content = _text(config | {field: damage.content})
         yield _case(f"config/{base}/{damage.kind}:{field}", field, partial(_load, work, base, content, allowed))
     if isinstance(value, dict):

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from decodax.models.from_hf import from_hf
-from tests.fuzz.damage import Allowed, byte_damages, text_damages, tree_damages
+from tests.fuzz.damage import Allowed, Json, byte_damages, text_damages, tree_damages
 from tests.fuzz.folders import GOLDEN, check_loads, golden_model
 from tests.fuzz.verdict import Case
 
 _BASE = "llama"
+_TREE = "tree_metadata"
 _ARRAYS = ("blocks_0.mixer.query", "final_norm.weight", "embedding")
 _CHUNK = {"blocks_0.mixer.query": "0.0", "final_norm.weight": "0", "embedding": "0.0"}
 
@@ -24,10 +25,10 @@ def cases(work: Path) -> Iterator[Case]:
         text = (folder / "params" / file).read_bytes()
         value = json.loads(text)
         if file == "_METADATA":  # one array's entry stands for all
-            value = value | {"tree_metadata": dict(list(value["tree_metadata"].items())[:3])}
+            value = value | {_TREE: dict(list(value[_TREE].items())[:3])}
         for damage in tree_damages(value):
-            changed = json.loads(text) | damage.content if file == "_METADATA" else damage.content
-            yield _case(work, file, damage.kind, json.dumps(changed).encode(), _allowed(damage.kind, damage.allowed))
+            changed = json.dumps(_with_rest(json.loads(text), value, damage.content)).encode()
+            yield _case(work, file, damage.kind, changed, _allowed(damage.kind, damage.allowed))
         for damage in text_damages(text):
             yield _case(work, file, damage.kind, damage.content, damage.allowed)
         for damage in byte_damages(text, range(90)):
@@ -35,6 +36,13 @@ def cases(work: Path) -> Iterator[Case]:
     yield from _zarray_cases(work, folder)
     for name in _ARRAYS:
         yield from _chunk_cases(work, folder, name)
+
+
+def _with_rest(whole: Json, part: Json, changed: Json) -> Json:
+    """What was changed in a part of the metadata, with the entries of the arrays that the part leaves out."""
+    if not isinstance(changed.get(_TREE), dict) or _TREE not in whole:
+        return changed
+    return changed | {_TREE: changed[_TREE] | {name: whole[_TREE][name] for name in whole[_TREE].keys() - part[_TREE]}}
 
 
 def _allowed(kind: str, allowed: Allowed) -> Allowed:
@@ -99,7 +107,7 @@ _NO_FILES: dict[str, Callable[[Path], Any]] = {
 
 
 def _named(file: str) -> tuple[tuple[str, ...], ...]:
-    return ((file.split("/")[0], "params", "decodax.json"),)
+    return ((file.split("/")[0], "params", "decodax.json", "orbax-damaged do not fit its config.json"),)
 
 
 def _case(work: Path, file: str, kind: str, content: bytes, allowed: Allowed, *, may_kill: bool = False) -> Case:
@@ -111,8 +119,9 @@ def _case(work: Path, file: str, kind: str, content: bytes, allowed: Allowed, *,
 
 
 def _names(work: Path) -> bytes:
-    """The names of the arrays, which a message may repeat."""
-    return " ".join(path.name for path in (_folder(work) / "params").iterdir()).encode()
+    """The names of the arrays and the undamaged metadata, which a message may repeat."""
+    params = _folder(work) / "params"
+    return " ".join(path.name for path in params.iterdir()).encode() + (params / "_METADATA").read_bytes()
 
 
 def _folder(work: Path) -> Path:
