@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 import decodax
 from decodax.decoding.part_check import KINDS
-from decodax.decoding.strategies._drafts import find_draft
 from decodax.decoding.strategies import METHODS
+from decodax.decoding.strategies._drafts import find_draft
 from decodax.decoding.trained_part import TrainedPart, find_part, read_part
 from decodax.models.load import find_folder
 from decodax.models.stored_formats import read_floats
@@ -117,6 +117,12 @@ def test_facts_that_are_no_object(lm, part, content):
 )
 def test_facts_that_a_strategy_cannot_use(lm, part, kind, change, words):
     refused(lm, kind, part(kind, change_facts=change), words)
+
+
+def test_a_strategy_names_the_part_whose_settings_it_refuses(lm, part):
+    folder = part("skip_decode", change_facts=lambda facts: facts["about"]["shape"].update(min_layers=9))
+    with pytest.raises(ValueError, match=r"^about\.shape of part: layers must be .* min_layers 9, max_layers 8$"):
+        METHODS["skip_decode"].build(lm, folder, None)
 
 
 @pytest.mark.parametrize(
