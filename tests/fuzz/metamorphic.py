@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import decodax
+from decodax.decoding.prompts import encode_prompts
 from tests.fuzz.verdict import WrongResult
 
 # float32 sums in blocks of other sizes; of log-probabilities down to -20.
@@ -36,18 +37,19 @@ def _require(holds: bool, otherwise: str) -> None:
         raise WrongResult(otherwise)
 
 
-def check_generation(lm: Any, result: Any, num_rows: int, options: Mapping[str, Any]) -> None:
+def check_generation(lm: Any, result: Any, prompts: Any, options: Mapping[str, Any]) -> None:
     """Lengths, limits, stops and text of one result agree with each other and with the options."""
-    limit = options.get("max_new_tokens")
-    limit = 128 if limit is None else int(limit)
+    lengths = [len(ids) for ids in encode_prompts(lm, prompts)]
+    num_rows, context = len(lengths), lm.config.max_position_embeddings
+    most = options.get("max_new_tokens")
+    most = 128 if most is None else int(most)
     ends = options.get("stop_token_ids")
-    ends = set(lm.end_token_ids if ends is None else np.atleast_1d(np.asarray(ends, np.int64)).tolist())
-    stops = options.get("stop")
-    stops = [stops] if isinstance(stops, str) and stops else list(stops or ())
+    ends = set(lm.end_token_ids if ends is None else _listed(ends))
+    stops = [stop for stop in _listed(options.get("stop") or ()) if stop]
     parts = (result.tokens, result.logprobs, result.finish_reasons, result.text or [""] * num_rows)
     _require({len(part) for part in parts} == {num_rows}, "not one entry per prompt")
     for row, (tokens, logprobs, reason, text) in enumerate(zip(*parts, strict=True)):
-        where = f"row {row}: "
+        where, limit = f"row {row}: ", min(most, context - lengths[row])
         _require(len(tokens) == len(logprobs), where + f"{len(tokens)} tokens and {len(logprobs)} logprobs")
         _require(1 <= len(tokens) <= limit, where + f"{len(tokens)} tokens of at most {limit}")
         _require(bool(np.all((tokens >= 0) & (tokens < lm.config.vocab_size))), where + "ids beyond the vocabulary")
@@ -59,8 +61,12 @@ def check_generation(lm: Any, result: Any, num_rows: int, options: Mapping[str, 
         )
         if result.text is not None:
             _check_text(lm, where, tokens, text, stops, reason == "stop" and int(tokens[-1]) not in ends)
-    made = sum(len(tokens) for tokens in result.tokens)
-    _require(result.stats.num_new_tokens == made, f"statistics of {result.stats.num_new_tokens} tokens, {made} came")
+
+
+def _listed(value: Any) -> list[Any]:
+    """One value or several, of Python or NumPy, as a list."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [value] if isinstance(value, str | int | float) else list(value)
 
 
 def _check_text(lm: Any, where: str, tokens: np.ndarray, text: str, stops: Sequence[str], ended_by_text: bool) -> None:

@@ -32,7 +32,7 @@ def lm(tmp_path_factory):
 def _generated(lm, options):
     options = {"max_new_tokens": NEW} | options
     result = decodax.generate(lm, list(PROMPTS), **options)
-    metamorphic.check_generation(lm, result, len(PROMPTS), options)
+    metamorphic.check_generation(lm, result, list(PROMPTS), options)
     return result, options
 
 
@@ -100,6 +100,6 @@ def test_lossless_strategies_give_plain_decodings_tokens(strategy):
     prompts = ["def fibonacci(n):", "import os\n", "x = [1, 2, 3]\nfor"]
     plain = decodax.generate(lm, prompts, max_new_tokens=23)
     drafted = decodax.generate(lm, prompts, max_new_tokens=23, strategy=strategy)
-    metamorphic.check_generation(lm, drafted, len(prompts), {"max_new_tokens": 23})
+    metamorphic.check_generation(lm, drafted, prompts, {"max_new_tokens": 23})
     if strategy != "layer_skip":  # it changes the weights
         metamorphic.check_same(drafted, plain, strategy)

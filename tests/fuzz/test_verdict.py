@@ -135,7 +135,7 @@ def test_relations_of_a_generation():
     lm = golden_model("llama")
     prompts, options = [[5, 6, 7], [9, 11]], {"max_new_tokens": 5, "stop_token_ids": []}
     result = decodax.generate(lm, prompts, **options)
-    metamorphic.check_generation(lm, result, 2, options)
+    metamorphic.check_generation(lm, result, prompts, options)
     metamorphic.check_logprobs(lm, prompts, result, [1])
     planted = {
         "logprobs": [*result.logprobs[:1], result.logprobs[1][:-1]],
@@ -145,9 +145,9 @@ def test_relations_of_a_generation():
     for field, value in planted.items():
         changed = type(result)(**{**vars(result), field: value})
         with pytest.raises(WrongResult):
-            metamorphic.check_generation(lm, changed, 2, options)
+            metamorphic.check_generation(lm, changed, prompts, options)
     with pytest.raises(WrongResult, match="goes on after a stop token"):
-        metamorphic.check_generation(lm, result, 2, options | {"stop_token_ids": [int(result.tokens[0][1])]})
+        metamorphic.check_generation(lm, result, prompts, options | {"stop_token_ids": [int(result.tokens[0][1])]})
     with pytest.raises(WrongResult, match="log-probabilities off"):
         changed = type(result)(**{**vars(result), "logprobs": [np.asarray(one) - 0.01 for one in result.logprobs]})
         metamorphic.check_logprobs(lm, prompts, changed, [1])
