@@ -7,6 +7,7 @@ the files do have.
 from collections.abc import Sequence
 
 MOST_LINES = 20  # as of the problems of a config
+_MOST_CHARACTERS = 2_500  # of the lines; fewer of them where names are long
 
 
 def misfit_error(where: str, problems: Sequence[str]) -> ValueError:
@@ -14,7 +15,10 @@ def misfit_error(where: str, problems: Sequence[str]) -> ValueError:
 
     Lines are of a kind by what stands before their colon; where there are too many, each kind is cut to its share.
     """
-    lines = "".join(f"\n  - {line}" for line in cut(problems, MOST_LINES))
+    for most in range(MOST_LINES, 2, -1):
+        lines = "".join(f"\n  - {line}" for line in cut(problems, most))
+        if len(lines) <= _MOST_CHARACTERS:
+            break
     return ValueError(f"the weights in {where} do not fit its config.json:{lines}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from decodax.models.config import ModelConfig
 from decodax.models.families import FAMILIES
 from decodax.models.hf_config import read_config
+from decodax.models.hf_field_kinds import quoted
 from decodax.models.layouts import Expected, Match, match_sources
 from decodax.models.model_files import printable
 from decodax.models.stored_files import Entry
@@ -25,6 +26,7 @@ _DERIVED = {  # sizes that a config may leave out, and what they are then
 }
 _NO_SIZE = re.compile(r".*_token_id|max_position_embeddings|max_window_layers|sliding_window")
 _LAYER, _EXPERT = re.compile(r"(?<=\.layers\.)\d{1,9}(?=\.)"), re.compile(r"(?<=\.experts\.)\d{1,9}(?=\.)")
+_LAYER_OF_EXPERTS = re.compile(r"\.layers\.(\d{1,9})\..*experts")
 _MOST_FIELDS = 3  # that are wrong at once
 _MOST_TENSORS = 20_000  # in files that are looked at once more for every guess
 _MOST_PAIRS = 12  # of sizes from which values are guessed
@@ -34,7 +36,8 @@ _MOST_SIZE, _MOST_EXPERTS = 2**24, 2**12  # what a config is read with here: rea
 def explained(raw: Mapping[str, Any], stored: Mapping[str, Entry], match: Match, expected_of: ExpectedOf) -> list[str]:
     """The lines of a match's report; a line for each field in the place of all tensors that its value explains.
 
-    Where several fields explain all of them by themselves, each has a line.
+    Where several fields explain all of them by themselves, each has a line. A field that says which tensors there are
+    (a flag, null, a list of layers) is only named beside them, since the tensors may as well be lost.
 
     raw: the fields of `config.json`. match: of the stored tensors with what they should be by these fields.
     expected_of: what they should be by another config.
@@ -49,12 +52,48 @@ def explained(raw: Mapping[str, Any], stored: Mapping[str, Entry], match: Match,
         lines += [_line(raw, name, value) for name, value, _ in (best if fewest == 0 else best[:1])]
         name, value, match = best[0]
         raw = {**raw, name: value}
+    if match.problems and not lines and len(stored) <= _MOST_TENSORS:
+        lines = _switches(raw, stored, expected_of)
     return [*lines, *match.report()]
 
 
-def _line(raw: Mapping[str, Any], name: str, value: int) -> str:
-    said = "is missing" if raw.get(name) is None else f"is {raw[name]}"
-    return f"wrong field: {printable(name)} {said} in config.json, the files have {value}"
+def _switches(raw: Mapping[str, Any], stored: Mapping[str, Entry], expected_of: ExpectedOf) -> list[str]:
+    """A line for each field that says which tensors there are, and by itself would make the files right."""
+    lines = []
+    for name, value in _given(raw).items():
+        for other in _other_switches(raw, name, value, stored):
+            try:
+                match = match_sources(stored, expected_of(_config({**raw, name: other})))
+            except ValueError:
+                continue
+            if not _num_problems(match):
+                lines.append(_line(raw, name, other))
+                break
+    return lines
+
+
+def _other_switches(raw: Mapping[str, Any], name: str, value: Any, stored: Mapping[str, Entry]) -> list[Any]:
+    """What such a field may be instead; nothing for all other fields."""
+    family = FAMILIES[raw["model_type"]]
+    if name not in family.defaults or _NO_SIZE.fullmatch(name):
+        return []
+    if isinstance(value, bool):
+        return [not value]
+    with_experts = {int(found[1]) for one in stored if (found := _LAYER_OF_EXPERTS.search(one))}
+    num_layers = _given(raw)["num_hidden_layers"]
+    if name == "mlp_only_layers":
+        return [sorted(set(range(num_layers)) - with_experts)]
+    if name == "first_k_dense_replace":
+        return [min(with_experts, default=num_layers)]
+    if name in family.nullable:
+        sizes = {entry.shape[0] for entry in stored.values() if len(entry.shape) == 1}
+        return sorted(sizes)[:_MOST_PAIRS] if value is None else [None]
+    return [1] if value == 0 else []
+
+
+def _line(raw: Mapping[str, Any], name: str, value: Any) -> str:
+    said = f"is {quoted(raw[name])}" if name in raw else "is missing"
+    return f"wrong field: {printable(name)} {said} in config.json, the files have {quoted(value)}"
 
 
 def _num_problems(match: Match) -> int:
@@ -70,7 +109,7 @@ def _better(
     ]
     shapes, found = expected_of(_config(raw)).shapes, []
     for name, size in _sizes(raw).items():
-        for value in _values(name, size, list(stored), match):
+        for value in _values(raw, name, size, list(stored), match):
             try:
                 expected = expected_of(_config({**raw, name: value}))
                 if misshapen and all(expected.shapes.get(path) == shapes[path] for path in misshapen):
@@ -93,35 +132,45 @@ def _is_subset(one: Match, other: Match) -> bool:
     return one.misshapen.keys() <= other.misshapen.keys() and one.problems.keys() <= other.problems.keys()
 
 
-def _sizes(raw: Mapping[str, Any]) -> dict[str, int]:
-    """The fields that may say how large weights are, or how many, with what those left out are by default."""
+def _given(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the file gives, and those that it leaves out as they are then."""
     family = FAMILIES[raw["model_type"]]
     named = {family.aliases.get(name, name) for name in raw}
-    given = {**raw, **{name: value for name, value in family.defaults.items() if name not in named}}
-    sizes = {name: value for name, value in given.items() if type(value) is int and not _NO_SIZE.fullmatch(name)}
+    return {**raw, **{name: value for name, value in family.defaults.items() if name not in named}}
+
+
+def _sizes(raw: Mapping[str, Any]) -> dict[str, int]:
+    """The fields that may say how large weights are, or how many."""
+    sizes = {name: value for name, value in _given(raw).items() if type(value) is int and not _NO_SIZE.fullmatch(name)}
     for name, derive in _DERIVED.items():
         if raw.get(name) is None and {"hidden_size", "num_attention_heads"} <= sizes.keys():
-            sizes[name] = derive(raw)
-    return {name: size for name, size in sizes.items() if size > 0}
+            sizes.setdefault(name, derive(sizes))
+    return {name: size for name, size in sizes.items() if size >= 0}
 
 
-def _values(name: str, size: int, names: list[str], match: Match) -> list[int]:
+def _values(raw: Mapping[str, Any], name: str, size: int, names: list[str], match: Match) -> list[int]:
     """What a field may be if the files are right: a size found there, or its own with the same factor or sum."""
     if "layers" in name:
         values = _count(_LAYER, names)
     else:
         values = _count(_EXPERT, names) if "expert" in name else set()
+        parts = _numbers_of_heads(raw) if name.endswith("head_dim") else {1}
         pairs = [
             pair
             for found, wanted in match.misshapen.values()
             if len(found) == len(wanted)
             for pair in zip(found, wanted, strict=True)
-            if pair[0] != pair[1] > 0
+            if pair[0] != pair[1]
         ]
         for found, wanted in list(dict.fromkeys(pairs))[:_MOST_PAIRS]:
-            values |= {found, size * found // wanted, size + found - wanted}
+            values |= {found, size * found // max(wanted, 1), *(size + (found - wanted) // part for part in parts)}
     most = _MOST_EXPERTS if "expert" in name else _MOST_SIZE
     return sorted(value for value in values if 0 < value <= most and value != size)
+
+
+def _numbers_of_heads(raw: Mapping[str, Any]) -> set[int]:
+    """Of how many heads a weight may hold a part each."""
+    return {1, *(size for name, size in _sizes(raw).items() if name.endswith("_heads") and size > 0)}
 
 
 def _count(index: re.Pattern[str], names: list[str]) -> set[int]:

@@ -3,7 +3,7 @@
 import doctest
 
 from decodax.models import misfit_report
-from decodax.models.misfit_report import cut
+from decodax.models.misfit_report import cut, misfit_error
 
 
 def test_examples():
@@ -15,3 +15,8 @@ def test_a_short_kind_leaves_its_share_to_the_others():
     assert cut(lines, 100) == lines
     found = cut(lines, 20)
     assert found[:11] == [*lines[:10], "and 20 more missing"] and found[11:] == lines[30:]
+
+
+def test_long_names_leave_fewer_lines():
+    error = str(misfit_error("folder", [f"{kind}: {i:0200}" for kind in ("missing", "surplus") for i in range(30)]))
+    assert len(error) < 3_000 and "missing: 0" in error and "surplus: 0" in error and "more surplus" in error

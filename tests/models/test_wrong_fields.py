@@ -55,6 +55,29 @@ def test_several_fields_that_explain_it_have_a_line_each(tmp_path):
     assert all(line.startswith("wrong field: ") for line in lines)
 
 
+def test_a_field_that_is_left_out_is_what_it_is_by_default(tmp_path):
+    assert lines_of(tmp_path, "llama", {"intermediate_size": "left out"}) == [
+        "wrong field: intermediate_size is missing in config.json, the files have 41"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("golden", "field", "said", "found"),
+    [
+        ("llama_biases", "attention_bias", "false", "true"),
+        ("llama_tied", "tie_word_embeddings", "false", "true"),
+        ("qwen2_moe_mixed", "mlp_only_layers", "[0]", "[0, 2, 3]"),
+        ("deepseek_v2", "first_k_dense_replace", "0", "1"),
+        ("deepseek_v2", "q_lora_rank", "null", "14"),
+    ],
+)
+def test_a_field_that_says_which_tensors_there_are(tmp_path, golden, field, said, found):
+    """It is named first, and what is missing or surplus after it, since that may as well be lost."""
+    first, *others = lines_of(tmp_path, golden, {field: json.loads(said)})
+    assert first == f"wrong field: {field} is {said} in config.json, the files have {found}"
+    assert all(line.startswith(("missing: ", "surplus: ", "and ")) for line in others) and others
+
+
 def test_two_fields_that_are_wrong_together(tmp_path):
     config = json.loads((load_golden("llama").folder / "config.json").read_text())
     lines = lines_of(tmp_path, "llama", {"vocab_size": 71, "intermediate_size": 43})

@@ -112,9 +112,9 @@ def _field_cases(work: Path, base: str, field: str, value: Any) -> Iterator[Case
         if recorded:  # null, where transformers refuses it, may mean that the field is absent
             means = recorded.get(kind, recorded.get("absent"))
             means = False if means is None and isinstance(value, bool) else means
-            yield _case(name, field, partial(_like, work, base, changed, config | {field: means}))
+            yield _case(name, base, field, partial(_like, work, base, changed, config | {field: means}))
         else:
-            yield _case(name, field, partial(_load, work, base, _text(changed), Allowed.SAME))
+            yield _case(name, base, field, partial(_load, work, base, _text(changed), Allowed.SAME))
     for damage in field_damages(value):
         if damage.kind == "null":
             continue
@@ -122,7 +122,7 @@ def _field_cases(work: Path, base: str, field: str, value: Any) -> Iterator[Case
         is_other = field in _FREE_NUMBERS if is_number else field in _ROPE and damage.content == {}
         allowed = Allowed.OTHER if is_other else damage.allowed
         content = _text(config | {field: damage.content})
-        yield _case(f"config/{base}/{damage.kind}:{field}", field, partial(_load, work, base, content, allowed))
+        yield _case(f"config/{base}/{damage.kind}:{field}", base, field, partial(_load, work, base, content, allowed))
     if isinstance(value, dict):
         yield from _nested_cases(work, base, field, value)
 
@@ -168,11 +168,12 @@ def _whole_file(work: Path, base: str) -> Iterator[Case]:
         yield Case(f"config/{base}/file:{damage.kind}", act, ((_FILE, "safetensors"),), given=damage.content)
 
 
-def _case(name: str, field: str, act: Any) -> Case:
+def _case(name: str, base: str, field: str, act: Any) -> Case:
     words = (field, *(_SIZES if field in _SIZES else ()), *(_ROPE if field in _ROPE else ()))
     if field == "layer_types":
-        words += ("num_hidden_layers", "sliding_window")
-    return Case(name, act, ((_FILE,), words))
+        # Of what kinds the layers are, names of tensors do not tell in general: those of the layers are listed.
+        words += ("num_hidden_layers", "sliding_window", "missing: model.layers.")
+    return Case(name, act, ((_FILE,), words), given=_text(config_of(base)))
 
 
 def _text(config: dict[str, Any]) -> bytes:
