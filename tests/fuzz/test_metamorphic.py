@@ -1,11 +1,14 @@
 """Relations that hold of every generation, over a few options: rows alone, text, lengths, logprobs, stops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import decodax
 from tests.fuzz import metamorphic
 from tests.fuzz.subjects.options import model_with_tokenizer
+from tests.fuzz.verdict import WrongResult
 
 PROMPTS = ([5, 6, 7], [9, 11], [3, 13, 17, 19, 23])
 NEW = 11
@@ -39,7 +42,26 @@ def _generated(lm, options):
 def test_a_row_is_the_row_alone(lm):
     result, options = _generated(lm, SAMPLED[1])
     metamorphic.check_rows_alone(lm, PROMPTS, options, result, [1])
+
+
+def test_relations_that_do_not_hold_are_found(lm):
+    result, options = _generated(lm, {"stop_token_ids": []})
     metamorphic.check_logprobs(lm, PROMPTS, result, [1])
+    planted = {
+        "logprobs": [result.logprobs[0], result.logprobs[1][:-1], result.logprobs[2]],
+        "tokens": [result.tokens[0][:-1], *result.tokens[1:]],
+        "finish_reasons": ["failed", "length", "length"],
+        "text": [result.text[0] + "x", *result.text[1:]],
+    }
+    for field, value in planted.items():
+        with pytest.raises(WrongResult):
+            metamorphic.check_generation(lm, replace(result, **{field: value}), list(PROMPTS), options)
+    ended = options | {"stop_token_ids": [int(result.tokens[0][1])]}
+    with pytest.raises(WrongResult, match="goes on after a stop token"):
+        metamorphic.check_generation(lm, result, list(PROMPTS), ended)
+    with pytest.raises(WrongResult, match="log-probabilities off"):
+        changed = replace(result, logprobs=[np.asarray(one) - 0.01 for one in result.logprobs])
+        metamorphic.check_logprobs(lm, PROMPTS, changed, [1])
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from tests.fuzz.subjects import SUBJECTS
 from tests.fuzz.verdict import Case, Report, judge_all
 
 # How many of each subject's cases run quickly: about a second's worth.
-_QUICK = dict.fromkeys(SUBJECTS, 60) | {"config": 150, "trained_part": 50, "tokenizer": 70}
+_QUICK = dict.fromkeys(SUBJECTS, 60) | {"config": 90, "trained_part": 50, "tokenizer": 70, "options": 45}
 
 
 def _sample(cases: list[Case], count: int) -> list[Case]:

@@ -3,11 +3,9 @@
 import time
 import warnings
 
-import numpy as np
 import pytest
 
-import decodax
-from tests.fuzz import damage, isolated, metamorphic, verdict
+from tests.fuzz import damage, isolated, verdict
 from tests.fuzz.damage import Allowed
 from tests.fuzz.folders import check_loads, copy_of, differences, golden_model
 from tests.fuzz.verdict import Case, Outcome, WrongResult, judge
@@ -129,25 +127,3 @@ def test_a_case_that_ends_or_blocks_its_process_is_named(monkeypatch):
     assert [one.name for one in verdicts] == names
     assert [one.outcome is Outcome.WRONG for one in verdicts] == [False, True, False, True, False]
     assert "code -6" in verdicts[1].said and "fell silent" in verdicts[3].said
-
-
-def test_relations_of_a_generation():
-    lm = golden_model("llama")
-    prompts, options = [[5, 6, 7], [9, 11]], {"max_new_tokens": 5, "stop_token_ids": []}
-    result = decodax.generate(lm, prompts, **options)
-    metamorphic.check_generation(lm, result, prompts, options)
-    metamorphic.check_logprobs(lm, prompts, result, [1])
-    planted = {
-        "logprobs": [*result.logprobs[:1], result.logprobs[1][:-1]],
-        "tokens": [result.tokens[0][:-1], result.tokens[1]],
-        "finish_reasons": ["failed", "length"],
-    }
-    for field, value in planted.items():
-        changed = type(result)(**{**vars(result), field: value})
-        with pytest.raises(WrongResult):
-            metamorphic.check_generation(lm, changed, prompts, options)
-    with pytest.raises(WrongResult, match="goes on after a stop token"):
-        metamorphic.check_generation(lm, result, prompts, options | {"stop_token_ids": [int(result.tokens[0][1])]})
-    with pytest.raises(WrongResult, match="log-probabilities off"):
-        changed = type(result)(**{**vars(result), "logprobs": [np.asarray(one) - 0.01 for one in result.logprobs]})
-        metamorphic.check_logprobs(lm, prompts, changed, [1])

@@ -101,7 +101,7 @@ class Case:
     named: what the message of a refusal must name, one word of each group.
     may_kill: it could end or block the process if it is not handled, so it runs in a process of its own.
     promised: the kinds of errors that a refusal may have.
-    given: what the user gave, whose words a message may repeat.
+    given: what the user gave, whose words a message may repeat; a function of it where it is long to make.
     seconds: of the processor; it has WALL_FACTOR times as many by the clock.
     """
 
@@ -110,8 +110,13 @@ class Case:
     named: tuple[tuple[str, ...], ...] = ()
     may_kill: bool = False
     promised: tuple[type[BaseException], ...] = PROMISED
-    given: bytes = b""
+    given: bytes | Callable[[], bytes] = b""
     seconds: float | None = None
+
+    @property
+    def given_text(self) -> str:
+        given = self.given if isinstance(self.given, bytes) else self.given()
+        return given.decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ def faults_of(error: BaseException, case: Case) -> list[str]:
         faults.append(f"a bare {type(error).__name__}")
     if not message.strip():
         return [*faults, "no message"]
-    faults += form_faults(message, case.given.decode(errors="replace"))
+    faults += form_faults(message, case.given_text)
     for group in case.named:
         if not any(word in message for word in group):
             faults.append(f"does not name {' or '.join(group[:6])}")
@@ -190,7 +195,7 @@ def inner_words(message: str, case: Case) -> list[str]:
 
     A word of the user's may be cut where the message is.
     """
-    given = f"{case.name} {case.given.decode(errors='replace')}"
+    given = f"{case.name} {case.given_text}"
     without_paths = re.sub(r"(?<!\S)[/~]\S+", "", message)
     unknown = {word for word in _WORD.findall(without_paths) if "_" in word} - _public_words()
     return sorted(word for word in unknown if word not in given)

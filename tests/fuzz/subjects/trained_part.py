@@ -61,28 +61,32 @@ def _weights(content: bytes) -> Iterator[Damage]:
 
 
 def _case(work: Path, strategy: str, name: str, damage: Damage) -> Case:
-    content = damage.content if isinstance(damage.content, bytes) else json.dumps(damage.content).encode()
-    act = partial(_build, work, strategy, name, content, damage.allowed, "NaN" in damage.kind)
-    return Case(f"trained_part/{strategy}/{name} {damage.kind}", act, ((name, f"part-{strategy}"),), given=content)
+    named = ((name, f"part-{strategy}"),)
+    act = partial(_build, work, strategy, name, damage)
+    return Case(f"trained_part/{strategy}/{name} {damage.kind}", act, named, given=partial(_content, damage))
 
 
-def _build(work: Path, strategy: str, name: str, content: bytes, allowed: Allowed, is_nan: bool) -> None:
+def _content(damage: Damage) -> bytes:
+    return damage.content if isinstance(damage.content, bytes) else json.dumps(damage.content).encode()
+
+
+def _build(work: Path, strategy: str, name: str, damage: Damage) -> None:
     folder = work / f"part-{strategy}"
     if not folder.exists():
         shutil.copytree(_DEMO / ("draft" if name == "draft.json" else strategy), folder)
     right = (folder / name).read_bytes()
     try:
         (folder / name).unlink()  # anew, because the file may still be mapped
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(_content(damage))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             built: Any = METHODS[strategy].build(_model(), str(folder), None)
     finally:
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(right)
-    if allowed is Allowed.NOTHING:
+    if damage.allowed is Allowed.NOTHING:
         raise WrongResult("built, and should have been refused")
-    if is_nan and not caught:
+    if "NaN" in damage.kind and not caught:
         raise WrongResult("NaN among the weights, and not a word of it")
     fields = ("draft_params", "params")
     wanted = _shapes(_undamaged(strategy), fields)
