@@ -185,7 +185,7 @@ def _is_hashable(value: Any) -> bool:
 
 @bounded_jit(static_argnums=(0, 1), donate_argnums=(3,), name="decode")
 def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeState, max_tokens: Any) -> DecodeState:
-    decode = make_decode(model)
+    decode: Any = make_decode(model)
     if not callable(decode):
         raise ValueError(
             "strategy must be a name, a Speculation or a function from a model to a decode(params, state, max_tokens); "

@@ -7,7 +7,8 @@ the files do have.
 from collections.abc import Sequence
 
 MOST_LINES = 20  # as of the problems of a config
-_MOST_CHARACTERS = 2_500  # of the lines; fewer of them where names are long
+_MOST_CHARACTERS = 2_500  # of the lines; there are fewer where names are long
+_FEWEST_LINES = 3
 
 
 def misfit_error(where: str, problems: Sequence[str]) -> ValueError:
@@ -15,11 +16,13 @@ def misfit_error(where: str, problems: Sequence[str]) -> ValueError:
 
     Lines are of a kind by what stands before their colon; where there are too many, each kind is cut to its share.
     """
-    for most in range(MOST_LINES, 2, -1):
-        lines = "".join(f"\n  - {line}" for line in cut(problems, most))
-        if len(lines) <= _MOST_CHARACTERS:
-            break
-    return ValueError(f"the weights in {where} do not fit its config.json:{lines}")
+    most, lines = MOST_LINES, cut(problems, MOST_LINES)
+    while most > _FEWEST_LINES and sum(map(len, lines)) > _MOST_CHARACTERS:
+        most -= 1
+        lines = cut(problems, most)
+    return ValueError(
+        f"the weights in {where} do not fit its config.json:" + "".join(f"\n  - {line}" for line in lines)
+    )
 
 
 def cut(problems: Sequence[str], most: int) -> list[str]:
