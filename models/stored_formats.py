@@ -232,7 +232,8 @@ def interpret(name: str, stored: Mapping[str, Entry], quantization: Quantization
             raise ValueError(f"misshapen: {tensor} {list(raw.shape)} is stored as fp8, which needs two axes or more")
         counts = tuple(-(-size // block) for size, block in zip(raw.shape[-2:], quantization.block, strict=True))
         shape = (*raw.shape[:-2], *counts)
-        what = f"one scale for each {quantization.block[0]} x {quantization.block[1]} of {tensor} {list(raw.shape)}"
+        block = " x ".join(map(str, quantization.block))
+        what = f"one scale for each {block} (weight_block_size) of {tensor} {list(raw.shape)}"
     else:
         if len(raw.shape) < 3 or raw.shape[-1] != _MXFP4_BYTES:
             raise ValueError(f"misshapen: {tensor} {list(raw.shape)}, expected [.., rows, groups, {_MXFP4_BYTES}]")

@@ -29,6 +29,7 @@ _LAYER, _EXPERT = re.compile(r"(?<=\.layers\.)\d{1,9}(?=\.)"), re.compile(r"(?<=
 _LAYER_OF_EXPERTS = re.compile(r"\.layers\.(\d{1,9})\..*experts")
 _MOST_FIELDS = 3  # that are wrong at once
 _MOST_TENSORS = 20_000  # in files that are looked at once more for every guess
+_MOST_SHARED = 8  # shared experts, of which published models have up to two
 _MOST_PAIRS = 12  # of sizes from which values are guessed
 _MOST_SIZE, _MOST_EXPERTS = 2**24, 2**12  # what a config is read with here: reading one of a billion layers takes long
 
@@ -83,12 +84,14 @@ def _other_switches(raw: Mapping[str, Any], name: str, value: Any, stored: Mappi
     num_layers = _given(raw)["num_hidden_layers"]
     if name == "mlp_only_layers":
         return [sorted(set(range(num_layers)) - with_experts)]
+    if name == "decoder_sparse_step":
+        return [min(with_experts, default=num_layers) + 1]
     if name == "first_k_dense_replace":
         return [min(with_experts, default=num_layers)]
     if name in family.nullable:
         sizes = {entry.shape[0] for entry in stored.values() if len(entry.shape) == 1}
         return sorted(sizes)[:_MOST_PAIRS] if value is None else [None]
-    return [1] if value == 0 else []
+    return list(range(1, _MOST_SHARED + 1)) if value == 0 else []
 
 
 def _line(raw: Mapping[str, Any], name: str, value: Any) -> str:

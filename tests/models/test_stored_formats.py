@@ -191,7 +191,7 @@ def problems(folder, tensors, quantization, name, shape):
 
 
 def test_fp8_that_does_not_fit_is_named(tmp_path):
-    name, shape, what = "x.weight", (7, 11), "one scale for each 3 x 5 of x.weight [7, 11]"
+    name, shape, what = "x.weight", (7, 11), "one scale for each 3 x 5 (weight_block_size) of x.weight [7, 11]"
     pair, _ = fp8_pair(np.random.default_rng(4), name, shape)
     codes, scales = pair[name], pair["x.weight_scale_inv"]
 
@@ -203,7 +203,8 @@ def test_fp8_that_does_not_fit_is_named(tmp_path):
     assert lines(missing) == [f"missing: x.weight_scale_inv [3, 3], {what}"]
     assert lines(fewer) == [f"misshapen: x.weight_scale_inv [2, 3], expected [3, 3], {what}"]
     assert lines({}, {**FP8, "weight_block_size": [7, 11]}) == [
-        "misshapen: x.weight_scale_inv [3, 3], expected [1, 1], one scale for each 7 x 11 of x.weight [7, 11]"
+        "misshapen: x.weight_scale_inv [3, 3], expected [1, 1], "
+        "one scale for each 7 x 11 (weight_block_size) of x.weight [7, 11]"
     ]
     assert lines({"x.weight_scale_inv": np.ones((3, 3), np.int32)})[0].startswith(
         "unknown kind of number: x.weight_scale_inv is I32, expected one of ["

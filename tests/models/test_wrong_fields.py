@@ -67,6 +67,8 @@ def test_a_field_that_is_left_out_is_what_it_is_by_default(tmp_path):
         ("llama_biases", "attention_bias", "false", "true"),
         ("llama_tied", "tie_word_embeddings", "false", "true"),
         ("qwen2_moe_mixed", "mlp_only_layers", "[0]", "[0, 2, 3]"),
+        ("qwen2_moe_mixed", "decoder_sparse_step", "1000", "2"),
+        ("deepseek_v2", "n_shared_experts", "0", "2"),
         ("deepseek_v2", "first_k_dense_replace", "0", "1"),
         ("deepseek_v2", "q_lora_rank", "null", "14"),
     ],

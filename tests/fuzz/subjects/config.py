@@ -112,17 +112,19 @@ def _field_cases(work: Path, base: str, field: str, value: Any) -> Iterator[Case
         if recorded:  # null, where transformers refuses it, may mean that the field is absent
             means = recorded.get(kind, recorded.get("absent"))
             means = False if means is None and isinstance(value, bool) else means
-            yield _case(name, base, field, partial(_like, work, base, changed, config | {field: means}))
+            yield _case(name, field, partial(_like, work, base, changed, config | {field: means}), _text(config))
         else:
-            yield _case(name, base, field, partial(_load, work, base, _text(changed), Allowed.SAME))
+            yield _case(name, field, partial(_load, work, base, _text(changed), Allowed.SAME), _text(config))
     for damage in field_damages(value):
         if damage.kind == "null":
             continue
-        is_number = isinstance(value, int | float) and damage.kind.startswith(("huge", "zero", "retype:fraction"))
+        is_number = damage.kind.startswith(("huge", "zero", "retype:fraction", "retype:number"))
+        is_number = is_number and isinstance(value, int | float | None) and not isinstance(value, bool)
         is_other = field in _FREE_NUMBERS if is_number else field in _ROPE and damage.content == {}
         allowed = Allowed.OTHER if is_other else damage.allowed
         content = _text(config | {field: damage.content})
-        yield _case(f"config/{base}/{damage.kind}:{field}", base, field, partial(_load, work, base, content, allowed))
+        name, act = f"config/{base}/{damage.kind}:{field}", partial(_load, work, base, content, allowed)
+        yield _case(name, field, act, content)
     if isinstance(value, dict):
         yield from _nested_cases(work, base, field, value)
 
@@ -168,12 +170,12 @@ def _whole_file(work: Path, base: str) -> Iterator[Case]:
         yield Case(f"config/{base}/file:{damage.kind}", act, ((_FILE, "safetensors"),), given=damage.content)
 
 
-def _case(name: str, base: str, field: str, act: Any) -> Case:
+def _case(name: str, field: str, act: Any, given: bytes) -> Case:
     words = (field, *(_SIZES if field in _SIZES else ()), *(_ROPE if field in _ROPE else ()))
     if field == "layer_types":
         # Of what kinds the layers are, names of tensors do not tell in general: those of the layers are listed.
         words += ("num_hidden_layers", "sliding_window", "missing: model.layers.")
-    return Case(name, act, ((_FILE,), words), given=_text(config_of(base)))
+    return Case(name, act, ((_FILE,), words), given=given)
 
 
 def _text(config: dict[str, Any]) -> bytes:
