@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import decodax
+from decodax.decoding.strategies import METHODS
 from tests.fuzz import metamorphic
 from tests.fuzz.subjects.options import model_with_tokenizer
 from tests.fuzz.verdict import WrongResult
@@ -117,11 +118,11 @@ def test_streamed_pieces_are_the_text(lm):
 @pytest.mark.parametrize(
     "strategy", ["prompt_lookup", "draft_model", "layer_skip", "kangaroo", "medusa", "ppd", "specee_tree"]
 )
-def test_lossless_strategies_give_plain_decodings_tokens(strategy):
+def test_strategies_give_whole_generations_and_lossless_ones_plain_decodings(strategy):
     lm = decodax.load()
     prompts = ["def fibonacci(n):", "import os\n", "x = [1, 2, 3]\nfor"]
     plain = decodax.generate(lm, prompts, max_new_tokens=23)
     drafted = decodax.generate(lm, prompts, max_new_tokens=23, strategy=strategy)
     metamorphic.check_generation(lm, drafted, prompts, {"max_new_tokens": 23})
-    if strategy != "layer_skip":  # it changes the weights
+    if METHODS[strategy].lossless:
         metamorphic.check_same(drafted, plain, strategy)
