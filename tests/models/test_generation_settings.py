@@ -49,6 +49,14 @@ def test_ids_that_the_model_cannot_write_are_left_out_with_a_warning(tmp_path, n
     assert [str(tmp_path / name) in str(warning.message) for warning in said] == [True]
 
 
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"a": ' * 99 + "1" + "}" * 99])
+def test_a_generation_config_that_no_program_writes_is_refused(tmp_path, content):
+    (tmp_path / CONFIG).write_text(json.dumps({"eos_token_id": 2}))
+    (tmp_path / GENERATION).write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json is JSON nested deeper than 64 levels"):
+        read_end_token_ids(tmp_path, 11)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -58,8 +66,6 @@ def test_ids_that_the_model_cannot_write_are_left_out_with_a_warning(tmp_path, n
         '{"eos_token_id": 3 "a": 1}',
         "3",
         "null",
-        "[" * 10**5,
-        '{"a": ' * 99 + "1" + "}" * 99,
         b'{"eos_token_id": "\xff"}',
         '{"eos_token_id": "x"}',
         '{"eos_token_id": true}',
