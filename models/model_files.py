@@ -69,7 +69,7 @@ def _is_allowed(folder: Path, target: Path) -> bool:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError, naming the file, when it holds none (`UnreasonableFileError`: an absurd one)."""
+    """The JSON object in a file; ValueError, naming it, when it holds none, UnreasonableFileError for an absurd one."""
     return parse_json_object(read_json_bytes(path), str(path))
 
 
