@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from decodax.models.model_files import find_file, printable, read_json_object
+from decodax.models.model_files import UnreasonableFileError, find_file, printable, read_json_object
 
 _FIELD = "eos_token_id"
 
@@ -22,7 +22,7 @@ def read_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
         try:
             ids = _ids_in(path)
         except ValueError as error:
-            if name == "config.json":
+            if name == "config.json" or isinstance(error, UnreasonableFileError):
                 raise
             warnings.warn(f"{error}; the file is not used, but {_FIELD} of config.json", stacklevel=4)
             continue

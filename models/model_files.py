@@ -21,6 +21,10 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # no f
 _HUB_SNAPSHOTS, _HUB_REPOSITORY = "snapshots", "models--"  # <hub cache>/models--org--name/snapshots/<revision>/file
 
 
+class UnreasonableFileError(ValueError):
+    """A file is not just broken: nothing that saves models writes its like, and reading it would exhaust something."""
+
+
 def find_file(folder: Path, name: str) -> Path | None:
     """The regular file `name` of a model folder; None when there is nothing of that name.
 
@@ -73,7 +77,7 @@ def _is_allowed(folder: Path, target: Path) -> bool:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError, naming the file, when it holds none or an absurd one."""
+    """The JSON object in a file; ValueError, naming it, when it holds none, UnreasonableFileError for an absurd one."""
     return parse_json_object(read_json_bytes(path), str(path))
 
 
@@ -81,7 +85,9 @@ def read_json_bytes(path: Path) -> bytes:
     """The bytes of a JSON file, for one that another library reads, too; ValueError when there are absurdly many."""
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise ValueError(f"{printable(path)} has {size:,} bytes; JSON of more than {MAX_JSON_BYTES:,} is not read")
+        raise UnreasonableFileError(
+            f"{printable(path)} has {size:,} bytes; JSON of more than {MAX_JSON_BYTES:,} is not read"
+        )
     return path.read_bytes()
 
 
@@ -94,13 +100,13 @@ def parse_json_object(content: bytes | bytearray | memoryview, where: str, *, un
         text = bytes(content).decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_unique if unique else None, parse_int=_whole_number)
     except RecursionError:
-        raise ValueError(f"{printable(where)} is JSON nested deeper than {MAX_JSON_DEPTH} levels") from None
+        raise UnreasonableFileError(f"{printable(where)} is JSON nested deeper than {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
         raise ValueError(f"{printable(where)} is no valid JSON: {printable(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{printable(where)} must hold a JSON object, got {json_type(value)}")
     if _is_deeper(value, MAX_JSON_DEPTH):
-        raise ValueError(f"{printable(where)} is JSON nested deeper than {MAX_JSON_DEPTH} levels")
+        raise UnreasonableFileError(f"{printable(where)} is JSON nested deeper than {MAX_JSON_DEPTH} levels")
     return value
 
 
