@@ -26,6 +26,8 @@ from typing import NoReturn
 import jax
 import jaxtyping
 
+from decodax.models.model_files import UnreasonableFileError
+
 SECONDS = 5.0  # of the processor for one case; a tiny model loads in less than 0.1
 WALL_FACTOR = 4  # so many seconds of the clock for each of those, since the machine may be busy
 MAX_GROWTH_BYTES = 2**28  # of the process's memory in one case; a tiny checkpoint has less than a megabyte
@@ -34,7 +36,10 @@ ADDRESS_SPACE_BYTES = (
 )  # beyond what the process has, in one case; threads and compilers reserve more than they use
 _MAX_LINES, _MAX_CHARACTERS = 24, 3_000
 
-PROMISED = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
+PROMISED = (
+    *(ValueError, UnreasonableFileError, NotImplementedError),
+    *(FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError),
+)
 # What an error of Python, of a library or of the code within says, and no message for users does.
 _INNER = re.compile(
     r"object at 0x|<class '|NoneType|unhashable|not subscriptable|has no attribute|not iterable|unsupported operand"
