@@ -14,7 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from decodax import decoding, kernels_pallas, layers, models, sharding
+    from decodax import decoding
+    from decodax import kernels_pallas as kernels_pallas
+    from decodax import layers as layers
+    from decodax import models as models
+    from decodax import sharding as sharding
     from decodax.api import Generation, LanguageModel, generate, load, logits
 
 __version__ = "0.1.0"
