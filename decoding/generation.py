@@ -199,8 +199,7 @@ def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeStat
     decoded = decode(params, state, max_tokens)
     if not isinstance(decoded, DecodeState):
         raise ValueError(
-            "the decode(params, state, max_tokens) that strategy gives must return a DecodeState, got "
-            f"{shown(decoded)}"
+            f"the decode(params, state, max_tokens) that strategy gives must return a DecodeState, got {shown(decoded)}"
         )
     return decoded
 

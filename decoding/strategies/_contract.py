@@ -35,7 +35,7 @@ class Speculation:
         for name in ("drafter", "verifier", "depth"):
             part = getattr(self, name)
             if not is_hashable(part):
-                raise refusal(name, "hashable, as compiled code is kept for it (a frozen dataclass without lists)", part)
+                raise refusal(name, "hashable, as compiled code is kept for it: a frozen dataclass without lists", part)
 
 
 class Strategy:
