@@ -15,20 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from decodax import decoding
+    from decodax import kernels_pallas as kernels_pallas
+    from decodax import layers as layers
+    from decodax import models as models
+    from decodax import sharding as sharding
     from decodax.api import Generation, LanguageModel, generate, load, logits
 
 __version__ = "0.1.0"
 
 __all__ = ["Generation", "LanguageModel", "decoding", "generate", "load", "logits"]
 
+_PACKAGES = ("decoding", "kernels_pallas", "layers", "models", "sharding")
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in (*__all__, *_PACKAGES):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = import_module("decodax.decoding") if name == "decoding" else getattr(import_module("decodax.api"), name)
+    found = import_module(f"{__name__}.{name}") if name in _PACKAGES else getattr(import_module("decodax.api"), name)
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -124,6 +124,19 @@ def instance(name: str, value: Any, kind: Any, expected: str) -> Any:
     return value
 
 
+def is_hashable(value: Any) -> bool:
+    """Whether compiled code can be kept for it.
+
+    >>> is_hashable((1, 2)), is_hashable(([1], 2))
+    (True, False)
+    """
+    try:
+        hash(value)
+    except Exception:  # a class may fail in its own hash
+        return False
+    return True
+
+
 def token_ids(name: str, value: Any, vocab_size: int | None = None) -> list[int]:
     """A list of token ids, all inside the vocabulary, if its size is given.
 

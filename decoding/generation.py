@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decodax.arguments import refusal, shown
+from decodax.arguments import is_hashable, refusal, shown
 from decodax.decoding import state as decode_state
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.compile_clock import compile_seconds
@@ -138,7 +138,7 @@ class _Plan:
         self.params, self.draft_params, self.depth = lm.params, None, None
         if isinstance(chosen, Speculation):
             self.draft_params, self.depth = lm.model.execution.joined(chosen.draft_params), chosen.depth
-            self.params = lm.params if chosen.params is None else chosen.params
+            self.params = lm.params if chosen.params is None else _whole_params(lm.params, chosen.params)
             if not isinstance(options.strategy, str):
                 self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"
             self._speculative = speculative(lm.model, chosen.drafter, chosen.verifier, chosen.depth)
@@ -169,18 +169,23 @@ def _find_strategy(strategy: Any) -> Any:
         return STRATEGIES[strategy]
     is_class = isinstance(strategy, type)
     is_known = issubclass(strategy, Strategy) if is_class else isinstance(strategy, Speculation)
-    if not is_known and (is_class or not callable(strategy) or not _is_hashable(strategy)):
+    if not is_known and (is_class or not callable(strategy) or not is_hashable(strategy)):
         raise refusal("strategy", "a name, a Speculation or a function from a model", strategy)
     return strategy
 
 
-def _is_hashable(value: Any) -> bool:
-    """Whether compiled code can be kept for it."""
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+def _whole_params(own: Any, given: Any) -> Any:
+    """A strategy's weights, if the model's own are among them: under the same names, of the same shapes."""
+    shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(own):
+        name = jax.tree_util.keystr(path)
+        if shapes.get(name) != leaf.shape:
+            found = "nothing" if name not in shapes else f"shape {list(shapes[name])}"
+            raise ValueError(
+                "params of a Speculation must hold all weights of the model (take lm.params and change or add some): "
+                f"{name} must have shape {list(leaf.shape)}, got {found}"
+            )
+    return given
 
 
 @bounded_jit(static_argnums=(0, 1), donate_argnums=(3,), name="decode")
@@ -191,7 +196,12 @@ def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeStat
             "strategy must be a name, a Speculation or a function from a model to a decode(params, state, max_tokens); "
             f"what this function gives is {shown(decode)}"
         )
-    return decode(params, state, max_tokens)
+    decoded = decode(params, state, max_tokens)
+    if not isinstance(decoded, DecodeState):
+        raise ValueError(
+            f"the decode(params, state, max_tokens) that strategy gives must return a DecodeState, got {shown(decoded)}"
+        )
+    return decoded
 
 
 @bounded_jit(static_argnums=(0,), donate_argnums=(3,), name="start")

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from decodax.arguments import folder_name
 from decodax.layers.weight import Weight
 from decodax.models.checkpoint import Progress, StoredWeights, flat_weights, open_params
 from decodax.models.config import ModelConfig
@@ -26,12 +27,12 @@ from decodax.models.families._contract import HEAD_NAME, Family, ParameterPath
 from decodax.models.hf_config import load_config
 from decodax.models.layouts import REDUNDANT_SUFFIXES
 from decodax.models.load import LanguageModel, find_folder, working_dtype
-from decodax.models.model_files import find_file, parse_json_object
+from decodax.models.model_files import find_file, parse_json_object, printable
 from decodax.models.next_layer import PART, holds_next_layer, open_next_layer
 from decodax.models.orbax_arrays import has_arrays
 from decodax.models.orbax_files import FOLDER, regular_files
 from decodax.models.sources import Layouts, Region, region_shape, whole_region
-from decodax.models.staged_folder import StagedFolder, forget_partial, staged
+from decodax.models.staged_folder import StagedFolder, forget_partial, partial_of, staged
 from decodax.models.stored_files import weight_files
 from decodax.models.stored_formats import scales_of
 
@@ -110,9 +111,12 @@ class Source:
         return {path: chosen or self.weights.dtype(path) for path in self.weights.weights}
 
 
-def open_source(source: str | Path | LanguageModel) -> Source:
+def open_source(source: Any) -> Source:
     """Reads what a source holds, without its numbers. The errors are those of `decodax.load`."""
-    folder = source.path if isinstance(source, LanguageModel) else find_folder(source)
+    if isinstance(source, LanguageModel):
+        folder = source.path
+    else:
+        folder = find_folder(folder_name("source", source, ", the id of a model on the hub, or a loaded model"))
     family, config = load_config(folder)
     model = _held(source, config) if isinstance(source, LanguageModel) else open_params(folder, family, config)
     layouts, behind = family.layouts(config), None
@@ -280,11 +284,18 @@ def convert(
     return Conversion(target, description, resumed)
 
 
-def absolute_target(target: Path) -> Path:
-    """The target with a name of its own; the errors are those of `check_place`."""
-    target = target.resolve() if target.name in ("", "..") else target.absolute()
-    check_place(target)
-    return target
+def absolute_target(target: Any) -> Path:
+    """The target with a name of its own; ValueError for what is no path, else the errors are those of `check_place`."""
+    named = Path(folder_name("target", target))
+    try:
+        named = named.expanduser()
+    except RuntimeError as error:  # a home that nobody knows
+        raise ValueError(f"{printable(named)} cannot be written: {printable(error)}") from None
+    # Links and ".." on the way to it are followed, once and for all; itself it may not be a link.
+    named = named.resolve() if named.name in ("", "..") else named.absolute().parent.resolve() / named.name
+    check_place(named)
+    folder_name("target", partial_of(named))  # which has a longer name
+    return named
 
 
 def _is_finished(target: Path, description: Mapping[str, Any]) -> bool:

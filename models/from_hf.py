@@ -10,8 +10,8 @@ at a time is in memory. An interrupted run goes on when it is started again (`mo
 
 import json
 import math
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -31,8 +31,8 @@ from decodax.sharding.rules import RULES, Rules
 
 
 def from_hf(
-    source: str | Path | LanguageModel,
-    target: str | Path,
+    source: str | os.PathLike[str] | LanguageModel,
+    target: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | str | None = None,
@@ -51,7 +51,7 @@ def from_hf(
         does not fit its config, DiskFullError (an OSError).
     Warns with NonFiniteWeightWarning, and of tensors that are left out.
     """
-    target = conversion.absolute_target(Path(target))
+    target = conversion.absolute_target(target)
     opened = conversion.open_source(source)
     dtypes, weights = opened.dtypes(dtype), opened.weights.weights
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh

@@ -4,6 +4,7 @@ The cache of a model whose download was broken off holds a part of its files. Wh
 files of the weights; the model is used where these are there, whatever else is missing.
 """
 
+import re
 from pathlib import Path
 
 from decodax.models.adapter_files import refuse_adapter_alone
@@ -13,7 +14,7 @@ from decodax.models.stored_files import INDEX_FILE, SINGLE_FILE
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model"]
 # Folders inside a repository hold other formats, and Mistral's consolidated files the same weights once more.
 _IGNORED = ["*/*", "consolidated*"]
-_BRANCH = "main"
+_BRANCH, _SNAPSHOTS = "main", "snapshots"
 _ADVICE = "try again online, or pass the path of a local folder with its config.json and safetensors"
 
 
@@ -40,12 +41,22 @@ def download(name: str) -> Path:
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         return _cached(name, error)
+    except (UnicodeDecodeError, IsADirectoryError) as error:  # of the note which revision the cache holds
+        return _cached(name, error)
+    is_snapshot = _SNAPSHOTS not in folder.parts or folder.parent.name == _SNAPSHOTS
+    if not is_snapshot or not _is_revision(folder.name):  # the library follows whatever the note says
+        return _cached(name, None)
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # its folder may be a part of the model
         _require_whole(name, folder)
     return folder
 
 
-def _cached(name: str, error: Exception) -> Path:
+def _is_revision(name: str) -> bool:
+    """Whether a snapshot can have this name: that of one folder, as commits have."""
+    return name not in ("", ".", "..", _SNAPSHOTS) and re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None
+
+
+def _cached(name: str, error: Exception | None) -> Path:
     """What the cache holds of a model whose hub is out of reach; ConnectionError where that is not enough."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
@@ -53,8 +64,8 @@ def _cached(name: str, error: Exception) -> Path:
     repository = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=name, repo_type="model")
     reference = repository / "refs" / _BRANCH
     commit = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else ""
-    snapshots = repository / "snapshots"
-    if commit and (snapshots / commit).is_dir():
+    snapshots = repository / _SNAPSHOTS
+    if _is_revision(commit) and (snapshots / commit).is_dir():
         _require_whole(name, snapshots / commit)
         return snapshots / commit
     others = sorted(path.name for path in snapshots.glob("*") if path.is_dir())
@@ -63,6 +74,8 @@ def _cached(name: str, error: Exception) -> Path:
         if others
         else "the model is not in the local cache"
     )
+    if reference.exists() and not _is_revision(commit):
+        found += f", and {printable(reference)} is damaged"
     raise ConnectionError(
         f"{name} is not an existing folder and cannot be downloaded: the Hugging Face hub is out of reach (offline?) "
         f"and {found}; {_ADVICE}"

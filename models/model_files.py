@@ -68,12 +68,20 @@ def _is_allowed(folder: Path, target: Path) -> bool:
     resolved = folder.resolve()
     if target.is_relative_to(resolved) or folder.absolute().is_relative_to(_EMBEDDED):
         return True
-    repository = resolved.parent.parent
-    if resolved.parent.name == _HUB_SNAPSHOTS and repository.name.startswith(_HUB_REPOSITORY):
+    repository = _hub_repository(resolved)
+    if repository is not None:
         return target.is_relative_to(repository)
     from huggingface_hub import constants  # late: it is slow to import, and hardly ever asked
 
     return target.is_relative_to(Path(constants.HF_HUB_CACHE).expanduser().resolve())
+
+
+def _hub_repository(folder: Path) -> Path | None:
+    """The repository in a hub cache of which a folder is a snapshot, or lies in one; None for any other folder."""
+    for snapshots in folder.parents:
+        if snapshots.name == _HUB_SNAPSHOTS and snapshots.parent.name.startswith(_HUB_REPOSITORY):
+            return snapshots.parent
+    return None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

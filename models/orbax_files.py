@@ -103,7 +103,20 @@ class DatabaseFiles:
 
 def folder_spec(root: Path, name: str) -> dict[str, Any]:
     """Where an array is that has a folder of its own, in TensorStore's words."""
-    return {"driver": "file", "path": f"{(root / name).absolute()}/"}
+    return {"driver": "file", "path": _store_path(root / name)}
+
+
+def _store_path(folder: Path) -> str:
+    """A folder's name as TensorStore takes it: from the root, without "..", in UTF-8; ValueError where it has none."""
+    try:
+        path = str(folder.resolve())
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{printable(folder)} has a name that is no UTF-8, which arrays cannot be read from or written to: rename "
+            "the folder"
+        ) from None
+    return f"{path}/"
 
 
 def find_arrays(folder: Path, in_database: bool | None, context: Any) -> ArrayFiles:
@@ -132,7 +145,7 @@ def find_arrays(folder: Path, in_database: bool | None, context: Any) -> ArrayFi
 
 
 def _database_spec(root: Path) -> dict[str, Any]:
-    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{root.absolute()}/"}}
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": _store_path(root)}}
 
 
 def _by_array(sizes: Mapping[str, int | None]) -> dict[str, dict[str, int | None]]:

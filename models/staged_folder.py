@@ -176,6 +176,8 @@ def _claim(partial: Path) -> None:
         raise FileExistsError(f"{partial} is in the way, where what is unfinished is kept: move it away")
     partial.mkdir(parents=True, exist_ok=True)
     names = {entry.name for entry in os.scandir(partial)}
+    if links := [entry.name for entry in os.scandir(partial) if entry.is_symlink()]:
+        raise FileExistsError(f"{partial} holds {min(links)}, a link, and nothing is written through one: move it away")
     if names and (surplus := names - _NAMES or ({"lock"} - names and names)):
         raise FileExistsError(
             f"{partial} holds {min(surplus)}, which is nothing that an unfinished conversion leaves: move it away"

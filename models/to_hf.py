@@ -15,7 +15,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,8 +51,8 @@ class Tensor:
 
 
 def to_hf(
-    source: str | Path | LanguageModel,
-    target: str | Path,
+    source: str | os.PathLike[str] | LanguageModel,
+    target: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -67,7 +66,7 @@ def to_hf(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1 (bytes in one file), got {max_shard_bytes}")
-    target = conversion.absolute_target(Path(target))
+    target = conversion.absolute_target(target)
     opened = conversion.open_source(source)
     dtypes = opened.dtypes(dtype)
     tensors = tensors_of(opened.weights, opened.layouts, dtypes)

@@ -96,3 +96,10 @@ def test_names_of_the_package_are_there_before_they_are_imported(tmp_path):
     done = in_process(code, folder=tmp_path, path=path)
     assert done.stdout == "False True\nTrue True\n"
     assert done.stderr.rstrip().endswith("AttributeError: module 'decodax' has no attribute 'nonsense'")
+
+
+@pytest.mark.parametrize("name", ["decoding", "kernels_pallas", "layers", "models", "sharding"])
+def test_packages_inside_are_there_without_an_import_of_their_own(tmp_path, name):
+    path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    done = in_process(f"import decodax; print(decodax.{name}.__name__)", folder=tmp_path, path=path)
+    assert (done.stdout, done.returncode) == (f"decodax.{name}\n", 0), done.stderr

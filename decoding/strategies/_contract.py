@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from decodax.arguments import instance
+from decodax.arguments import instance, is_hashable, refusal
 from decodax.decoding.depth import Depth
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.drafters import Drafter
@@ -32,6 +32,10 @@ class Speculation:
         instance("drafter", self.drafter, Drafter, "a drafter (decodax.decoding.drafters)")
         instance("verifier", self.verifier, Verifier, "a verifier (decodax.decoding.verifiers)")
         instance("depth", self.depth, Depth, "a depth (decodax.decoding.depth)")
+        for name in ("drafter", "verifier", "depth"):
+            part = getattr(self, name)
+            if not is_hashable(part):
+                raise refusal(name, "hashable, as compiled code is kept for it: a frozen dataclass without lists", part)
 
 
 class Strategy:

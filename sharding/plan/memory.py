@@ -13,6 +13,8 @@ from decodax.sharding.plan.split import Split
 from decodax.sharding.plan.topology import Topology
 from decodax.sharding.plan.work import Stored, Tokens
 
+_MOST_ROWS = 2**18  # each is described alone: of 10**12 the description alone fills the memory
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -27,6 +29,8 @@ class Workload:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.context < 2:
             raise ValueError(f"a plan needs at least 1 row of 2 tokens, got {self.batch} rows of {self.context}")
+        if self.batch > _MOST_ROWS:
+            raise ValueError(f"batch must be at most {_MOST_ROWS:,} rows, got {self.batch:,}")
 
     @property
     def capacity(self) -> int:

@@ -13,11 +13,11 @@ import tokenizers
 import decodax
 from decodax import decoding
 from decodax.decoding import draft_length, generation, strategies
-from decodax.decoding.drafters import DraftModel
+from decodax.decoding.drafters import DraftModel, PromptLookup
 from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
 from decodax.decoding.prompt_tree import dynamic_trees
 from decodax.decoding.prompt_tree import expected_tokens as expected_of_prompts
-from decodax.decoding.strategies import draft_model, medusa, ppd
+from decodax.decoding.strategies import Speculation, draft_model, medusa, ppd
 from decodax.decoding.trained_part import TrainedPart
 from decodax.decoding.tree_choice import best_tree
 from decodax.decoding.tree_choice import expected_tokens as expected_of_tree
@@ -275,8 +275,33 @@ def test_a_strategy_is_a_name_a_speculation_or_a_function():
     for wrong in (3, [], {}, "", object(), int, DraftModel, DraftModel.chain(LM.model, 2), np.zeros(3), ExactMatch()):
         with pytest.raises(ValueError, match=r"strategy must be .*a Speculation or a function from a model, got .+$"):
             generate(strategy=wrong)
-    with pytest.raises(ValueError, match=r"strategy must be .* what this function gives is 3$"):
+    with pytest.raises(ValueError, match=r"strategy must be .* what this function gives is 3\b"):  # JAX adds a note
         generate(strategy=lambda model: 3)
+    with pytest.raises(ValueError, match=r"that strategy gives must return a DecodeState, got 5\b"):
+        generate(strategy=lambda model: lambda params, state, max_tokens: 5)
+
+
+def test_a_speculation_of_parts_that_cannot_be_kept():
+    class Listed(PromptLookup):
+        __hash__ = None
+
+    class Unfrozen(ExactMatch):
+        def __hash__(self):
+            return hash([])
+
+    with pytest.raises(ValueError, match=r"drafter must be hashable, .*, got .*"):
+        Speculation(Listed(3), ExactMatch())
+    with pytest.raises(ValueError, match=r"verifier must be hashable, .*, got .*"):
+        Speculation(PromptLookup(3), Unfrozen())
+
+
+@pytest.mark.parametrize(
+    ("params", "found"),
+    [({}, "nothing"), ({"a": 1}, "nothing"), (LM.params | {"embedding": np.zeros(3)}, r"shape \[3\]")],
+)
+def test_a_speculation_whose_weights_are_not_the_models(params, found):
+    with pytest.raises(ValueError, match=rf"params of a Speculation must hold all weights .*shape \[.*, got {found}$"):
+        generate(strategy=Speculation(PromptLookup(3), ExactMatch(), params=params))
 
 
 @pytest.mark.parametrize("name", sorted(set(strategies.METHODS) - {"autoregressive"}))

@@ -1,5 +1,6 @@
 """Nothing is lost that a conversion did not write: what is replaced, what is refused, and that before any work."""
 
+import inspect
 import json
 import os
 import shutil
@@ -122,6 +123,49 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, source, refused, m
 def test_folders_on_the_way_are_made(tmp_path, source):
     to_hf(source, tmp_path / "no" / "where")
     assert (tmp_path / "no" / "where" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("convert", [from_hf, to_hf])
+def test_a_target_may_be_named_from_elsewhere(tmp_path, source, convert, monkeypatch):
+    """By "..", through a linked folder, or from the home folder, which no shell expands in --output=~/model."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for target, place in (("../one", "one"), ("../linked/../two", "two"), ("~/three", "three")):
+        assert convert(source, target).target == tmp_path / place
+        assert decodax.load(f"../{place}").nbytes == decodax.load(source).nbytes
+    assert not any((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        (5, r"target must be the path of a folder, as text or pathlib.Path, got 5"),
+        ("a\0b", r"target must be a path that this system allows, got 'a\\x00b'"),
+        ("n" * 250, r"target must be a path that this system allows, and it is too long, got .*\.partial"),
+        ("~nobody-of-this-name/x", r"~nobody-of-this-name/x cannot be written: "),
+    ],
+)
+def test_what_is_no_path_is_refused_by_name(source, target, match):
+    for convert in map(inspect.unwrap, (from_hf, to_hf)):
+        with pytest.raises(ValueError, match=match):
+            convert(source, target)
+        with pytest.raises(ValueError, match=r"source must be the path of a folder.*or a loaded model, got 5"):
+            convert(5, "target")
+
+
+def test_arrays_in_a_folder_whose_name_is_no_utf8(tmp_path, source):
+    for folder in (tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "target"):
+        if folder.name == "target":
+            from_hf(source, folder)
+            folder = folder.rename(tmp_path / os.fsdecode(b"\xe9"))
+            with pytest.raises(ValueError, match=r"has a name that is no UTF-8"):
+                decodax.load(folder)
+        else:
+            with pytest.raises(ValueError, match=r"has a name that is no UTF-8"):
+                from_hf(source, folder)
+            to_hf(source, folder)  # whose files are Python's to write
 
 
 def test_other_folders_are_refused(tmp_path, source, refused):

@@ -136,3 +136,14 @@ def test_other_revisions_and_other_models(repository):
         ConnectionError, match=r"org/name .*offline.* not in the local cache; try again online, or pass"
     ):
         download("org/name")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"..", b"../../..", b".", None])
+def test_a_damaged_note_of_the_revision(repository, content):
+    """As a machine leaves it that went down while it was written; it may lead nowhere else either."""
+    add_model(repository, "config.json", "model.safetensors")
+    note = repository / "refs" / "main"
+    note.unlink()
+    note.mkdir() if content is None else note.write_bytes(content)
+    with pytest.raises(ConnectionError, match=r"other revisions .*: abc in .*, and .*refs/main is damaged; try again"):
+        find_folder("org/name")

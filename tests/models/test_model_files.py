@@ -34,6 +34,9 @@ def test_a_snapshot_may_link_to_the_blobs_of_its_repository_only(tmp_path):
     assert find_file(snapshot, "own.json") is not None
     with pytest.raises(ValueError, match=r"other\.json is a link to .* outside the model's folder"):
         find_file(snapshot, "other.json")
+    (snapshot / "inside").mkdir()
+    (snapshot / "inside" / "own.json").symlink_to("../../../blobs/1")
+    assert find_file(snapshot / "inside", "own.json") is not None
 
 
 def test_a_folder_may_link_into_the_cache_of_the_hub(tmp_path, monkeypatch):

@@ -295,6 +295,24 @@ def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path, kind):
     assert contents(tmp_path) == before and partial.is_symlink() == (kind == "link")
 
 
+@pytest.mark.parametrize("name", ["content", "journal", "lock", "old", "plan.json", "plan.tmp"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    """Such as one that somebody made to go on with the content on a larger disk."""
+    partial, elsewhere = tmp_path / ".target.partial", tmp_path / "elsewhere"
+    partial.mkdir()
+    (partial / "lock").touch()
+    (partial / name).unlink(missing_ok=True)
+    elsewhere.mkdir()
+    (elsewhere / "new").write_bytes(b"mine")
+    (partial / name).symlink_to(elsewhere)
+    with (
+        pytest.raises(FileExistsError, match=rf"\.target\.partial holds {name}, a link"),
+        staged(tmp_path / "target") as folder,
+    ):
+        folder.write_file("new", b"1")
+    assert contents(elsewhere) == {"new": b"mine"}
+
+
 ALONE = """
     import collections, importlib.util, os, shutil, signal, sys, time
     from pathlib import Path

@@ -158,6 +158,9 @@ def test_a_prompts_time_is_that_of_its_chunks():
 def test_a_workload_has_rows_and_tokens():
     with pytest.raises(ValueError, match="at least 1 row of 2 tokens, got 0 rows of 2048"):
         Workload(0, 2048)
+    for rows in (10**6, 10**12, 10**20):
+        with pytest.raises(ValueError, match=rf"^batch must be at most 262,144 rows, got {rows:,}$"):
+            Workload(rows, 2048)
 
 
 def test_room_for_temporaries():
