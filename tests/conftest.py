@@ -12,17 +12,22 @@
 
 Warnings are errors by `filterwarnings` in pyproject.toml.
 
-What a test file has compiled is dropped after it.
+What a test file has compiled is dropped after it. Ctrl-C is heard even where a script started the session in the
+background, so that tests of it mean something.
 """
 
 import gc
 import os
+import signal
 
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_enable_concurrency_optimized_scheduler=false " + os.environ.get("XLA_FLAGS", "")
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

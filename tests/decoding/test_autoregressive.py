@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from decodax import decoding
+from decodax.decoding import programs
 from decodax.decoding import state as decode_state
 from decodax.decoding.depth import FullDepth
-from decodax.decoding.programs import num_programs
 from decodax.decoding.sizes import bucket
 from tests.tiny import tiny_model
 
@@ -122,7 +122,8 @@ def test_a_row_with_broken_logits_fails_alone(where):
         np.testing.assert_array_equal(new_tokens(state)[row], greedy(row)[0])
 
 
-def test_one_compile_per_bucket():
+def test_one_compile_per_bucket(monkeypatch):
+    monkeypatch.setattr(programs, "_programs", type(programs._programs)())
     traces = []
 
     def counted(params, state):
@@ -130,19 +131,19 @@ def test_one_compile_per_bucket():
         return decoding.autoregressive(MODEL)(params, state)
 
     run = jax.jit(counted, donate_argnums=1)
-    prefills = num_programs()
     for length, new in ((9, 12), (12, 12), (10, 11), (11, 13)):  # all within a buffer of 24 and a chunk of 16
         tokens = np.random.default_rng(length).integers(0, 37, (2, length))
         run(PARAMS, decoding.init(MODEL, PARAMS, tokens, np.full(2, length), new, np.zeros(2, int)))
     assert traces == [(2, 24)]
-    assert num_programs() == prefills + 2  # the empty state, and the chunk of the prompt
+    assert programs.num_programs() == 2  # the empty state, and the chunk of the prompt
 
 
-def test_all_layers_read_a_prompt_with_the_same_compiled_code():
+def test_all_layers_read_a_prompt_with_the_same_compiled_code(monkeypatch):
+    monkeypatch.setattr(programs, "_programs", type(programs._programs)())
     start()
-    prefills = num_programs()
+    compiled = programs.num_programs()
     start(depth=FullDepth())
-    assert num_programs() == prefills
+    assert programs.num_programs() == compiled
 
 
 def test_other_sampling_values_do_not_recompile():

@@ -235,7 +235,12 @@ def test_strategy_by_name_and_by_object(plain):
         ("abc", {"stop": ["a", ""]}, ValueError, "stop must be one or more non-empty strings"),
         ("abc", {"seed": [1, 2]}, ValueError, r"seed must be a whole number, or one per prompt \(1\)"),
         ("abc", {"seed": np.array([0.5])}, ValueError, "seed must be a whole number"),
-        ("abc", {"stop_token_ids": 37}, ValueError, r"stop_token_ids must be token ids in 0\.\.36 \(the vocabulary\)"),
+        (
+            "abc",
+            {"stop_token_ids": [37]},
+            ValueError,
+            r"stop_token_ids must be token ids in 0\.\.36 \(the vocabulary\)",
+        ),
         ("abc", {"stop_token_ids": [-1], "min_new_tokens": 3}, ValueError, "stop_token_ids must be .*, got -1"),
     ],
 )

@@ -12,7 +12,7 @@ import tokenizers
 
 import decodax
 from decodax import decoding
-from decodax.decoding import draft_length, generation, strategies
+from decodax.decoding import draft_length, programs, strategies
 from decodax.decoding.drafters import DraftModel, PromptLookup
 from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
 from decodax.decoding.prompt_tree import dynamic_trees
@@ -104,12 +104,13 @@ def test_a_strategy_made_by_hand(plain):
     assert out.stats.strategy == "DraftModel + ExactMatch"
 
 
-def test_a_second_call_does_not_compile_again():
+def test_a_second_call_does_not_compile_again(monkeypatch):
+    monkeypatch.setattr(programs, "_programs", type(programs._programs)())
     made = decoding.Speculation(DraftModel.chain(LM.model, 2), ExactMatch(), DRAFT.params)
-    for new in (20, 21):  # within the same buffers
-        generate(strategy=made, max_new_tokens=new)
-    start, decode = generation._compiled_speculation(LM.model, made.drafter, made.verifier, made.depth)
-    assert (start._cache_size(), decode._cache_size()) == (1, 1)
+    generate(strategy=made, max_new_tokens=20)
+    compiled = programs.num_programs()
+    assert generate(strategy=made, max_new_tokens=21).stats.compile_seconds == 0  # within the same buffers
+    assert programs.num_programs() == compiled
 
 
 def test_the_embedded_model_brings_its_draft():
