@@ -1,5 +1,6 @@
 """What the files of a model folder say about the end of a text: the ids after which nothing follows."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def _ids_in(path: Path) -> tuple[int, ...]:
     value: Any = read_json_object(path).get(_FIELD)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(item, bool) or not isinstance(item, int) for item in values):
-        raise ValueError(f"{_FIELD} in {printable(path)} must be a token id or a list of them, got {printable(value)}")
+        found = printable(json.dumps(value))  # with the quotation marks of a text
+        raise ValueError(f"{_FIELD} in {printable(path)} must be a token id or a list of them, got {found}")
     return tuple(dict.fromkeys(values))
 
 

@@ -86,7 +86,7 @@ def test_a_broken_generation_config_is_not_used(tmp_path, content):
 
 def test_a_broken_config_and_a_link_to_nothing_are_errors(tmp_path):
     for content, message in [
-        ('{"eos_token_id": "x"}', r"eos_token_id in .*config\.json must be a token id or a list of them, got x"),
+        ('{"eos_token_id": "x"}', r'eos_token_id in .*config\.json must be a token id or a list of them, got "x"'),
         ('{"eos_token_id": [3, null]}', "must be a token id"),
         ("[", "no valid JSON"),
     ]:
