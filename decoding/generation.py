@@ -7,6 +7,7 @@ and streaming ask for a look at the text between blocks of tokens as well.
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +191,7 @@ def _whole_params(own: Any, given: Any) -> Any:
 
 @bounded_jit(static_argnums=(0, 1), donate_argnums=(3,), name="decode")
 def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeState, max_tokens: Any) -> DecodeState:
-    decode: Any = make_decode(model)
+    decode: Callable[..., DecodeState] = make_decode(model)
     if not callable(decode):
         raise ValueError(
             "strategy must be a name, a Speculation or a function from a model to a decode(params, state, max_tokens); "

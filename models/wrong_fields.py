@@ -1,8 +1,8 @@
 """Finds the fields of `config.json` whose other value would make weights fit that do not.
 
 One wrong size makes most weights of a model misshapen, and the list of them hides what is wrong. So each size that the
-file gives is replaced by those that the weights suggest, and the config is read again: whatever a family derives from a
-field is derived as always.
+file gives or leaves out is replaced by those that the weights suggest, and the config is read again: whatever a family
+derives from a field is derived as always.
 """
 
 import re
@@ -44,7 +44,9 @@ def explained(raw: Mapping[str, Any], stored: Mapping[str, Entry], match: Match,
     expected_of: what they should be by another config.
     """
     lines = []
-    for _ in range(_MOST_FIELDS if len(stored) <= _MOST_TENSORS else 0):
+    if len(stored) > _MOST_TENSORS or str(raw.get("model_type")) not in FAMILIES:  # a program's own config, say
+        return match.report()
+    for _ in range(_MOST_FIELDS):
         found = _better(raw, stored, match, expected_of)
         if not found:
             break
@@ -53,7 +55,7 @@ def explained(raw: Mapping[str, Any], stored: Mapping[str, Entry], match: Match,
         lines += [_line(raw, name, value) for name, value, _ in (best if fewest == 0 else best[:1])]
         name, value, match = best[0]
         raw = {**raw, name: value}
-    if match.problems and not lines and len(stored) <= _MOST_TENSORS:
+    if match.problems and not lines:
         lines = _switches(raw, stored, expected_of)
     return [*lines, *match.report()]
 

@@ -108,3 +108,12 @@ def test_names_that_count_a_billion_layers_take_no_time(tmp_path):
     assert lines_of(tmp_path, "llama", {}, damaged) == [
         "surplus: model.layers.999999999.mlp.up_proj.weight [999999, 1]"
     ]
+
+
+def test_without_a_config_in_the_folder_the_tensors_are_listed(tmp_path):
+    """As where a program passes a config of its own."""
+    source = load_golden("llama").folder
+    family, config = load_config(source)
+    save_file(load_file(source / "model.safetensors") | {"odd": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"do not fit its config\.json:\n  - surplus: odd \[2\]$"):
+        load_params(tmp_path, family, config, dtype=np.dtype(np.float32))
