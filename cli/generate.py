@@ -135,9 +135,9 @@ def _options(**options: Any) -> dict[str, Any]:
 def _check_values(lm: decodax.LanguageModel, options: dict[str, Any], num_rows: int) -> None:
     """Values without a meaning are the command line's fault: they end with another exit code than a failed run."""
     try:
-        ends = lm.end_token_ids if options["stop_token_ids"] is None else options["stop_token_ids"]
+        checked, vocab_size = GenerateOptions(**options), lm.config.vocab_size
         with warnings.catch_warnings(action="ignore"):
-            GenerateOptions(**options).sampling(num_rows, lm.config.vocab_size, ends)
+            checked.sampling(num_rows, vocab_size, checked.end_tokens(lm.end_token_ids, vocab_size))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -132,7 +132,10 @@ class _Plan:
                 check_draft_tokens(options.draft_tokens, lm.config.max_position_embeddings)
             chosen = chosen.build(lm, options.draft, options.draft_tokens)
         elif options.draft is not None or options.draft_tokens is not None:
-            raise ValueError(f"draft and draft_tokens are for strategies that have a name and draft, got {self.name!r}")
+            raise ValueError(
+                f"draft and draft_tokens need the name of a strategy that drafts, as in strategy='draft_model' "
+                f"(`decodax methods` lists them), got {self.name!r}"
+            )
         if isinstance(chosen, DraftChoice):
             self.fallback, chosen = chosen.reason, autoregressive
             warnings.warn(f"{self.name} falls back to plain decoding: {self.fallback}", stacklevel=4)

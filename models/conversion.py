@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from decodax.arguments import folder_name
 from decodax.layers.weight import Weight
+from decodax.models.adapter_files import SETTINGS_FILE
 from decodax.models.checkpoint import Progress, StoredWeights, flat_weights, open_params
 from decodax.models.config import ModelConfig
 from decodax.models.convert_target import MANIFEST, Target, check_place, read_manifest, sources_of, written_files
@@ -38,7 +39,7 @@ from decodax.models.stored_formats import scales_of
 
 _VERSION = 1  # of the manifest
 _BESIDE = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")  # the tokenizer, the settings of generation
-_NOT_BESIDE = {"config.json", MANIFEST}
+_NOT_BESIDE = {"config.json", MANIFEST, SETTINGS_FILE}  # an adapter's weights are not copied either
 
 
 @runtime_checkable

@@ -5,6 +5,7 @@ It refuses where the field says that the model is computed in another way than t
 `CHANGES_ELSEWHERE`, and any unread field of a model that brings code of its own (`auto_map`).
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from decodax.models.hf_known_fields import CHANGES_ELSEWHERE, CHECKED_TRANSFORME
 from decodax.models.model_files import printable
 
 _MAX_NAMES = 20  # in one message
+_ALIKE = 0.85  # of 1: a letter or two differ
 _LOADED_BY = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")  # keys of auto_map whose code computes the model
 _OWN_CLASSES = ("config", "model", "forcausallm")  # what follows the family's name in the names of its classes
 
@@ -42,10 +44,18 @@ def check_unread(
     elif foreign:
         notes.append(f"auto_map names code that decodax does not run ({foreign}): read as a {family.model_type} model")
     elif ignored:
+        absent = [name for name in family.defaults if name not in raw]
         notes.append(
-            f"{listed(ignored)}: not read by {family.model_type} models in transformers {CHECKED_TRANSFORMERS}, and "
-            f"ignored{_newer(raw.get('transformers_version'))}"
+            f"{listed(ignored)}{_meant(ignored, absent)}: not read by {family.model_type} models in transformers "
+            f"{CHECKED_TRANSFORMERS}, and ignored{_newer(raw.get('transformers_version'))}"
         )
+
+
+def _meant(ignored: Sequence[str], absent: Sequence[str]) -> str:
+    """Which fields of the family may have been misspelt; nothing where none of those that are absent is near."""
+    near = {name: difflib.get_close_matches(name, absent, 1, _ALIKE) for name in ignored[:_MAX_NAMES]}
+    hints = [f"{match[0]} instead of {printable(name)}" for name, match in near.items() if match]
+    return f" (was {', '.join(hints)} meant?)" if hints else ""
 
 
 def is_neutral(value: Any, neutral: Sequence[Any]) -> bool:

@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike
 
 from decodax.models.file_header import read_header
 from decodax.models.model_files import find_file, printable, printable_list, read_json_object
+from decodax.models.orbax_files import FOLDER, METADATA
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
@@ -115,6 +116,8 @@ def _advice(folder: Path) -> str:
     def found(*patterns: str) -> str:
         return printable_list(sorted(file.name for pattern in patterns for file in folder.glob(pattern)))
 
+    if (folder / FOLDER).is_dir() or (folder / "decodax.json").is_file():  # what `convert` wrote
+        return f", nor {FOLDER}/{METADATA}, which an Orbax checkpoint has: copy the folder again, whole, or convert it"
     if names := found("*.bin", "*.pt", "*.pth"):
         return (
             f", only {names}: pickled files can run code and are not opened. Convert them once "

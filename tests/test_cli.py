@@ -182,6 +182,7 @@ def test_several_prompts_follow_one_another(folder):
         (["ab", "--strategy", "magic"], "autoregressive"),
         (["ab", "--draft-tokens", "many"], "a whole number or auto"),
         (["ab", "--stop-token-ids", "one"], "whole numbers"),
+        (["ab", "--stop-token-ids", "99999"], "stop_token_ids must be token ids in 0.."),
         (["ab", "--logit-bias", "5"], "7=-2.5"),
         (["ab", "--no-such-option"], "--no-such-option"),
         (["-", "--file", "-"], "stdin"),

@@ -258,7 +258,10 @@ def other_vocabulary():
         ({"strategy": "ppd", "draft": PROMPT_TOKENS, "draft_tokens": 8}, "draft_tokens must be at least 9 for ppd"),
         ({"strategy": "prompt_lookup", "draft": DRAFT}, "needs no trained part"),
         ({"strategy": "prompt_lookup", "draft_tokens": "auto"}, "give draft_tokens a number"),
-        ({"strategy": "autoregressive", "draft_tokens": 3}, "for strategies that have a name and draft"),
+        (
+            {"strategy": "autoregressive", "draft_tokens": 3},
+            r"need the name of a strategy that drafts, .*got 'autoregressive'",
+        ),
     ],
 )
 def test_bad_input(options, message):

@@ -308,6 +308,7 @@ def test_a_place_is_asked_for_every_weight_and_progress_ends_at_the_total():
         (["pytorch_model.bin"], "only pytorch_model.bin: pickled files can run code and are not opened. Convert"),
         (["q4.gguf"], "only q4.gguf: GGUF is not read"),
         (["other.safetensors"], "only other.safetensors: rename"),
+        (["decodax.json"], "nor params/_METADATA, which an Orbax checkpoint has"),
     ],
 )
 def test_no_readable_weights(tmp_path, files, expected):

@@ -268,3 +268,11 @@ def test_a_link_out_of_the_source_is_not_copied(tmp_path, source):
     with pytest.raises(ValueError, match=r"tokenizer_config.json is a link to nowhere, which is not there"):
         to_hf(source, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["secret", "source"]
+
+
+def test_an_adapter_is_not_copied_by_half(tmp_path, source):
+    """Its weights are not converted, so neither is what says that they are there."""
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.warns(UserWarning, match="LoRA adapter"):
+        to_hf(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()

@@ -279,6 +279,10 @@ def test_fields_that_the_family_does_not_read():
     with pytest.warns(UserWarning, match=r"^beta, qk_clip: not read by llama models in .*, and ignored$") as caught:
         assert config_of(qk_clip=3.0, beta=[1], gamma=None, transformers_version="4.40.0") == config_of()
     assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r"^norm_topk: not .*"):  # nothing of this family is called so
+        config_of(norm_topk=True)
+    with pytest.warns(UserWarning, match=r"^rope_thetta \(was rope_theta instead of rope_thetta meant\?\): not read"):
+        config_of(rope_thetta=5e5)
     with pytest.warns(UserWarning, match=r"ignored; the file was written by transformers 6.1.0.dev0, which may read"):
         config_of(qk_clip=3.0, transformers_version="6.1.0.dev0")
     with pytest.warns(UserWarning, match=r"^rope_scaling.gamma: not read"):
