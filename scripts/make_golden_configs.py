@@ -15,6 +15,7 @@ PUBLISHED is a folder of folders with a published `config.json` each. Three file
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -145,13 +146,7 @@ def published_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 def run_lengths(items: list[Any]) -> list[list[Any]]:
     """[[how many, what], ...] of neighbours that are equal."""
-    runs: list[list[Any]] = []
-    for item in items:
-        if runs and runs[-1][1] == item:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, item])
-    return runs
+    return [[len(list(run)), item] for item, run in itertools.groupby(items)]
 
 
 def write(name: str, content: Any) -> None:

@@ -3,6 +3,7 @@
 The golden values are of scripts/make_golden_configs.py. What decodax does in another way is listed, with the reason.
 """
 
+import itertools
 import json
 import math
 import warnings
@@ -44,13 +45,7 @@ def read(raw):
 
 
 def run_lengths(items):
-    runs = []
-    for item in items:
-        if runs and runs[-1][1] == item:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, item])
-    return runs
+    return [[len(list(run)), item] for item, run in itertools.groupby(items)]
 
 
 def flat(value, path=""):
