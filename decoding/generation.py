@@ -6,8 +6,6 @@ and streaming ask for a look at the text between blocks of tokens as well.
 
 import dataclasses
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decodax.arguments import is_hashable, refusal, shown
 from decodax.decoding import state as decode_state
-from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.compile_clock import compile_seconds
-from decodax.decoding.draft_length import DraftChoice
-from decodax.decoding.drafters._size import check_draft_tokens
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.pace import Pace
-from decodax.decoding.programs import bounded_jit
 from decodax.decoding.prompts import encode_prompts
-from decodax.decoding.speculative import Speculative, speculative
+from decodax.decoding.ready_strategy import ReadyStrategy
 from decodax.decoding.state import DecodeState
-from decodax.decoding.strategies import METHODS as STRATEGIES
-from decodax.decoding.strategies import Speculation, Strategy
 from decodax.decoding.text_watcher import TextWatcher
-from decodax.models.model import Model
 from decodax.models.tokenizer import no_tokenizer_message
 from decodax.sharding.host import check_same, spans_processes, to_host
 
@@ -119,107 +109,6 @@ class Generation:
     stats: Stats
 
 
-class _Plan:
-    """A strategy made ready for one model: jitted functions, what they need, and what to call it in the statistics."""
-
-    def __init__(self, lm: "LanguageModel", options: GenerateOptions) -> None:
-        chosen, self.fallback = _find_strategy(options.strategy), None
-        self.name = getattr(chosen, "__name__", type(chosen).__name__)
-        if isinstance(options.strategy, str):
-            self.name = options.strategy
-        if isinstance(chosen, type) and issubclass(chosen, Strategy):
-            if isinstance(options.draft_tokens, int):
-                check_draft_tokens(options.draft_tokens, lm.config.max_position_embeddings)
-            chosen = chosen.build(lm, options.draft, options.draft_tokens)
-        elif options.draft is not None or options.draft_tokens is not None:
-            raise ValueError(
-                f"draft and draft_tokens need the name of a strategy that drafts, as in strategy='draft_model' "
-                f"(`decodax methods` lists them), got {self.name!r}"
-            )
-        if isinstance(chosen, DraftChoice):
-            self.fallback, chosen = chosen.reason, autoregressive
-            warnings.warn(f"{self.name} falls back to plain decoding: {self.fallback}", stacklevel=4)
-        self.params, self.draft_params, self.depth = lm.params, None, None
-        if isinstance(chosen, Speculation):
-            self.draft_params, self.depth = lm.model.execution.joined(chosen.draft_params), chosen.depth
-            self.params = lm.params if chosen.params is None else _whole_params(lm.params, chosen.params)
-            if not isinstance(options.strategy, str):
-                self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"
-            self._speculative = speculative(lm.model, chosen.drafter, chosen.verifier, chosen.depth)
-        else:
-            self._speculative, self._make, self._model = None, chosen, lm.model
-
-    def start(self, state: DecodeState) -> DecodeState:
-        """Lets the drafter read the prompts."""
-        if self._speculative is None:
-            return state
-        return _start_speculation(self._speculative, self.params, self.draft_params, state)
-
-    def decode(self, state: DecodeState, max_tokens: np.int32) -> DecodeState:
-        if self._speculative is None:
-            return _decode_plain(self._make, self._model, self.params, state, max_tokens)
-        return _decode_speculation(self._speculative, self.params, self.draft_params, state, max_tokens)
-
-
-def _find_strategy(strategy: Any) -> Any:
-    """A strategy's class, a `Speculation`, or a function from a model to a decode; ValueError for anything else."""
-    if strategy is None:
-        return autoregressive
-    if isinstance(strategy, str):
-        if strategy not in STRATEGIES:
-            raise refusal(
-                "strategy", f"one of {sorted(STRATEGIES)}, a Speculation or a function from a model", strategy
-            )
-        return STRATEGIES[strategy]
-    is_class = isinstance(strategy, type)
-    is_known = issubclass(strategy, Strategy) if is_class else isinstance(strategy, Speculation)
-    if not is_known and (is_class or not callable(strategy) or not is_hashable(strategy)):
-        raise refusal("strategy", "a name, a Speculation or a function from a model", strategy)
-    return strategy
-
-
-def _whole_params(own: Any, given: Any) -> Any:
-    """A strategy's weights, if the model's own are among them: under the same names, of the same shapes."""
-    shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(own):
-        name = jax.tree_util.keystr(path)
-        if shapes.get(name) != leaf.shape:
-            found = "nothing" if name not in shapes else f"shape {list(shapes[name])}"
-            raise ValueError(
-                "params of a Speculation must hold all weights of the model (take lm.params and change or add some): "
-                f"{name} must have shape {list(leaf.shape)}, got {found}"
-            )
-    return given
-
-
-@bounded_jit(static_argnums=(0, 1), donate_argnums=(3,), name="decode")
-def _decode_plain(make_decode: Any, model: Model, params: Any, state: DecodeState, max_tokens: Any) -> DecodeState:
-    decode: Callable[..., DecodeState] = make_decode(model)
-    if not callable(decode):
-        raise ValueError(
-            "strategy must be a name, a Speculation or a function from a model to a decode(params, state, max_tokens); "
-            f"what this function gives is {shown(decode)}"
-        )
-    decoded = decode(params, state, max_tokens)
-    if not isinstance(decoded, DecodeState):
-        raise ValueError(
-            f"the decode(params, state, max_tokens) that strategy gives must return a DecodeState, got {shown(decoded)}"
-        )
-    return decoded
-
-
-@bounded_jit(static_argnums=(0,), donate_argnums=(3,), name="start")
-def _start_speculation(decode: Speculative, params: Any, draft_params: Any, state: DecodeState) -> DecodeState:
-    return decode.start(params, draft_params, state)
-
-
-@bounded_jit(static_argnums=(0,), donate_argnums=(3,), name="decode")
-def _decode_speculation(
-    decode: Speculative, params: Any, draft_params: Any, state: DecodeState, max_tokens: Any
-) -> DecodeState:
-    return decode(params, draft_params, state, max_tokens)
-
-
 def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Generation:
     """Runs the prompts as one batch; see `decodax.generate`."""
     rows = encode_prompts(lm, prompts)
@@ -237,7 +126,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     if spans_processes(lm.model.execution.mesh):
         check_same(lm.model.execution.mesh, _said(lm, rows, options))
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
-    plan = _Plan(lm, options)
+    plan = ReadyStrategy(lm, options)
     lengths = np.asarray([len(ids) for ids in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int64)
     for index, ids in enumerate(rows):
@@ -297,7 +186,7 @@ class _Clock:
         return max(wall - compiled, 0.0)
 
 
-def _decode(plan: _Plan, state: DecodeState, watcher: TextWatcher, pace: Pace) -> DecodeState:
+def _decode(plan: ReadyStrategy, state: DecodeState, watcher: TextWatcher, pace: Pace) -> DecodeState:
     """Runs the loop to its end, where the text is wanted meanwhile in blocks with a look at it after each."""
     block = watcher.options.block_tokens if watcher.needed else _UNLIMITED
     while not bool(jnp.all(state.done)):
@@ -309,7 +198,7 @@ def _decode(plan: _Plan, state: DecodeState, watcher: TextWatcher, pace: Pace) -
     return state
 
 
-def _decode_block(plan: _Plan, state: DecodeState, max_tokens: int, pace: Pace) -> DecodeState:
+def _decode_block(plan: ReadyStrategy, state: DecodeState, max_tokens: int, pace: Pace) -> DecodeState:
     """Runs the loop until all rows are done or one has gained so many tokens, by calls short enough for Ctrl-C.
 
     Where the calls are cut changes nothing: each goes on from the state in which the last one stopped.
@@ -327,7 +216,7 @@ def _result(
     lm: "LanguageModel",
     state: DecodeState,
     watcher: TextWatcher,
-    plan: _Plan,
+    plan: ReadyStrategy,
     clock: "_Clock",
     times: tuple[float, float, int],
 ) -> Generation:

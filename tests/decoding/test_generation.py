@@ -305,13 +305,13 @@ class Calls:
     def __init__(self, monkeypatch, seconds):
         self.tokens = []
         monkeypatch.setattr(pace, "CALL_SECONDS", seconds)
-        decode = generation._Plan.decode
+        decode = generation.ReadyStrategy.decode
 
         def counting(plan, state, max_tokens):
             self.tokens.append(int(max_tokens))
             return decode(plan, state, max_tokens)
 
-        monkeypatch.setattr(generation._Plan, "decode", counting)
+        monkeypatch.setattr(generation.ReadyStrategy, "decode", counting)
 
 
 @pytest.mark.parametrize("options", [{}, {"strategy": "prompt_lookup", "draft_tokens": 3}])
