@@ -15,7 +15,6 @@ MAX_JSON_BYTES = 2**28  # the index of a model with a million tensors has a thir
 MAX_JSON_DEPTH = 64  # no config of a known model has ten levels; Python's own limit of recursion is near 1,000
 _MAX_DIGITS = 1_000  # of a whole number; one that a field can hold has ten
 _MAX_NAME_LENGTH = 200
-_EMBEDDED = Path(__file__).absolute().parent / "demo"  # installed by links into a store by some package managers
 _MAX_NAMES, _CUT = 3, "..."
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # no file can have so long a name
 _HUB_SNAPSHOTS, _HUB_REPOSITORY = "snapshots", "models--"  # <hub cache>/models--org--name/snapshots/<revision>/file
@@ -66,7 +65,7 @@ def _link_target(path: Path) -> str:
 def _is_allowed(folder: Path, target: Path) -> bool:
     """Whether a file of a model folder may lie there."""
     resolved = folder.resolve()
-    if target.is_relative_to(resolved) or folder.absolute().is_relative_to(_EMBEDDED):
+    if target.is_relative_to(resolved) or folder.absolute().is_relative_to(_embedded()):
         return True
     repository = _hub_repository(resolved)
     if repository is not None:
@@ -74,6 +73,11 @@ def _is_allowed(folder: Path, target: Path) -> bool:
     from huggingface_hub import constants  # late: it is slow to import, and hardly ever asked
 
     return target.is_relative_to(Path(constants.HF_HUB_CACHE).expanduser().resolve())
+
+
+def _embedded() -> Path:
+    """The folder of the model that decodax carries, which some package managers install as links into a store."""
+    return Path(__file__).absolute().parent / "demo"
 
 
 def _hub_repository(folder: Path) -> Path | None:

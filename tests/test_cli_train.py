@@ -145,7 +145,7 @@ def test_failures_are_one_line_that_says_what_to_do(model, text, uninterrupted, 
         ([*usual, "--optimizer=sgd"], "must be muon or adamw"),
         ([*usual, "--seed=1"], "holds a run under way that was started otherwise: seed was 0, now 1"),
         ([*usual, "--layers=2", "--run", new], "already holds another model"),
-        ([*usual, "--heads=3", "--kv-heads=2", "-o", new], "multiple of num_kv_heads"),
+        ([*usual, "--heads=3", "--kv-heads=2", "-o", new], "multiple of num_key_value_heads"),
     ]
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     for arguments, message in cases:

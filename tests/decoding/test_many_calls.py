@@ -1,4 +1,4 @@
-"""Many calls of different shapes and options in one process: the programs that it holds level off, and so does its memory."""
+"""Many calls of different shapes and options in one process: the programs it holds, and its memory, level off."""
 
 import json
 import subprocess

@@ -62,7 +62,7 @@ def test_the_embedded_model_may_be_installed_as_links(tmp_path, monkeypatch):
     (tmp_path / "demo" / "config.json").symlink_to(tmp_path / "store")
     with pytest.raises(ValueError, match="outside the model's folder"):
         find_file(tmp_path / "demo", "config.json")
-    monkeypatch.setattr(model_files, "_EMBEDDED", tmp_path / "demo")
+    monkeypatch.setattr(model_files, "_embedded", lambda: tmp_path / "demo")
     assert find_file(tmp_path / "demo", "config.json") is not None
 
 

@@ -138,7 +138,7 @@ def test_the_strategy_by_name(target, finished):
     found = decodax.generate(target, prompts, max_new_tokens=20, strategy="medusa", draft=out)
     np.testing.assert_array_equal(found.tokens, plain.tokens)
     assert found.stats.strategy == "medusa" and len(found.stats.accepted) <= 3
-    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+    with pytest.raises(ValueError, match="draft_tokens must be a whole number, at least 1, or 'auto', got 0"):
         decodax.generate(target, prompts, strategy="medusa", draft=out, draft_tokens=0)
     with pytest.raises(ValueError, match="needs a part trained for tiny: pass draft=FOLDER"):
         decodax.generate(target, prompts, strategy="medusa")
