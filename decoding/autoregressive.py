@@ -1,6 +1,6 @@
-"""Plain decoding: one token per forward of the model, in one compiled loop.
+"""Decodes one token per forward of the model, in one compiled loop (plain autoregressive decoding).
 
-The reference that every faster strategy is compared with, and the smallest example of a strategy:
+Every faster strategy is compared with it. It is also the smallest example of a strategy:
 
     decode = autoregressive(model)
     state = jax.jit(decode, donate_argnums=1)(params, state)
@@ -24,23 +24,23 @@ def autoregressive(model: Model) -> Decode:
     """`decode(params, state, max_tokens=None)`: continues every row until all are done, or by `max_tokens` tokens."""
 
     def step(params: Params, state: DecodeState) -> DecodeState:
-        out = model.apply(params, state.pending()[:, None], state.length[:, None] - 1, state.caches)
+        out = model.apply(params, state.last_token()[:, None], state.length[:, None] - 1, state.caches)
         logits = model.logits(params, out.hidden)[:, 0]
         token = choose(state.sampling, logits, state.history, state.seed, state.length)
         logprob = token_logprob(logits, token)
-        # A sound step has a finite logprob. That the commit asks for it keeps broken rows out of the cache, and lets
-        # XLA write in place (see KVCache.commit).
-        sound = jnp.isfinite(logprob)
-        failed = ~state.done & ~sound
+        # A finite step has a finite logprob. The commit depends on it, which keeps non-finite steps out of the cache,
+        # and lets XLA write in place (see KVCache.commit).
+        finite = jnp.isfinite(logprob)
+        failed = ~state.done & ~finite
         caches = state.caches
-        state, taken = state.append(token[:, None], logprob[:, None], sound.astype(jnp.int32))
+        state, emitted = state.append(token[:, None], logprob[:, None], finite.astype(jnp.int32))
         return dataclasses.replace(
             state,
-            caches=commit(caches, out.rows, taken),
+            caches=commit(caches, out.cache_updates, emitted),
             failed=state.failed | failed,
             done=state.done | failed,
             num_target_forwards=state.num_target_forwards + 1,
-            layer_counts=state.layer_counts.add(model.config.num_layers, model.config.num_layers, taken > 0),
+            layer_counts=state.layer_counts.add(model.config.num_layers, model.config.num_layers, emitted > 0),
         )
 
     def decode(params: Params, state: DecodeState, max_tokens: Int[Array, ""] | int | None = None) -> DecodeState:

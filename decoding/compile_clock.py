@@ -1,4 +1,4 @@
-"""Tells how much of a stretch of time went into compiling, so that it is not counted as the speed of the model."""
+"""Measures the seconds that JAX spends compiling, so that they are not counted as the speed of the model."""
 
 from jax import monitoring
 

@@ -1,8 +1,8 @@
-"""How many tokens to draft: measured times of the target and of the draft, and the acceptance, decide.
+"""Chooses the number of draft tokens from measured times of the target and the draft, and the acceptance rate.
 
 A round that drafts C tokens takes C runs of the draft and one forward of the target over C + 1 tokens, and gives
-1 + a + ... + a^C tokens if each is accepted with chance a (arXiv 2211.17192, section 3.3). Where no C is faster than
-plain decoding, the choice is 0, and says so.
+1 + a + ... + a^C tokens if each is accepted with probability a (arXiv 2211.17192, section 3.3). Where no C is faster
+than plain decoding, the choice is 0, with the reason.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from decodax.models.model import Model, Params
 from decodax.sharding.host import from_first
 
 if TYPE_CHECKING:
-    from decodax.decoding.strategies._drafts import Draft
+    from decodax.decoding.find_draft import Draft
     from decodax.models.load import LanguageModel
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8)
@@ -29,7 +29,12 @@ _REPETITIONS, _CACHED_TOKENS = 7, 128
 
 @dataclass(frozen=True)
 class DraftChoice:
-    """`num_tokens` to draft per round (0: plain decoding is faster), and the speed-up expected of it (1: none)."""
+    """A chosen draft length.
+
+    num_tokens: to draft per round; 0 where plain decoding is faster.
+    speed_up: expected; 1 for none.
+    reason: the measured times, as a text.
+    """
 
     num_tokens: int
     speed_up: float
@@ -39,10 +44,14 @@ class DraftChoice:
 def latency_curve(
     model: Model, params: Params, num_tokens: Sequence[int], *, batch_size: int = 1, cached_tokens: int = _CACHED_TOKENS
 ) -> dict[int, float]:
-    """Seconds of a forward with logits over N tokens per row behind `cached_tokens`, for each N; medians.
+    """Median seconds of a forward with logits over N tokens per row after `cached_tokens`, for each N.
 
-    The sizes take turns, so that a machine whose speed drifts is as slow for one as for another. Over several processes
-    the first one's measurements count, as all must choose alike.
+    The sizes take turns, so that a drift of the machine's speed affects all alike. Over several processes the first
+    one's measurements count, as all must choose alike.
+
+    num_tokens: the values of N.
+    batch_size: rows.
+    cached_tokens: tokens in the cache of each row.
     """
     capacity = bucket(cached_tokens + max(num_tokens))
     caches = model.empty_cache(batch_size, capacity, jax.tree.leaves(params)[0].dtype)
@@ -56,13 +65,17 @@ def latency_curve(
 def forwards(
     model: Model, params: Params, caches: Any, cached_tokens: int, num_tokens: Iterable[int]
 ) -> dict[int, Callable[[], Any]]:
-    """For each N a function that runs a forward over N tokens as a loop runs it: logits and rows, nothing chosen."""
+    """For each N a function that runs a forward over N tokens as the decoding loop does: logits and cache updates.
+
+    caches: with `cached_tokens` tokens in each row.
+    num_tokens: the values of N.
+    """
 
     @jax.jit
     def forward(params: Params, tokens: Int[Array, "B T"], caches: Any) -> Any:
         position = cached_tokens + jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         out = model.apply(params, tokens, position, caches)
-        return model.logits(params, out.hidden), out.rows
+        return model.logits(params, out.hidden), out.cache_updates
 
     inputs = {size: jnp.zeros((caches[0].length.shape[0], size), jnp.int32) for size in num_tokens}
     return {size: lambda tokens=tokens: forward(params, tokens, caches) for size, tokens in inputs.items()}
@@ -83,8 +96,10 @@ def _alternating(calls: dict[int, Callable[[], Any]]) -> dict[int, float]:
 def choose_draft_tokens(target_seconds: dict[int, float], draft_seconds: float, acceptance: float) -> DraftChoice:
     """The best draft length among those whose forward (length + 1 tokens) was measured.
 
-    target_seconds: of a forward over N tokens, at least for N = 1. draft_seconds: of one run of the draft.
-    Raises ValueError for an acceptance that is no probability.
+    target_seconds: of a forward over N tokens, at least for N = 1.
+    draft_seconds: of one run of the draft.
+    acceptance: probability that a draft token is accepted.
+    Raises ValueError for an acceptance outside 0..1.
     """
     if not 0 <= acceptance <= 1:
         raise ValueError(f"acceptance must be a probability in 0..1, got {acceptance}")
@@ -105,9 +120,10 @@ def choose_draft_tokens(target_seconds: dict[int, float], draft_seconds: float, 
 
 
 def choose_tree_size(target_seconds: dict[int, float], tokens: dict[int, float]) -> DraftChoice:
-    """The size of a tree whose guesses come from the target's own forward, so that only that forward takes time.
+    """The best size of a tree whose draft tokens come from the target's own forward, so that only that takes time.
 
-    target_seconds: of a forward over N tokens, at least for 1 and every size. tokens: expected per forward, by size.
+    target_seconds: of a forward over N tokens, at least for 1 and every size.
+    tokens: expected per forward, by size.
     """
 
     def speed_up(size: int) -> float:
@@ -124,7 +140,7 @@ def choose_tree_size(target_seconds: dict[int, float], tokens: dict[int, float])
 
 
 def choose_for(lm: "LanguageModel", draft: "Draft") -> DraftChoice:
-    """The draft length for this model and draft on this machine; takes seconds, most of them compiling.
+    """The draft length for this model and draft on this machine; takes seconds, mostly of compiling.
 
     Raises ValueError when the draft's acceptance is not known.
     """

@@ -1,9 +1,9 @@
-"""A draft model with the target's vocabulary, where its own is of another size.
+"""Fits a draft model's logits to the target's vocabulary size, where its own differs.
 
-Families of models share a tokenizer and pad their embeddings to different sizes (Qwen2.5: 151,936 entries in the small
-models, 152,064 in the large ones), or a small model knows only the first tokens of a larger one. Token ids mean the
-same as far as both go, so the draft's logits are cut to the target's vocabulary, or filled up with -inf: what the draft
-does not have it never proposes. Verification keeps the target's distribution whatever a draft proposes.
+Models of a family share a tokenizer and pad their embeddings to different sizes (Qwen2.5: 151,936 entries in the small
+models, 152,064 in the large ones), or a small model has only the first tokens of a larger one. Ids that both have are
+the same tokens, so the draft's logits are truncated to the target's vocabulary, or padded with -inf: a draft never
+proposes a token that it does not have. Verification keeps the target's distribution whatever a draft proposes.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,9 @@ from decodax.models.model import Model, Params
 
 @dataclass(frozen=True)
 class InTargetVocabulary(Model):
-    """The model, but for its `logits`, which have `target_vocab_size` entries, and for tokens that it does not have.
+    """The model with `logits` of `target_vocab_size` entries, and with token 0 for tokens that it does not have.
 
-    Those, which the target may write or the prompt may hold, are read as token 0: a draft behind them is a poor one,
-    and no less correct.
+    The target may emit such tokens, and the prompt may hold them: a draft after them is poor, but no less correct.
     """
 
     target_vocab_size: int = 0
@@ -38,9 +37,9 @@ class InTargetVocabulary(Model):
 
 
 def in_target_vocabulary(draft: Model, target_vocab_size: int) -> Model:
-    """The draft as it is where its vocabulary has the target's size, else fitted to it.
+    """The draft unchanged where its vocabulary has the target's size, else fitted to it.
 
-    Both must have the same token behind every id that both have.
+    Every id that both have must be the same token in both.
     """
     if draft.vocab_size == target_vocab_size:
         return draft

@@ -1,10 +1,10 @@
-"""Which early exit pays best: from how often each exit's token is right to the exit layer and the draft length.
+"""Chooses the early-exit layer and the draft length with the most expected tokens per layer, from agreement rates.
 
 DEL: Context-Aware Dynamic Exit Layer for Efficient Self-Speculative Decoding, arXiv 2504.05598 ("tokens per layer").
-Departs from the paper in what a round costs. There a draft of A tokens through l of L layers costs A l + L; here the
-drafted tokens' states after l layers are handed over to the verification, which runs the other layers only, so that a
-round costs (A + 1) l + (L - l), in forwards of one layer: the pending token and every drafted one run the first l
-layers, and one forward over all of them runs the rest.
+Departs from the paper in the cost of a round. There a draft of A tokens through l of L layers costs A l + L. Here
+verification takes over the draft tokens' hidden states after l layers and runs only the other layers, so that a round
+costs (A + 1) l + (L - l), in forwards of one layer: the last token and every draft token run the first l layers, and
+one forward over all of them runs the rest.
 """
 
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ def tokens_per_layer(
 ) -> Float32[Array, "exits lengths"]:
     """Expected new tokens per layer-forward of a round, for drafts of 0 .. `max_tokens` tokens from each exit.
 
-    agreement[l - 1]: the chance that the token found after l layers is the model's own, independently for each.
+    agreement[l - 1]: probability that the token predicted after l layers is the model's own, independently for each.
 
-    >>> tokens_per_layer(np.array([0.5]), 4, 2).round(4).tolist()  # 1 / 4, 1.5 / (2 + 3), 1.75 / (3 + 3)
-    [[0.25, 0.30000001192092896, 0.29170000553131104]]
+    >>> [round(float(x), 3) for x in tokens_per_layer(np.array([0.5]), 4, 2)[0]]  # 1 / 4, 1.5 / (1 + 4), 1.75 / (2 + 4)
+    [0.25, 0.3, 0.292]
     """
     length = jnp.arange(max_tokens + 1, dtype=jnp.int32)[None, :]
     layers = jnp.arange(1, agreement.shape[0] + 1, dtype=jnp.int32)[:, None]
@@ -34,11 +34,12 @@ def best_exit(
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """The exit layer (from 1) and the draft length with the most tokens per layer; of equals the first, the shortest.
 
-    Where no draft pays, its length is `min_tokens`.
+    agreement, num_layers, max_tokens: as in `tokens_per_layer`.
+    min_tokens: the shortest draft; the length where no draft pays.
 
     >>> layer, tokens = best_exit(np.array([0.2, 0.9, 0.95]), 4, 6)
     >>> int(layer), int(tokens)
-    (2, 4)
+    (2, 3)
     """
     worth = tokens_per_layer(agreement, num_layers, max_tokens)[:, min_tokens:]
     place = jnp.argmax(worth.reshape(-1)).astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""Drives a decoding strategy from prompts to text: the host's part, outside the compiled loop.
+"""Generates text from prompts on the host, outside the compiled decoding loop: `decodax.generate`.
 
-The loop runs to the end in calls of about half a second, between which Python can raise KeyboardInterrupt; stop strings
-and streaming ask for a look at the text between blocks of tokens as well.
+The loop runs to the end in calls of about half a second, between which Python can raise KeyboardInterrupt. For stop
+strings and streaming, the host also reads the text between blocks of tokens.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decodax.decoding import state as decode_state
+from decodax.decoding.chunked_prefill import prefill
 from decodax.decoding.compile_clock import compile_seconds
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.pace import Pace
@@ -21,8 +21,8 @@ from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.ready_strategy import ReadyStrategy
 from decodax.decoding.state import DecodeState
 from decodax.decoding.text_watcher import TextWatcher
-from decodax.models.tokenizer import no_tokenizer_message
-from decodax.sharding.host import check_same, spans_processes, to_host
+from decodax.models.tokenizers.tokenizer import no_tokenizer_message
+from decodax.sharding.host import assert_same_on_all_processes, spans_processes, to_host
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -32,21 +32,24 @@ _UNLIMITED = int(np.iinfo(np.int32).max)
 
 @dataclass(frozen=True)
 class Stats:
-    """What a generation took. Compiling is counted apart: the other seconds do not hold it.
+    """Counts and times of a generation. Prefill ends before the last prompt token and includes the draft's prefill.
 
-    Prefill is everything up to the last prompt token's turn, a draft's reading of the prompts included; decode is the
-    loop. `tokens_per_second` is new tokens of all rows per decode second. `target_forwards` counts runs of the model in
-    the loop, `prefill_forwards` those before it, `draft_forwards` runs of a drafter's own network in the loop.
-
-    strategy: its name, or the classes of a drafter and a verifier made by hand. fallback: why plain decoding was done
-        instead of what was asked for, None where it was not.
-    accepted_lengths[n]: how often one forward of the model gave a row n draft tokens and one of its own; a stop token
-        or the row's limit cuts a round short, and the last token then counts as the model's. So new tokens are exactly
+    prefill_forwards: runs of the model before the decode loop.
+    target_forwards: runs of the model in the loop.
+    prefill_seconds, decode_seconds: without compiling; decode is the loop.
+    compile_seconds: compiling, counted apart.
+    strategy: its name, or the classes of a drafter and a verifier passed as a `Speculation`.
+    num_layers: of the model.
+    layer_forwards: runs of single layers of it in the loop, by target or drafter; a layer that one row of a batch
+        needs runs for all.
+    row_layers: the layers that each row needed, summed over the rows.
+    fallback: why plain decoding replaced the strategy, None where it did not.
+    draft_forwards: runs of a drafter's own network in the loop.
+    accepted_lengths[n]: how often one forward of the model gave a row n draft tokens and one of its own; where a stop
+        token or the row's limit cuts a round short, the last token counts as the model's. So new tokens are exactly
         the sum of (n + 1) accepted_lengths[n].
-    num_layers: of the model. layer_forwards: runs of single layers of it in the loop, whoever ran them; a layer that
-        one row of a batch asks for is run for all. row_layers: those that each row asked for, summed over the rows.
-    offered[d], accepted[d]: how often a row came to judge the draft token at position d + 1 of a draft (those before it
-        having been accepted), and how often it took it (in a tree: one of them).
+    proposed[d]: how often the target verified a draft token at position d + 1 (those before it were accepted).
+    accepted[d]: how often it accepted that token (in a tree: one of them).
     """
 
     num_prompt_tokens: int
@@ -63,7 +66,7 @@ class Stats:
     fallback: str | None = None
     draft_forwards: int = 0
     accepted_lengths: tuple[int, ...] = ()
-    offered: tuple[int, ...] = ()
+    proposed: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
 
     @property
@@ -73,14 +76,15 @@ class Stats:
         return self.num_new_tokens / rounds if rounds else 1.0
 
     @property
-    def tokens_per_full_depth(self) -> float:
-        """New tokens per row for as many layers as one forward through all of them runs; 1 for plain decoding."""
+    def tokens_per_full_forward(self) -> float:
+        """New tokens per row and `num_layers` layer runs (the cost of one full forward); 1 for plain decoding."""
         return self.num_new_tokens * self.num_layers / self.row_layers if self.row_layers else 1.0
 
     @property
     def acceptance_per_position(self) -> tuple[float | None, ...]:
-        """accepted / offered for each position of a draft, None where none was ever judged."""
-        return tuple(took / saw if saw else None for took, saw in zip(self.accepted, self.offered, strict=True))
+        """accepted / proposed for each position of a draft, None where none was ever proposed."""
+        counts = zip(self.accepted, self.proposed, strict=True)
+        return tuple(accepted / proposed if proposed else None for accepted, proposed in counts)
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -93,10 +97,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """The continuations, one entry per prompt.
+    """The generated text, one entry per prompt.
 
     tokens: Int32 arrays, new tokens only; a stop token that ended the row is the last one.
-    text: their text without special tokens, ending before a stop string; None where the model has no tokenizer.
+    text: text of the tokens without special ones, up to a stop string; None where the model has no tokenizer.
     logprobs: Float32 arrays, the model's own log-probability of each token (before any sampling option).
     finish_reasons: "stop" (stop token or string), "length" (max_new_tokens or the context), or "failed" (the logits
         became NaN or infinite; the tokens before that are kept).
@@ -124,7 +128,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     ends = options.end_tokens(lm.end_token_ids, lm.config.vocab_size)
     seeds = options.seeds(len(rows))
     if spans_processes(lm.model.execution.mesh):
-        check_same(lm.model.execution.mesh, _said(lm, rows, options))
+        assert_same_on_all_processes(lm.model.execution.mesh, _run_fingerprint(lm, rows, options))
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
     plan = ReadyStrategy(lm, options)
     lengths = np.asarray([len(ids) for ids in rows], np.int32)
@@ -134,7 +138,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     limits = np.minimum(min(options.max_new_tokens, context), context - lengths)
 
     clock = _Clock()
-    state = decode_state.init(
+    state = prefill(
         lm.model,
         plan.params,
         tokens,
@@ -143,7 +147,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         seeds,
         sampling=sampling,
         stop_token_ids=ends,
-        depth=plan.depth,
+        layer_policy=plan.layer_policy,
     )
     state = plan.start(state)
     jax.block_until_ready(state)
@@ -157,22 +161,22 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     return _result(lm, state, watcher, plan, clock, (prefill_seconds, decode_seconds, prefill_forwards))
 
 
-def _said(lm: "LanguageModel", rows: list[np.ndarray], options: GenerateOptions) -> dict[str, str | bytes]:
-    """What all processes of a run must have been given alike, under the names of the arguments.
+def _run_fingerprint(lm: "LanguageModel", rows: list[np.ndarray], options: GenerateOptions) -> dict[str, str | bytes]:
+    """The arguments that all processes of a run must have in common, by name.
 
-    Of a strategy or a draft that is an object only its kind is compared. The text is looked at between blocks of
-    tokens, so processes that stream run other programs than those that do not.
+    Of a strategy or a draft that is an object only its kind is compared. Streaming is compared because the text is
+    read between blocks of tokens, so processes that stream run other programs than those that do not.
     """
-    said = {field.name: repr(getattr(options, field.name)) for field in dataclasses.fields(options)}
+    arguments = {field.name: repr(getattr(options, field.name)) for field in dataclasses.fields(options)}
     strategy = options.strategy
-    said["strategy"] = strategy if isinstance(strategy, str) else type(strategy).__name__
-    said |= {name: str(getattr(options, name) is not None) for name in ("draft", "on_text")}
+    arguments["strategy"] = strategy if isinstance(strategy, str) else type(strategy).__name__
+    arguments |= {name: str(getattr(options, name) is not None) for name in ("draft", "on_text")}
     prompts = b";".join(ids.astype(np.int64).tobytes() for ids in rows)
-    return {"model": repr(lm.config), "prompts": prompts, **said}
+    return {"model": repr(lm.config), "prompts": prompts, **arguments}
 
 
 class _Clock:
-    """Laps of wall-clock time without what went into compiling."""
+    """Laps of wall-clock time without the time of compiling."""
 
     def __init__(self) -> None:
         self.compiled = 0.0
@@ -187,7 +191,7 @@ class _Clock:
 
 
 def _decode(plan: ReadyStrategy, state: DecodeState, watcher: TextWatcher, pace: Pace) -> DecodeState:
-    """Runs the loop to its end, where the text is wanted meanwhile in blocks with a look at it after each."""
+    """Runs the loop to its end; for stop strings and streaming in blocks, after each of which the text is read."""
     block = watcher.options.block_tokens if watcher.needed else _UNLIMITED
     while not bool(jnp.all(state.done)):
         state = _decode_block(plan, state, block, pace)
@@ -199,9 +203,9 @@ def _decode(plan: ReadyStrategy, state: DecodeState, watcher: TextWatcher, pace:
 
 
 def _decode_block(plan: ReadyStrategy, state: DecodeState, max_tokens: int, pace: Pace) -> DecodeState:
-    """Runs the loop until all rows are done or one has gained so many tokens, by calls short enough for Ctrl-C.
+    """Runs the loop until all rows are done or one has `max_tokens` more, in calls short enough for Ctrl-C.
 
-    Where the calls are cut changes nothing: each goes on from the state in which the last one stopped.
+    The length of the calls does not change the result: each continues from the state in which the last one stopped.
     """
     begin, left, done = to_host(state.length), max_tokens, False
     while left > 0 and not done:
@@ -258,6 +262,6 @@ def _draft_counts(state: DecodeState) -> dict[str, Any]:
     return {
         "draft_forwards": int(counts.num_draft_forwards),
         "accepted_lengths": tuple(map(int, counts.accepted_lengths)),
-        "offered": tuple(map(int, counts.offered)),
+        "proposed": tuple(map(int, counts.proposed)),
         "accepted": tuple(map(int, counts.accepted)),
     }

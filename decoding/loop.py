@@ -1,4 +1,4 @@
-"""The loop of every strategy: rounds of a compiled step until all rows are done, or far enough for now."""
+"""Runs the decoding loop: repeats a compiled step until all rows are done, or one has enough tokens for now."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,19 +17,22 @@ def run_until_done(
     max_tokens: Int[Array, ""] | int | None,
     execution: Execution,
 ) -> DecodeState:
-    """Repeats `step` until every row is done, or, with `max_tokens`, until some row has gained so many.
+    """Repeats `step` until every row is done, or, with `max_tokens`, until some row has that many more.
 
-    A step that emits several tokens may go past `max_tokens`; what is emitted is kept. Over a mesh the state lies where
-    it lay, in every round; of what a drafter carries, the drafter says so itself (`Drafter.laid_out`).
+    step: one round.
+    state: where to start.
+    max_tokens: None for no limit; a step that emits several tokens may go past it, and they are kept.
+    execution: its sharding constraints hold for the state in every round; a drafter constrains its own state
+        (`Drafter.constrained`).
     """
-    aim = jnp.int32(jnp.iinfo(jnp.int32).max if max_tokens is None else max_tokens)
+    target_tokens = jnp.int32(jnp.iinfo(jnp.int32).max if max_tokens is None else max_tokens)
     begin = state.length
 
     def unfinished(state: DecodeState) -> Array:
-        return (jnp.max(state.length - begin) < aim) & ~jnp.all(state.done)
+        return (jnp.max(state.length - begin) < target_tokens) & ~jnp.all(state.done)
 
-    def laid_out(state: DecodeState) -> DecodeState:
-        placed = execution.laid_out(dataclasses.replace(state, draft=None))
-        return dataclasses.replace(placed, draft=state.draft)
+    def constrained(state: DecodeState) -> DecodeState:
+        without_draft = execution.constrained(dataclasses.replace(state, draft=None))
+        return dataclasses.replace(without_draft, draft=state.draft)
 
-    return jax.lax.while_loop(unfinished, lambda state: laid_out(step(state)), laid_out(state))
+    return jax.lax.while_loop(unfinished, lambda state: constrained(step(state)), constrained(state))

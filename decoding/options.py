@@ -1,68 +1,57 @@
 """The options of `decodax.generate`, under the names that transformers and vLLM use, checked before anything runs."""
 
+import dataclasses
 import difflib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from decodax.arguments import in_order, inside, is_integer, plain, refusal, strings, token_ids, whole_number
-from decodax.decoding.logits_processors._options import Option
+from decodax.core.arguments import in_order, inside, is_integer, plain, refusal, strings, token_ids, whole_number
+from decodax.decoding.logits_processors import METHODS as PROCESSORS
 from decodax.decoding.sampling import Sampling
 
 _OBJECTS = ("strategy", "draft", "on_text")  # which no array stands for
 _MOST_TOKENS = 2**31 - 1  # more than any context has; positions are int32
-_SHAPES_A_DRAW = {"top_k": (None, 0, -1), "top_p": (None, 1), "min_p": (None, 0), "typical_p": (None, 1)}
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
-    """Options marked * take one value, or one per prompt. None means that an option is not given, whichever it is.
+class _Options:
+    """The options beside those of logits processors, which have the processors' names (`logits_processors.METHODS`).
+
+    Options marked * and those of processors take one value, or one per prompt. None means that an option is not given,
+    whichever it is.
 
     Numbers may be Python's, NumPy's or JAX's, and lists also tuples or arrays; kept are Python's. What an option cannot
     take is refused by a ValueError that names it, so no annotation says less than the reader takes.
 
     max_new_tokens: most tokens to add to each prompt; fewer where the model's context ends, so any number however large
         means to its end.
-    temperature *: 0 is greedy. top_k *, top_p *, min_p *, typical_p *: cut the tail of the law before a draw.
-    repetition_penalty *: transformers' (prompt and output); presence_penalty *, frequency_penalty *: OpenAI's (output).
-    logit_bias: {token id: number added to its logit}, or one such dictionary per prompt.
-    min_new_tokens *: no stop token before so many new tokens.
     stop: a string or several; a row ends where one appears, and the text ends before it.
     stop_token_ids: token ids that end a row; None means the model's own end tokens, [] none.
     seed *: a whole number, taken modulo 2**32. One number gives every row the same seed, so a prompt's result does not
         depend on its place in a batch; pass several to draw different continuations of one prompt.
     strategy: how tokens are found: a name that `decodax methods` lists (None: "autoregressive"), a `Speculation` made
         of a drafter and a verifier, or a function from a model to a `decode(params, state, max_tokens)`.
-    draft: the trained part of a strategy that has one: a folder, a hub id or a loaded model; None for what comes with
-        the embedded model.
+    draft: the draft model or the auxiliary weights of a strategy that has some: a folder, a hub id or a loaded model;
+        None for what comes with the embedded model.
     draft_tokens: tokens per draft (in a tree: nodes behind the root); None for the strategy's default; "auto" lets
         draft_model choose by measured times, and fall back to plain decoding, with a warning, where no draft pays.
     on_text: called as `on_text(row, piece)` with new text as blocks of tokens arrive (streaming).
     block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
     """
 
-    max_new_tokens: Option = 128
-    temperature: Option = 0.0
-    top_k: Option = None
-    top_p: Option = None
-    min_p: Option = None
-    typical_p: Option = None
-    repetition_penalty: Option = None
-    presence_penalty: Option = None
-    frequency_penalty: Option = None
-    logit_bias: Option = None
-    min_new_tokens: Option = 0
-    stop: Option = ()
-    stop_token_ids: Option = None
-    seed: Option = 0
-    strategy: Option = None
-    draft: Option = None
-    draft_tokens: Option = None
-    on_text: Option = None
-    block_tokens: Option = 16
+    max_new_tokens: Any = 128
+    stop: Any = ()
+    stop_token_ids: Any = None
+    seed: Any = 0
+    strategy: Any = None
+    draft: Any = None
+    draft_tokens: Any = None
+    on_text: Any = None
+    block_tokens: Any = 16
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -117,21 +106,40 @@ class GenerateOptions:
 
     def sampling(self, num_rows: int, vocab_size: int, end_token_ids: Sequence[int]) -> Sampling:
         """The pipeline that these options ask for; warns where an option shapes a draw that greedy rows never make."""
-        names = ("temperature", *_SHAPES_A_DRAW, "repetition_penalty", "presence_penalty", "frequency_penalty")
-        chosen = {name: getattr(self, name) for name in (*names, "logit_bias", "min_new_tokens")}
-        sampling = Sampling.create(num_rows, vocab_size, end_token_ids=end_token_ids, **chosen)
-        idle = [name for name, off in _SHAPES_A_DRAW.items() if _is_on(getattr(self, name), off)]
-        if idle and not sampling.draws:
-            warnings.warn(
-                f"{', '.join(idle)} changes nothing at temperature 0 (greedy): set temperature above 0 to sample",
-                stacklevel=4,
-            )
+        options = {name: getattr(self, name) for name in PROCESSORS}
+        sampling = Sampling.create(num_rows, vocab_size, end_token_ids=end_token_ids, **options)
+        if not sampling.do_sample:
+            given = [name for name, option in options.items() if option is not None]
+            idle = [name for name in given if PROCESSORS[name].only_sampling and _is_on(name, options[name])]
+            if idle:
+                warnings.warn(
+                    f"{', '.join(idle)} changes nothing at temperature 0 (greedy): set temperature above 0 to sample",
+                    stacklevel=4,
+                )
         return sampling
 
 
-def _is_on(option: Any, off: Sequence[Any]) -> bool:
+if TYPE_CHECKING:
+
+    class GenerateOptions(_Options):
+        def __init__(self, **options: Any) -> None: ...
+
+else:
+    # The options of logits processors are fields, too: one for each processor, None where it is not given.
+    GenerateOptions = dataclasses.make_dataclass(
+        "GenerateOptions",
+        [(name, Any, dataclasses.field(default=None)) for name in PROCESSORS],
+        bases=(_Options,),
+        frozen=True,
+        namespace={"__module__": __name__},
+    )
+    _PROCESSOR_LINES = [f"    {name} *: {method.help}\n" for name, method in PROCESSORS.items()]
+    GenerateOptions.__doc__ = f"{str(_Options.__doc__).rstrip()}\n{''.join(_PROCESSOR_LINES)}    "
+
+
+def _is_on(name: str, option: Any) -> bool:
     """Whether a number, or one for each row, is given and is none of those that switch the option off."""
-    values = in_order(option)
+    values, off = in_order(option), (None, *PROCESSORS[name].off)
     return any(value not in off for value in ([option] if values is None else values))
 
 

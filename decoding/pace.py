@@ -1,7 +1,7 @@
-"""How many tokens one call of the compiled loop may write, so that it comes back often enough for Ctrl-C.
+"""Chooses how many tokens one call of the compiled loop may emit, so that it returns often enough for Ctrl-C.
 
-Python raises KeyboardInterrupt only between two calls. A call costs up to a millisecond beside the tokens, so it should
-write many: as many as fit into half a second, by how long the last call took.
+Python raises KeyboardInterrupt only between two calls. A call costs up to a millisecond besides the tokens, so it
+should emit many: as many as fit into half a second, judged by the time of the last call.
 """
 
 import time
@@ -14,12 +14,12 @@ from decodax.decoding.compile_clock import compile_seconds
 from decodax.sharding.host import spans_processes
 
 CALL_SECONDS = 0.5
-_MAX_GROWTH = 16  # from one call to the next: a measured time may be too short by accident
-_SPANNING_TOKENS = 64  # a call of several processes: all must make the same calls, and measure different times
+_MAX_GROWTH = 16  # from one call to the next: a measured time may be too short by chance
+_SPANNING_TOKENS = 64  # over several processes, which must make the same calls but measure different times
 
 
 class Pace:
-    """The length of the next call; the first one's comes from a forward of the prompt, than which a step is shorter."""
+    """The length of the next call; that of the first comes from a prefill forward, which takes longer than a step."""
 
     def __init__(self, mesh: Mesh | None, prefill_forward_seconds: float) -> None:
         self._measures = not spans_processes(mesh)
@@ -27,7 +27,7 @@ class Pace:
 
     @contextmanager
     def measured(self, max_tokens: int) -> Iterator[int]:
-        """Around a call: gives the tokens that it may write, `max_tokens` at most, and takes its time."""
+        """Wraps a call: yields the tokens that it may emit, `max_tokens` at most, and measures its time."""
         tokens = min(self.tokens, max_tokens)
         start, compiled = time.perf_counter(), compile_seconds()
         yield tokens
@@ -37,5 +37,5 @@ class Pace:
 
 
 def _fitting(tokens: int, seconds: float) -> int:
-    """How many tokens take CALL_SECONDS where so many took so long."""
+    """How many tokens take CALL_SECONDS if `tokens` took `seconds`."""
     return max(1, min(int(tokens * CALL_SECONDS / max(seconds, 1e-6)), 1 << 20))

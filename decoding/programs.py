@@ -1,10 +1,9 @@
-"""Compiled programs of which a process keeps a bounded number: `jax.jit` never forgets one, and each holds memory.
+"""Bounds the number of compiled programs that a process keeps: `jax.jit` never drops one, and each holds memory.
 
-A service that meets prompts and options of many kinds compiles one program after the other. On CPU each of a small
-model holds about 15 MB and 200 memory maps, of which Linux gives a process 65,530 by default; when they run out, the
-process dies. Here the programs that have not been used for longest are forgotten, and compiled again when they are
-needed. What tracing and compiling leave behind lies in cycles of Python objects and in pieces between memory that is
-still in use, so both are given back with them.
+A service that gets prompts and options of many kinds compiles one program after the other. On CPU each program of a
+small model holds about 15 MB and 200 memory maps, of which Linux gives a process 65,530 by default; when they run out,
+the process dies. Here the least recently used programs are dropped, and compiled again when they are needed. Tracing
+and compiling leave cycles of Python objects and small pieces of free memory between used ones: both are given back.
 """
 
 import contextlib
@@ -22,14 +21,14 @@ import jax
 MAX_PROGRAMS = 64
 _MAPS, _MAX_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
-_programs: OrderedDict[Hashable, Any] = OrderedDict()  # the one used last at the end
+_programs: OrderedDict[Hashable, Any] = OrderedDict()  # most recently used last
 _lock = threading.Lock()
 
 
 class BoundedJit:
     """`jax.jit(function, static_argnums, donate_argnums)`, one program for each signature of its arguments.
 
-    A signature is the static arguments, and structure, shapes and types of the others. All instances share the bound.
+    A signature is the static arguments, and structure, shapes and dtypes of the others. All instances share the bound.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class BoundedJit:
             program = _programs.pop(key, None)
             if program is None:
                 program = self._jit()
-                _forget_oldest()
+                _drop_oldest()
             _programs[key] = program
         return program(*arguments)
 
@@ -64,7 +63,7 @@ class BoundedJit:
         return self._jit().lower(*arguments)
 
     def _jit(self) -> Any:
-        # A function of its own: what JAX keeps of a function goes with the function.
+        # A new function each time: what JAX caches for a function is freed with it.
         @functools.wraps(self._function)
         def function(*arguments: Any) -> Any:
             return self._function(*arguments)
@@ -76,32 +75,31 @@ class BoundedJit:
 def bounded_jit(
     static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = (), name: str = ""
 ) -> Callable[[Callable[..., Any]], BoundedJit]:
-    """`BoundedJit` as a decorator. name: what logs and profiles call it; by default the function's own name."""
+    """`BoundedJit` as a decorator. name: in logs and profiles; by default the function's own."""
     return lambda function: BoundedJit(function, static_argnums, donate_argnums, name)
 
 
 def num_programs() -> int:
-    """How many programs are kept."""
+    """The number of programs kept."""
     with _lock:
         return len(_programs)
 
 
-def _forget_oldest() -> None:
-    """Makes room for one more program: within the bound, and within half of the memory maps of the process."""
+def _drop_oldest() -> None:
+    """Drops programs until one more fits: within the bound, and within half of the process's memory maps."""
     if len(_programs) >= MAX_PROGRAMS:  # giving memory back takes half a second: several at once
-        _forget(-(-MAX_PROGRAMS // 8))
+        _drop(-(-MAX_PROGRAMS // 8))
     elif _programs and _maps_run_short():  # counting the maps takes as long as a small program: several at once
-        _forget(-(-len(_programs) // 4))
+        _drop(-(-len(_programs) // 4))
 
 
-def _forget(count: int) -> None:
-    """Forgets the `count` programs used least recently, and gives the memory that they held back to the system."""
+def _drop(count: int) -> None:
+    """Drops the `count` least recently used programs, and gives the memory that they held back to the system."""
     for _ in range(count):
         _programs.popitem(last=False)
     gc.collect()
-    with contextlib.suppress(
-        OSError, AttributeError, TypeError
-    ):  # another C library than glibc keeps or returns it by itself
+    # Another C library than glibc keeps the memory, or returns it by itself.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -110,5 +108,5 @@ def _maps_run_short() -> bool:
         with _MAPS.open("rb") as lines:
             used = sum(1 for _ in lines)
         return used > int(_MAX_MAPS.read_text()) // 2
-    except (OSError, ValueError):  # not Linux, or not told
+    except (OSError, ValueError):  # not Linux, or not readable
         return False

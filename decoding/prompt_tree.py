@@ -1,12 +1,12 @@
-"""Trees for parallel prompt decoding: candidate tokens, and behind each of them a chain of prompt tokens.
+"""Builds trees for parallel prompt decoding: candidate tokens, each followed by a chain of prompt tokens.
 
-A candidate that is accepted last brings the guesses of the prompt tokens behind it, so a tree decides twice: how far
-this round goes, and how many distances the next one can guess (its state, 1 .. m). Hardware-Aware Parallel Prompt
-Decoding, arXiv 2405.18628.
+The prompt tokens after the last accepted candidate predict the next round's tokens, so a tree decides two things: the
+accepted length of this round, and for how many distances the next one has predictions (its state, 1 .. m).
+Hardware-Aware Parallel Prompt Decoding, arXiv 2405.18628.
 
-Static: every candidate carries m prompt tokens. Dynamic: one tree for each state, prompt tokens taken away where they
-are worth least. Departs from the authors' code in the chain of states: a round that accepts nothing lands on the root,
-whose m prompt tokens lead to state m; their model has one more, empty round there.
+Static: every candidate has m prompt tokens. Dynamic: one tree for each state, with prompt tokens removed where they are
+worth least. Departs from the authors' code in the Markov chain of states: a round that accepts nothing ends at the
+root, whose m prompt tokens lead to state m; their model has one more, empty round there.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from decodax.decoding.drafters._guesses import sibling_ranks
+from decodax.decoding.ranked_tokens import sibling_ranks
 from decodax.decoding.tree import Tree
 from decodax.decoding.tree_choice import best_tree
 
 
 @dataclass(frozen=True)
 class PromptTree:
-    """parents: of the candidates, as in `Tree.fixed`, the root included. prompts[i]: prompt tokens behind candidate i.
+    """A tree of candidates with prompt tokens.
 
-    The root needs as many as any other, and each candidate at least 1, as a round without guesses drafts nothing.
+    parents: of the candidates, as in `Tree.fixed`, the root included.
+    prompts[i]: number of prompt tokens after candidate i, at least 1, as a round without predictions drafts nothing;
+        the root's is the largest.
     """
 
     parents: tuple[int, ...]
@@ -44,23 +46,23 @@ class PromptTree:
 
     @property
     def depth(self) -> int:
-        """Distances whose guesses it uses."""
+        """The number of distances whose predictions it uses."""
         return int(np.max(Tree.fixed(self.parents).depth))
 
     def num_nodes(self, ensemble: int = 1) -> int:
-        """Tokens of a forward: candidates, and `ensemble` chains of prompt tokens behind each."""
+        """Tokens of a forward: candidates, and `ensemble` chains of prompt tokens after each."""
         return len(self.parents) + ensemble * sum(self.prompts)
 
 
 def node_probabilities(
     accuracy: Sequence[Sequence[float]], parents: Sequence[int]
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
-    """For each candidate the chance that it is accepted, and that the walk ends on it.
+    """For each candidate the probability that it is accepted, and that the accepted path ends there.
 
-    accuracy[d][r]: chance that the r-th guess for distance d + 1 is right, given that those before it were.
+    accuracy[d][r]: probability that the r-th token for distance d + 1 is right, given that those before it were.
 
     >>> accepted, ends = node_probabilities([[0.5, 0.2], [0.4]], (-1, 0, 0, 1))
-    >>> accepted.tolist(), [round(value, 2) for value in ends]
+    >>> accepted.tolist(), [round(float(value), 2) for value in ends]
     ([1.0, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2])
     """
     ranks, depth = sibling_ranks(parents), np.asarray(Tree.fixed(parents).depth)[0]
@@ -74,13 +76,15 @@ def node_probabilities(
 
 
 def static_tree(accuracy: Sequence[Sequence[float]], num_candidates: int) -> PromptTree:
-    """The best tree of `num_candidates` guesses, each with prompt tokens for all distances."""
+    """The best tree of `num_candidates` candidates, each with prompt tokens for all distances."""
     parents = _candidates(accuracy, len(accuracy), num_candidates)
     return PromptTree(parents, (len(accuracy),) * len(parents))
 
 
-def stationary_law(accuracy: Sequence[Sequence[float]], trees: Sequence[PromptTree]) -> Float[np.ndarray, " m"]:
-    """How often each state occurs in the long run; state k (from 1) drafts with `trees[k - 1]`."""
+def stationary_distribution(
+    accuracy: Sequence[Sequence[float]], trees: Sequence[PromptTree]
+) -> Float[np.ndarray, " m"]:
+    """The stationary probability of each state; state k (from 1) drafts with `trees[k - 1]`."""
     moves = np.zeros((len(trees), len(trees)))
     for state, tree in enumerate(trees):
         _, ends = node_probabilities(accuracy, tree.parents)
@@ -90,16 +94,16 @@ def stationary_law(accuracy: Sequence[Sequence[float]], trees: Sequence[PromptTr
 
 
 def expected_tokens(accuracy: Sequence[Sequence[float]], trees: Sequence[PromptTree]) -> float:
-    """Tokens per forward of the target in the long run, its own included. A single tree serves every state."""
+    """Mean tokens per target forward in the long run, the target's own included. A single tree serves every state."""
     gains = [float(node_probabilities(accuracy, tree.parents)[0].sum()) for tree in trees]
-    return gains[0] if len(trees) == 1 else float(stationary_law(accuracy, trees) @ np.asarray(gains))
+    return gains[0] if len(trees) == 1 else float(stationary_distribution(accuracy, trees) @ np.asarray(gains))
 
 
 def dynamic_trees(accuracy: Sequence[Sequence[float]], num_nodes: int, ensemble: int = 1) -> tuple[PromptTree, ...]:
-    """One tree for each state, none with more than `num_nodes` tokens in all, that together give most tokens.
+    """One tree for each state, none with more than `num_nodes` tokens, that together give the most tokens per forward.
 
-    Each state has the best candidates for the distances that it can guess, and prompt tokens are taken from where they
-    are worth least; how many candidates each state has is tried out.
+    Each state has the best candidates for its distances; prompt tokens are removed where they are worth least. The
+    number of candidates of each state is found by trying.
 
     Raises ValueError where there is no room for one candidate with its prompt tokens.
     """
@@ -112,7 +116,7 @@ def dynamic_trees(accuracy: Sequence[Sequence[float]], num_nodes: int, ensemble:
             "draft_tokens"
         )
     sizes = sorted({max(1, round(most * share)) for share in (0.3, 0.4, 0.5, 0.65, 0.8, 1.0)})
-    # The gains of the states decide what a prompt token is worth, so begin with equal sizes and improve one at a time.
+    # The value of a prompt token depends on all states, so start with equal sizes and improve one at a time.
     chosen = [sizes[len(sizes) // 2]] * distances
     best = _score(accuracy, chosen, num_nodes, ensemble)
     for _ in range(2):
@@ -135,16 +139,19 @@ def _score(accuracy, sizes: Sequence[int], num_nodes: int, ensemble: int) -> tup
 
 
 def _with_prompts(accuracy, parents: tuple[int, ...], gains: Sequence[float], room: int) -> PromptTree:
-    """Prompt tokens for all distances behind every candidate, then fewer until there are no more than `room`.
+    """Prompt tokens for all distances after every candidate, removed until no more than `room` are left.
 
-    Taking one from a candidate costs its chance to end the walk times what the state above is worth more.
+    Removing one of k from a candidate costs the probability that the path ends there, times the tokens that state k
+    gives more than state k - 1.
+
+    gains: expected tokens of a round in each state.
     """
     _, ends = node_probabilities(accuracy, parents)
     prompts = np.full(len(parents), len(accuracy))
     while prompts.sum() > room:
         worth = np.array([gains[k - 1] - gains[k - 2] if k > 1 else 0.0 for k in prompts])
         loss = np.where(prompts > 1, ends * worth, np.inf)
-        loss[0] = np.inf  # a round that accepts nothing is to guess all distances next time
+        loss[0] = np.inf  # after a round that accepts nothing, the next one has predictions for all distances
         prompts[np.argmin(loss)] -= 1
     return PromptTree(parents, tuple(map(int, prompts)))
 
@@ -152,6 +159,6 @@ def _with_prompts(accuracy, parents: tuple[int, ...], gains: Sequence[float], ro
 def _candidates(accuracy: Sequence[Sequence[float]], distances: int, count: int) -> tuple[int, ...]:
     """The best `count` candidates no deeper than `distances`, or all that there are."""
     ranks = len(accuracy[0])
-    # Only what lies too deep is worth nothing at all: a guess that has never been right still comes before it.
+    # Only nodes that are too deep have value 0: a token that was never right still comes before them.
     table = [*([max(share, 1e-9) for share in shares] for shares in accuracy[:distances]), [0.0] * ranks]
     return best_tree(table, min(count, sum(ranks**depth for depth in range(1, distances + 1))))

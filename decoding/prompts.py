@@ -1,12 +1,12 @@
-"""From what a program passes as prompts to token ids: one prompt or many, each a text or token ids."""
+"""Encodes prompts as token ids: one prompt or many, each a text or token ids."""
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from decodax.arguments import in_order, is_integer, plain, refusal, shown, text
-from decodax.models.model_files import printable
-from decodax.models.tokenizer import no_tokenizer_message
+from decodax.core.arguments import in_order, is_integer, plain, refusal, shown, text
+from decodax.core.printable import printable
+from decodax.models.tokenizers.tokenizer import no_tokenizer_message
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def encode_prompts(lm: "LanguageModel", prompts: Any) -> list[np.ndarray]:
     """Int64 token ids of each prompt: text or ids, in lists, tuples, iterators or arrays ([T] is one, [B, T] are B).
 
-    Raises ValueError, with the prompt's place, for what is neither, empty, or has ids outside the vocabulary.
+    Raises ValueError, with the prompt's index, for other types, empty prompts, or ids outside the vocabulary.
     """
     rows = [_encode(lm, prompt, f"prompt {index}") for index, prompt in enumerate(_one_or_many(prompts))]
     if not rows:

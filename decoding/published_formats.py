@@ -1,9 +1,9 @@
-"""Reads trained parts that others have published: Medusa heads and the prompt tokens of parallel prompt decoding.
+"""Reads published auxiliary weights: Medusa heads, and the prompt tokens of parallel prompt decoding.
 
-The layouts are those that FasterDecoding/Medusa (`medusa/train/train_legacy.py`, `medusa/model/medusa_model.py`) and
-hmarkc/parallel-prompt-decoding (`prompt/model/model.py`, saved by the PEFT library) write. What is read is a
-`TrainedPart`, to be passed as `draft=` or kept with `write_part`. Pickled files (`.pt`, `.bin`) are read by PyTorch
-alone, if it is installed, and told to take nothing but tensors.
+The formats are those that FasterDecoding/Medusa (`medusa/train/train_legacy.py`, `medusa/model/medusa_model.py`) and
+hmarkc/parallel-prompt-decoding (`prompt/model/model.py`, saved by the PEFT library) write. The result is an
+`AuxiliaryWeights`, to be passed as `draft=` or kept with `write_auxiliary_weights`. Only PyTorch, if it is installed,
+reads pickled files (`.pt`, `.bin`), restricted to tensors.
 
     decodax.generate(lm, prompt, strategy="medusa", draft=load_medusa(folder, lm))
 """
@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decodax.core.printable import printable, printable_list
+from decodax.decoding.auxiliary_weights import AuxiliaryWeights
 from decodax.decoding.drafters.medusa_heads import check_heads
-from decodax.decoding.trained_part import TrainedPart
+from decodax.models.checkpoints.model_files import find_file, read_json_object
+from decodax.models.checkpoints.weight_formats import read_floats, require_finite
 from decodax.models.model import Params
-from decodax.models.model_files import find_file, printable, printable_list, read_json_object
-from decodax.models.stored_formats import read_floats, require_finite
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 SETTINGS_FILE = "adapter_config.json"
 PROMPT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# How often guesses are right at each distance, where nobody has measured it: what the published trees for PPD on
-# Vicuna-7B imply (`prompt/inference/dynamic_sparse_trees_3_vicuna_7b.py`); the last row holds for all further ones.
+# Accuracy of the r-th token at each distance, where it was not measured: what the published trees for PPD on Vicuna-7B
+# imply (`prompt/inference/dynamic_sparse_trees_3_vicuna_7b.py`); the last line holds for all further distances.
 PUBLISHED_ACCURACY = (
     (0.483, 0.143, 0.074, 0.045, 0.031, 0.022, 0.017, 0.013, 0.009, 0.008),
     (0.263, 0.146, 0.081, 0.058, 0.043, 0.032, 0.026, 0.022, 0.019, 0.016),
@@ -41,16 +42,17 @@ PUBLISHED_ACCURACY = (
 
 def load_medusa(
     folder: str | Path, lm: "LanguageModel", rank_accuracy: Sequence[Sequence[float]] | None = None
-) -> TrainedPart:
-    """Medusa heads: a folder with `config.json` and `medusa_lm_head.safetensors` (or `.pt`).
+) -> AuxiliaryWeights:
+    """Reads Medusa heads from a folder with `config.json` and `medusa_lm_head.safetensors` (or `.pt`).
 
     The file names a head's weights "{head}.{block}.linear.weight", "{head}.{block}.linear.bias" and
-    "{head}.{number of blocks}.weight". All heads that the file holds are read: published configs name fewer.
+    "{head}.{number of blocks}.weight". All heads in the file are read: published configs name fewer.
 
-    rank_accuracy: how often the r-th guess of each head is right, by which the tree is chosen
+    rank_accuracy: how often the r-th token of each head is right, by which the tree is chosen
         (`training.medusa.measured_heads` measures it); by default what was published for another model.
-    Raises FileNotFoundError for missing files, ImportError where a `.pt` file needs PyTorch, ValueError for names or
-    sizes that do not fit each other or the model.
+    Raises FileNotFoundError for missing files.
+    Raises ImportError where a `.pt` file needs PyTorch.
+    Raises ValueError for names or sizes that do not fit each other or the model.
     """
     path = _folder(folder)
     config = _json(path / "config.json")
@@ -60,16 +62,16 @@ def load_medusa(
     named = _count(path / "config.json", config, "medusa_num_heads", num_heads)
     if not 1 <= named <= num_heads:
         raise ValueError(f"{path} names {named} heads in config.json, and its weights hold {num_heads}")
-    wanted = {}
+    expected = {}
     for head in range(num_heads):
         for block in range(num_blocks):
             for kind in ("weight", "bias"):
-                wanted[f"{head}.{block}.linear.{kind}"] = (f"head_{head}", f"block_{block}", kind)
-        wanted[f"{head}.{num_blocks}.weight"] = (f"head_{head}", "out")
-    _check_names(path, set(wanted), set(tensors), f"{num_heads} heads of {num_blocks} blocks")
+                expected[f"{head}.{block}.linear.{kind}"] = (f"head_{head}", f"block_{block}", kind)
+        expected[f"{head}.{num_blocks}.weight"] = (f"head_{head}", "out")
+    _check_names(path, set(expected), set(tensors), f"{num_heads} heads of {num_blocks} blocks")
     dtype = jax.tree.leaves(lm.params)[0].dtype
     heads: Params = {}
-    for name, (*nodes, leaf) in wanted.items():
+    for name, (*nodes, leaf) in expected.items():
         subtree = heads
         for node in nodes:
             subtree = subtree.setdefault(node, {})
@@ -78,18 +80,18 @@ def load_medusa(
     check_heads(lm.model, heads)
     shape = {"heads": num_heads, "blocks": num_blocks, "tied": False}
     facts = _facts(lm, shape, config, rank_accuracy, num_heads)
-    return TrainedPart("medusa", {"heads": heads}, facts, path.name)
+    return AuxiliaryWeights("medusa", {"heads": heads}, facts, path.name)
 
 
 def load_prompt_tokens(
     path: str | Path, lm: "LanguageModel", rank_accuracy: Sequence[Sequence[float]] | None = None
-) -> TrainedPart:
-    """Prompt tokens: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), or such a file.
+) -> AuxiliaryWeights:
+    """Reads prompt tokens from a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
 
     The tensor "prompt_embeddings" [m n, D] holds the n embeddings of each of m distances one after the other; the
-    config says m (`num_special_tokens`) and n (`virtual_tokens_per_special_token`). A file without a config beside it
-    is read as one embedding per distance. What the authors tried beside (a head, prefixes, weighted averages, exits
-    from several layers, ensembles that see each other) is refused.
+    config gives m (`num_special_tokens`) and n (`virtual_tokens_per_special_token`). `path` may also be the weights
+    file; without a config beside it, it is read as one embedding per distance. The authors' variants (a head, prefixes,
+    weighted averages, exits from several layers, ensembles that attend to each other) are rejected.
 
     rank_accuracy, errors: as in `load_medusa`.
     """
@@ -110,22 +112,22 @@ def load_prompt_tokens(
     ensemble = _count(folder / SETTINGS_FILE, config, "virtual_tokens_per_special_token", 1)
     if distances * ensemble != len(embedding):
         raise ValueError(f"{folder} names {distances} distances of {ensemble} embeddings, and holds {len(embedding)}")
-    _refuse_variants(folder, config, ensemble)
+    _reject_variants(folder, config, ensemble)
     dtype = jax.tree.leaves(lm.params)[0].dtype
     params = {"embedding": jnp.asarray(embedding).astype(dtype).reshape(distances, ensemble, width)}
     shape = {"distances": distances, "ensemble": ensemble}
-    return TrainedPart("ppd", params, _facts(lm, shape, config, rank_accuracy, distances), folder.name)
+    return AuxiliaryWeights("ppd", params, _facts(lm, shape, config, rank_accuracy, distances), folder.name)
 
 
-def _refuse_variants(folder: Path, config: dict[str, Any], ensemble: int) -> None:
-    """Raises ValueError for prompt tokens that mean something only with more than their embeddings."""
+def _reject_variants(folder: Path, config: dict[str, Any], ensemble: int) -> None:
+    """Raises ValueError for prompt tokens that need more than their embeddings."""
     plain: dict[str, tuple[Any, ...]] = {
         "use_custom_lm_head": (False,),
         "use_prefix_tuning": (False,),
         "num_exits": (1,),
         "aggregation_type": ("mean",),
-        # One embedding per distance sees the same in all three modes but "encoder", in which it does not see the
-        # distances before it.
+        # A single embedding per distance attends to the same keys in all three modes but "encoder", in which it does
+        # not attend to the distances before it.
         "vt_attention_type": ("ensemble", "decoder") if ensemble == 1 else ("ensemble",),
     }
     for name, allowed in plain.items():
@@ -141,16 +143,16 @@ def _facts(
     rank_accuracy: Sequence[Sequence[float]] | None,
     distances: int,
 ) -> dict[str, Any]:
-    """What a part's file says, as far as it is known of a published one."""
+    """The facts of auxiliary weights that are known for published ones."""
     table = PUBLISHED_ACCURACY if rank_accuracy is None else rank_accuracy
     if rank_accuracy is not None and len(rank_accuracy) != distances:
         raise ValueError(f"rank_accuracy must have one row per distance, {distances}, got {len(rank_accuracy)}")
-    rows = [list(map(float, table[min(index, len(table) - 1)])) for index in range(distances)]
+    accuracy = [list(map(float, table[min(index, len(table) - 1)])) for index in range(distances)]
     return {
         "target_vocab_size": lm.config.vocab_size,
         "target_hidden_size": lm.config.hidden_size,
         "target_layers": lm.config.num_layers,
-        "published": {"rank_accuracy": rows},
+        "published": {"rank_accuracy": accuracy},
         "about": {"shape": shape},
         "published_for": config.get("base_model_name_or_path", ""),
     }
@@ -170,7 +172,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _count(file: Path, config: dict[str, Any], name: str, default: int, most: int = 2**31) -> int:
-    """A field that counts something; ValueError, naming it, where it does not."""
+    """A field that is a count. Raises ValueError, naming it, where it is not."""
     value = config.get(name, default)
     if type(value) is not int or not 1 <= value <= most:
         raise ValueError(f"{name} in {file} must be a whole number in 1..{most}, got {printable(repr(value))}")
@@ -178,7 +180,7 @@ def _count(file: Path, config: dict[str, Any], name: str, default: int, most: in
 
 
 def _tensors(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The tensors of the first of these files that there is, in float32."""
+    """The tensors of the first of these files that exists, in float32."""
     file = next((file for name in names if (file := find_file(folder, name)) is not None), None)
     if file is None:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}")
@@ -191,7 +193,7 @@ def _tensors(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def _unpickled(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a pickled file, in float32; PyTorch refuses what is no tensor, and so may not run code."""
+    """The tensors of a pickled file, in float32; PyTorch rejects all but tensors, so no code runs."""
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError as error:
@@ -201,13 +203,13 @@ def _unpickled(file: Path) -> dict[str, np.ndarray]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         return {name: tensor.float().numpy() for name, tensor in content.items()}
-    except Exception as error:  # whatever a damaged or foreign pickle makes of it
+    except Exception as error:  # a damaged or foreign pickle may raise anything
         raise ValueError(f"{file} cannot be read as tensors alone: {printable(error)}") from error
 
 
-def _check_names(folder: Path, wanted: set[str], found: set[str], what: str) -> None:
-    if wanted != found:
-        missing, unknown = sorted(wanted - found), sorted(found - wanted)
+def _check_names(folder: Path, expected: set[str], found: set[str], what: str) -> None:
+    if expected != found:
+        missing, unknown = sorted(expected - found), sorted(found - expected)
         raise ValueError(
             f"{folder} must hold the weights of {what}; missing: {printable_list(missing) or 'none'}; unknown: "
             f"{printable_list(unknown) or 'none'}"
@@ -215,10 +217,10 @@ def _check_names(folder: Path, wanted: set[str], found: set[str], what: str) -> 
 
 
 def _check_ranks(folder: Path, heads: Params) -> None:
-    """Raises ValueError for weights that are no matrices or biases that are no vectors."""
+    """Raises ValueError for weights that are not matrices or biases that are not vectors."""
     for name, head in heads.items():
-        for part, weights in head.items():
-            leaves = {"weight": weights} if part == "out" else weights
+        for block, weights in head.items():
+            leaves = {"weight": weights} if block == "out" else weights
             for kind, leaf in leaves.items():
                 if leaf.ndim != (1 if kind == "bias" else 2):
-                    raise ValueError(f"{folder}: {name}.{part}.{kind} has the shape {leaf.shape}")
+                    raise ValueError(f"{folder}: {name}.{block}.{kind} has the shape {leaf.shape}")

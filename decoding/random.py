@@ -1,8 +1,8 @@
-"""Random numbers for decoding: a row's draws depend on its own seed and on where it stands, and on nothing else.
+"""Makes random numbers for decoding from a row's own seed and a token's absolute position only.
 
-A draw's key is the row's seed, folded with the absolute position of the token being drawn, folded with the kind of
-draw. There is no running random state, so the same row draws the same numbers alone or in a batch, in one block of
-tokens or in many, today or after being moved to another slot.
+The key of a draw is the row's seed, folded with the absolute position of the token being drawn, folded with the kind of
+draw. There is no running random state, so a row draws the same numbers alone or in a batch, in one block of tokens or
+in many, and after being moved to another slot.
 """
 
 import enum
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Key, UInt32
 
-# Named, because `jax_default_prng_impl` is a user's global setting and must not change what a seed means.
+# Fixed, because `jax_default_prng_impl` is a user's global setting and must not change what a seed means.
 GENERATOR = "threefry2x32"
 
 
@@ -21,7 +21,7 @@ class Draw(enum.IntEnum):
 
     TOKEN = 0
     DRAFT = 1  # what a drafter proposes
-    ACCEPT = 2  # whether a verifier takes it
+    ACCEPT = 2  # whether a verifier accepts it
 
 
 def draw_keys(seed: UInt32[Array, "B"], position: Int32[Array, "B"], kind: Draw) -> Key[Array, "B"]:
@@ -38,9 +38,9 @@ def gumbel(keys: Key[Array, "B"], shape_per_row: tuple[int, ...]) -> Float32[Arr
     """Standard Gumbel noise, `shape_per_row` of it for each key: `argmax(log p + gumbel)` is a draw from p.
 
     Made from all 32 random bits of a word. `jax.random.gumbel` keeps 23 of them by default, which cuts the upper tail
-    at 16 and lets the two best of 150,000 near-equal tokens tie in one draw of a hundred, the lower id then winning;
-    here the tail reaches 22.8, at the same cost. It is written out also so that a seed gives the same tokens on every
-    version of JAX.
+    at 16 and lets the two best of 150,000 near-equal tokens tie in one draw of a hundred, so that the lower id wins;
+    here the tail reaches 22.8, at the same cost. It is written out here so that a seed also gives the same tokens on
+    every version of JAX.
     """
     bits = jax.vmap(lambda key: jax.random.bits(key, shape_per_row, jnp.uint32))(keys)
     # Uniform in (0, 1), fine near 0, where the large Gumbel values come from; below 1, so that the logarithm is finite.

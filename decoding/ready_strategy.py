@@ -1,4 +1,4 @@
-"""A strategy made ready for one model: from the option to compiled functions of a state, and its name in statistics."""
+"""Prepares a decoding strategy for one model: compiled functions of a state, and its name in the statistics."""
 
 import warnings
 from collections.abc import Callable
@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from decodax.arguments import is_hashable, refusal, shown
+from decodax.core.arguments import is_hashable, refusal, shown
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.draft_length import DraftChoice
-from decodax.decoding.drafters._size import check_draft_tokens
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.programs import bounded_jit
-from decodax.decoding.speculative import Speculative, speculative
+from decodax.decoding.speculative_decoding import Speculative, speculative
 from decodax.decoding.state import DecodeState
 from decodax.decoding.strategies import METHODS as STRATEGIES
 from decodax.decoding.strategies import Speculation, Strategy
+from decodax.decoding.tree import check_draft_tokens
 from decodax.models.model import Model
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ReadyStrategy:
-    """A strategy made ready for one model: jitted functions, what they need, and what to call it in the statistics."""
+    """A strategy prepared for one model: jitted functions, their parameters, and its name in the statistics."""
 
     def __init__(self, lm: "LanguageModel", options: GenerateOptions) -> None:
         chosen, self.fallback = _find_strategy(options.strategy), None
@@ -43,18 +43,19 @@ class ReadyStrategy:
         if isinstance(chosen, DraftChoice):
             self.fallback, chosen = chosen.reason, autoregressive
             warnings.warn(f"{self.name} falls back to plain decoding: {self.fallback}", stacklevel=4)
-        self.params, self.draft_params, self.depth = lm.params, None, None
+        self.params, self.draft_params, self.layer_policy = lm.params, None, None
         if isinstance(chosen, Speculation):
-            self.draft_params, self.depth = lm.model.execution.joined(chosen.draft_params), chosen.depth
-            self.params = lm.params if chosen.params is None else _whole_params(lm.params, chosen.params)
+            self.draft_params = lm.model.execution.replicated(chosen.draft_params)
+            self.layer_policy = chosen.layer_policy
+            self.params = lm.params if chosen.params is None else _checked_params(lm.params, chosen.params)
             if not isinstance(options.strategy, str):
                 self.name = f"{type(chosen.drafter).__name__} + {type(chosen.verifier).__name__}"
-            self._speculative = speculative(lm.model, chosen.drafter, chosen.verifier, chosen.depth)
+            self._speculative = speculative(lm.model, chosen.drafter, chosen.verifier, chosen.layer_policy)
         else:
             self._speculative, self._make, self._model = None, chosen, lm.model
 
     def start(self, state: DecodeState) -> DecodeState:
-        """Lets the drafter read the prompts."""
+        """Lets the drafter prefill the prompts."""
         if self._speculative is None:
             return state
         return _start_speculation(self._speculative, self.params, self.draft_params, state)
@@ -66,7 +67,7 @@ class ReadyStrategy:
 
 
 def _find_strategy(strategy: Any) -> Any:
-    """A strategy's class, a `Speculation`, or a function from a model to a decode; ValueError for anything else."""
+    """A strategy's class, a `Speculation`, or a function from a model to a decode. Raises ValueError for others."""
     if strategy is None:
         return autoregressive
     if isinstance(strategy, str):
@@ -82,8 +83,8 @@ def _find_strategy(strategy: Any) -> Any:
     return strategy
 
 
-def _whole_params(own: Any, given: Any) -> Any:
-    """A strategy's weights, if the model's own are among them: under the same names, of the same shapes."""
+def _checked_params(own: Any, given: Any) -> Any:
+    """`given`, checked to hold all of the model's `own` weights: under the same names, of the same shapes."""
     shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(own):
         name = jax.tree_util.keystr(path)

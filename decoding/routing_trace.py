@@ -1,8 +1,8 @@
-"""Which experts each token of some texts chose in each layer: recorded, kept in a file, and drawn.
+"""Records which experts each token of some texts chooses in each layer; saves, loads and plots the traces.
 
-Where experts are to lie on devices, and which of them to keep near, is decided from such traces (ExFlow, arXiv
-2401.08383; EPLB in DeepSeek-V3, arXiv 2412.19437). The texts are run once more as a whole, so that a trace does not
-depend on how they were decoded, and decoding pays nothing for it.
+Such traces decide the placement of experts on devices (ExFlow, arXiv 2401.08383; EPLB in DeepSeek-V3, arXiv
+2412.19437). The texts are run once more from the start, so that a trace does not depend on how they were decoded, and
+costs decoding nothing.
 """
 
 import os
@@ -29,11 +29,15 @@ FORMAT = 1  # of the file
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
-    """M tokens, of all texts one behind the other, in I layers with experts.
+    """The experts of M tokens, of all texts one after the other, in I layers with experts.
 
-    token, position and row: the id, its place in its text, and the text's number. is_output: not of the prompt.
-    expert, gate: the choices of each token in each layer, -1 where there are fewer. layer, num_experts: each such
-    layer's number in the model, and how many experts it has.
+    token: the id.
+    position: in its text.
+    row: the text's number.
+    is_output: not of the prompt.
+    expert, gate: the experts and their weights for each token in each layer, -1 (and 0) where there are fewer than X.
+    layer: each such layer's number in the model.
+    num_experts: how many experts it has.
     """
 
     token: Int[np.ndarray, " M"]
@@ -46,19 +50,19 @@ class RoutingTrace:
     num_experts: Int[np.ndarray, " I"]
 
     def counts(self) -> Int[np.ndarray, "I E"]:
-        """How many choices fell on each expert of each layer; zeros where a layer has fewer experts than another."""
+        """Tokens routed to each expert of each layer; zeros where a layer has fewer experts than another."""
         table = np.zeros((len(self.layer), int(self.num_experts.max(initial=0))), np.int64)
         for line, chosen in zip(table, self.expert, strict=True):
             line += np.bincount(chosen[chosen >= 0], minlength=len(line))
         return table
 
     def imbalance(self) -> Float32[np.ndarray, " I"]:
-        """In each layer, the choices of the busiest expert over those of the average one; 1 is perfect balance."""
+        """In each layer, the load of the busiest expert over the mean load; 1 is perfect balance."""
         counts = self.counts()
         return (counts.max(axis=1) * self.num_experts / np.maximum(counts.sum(axis=1), 1)).astype(np.float32)
 
     def save(self, file: Path) -> None:
-        """Writes an .npz with an array per field, whole or not at all."""
+        """Writes an .npz with an array per field, atomically."""
         temporary = file.with_name(f".{file.name}.tmp")
         file.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
@@ -68,7 +72,7 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, file: Path) -> "RoutingTrace":
-        """Reads what `save` wrote; raises ValueError for another file."""
+        """Reads what `save` wrote. Raises ValueError for another file."""
         try:
             with np.load(file, allow_pickle=False) as stored:
                 arrays = dict(stored)
@@ -90,14 +94,15 @@ def record_routes(
     prompt_tokens: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTrace:
-    """The experts that each token of `texts` chooses, behind the tokens before it; `prompt_tokens` of each are given.
+    """The experts that each token of `texts` chooses, given the tokens before it.
 
     texts: token ids, Int[T] each.
+    prompt_tokens: of each text, the number of tokens that are its prompt.
     progress: called with (tokens done, tokens in all).
     Raises ValueError for a model without experts, NotImplementedError for one in pipeline stages.
     """
-    parts = [(index, block.feed_forward) for index, block in enumerate(lm.config.blocks)]
-    mixtures = [(index, part) for index, part in parts if isinstance(part, MoEConfig)]
+    layers = [(index, block.feed_forward) for index, block in enumerate(lm.config.blocks)]
+    mixtures = [(index, config) for index, config in layers if isinstance(config, MoEConfig)]
     if not mixtures:
         raise ValueError(f"{lm.path.name} has no layers with experts: there is nothing to record")
     if lm.model.stages is not None:
@@ -111,8 +116,8 @@ def record_routes(
             padded[0, : len(piece)] = piece
             counts = np.array([start, len(piece), len(text)], np.int32)
             routes, caches = _step(lm.model, lm.params, caches, padded, counts)
-            experts.append(_joined([np.asarray(r.expert)[0, : len(piece)] for r in routes], -1))
-            gates.append(_joined([np.asarray(r.gate)[0, : len(piece)] for r in routes], 0.0))
+            experts.append(_stacked([np.asarray(r.expert)[0, : len(piece)] for r in routes], -1))
+            gates.append(_stacked([np.asarray(r.gate)[0, : len(piece)] for r in routes], 0.0))
             progress(done := done + len(piece), total)
     position = np.concatenate([np.arange(len(text), dtype=np.int32) for text in texts])
     row = np.repeat(np.arange(len(texts), dtype=np.int32), [len(text) for text in texts])
@@ -124,27 +129,29 @@ def record_routes(
         expert=np.concatenate(experts, axis=1).astype(np.int16),
         gate=np.concatenate(gates, axis=1).astype(np.float32),
         layer=np.array([index for index, _ in mixtures], np.int32),
-        num_experts=np.array([part.router.num_experts for _, part in mixtures], np.int32),
+        num_experts=np.array([config.router.num_experts for _, config in mixtures], np.int32),
     )
 
 
-def _joined(choices: list[np.ndarray], fill: float) -> np.ndarray:
-    """[layers, tokens, X], where layers with fewer choices than others are filled up."""
-    most = max(part.shape[1] for part in choices)
+def _stacked(choices: list[np.ndarray], fill: float) -> np.ndarray:
+    """[layers, tokens, X]; layers with fewer choices than others are padded with `fill`."""
+    most = max(layer.shape[1] for layer in choices)
     return np.stack([np.pad(p, ((0, 0), (0, most - p.shape[1])), constant_values=fill) for p in choices])
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(model: Model, params: Any, caches: Any, tokens: Any, counts: Any) -> tuple[Any, Any]:
-    """The routes of the layers that have any, and the caches with the piece's tokens committed."""
+    """The routes of the layers with experts, and the caches with the chunk's tokens committed."""
     start, count, length = counts
     position = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     forward = model.apply(params, tokens, position, caches, row_length=length[None, None])
-    return [routes for routes in forward.routes if routes is not None], commit(caches, forward.rows, count[None])
+    return [routes for routes in forward.routes if routes is not None], commit(
+        caches, forward.cache_updates, count[None]
+    )
 
 
 def draw_routes(trace: RoutingTrace, image: Path, *, title: str) -> None:
-    """Writes a heat map (PNG): each layer's line shows how its choices fall on its experts, 1 being the even share.
+    """Writes a heat map (PNG): for each layer, the load of its experts over the mean load.
 
     Raises ImportError without matplotlib.
     """

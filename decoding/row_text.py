@@ -1,20 +1,21 @@
-"""The text of one row of output as its tokens come, up to the first stop string.
+"""Detokenizes one row of output incrementally, up to the first stop string.
 
-Special tokens are not in that text, but a stop string may hold some ("<|im_end|>", "\\n</s>"). Such a string is looked
-for in the text with special tokens, and the place where it begins is carried over.
+The text has no special tokens, but a stop string may hold some ("<|im_end|>", "\\n</s>"). Such a string is searched for
+in the text with special tokens, and its start is mapped to the text without.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from decodax.models.tokenizer import Tokenizer
+from decodax.models.tokenizers.tokenizer import Tokenizer
 
 
 class RowText:
-    """Mutable; see the module's first lines.
+    """The text of one row; mutable.
 
-    text: what has been written, up to a stop string. num_read: tokens read. num_kept: tokens up to the one that
-    completed a stop string, None before.
+    text: the text so far, up to a stop string.
+    num_read: tokens read.
+    num_kept: tokens up to the one that completed a stop string, None before.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
@@ -28,7 +29,7 @@ class RowText:
         self._marked = _MarkedText(tokenizer, prompt, with_special) if with_special else None
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Adds the text of these tokens, those after a stop string left out."""
+        """Adds the text of these tokens, but for those after a stop string."""
         for token in tokens:
             if self.num_kept is not None:
                 return
@@ -39,7 +40,7 @@ class RowText:
             self._find_stop()
 
     def finish(self) -> None:
-        """Adds what was held back, once no more tokens come."""
+        """Adds the text that was held back, once no more tokens come."""
         if self.num_kept is None:
             self.text += self._decoder.flush()
             if self._marked is not None:
@@ -84,7 +85,7 @@ class _MarkedText:
         return [self._plain(at) for at in found if at >= 0]
 
     def _plain(self, at: int) -> int:
-        """The place in the text without special tokens; one inside a special token is where that was left out."""
-        token = bisect_right(self._ends, at)  # the token in whose text the place is
+        """The offset in the text without special tokens; inside a special token, where that token was left out."""
+        token = bisect_right(self._ends, at)  # the token whose text holds the offset
         from_end = self._plain_ends[token] - (self._ends[token] - at)
         return max(self._plain_ends[token - 1], from_end)

@@ -1,4 +1,4 @@
-"""Sizes of buffers: rounded to a few values so that compiled code is reused, and checked against free memory."""
+"""Rounds buffer sizes to a few values, so that compiled code is reused, and checks them against free memory."""
 
 import math
 import os
@@ -7,7 +7,7 @@ import jax
 from jax.typing import DTypeLike
 
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 from decodax.models.model import Model
 
@@ -27,40 +27,40 @@ def bucket(size: int) -> int:
 
 
 def cache_capacity(num_tokens: int, execution: Execution) -> int:
-    """Tokens that a cache has room for if it must hold `num_tokens`: bucketed, and a size that the kernels take."""
+    """Capacity in tokens of a cache that must hold `num_tokens`: bucketed, and a multiple that the kernels need."""
     multiple = execution.cache_multiple
     return -(-bucket(num_tokens) // multiple) * multiple
 
 
 def chunk_tokens(num_tokens: int, most_per_device: int, execution: Execution) -> int:
-    """Tokens of the next chunk of a prompt of which `num_tokens` are left: bucketed, and at most so many per device.
+    """Tokens of the next chunk of a prompt of which `num_tokens` are left: bucketed, at most `most_per_device` each.
 
-    Where devices share them out, there are as many on each, and twice as many blocks (`sharding/ring.py`).
+    Where tokens are sharded, every device has the same number, in two blocks (`sharding/ring.py`).
     """
-    parts = execution.num_parts("T")
-    chunk = min(bucket(num_tokens), most_per_device * parts)
-    multiple = 1 if parts == 1 else 2 * parts
+    num_shards = execution.num_parts("T")
+    chunk = min(bucket(num_tokens), most_per_device * num_shards)
+    multiple = 1 if num_shards == 1 else 2 * num_shards
     return -(-chunk // multiple) * multiple
 
 
 def cache_bytes(model: Model, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> int:
     """Bytes of an empty cache, without making it; over a mesh, those in the memory of one device.
 
-    The devices of a CPU have one memory.
+    The devices of a CPU share one memory.
     """
     shapes = jax.eval_shape(lambda: model.empty_cache(batch_size, capacity, dtype, policy))
     mesh = model.execution.mesh
     if mesh is None:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    placed = zip(jax.tree.leaves(shapes), jax.tree.leaves(model.execution.shardings(shapes)), strict=True)
-    of_one = sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in placed)
+    sharded = zip(jax.tree.leaves(shapes), jax.tree.leaves(model.execution.shardings(shapes)), strict=True)
+    of_one = sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in sharded)
     local = mesh.local_devices
     return of_one * (len(local) if local and local[0].platform == "cpu" else 1)
 
 
 def free_bytes() -> int | None:
-    """Memory that the default device can still give, None where the platform does not tell."""
-    device = jax.local_devices()[0]  # no process can ask another one's device
+    """Free memory of the default device; None where the platform does not report it."""
+    device = jax.local_devices()[0]  # a process cannot query another one's device
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -70,7 +70,7 @@ def free_bytes() -> int | None:
 
 
 def _available_host_bytes() -> int | None:
-    """What Linux says may be taken without swapping, else the free pages."""
+    """What Linux reports as available without swapping, else the free pages."""
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

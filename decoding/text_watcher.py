@@ -1,4 +1,4 @@
-"""Follows the text of each row while it is decoded: streams it, and finds stop strings in it."""
+"""Detokenizes each row during decoding: streams the text, and finds stop strings in it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TextWatcher:
-    """Reads the rows' new tokens when told to; `needed` says whether that must happen while they are decoded."""
+    """Reads the rows' new tokens on request; `needed`: whether that must happen during decoding."""
 
     def __init__(self, lm: "LanguageModel", options: GenerateOptions, prompts: Sequence[np.ndarray]) -> None:
         self.options = options
@@ -48,7 +48,7 @@ class TextWatcher:
         return np.asarray([kept is not None for kept in self.num_kept])
 
     def finish(self) -> None:
-        """Gives out what was held back, once no more tokens come."""
+        """Streams the text that was held back, once no more tokens come."""
         for index, row in enumerate(self._rows):
             row.finish()
             self._emit(index, hold_back=0)

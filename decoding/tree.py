@@ -1,7 +1,7 @@
-"""A tree of draft tokens: who continues whom.
+"""Describes a tree of draft tokens: the parents, depths and ancestors of its nodes, and its attention mask.
 
-Node 0 is the root: the row's pending token, which is known. Every other node is a guess at what follows its parent; a
-path from the root is one possible continuation. A chain is a tree in which every node has one child.
+Node 0 is the root: the row's last token, which is known. Every other node is a draft token that may follow its parent;
+a path from the root is one possible continuation. A chain is a tree in which every node has one child.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from decodax.arguments import shown
-from decodax.layers import pytree
+from decodax.core import pytree
+from decodax.core.arguments import shown
 from decodax.layers.attention.mask import Ancestors, Causal, Mask
 
-# Who reads whom among the nodes of a tree is a square of their number, and every node has logits for the whole
-# vocabulary: more than this compiles for minutes, and fills memory. Published methods draft up to about a hundred.
+# The attention mask grows with the square of the number of nodes, and every node has logits for the whole vocabulary:
+# more nodes than this compile for minutes, and fill the memory. Published methods draft up to about a hundred.
 MAX_DRAFT_TOKENS = 1024
 
 
@@ -23,8 +23,10 @@ MAX_DRAFT_TOKENS = 1024
 class Tree:
     """C nodes of every row; the first axis has length 1 where all rows have the same tree.
 
-    parent: of each node, -1 for the root; a parent stands before its children. depth: 0 for the root.
-    ancestors[b, i, j]: node j lies on the path from the root to node i, ends included.
+    parent: of each node, -1 for the root; a parent comes before its children.
+    depth: of each node, 0 for the root.
+    ancestors[b, i, j]: whether node j is on the path from the root to node i, ends included.
+    is_chain: every node but the last has one child.
     """
 
     parent: Int[Array | np.ndarray, "#B C"]
@@ -34,7 +36,7 @@ class Tree:
 
     @classmethod
     def fixed(cls, parents: Sequence[int]) -> "Tree":
-        """The same tree in every row and every round, given as the parent of each node, the root's being -1.
+        """The same tree in every row and every round, given by the parent of each node, -1 for the root.
 
         Raises ValueError when there is no root, more than one, a parent that does not precede its child, or more than
         `MAX_DRAFT_TOKENS` of them.
@@ -62,12 +64,12 @@ class Tree:
 
     @classmethod
     def chain(cls, num_nodes: int) -> "Tree":
-        """The root and `num_nodes - 1` tokens after it, one behind the other."""
+        """The root and `num_nodes - 1` tokens after it, each the child of the one before."""
         return cls.fixed(range(-1, num_nodes - 1))
 
     @classmethod
     def grown(cls, parent: Int[Array, "B C"]) -> "Tree":
-        """A tree whose parents are only known when it has been drafted; they precede their children."""
+        """A tree whose parents are known only after drafting; they precede their children."""
         ancestors = Ancestors.from_parents(parent).allowed
         return cls(parent, jnp.sum(ancestors, axis=2, dtype=jnp.int32) - 1, ancestors)
 
@@ -76,24 +78,24 @@ class Tree:
         return self.parent.shape[1]
 
     def mask(self) -> Mask:
-        """Who reads whom in one forward over all nodes."""
+        """The attention mask of one forward over all nodes."""
         return Causal() if self.is_chain else Ancestors(jnp.asarray(self.ancestors))
 
     def path_to(self, node: Int[Array, " B"], max_depth: int) -> Int[Array, "B A"]:
-        """The nodes from the root to `node`, one per depth 0 .. max_depth (A of them); behind `node`, zeros."""
+        """The nodes from the root to `node`, one per depth 0 .. max_depth (A of them); after `node`, zeros."""
         on_path = jnp.take_along_axis(jnp.asarray(self.ancestors), node[:, None, None], axis=1)[:, 0]
         at_depth = jnp.asarray(self.depth)[:, :, None] == jnp.arange(max_depth + 1, dtype=jnp.int32)[None, None, :]
         return jnp.argmax(on_path[:, :, None] & at_depth, axis=1).astype(jnp.int32)
 
     def accepted_path(self, accepted: Bool[Array, "B C"]) -> Int[Array, " B"]:
-        """The deepest node whose whole path from the root is `accepted` (the root always is); the first of equals."""
+        """The deepest node whose path from the root is all `accepted` (the root always is); of equals the first."""
         with_root = accepted.at[:, 0].set(True)
-        whole = jnp.all(with_root[:, None, :] | ~jnp.asarray(self.ancestors), axis=2)
-        return jnp.argmax(jnp.where(whole, jnp.asarray(self.depth), -1), axis=1).astype(jnp.int32)
+        is_reached = jnp.all(with_root[:, None, :] | ~jnp.asarray(self.ancestors), axis=2)
+        return jnp.argmax(jnp.where(is_reached, jnp.asarray(self.depth), -1), axis=1).astype(jnp.int32)
 
 
 def expansion(branches: Sequence[int]) -> tuple[int, ...]:
-    """Parents of the tree in which every node of level d has `branches[d]` children, numbered level by level.
+    """Parents of the tree in which every node at depth d has `branches[d]` children, numbered level by level.
 
     Raises ValueError where a level has none.
 
@@ -108,3 +110,14 @@ def expansion(branches: Sequence[int]) -> tuple[int, ...]:
         parents += [node for node in level for _ in range(number)]
         level = list(range(first, len(parents)))
     return tuple(parents)
+
+
+def check_draft_tokens(num_tokens: int, context: int) -> None:
+    """Raises ValueError, naming the option, for more tokens than any draft may have or the `context` has room for.
+
+    Called before the drafter is made, which would take long and much memory for absurd sizes.
+    """
+    most = min(MAX_DRAFT_TOKENS, context - 1)
+    if num_tokens > most:
+        why = f", as the model's context is {context}" if most < MAX_DRAFT_TOKENS else ""
+        raise ValueError(f"draft_tokens must be at most {most}{why}, got {shown(num_tokens)}")

@@ -1,11 +1,11 @@
-"""Chooses the tree of a given size that is expected to be accepted furthest.
+"""Chooses the draft tree of a given size with the longest expected accepted path.
 
-If a node's r-th guess is the target's token with probability a[r], a path is accepted with the product of its guesses'
+If a node's r-th child is the target's token with probability a[r], a path is accepted with the product of its tokens'
 probabilities, and the expected number of accepted tokens is the sum of these products over all nodes. So the best tree
-of n nodes consists of the n largest products; it is connected, as a product falls along a path.
+of n nodes has the n largest products; it is connected, as a product falls along a path.
 
-Sequoia, arXiv 2402.12374, and Medusa, arXiv 2401.10774 (section 2.3.3), choose so. Here the probabilities may depend
-on the depth or not.
+Sequoia, arXiv 2402.12374, and Medusa, arXiv 2401.10774 (section 2.3.3), choose in this way. Here the probabilities may
+depend on the depth or not.
 """
 
 import heapq
@@ -15,10 +15,10 @@ import numpy as np
 
 
 def best_tree(acceptance: Sequence[Sequence[float]] | Sequence[float], num_tokens: int) -> tuple[int, ...]:
-    """Parents of the tree with `num_tokens` nodes behind the root, numbered level by level, siblings by rank.
+    """Parents of the tree with `num_tokens` nodes after the root, numbered level by level, siblings by rank.
 
-    acceptance: probability that a node's r-th guess is right, one sequence for all depths, or one per depth (the last
-        holds for all that follow).
+    acceptance: probability that a node's r-th child is the target's token, one sequence for all depths, or one per
+        depth (the last holds for all that follow).
     Raises ValueError for fewer tokens than 1, and for numbers that are no probabilities.
 
     >>> best_tree([0.6, 0.2, 0.1], 5)  # products: .6, .36, .216, .2, .1296
@@ -28,8 +28,8 @@ def best_tree(acceptance: Sequence[Sequence[float]] | Sequence[float], num_token
     if num_tokens < 1:
         raise ValueError(f"a draft must hold at least 1 token, got {num_tokens}")
     if table.ndim != 2 or not np.all((table >= 0) & (table <= 1)) or np.any(table.sum(axis=1) > 1 + 1e-6):
-        raise ValueError(f"acceptance must be probabilities of the guesses of a node, at most 1 in all, got {table}")
-    # Paths as tuples of ranks; the heap holds those whose parent has been taken.
+        raise ValueError(f"acceptance must be probabilities of the children of a node, at most 1 in all, got {table}")
+    # Paths are tuples of ranks; the heap holds those whose parent is in the tree.
     frontier: list[tuple[float, tuple[int, ...]]] = [(-value, (rank,)) for rank, value in enumerate(table[0])]
     heapq.heapify(frontier)
     taken: list[tuple[int, ...]] = []

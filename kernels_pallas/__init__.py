@@ -1,15 +1,18 @@
-"""Pallas kernels for TPU and GPU, one folder each; the library runs without them, on XLA.
+"""Lists the Pallas kernels for TPU and GPU, one folder each; the library also runs without them, on XLA.
 
 Importing this imports none of them, and no Pallas.
 """
+
+if __name__ != "decodax.kernels_pallas":
+    raise ImportError("kernels_pallas is a part of decodax: import decodax.kernels_pallas")
 
 import importlib
 import inspect
 from types import ModuleType
 from typing import Any
 
-# A kernel's function, and the folder it stands in beside what chooses its implementation (`choose_<folder>`) and its
-# reference; its real sizes are in `shapes.py` there.
+# A kernel's function -> its folder, which also has its kernel selection (`select_<folder>`), its reference and, in
+# `shapes.py`, its real sizes.
 KERNELS = {
     "flash_prefill": "decodax.kernels_pallas.flash_prefill",
     "flash_decode": "decodax.kernels_pallas.flash_decode",
@@ -36,8 +39,9 @@ def module_of(kernel: str) -> ModuleType:
 def shapes_of(kernel: str) -> dict[str, Any]:
     """The kernel's real sizes, by the names of the models that have them.
 
-    Each gives `operands()`, shapes of what the kernel's function takes by keyword, and `options()`, the rest of it;
-    `random_operands(seed)`, arrays of those shapes; `bytes_moved()` and `flops()`, the least that the call asks for.
+    Each gives `operands()`, shapes of the array arguments of the kernel's function, and `options()`, its other
+    arguments; `random_operands(seed)`, arrays of those shapes; `bytes_moved()` and `flops()`, the least that the call
+    needs.
     """
     module = module_of(kernel)
     takes = set(inspect.signature(getattr(module, kernel)).parameters)

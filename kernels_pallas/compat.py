@@ -1,8 +1,8 @@
-"""What differs between JAX 0.10 and 0.12 in Pallas, between a GPU and its interpreter, and nothing else.
+"""Hides the differences in Pallas between JAX 0.10 and 0.12, and between a GPU and its interpreter.
 
 Kernels import Pallas and take from here what is not the same everywhere. JAX's GPU interpreter (kernels run on CPU,
-with uninitialised memory as NaN) differs from a GPU in what it knows: up to 0.10 no layouts of registers and no
-transposed operands. `Warpgroup` holds that difference, so that a kernel's body is written once.
+with uninitialised memory as NaN) supports less than a GPU: up to 0.10 no layouts of registers and no transposed
+operands. `Warpgroup` hides that difference, so that a kernel's body is written once.
 """
 
 import math
@@ -49,8 +49,10 @@ def gpu_kernel(
     thread_name: str | None = None,
     approximate_math: bool = True,
 ) -> Callable[..., Any]:
-    """`plgpu.kernel` with what has changed its default between versions always given.
+    """`plgpu.kernel` with every argument whose default differs between versions.
 
+    body, out_type, grid, grid_names, scratch_types, num_threads, thread_name: as for `plgpu.kernel`.
+    interpret: run on CPU.
     approximate_math: exponentials by the hardware's instruction (a few units in the last place of float32).
     """
     parameters = plgpu.CompilerParams(approx_math=approximate_math, lowering_semantics=LoweringSemantics.Lane)
@@ -69,7 +71,7 @@ def gpu_kernel(
 
 @dataclass(frozen=True)
 class Warpgroup:
-    """What a body asks of its warpgroup. Interpreted, layouts mean nothing and products are plain ones in float32."""
+    """Operations of a warpgroup in a kernel's body. Interpreted, layouts have no effect and products are float32."""
 
     interpret: bool
 
@@ -85,7 +87,7 @@ class Warpgroup:
         return value if self.interpret else plgpu.layout_cast(value, layout)
 
     def load(self, ref: Any, layout: Any = None, *, is_shared: bool = True) -> jax.Array:
-        """What lies in memory, shared or not, in registers; in the layout of an accumulator unless another is given."""
+        """Loads memory, shared or not, into registers; in the layout of an accumulator unless another is given."""
         if self.interpret:
             return ref[...]
         layout = plgpu.Layout.WGMMA if layout is None else layout
@@ -102,7 +104,7 @@ class Warpgroup:
         )
 
     def rows(self, per_row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """[M] as [M, N]: a value per row beside each of its columns."""
+        """[M] as [M, N]: broadcasts a value per row to its columns."""
         return jax.lax.broadcast_in_dim(per_row, shape, [0])
 
     def dot(self, left: Any, right: Any, *, transpose_right: bool = False) -> jax.Array:
@@ -129,7 +131,12 @@ class Warpgroup:
         transpose_right: bool = False,
         transpose_left: bool = False,
     ) -> jax.Array:
-        """accumulated [M, N] + left x right, as `dot`. transpose_left: left is [I, M] in shared memory."""
+        """accumulated [M, N] + left x right.
+
+        accumulated: in registers.
+        left, right, transpose_right: as for `dot`.
+        transpose_left: left is [I, M] in shared memory.
+        """
         if self.interpret:
             return accumulated + self._plain_dot(left[...].T if transpose_left else left, right, transpose_right)
 
@@ -142,8 +149,10 @@ class Warpgroup:
         return total
 
     def sum_of_products(self, add: Callable[[Any], None], shape: tuple[int, int], interpreted: Any) -> jax.Array:
-        """What `add(accumulator)` has brought together by `accumulate`, from zeros on, in the layout of an accumulator.
+        """The sum that `add(accumulator)` makes with `accumulate`, starting from zeros, in an accumulator's layout.
 
+        add: makes the products.
+        shape: of the sum.
         interpreted: float32 of this shape in shared memory, used instead of registers by interpreters up to 0.10.
         """
         if self._emulates_accumulators:
@@ -158,9 +167,11 @@ class Warpgroup:
         return pl.run_scoped(summed, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
     def accumulate(self, accumulator: Any, left: Any, right: Any, *, transpose_right: bool = False) -> None:
-        """accumulator [M, N] += left x right, as `dot`, but without waiting for it: `wait_products` does.
+        """accumulator [M, N] += left x right, as `dot`, but asynchronously: `wait_products` waits.
 
-        accumulator: of `sum_of_products`. left: in shared memory, M a multiple of 64.
+        accumulator: of `sum_of_products`.
+        left: in shared memory, M a multiple of 64.
+        right, transpose_right: as for `dot`.
         """
         if self._emulates_accumulators:
             accumulator[...] = accumulator[...] + self._plain_dot(left, right, transpose_right)
@@ -168,7 +179,7 @@ class Warpgroup:
             plgpu.wgmma(accumulator, left, _transposed(right) if transpose_right else right)
 
     def wait_products(self, num_running: int) -> None:
-        """Until at most the last `num_running` products of `accumulate` are unfinished."""
+        """Waits until at most the last `num_running` products of `accumulate` are unfinished."""
         if not self._emulates_accumulators:
             plgpu.wgmma_wait(num_running)
 
@@ -187,14 +198,14 @@ def _transposed(ref: Any) -> Any:
 
 
 def tiled(num_columns: int, dtype: Any) -> tuple[Any, Any]:
-    """Transforms of shared memory whose rows wgmma reads: tiles of 8 rows, of the widest swizzle that divides a row."""
+    """Transforms of shared memory for wgmma operands: tiles of 8 rows, with the widest swizzle that divides a row."""
     item_bytes = jnp.dtype(dtype).itemsize
     swizzle = math.gcd(num_columns * item_bytes, 128)
     return plgpu.TilingTransform((8, swizzle // item_bytes)), plgpu.SwizzleTransform(swizzle)
 
 
 def store_plainly(ref: Any, value: jax.Array) -> None:
-    """Registers in an accumulator's layout to shared memory without tiles, from which any rows may be copied."""
+    """Stores registers in an accumulator's layout to shared memory without tiles, from which any rows may be copied."""
     store = getattr(plgpu, "store", None)  # from 0.12 on, a store with bank conflicts is asked for by name
     if store is None:
         ref[...] = value
@@ -203,5 +214,5 @@ def store_plainly(ref: Any, value: jax.Array) -> None:
 
 
 def interpreter_clips() -> bool:
-    """Whether interpreted copies do as a GPU's: zeros come from beyond an array's edge, nothing goes there."""
+    """Whether interpreted copies clip as a GPU's: reads beyond an array's edge give zeros, writes there are dropped."""
     return _NEW_INTERPRETER

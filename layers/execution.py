@@ -1,4 +1,4 @@
-"""How layers compute, apart from what they compute: which kernels run, and over which devices."""
+"""Sets how layers execute: which kernels run, over which devices, and with which parallelism."""
 
 import dataclasses
 from collections.abc import Callable, Hashable
@@ -10,78 +10,76 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from decodax.kernels_pallas.choice import Implementation, backend_of_this_device
-from decodax.layers.weight import Weight
-from decodax.sharding import layout
-from decodax.sharding.context import Way
+from decodax.core.weight import Weight
+from decodax.kernels_pallas.decode.new_tokens import MAX_STEP_TOKENS
+from decodax.kernels_pallas.selection import Implementation, backend_of_this_device
+from decodax.sharding import constraints
+from decodax.sharding.context_algorithm import ContextAlgorithm
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.regions import mesh_here, on_each_device
 from decodax.sharding.rules import RULES, Rules, automatic, num_devices
 
-TILE_TOKENS = 128  # slots of a cache that kernels read at a time
-STEP_TOKENS = 64  # new tokens up to which a forward is a decoding step or a small tree, and all devices have them all
-_TOKENS = "TS"  # a kernel gets all tokens and all slots of its rows and heads
+CACHE_TILE_TOKENS = 128  # slots of a cache that a kernel reads at a time
+_TOKENS = "TS"  # a kernel gets all tokens and slots of its rows and heads
 
 
 @dataclass(frozen=True)
 class Execution:
-    """implementation: of the kernels (`kernels_pallas/choice.py`); None takes those made for this process's device.
+    """How layers execute.
 
-    mesh, rules: the devices that weights and states are split over, and how. A kernel runs on each device's part, so
-    heads have to divide over them.
-
-    scatter_norms: between the parts of a block, tokens are split over the devices that split heads, too. So the sum
-    after a part becomes a reduce-scatter, norms and sums run on each device's share, and what is normed is gathered for
-    the next part (TokenWeave, arXiv 2505.11329, without its fused kernel).
-
-    experts: how the experts of a mixture run: a name of METHODS in `layers/moe/experts/`, one of its objects, or None
-    for the one that suits the devices and the number of tokens.
-
-    context: how the tokens of a prompt read each other that are split over devices, "ring" or "ulysses"; None for the
-    one that sends less (`sharding/context.py`).
-
-    pipeline: how layers are dealt out to stages, and rows to micro-batches, where the mesh has an axis for that.
+    implementation: of the kernels (`kernels_pallas/selection.py`); None for those of this process's device.
+    mesh: the devices that weights and states are split over. A kernel runs on each device's shard, so heads must
+        divide over them.
+    rules: sharding rules.
+    experts: the expert dispatch algorithm: a name of METHODS in `layers/moe/dispatch/`, one of its objects, or None for
+        the one that suits the devices and the number of tokens.
+    context: the attention algorithm for a prompt whose tokens are split over devices, "ring" or "ulysses"; None for
+        the one that sends less (`sharding/context_algorithm.py`).
+    sequence_parallel: sequence parallelism: between mixer and feed-forward, tokens are also split over the devices that
+        split heads. So the all-reduce after each becomes a reduce-scatter, norms and residual sums run on each
+        device's shard, and an all-gather follows the norm (TokenWeave, arXiv 2505.11329, without its fused kernel).
+    pipeline: how layers are split into stages, and rows into micro-batches, where the mesh has a pipeline axis.
     """
 
     implementation: Implementation | None = None
     mesh: Mesh | None = None
     rules: Rules = RULES
     experts: Hashable | None = None
-    context: Way | None = None
-    scatter_norms: bool = False
+    context: ContextAlgorithm | None = None
+    sequence_parallel: bool = False
     pipeline: Pipeline = ONE_CHUNK
 
     @property
     def runs_xla(self) -> bool:
-        """Whether no kernels run."""
+        """Whether plain XLA runs, without kernels."""
         asked = self.implementation
         return asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
 
     @property
     def on_one_device(self) -> "Execution":
-        """The same on the device that runs it, as within `per_device`."""
+        """The same on a single device, as within `per_device`."""
         return dataclasses.replace(self, mesh=None)
 
     @property
     def cache_multiple(self) -> int:
-        """The capacity of a cache should be a multiple of so many tokens: its slots divide, and kernels take them."""
-        return (1 if self.runs_xla else TILE_TOKENS) * self.num_parts("S")
+        """Tokens of which a cache's capacity should be a multiple, so that slots divide and kernels support it."""
+        return (1 if self.runs_xla else CACHE_TILE_TOKENS) * self.num_parts("S")
 
-    def mesh_axes(self, letter: str, count: int | None = None) -> tuple[str, ...]:
-        """The mesh axes over which an axis is split that has `count` things to split (None: any number)."""
-        return () if self.mesh is None else self.rules.mesh_axes(self.mesh, letter, count)
+    def mesh_axes(self, axis_name: str, count: int | None = None) -> tuple[str, ...]:
+        """The mesh axes over which a logical axis of `count` items is split (None: any number)."""
+        return () if self.mesh is None else self.rules.mesh_axes(self.mesh, axis_name, count)
 
-    def num_parts(self, letter: str, count: int | None = None) -> int:
-        """Over how many devices an axis is split that has `count` things to split (None: any number)."""
-        return 1 if self.mesh is None else num_devices(self.mesh, self.mesh_axes(letter, count))
+    def num_parts(self, axis_name: str, count: int | None = None) -> int:
+        """The number of devices over which a logical axis of `count` items is split (None: any number)."""
+        return 1 if self.mesh is None else num_devices(self.mesh, self.mesh_axes(axis_name, count))
 
     def padded(self, weight: Weight) -> Weight:
-        """A weight as the devices hold it: zeros fill up some axes that would not divide (`sharding/rules.py`)."""
+        """A weight as the devices hold it: some axes that do not divide are padded with zeros (`sharding/rules.py`)."""
         return weight if self.mesh is None else self.rules.padded(self.mesh, weight)
 
     def part_shape(self, shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
-        """What `per_device` gives each device of an array of this shape."""
-        names = ("_" if letter in _TOKENS else letter for letter in axes.split())
+        """The shape of each device's shard in `per_device`, for an array of this shape."""
+        names = ("_" if axis_name in _TOKENS else axis_name for axis_name in axes.split())
         return tuple(size // self.num_parts(name, size) for name, size in zip(names, shape, strict=True))
 
     def per_device(
@@ -92,17 +90,20 @@ class Execution:
         *,
         split: str = "",
     ) -> Callable[..., Any]:
-        """`function` run by every device on its part of the arguments, given their axes ("B K S H").
+        """`function` run by every device on its shard of the arguments.
 
-        None: a tree, its arrays split as its classes declare (`sharding/layout.py`), and whole where they say nothing.
-        Tokens (T) and slots (S) are whole, but for those that `split` names.
+        The compiler cannot partition a kernel by itself, as it does the operations around it.
 
-        The compiler cannot split a kernel by itself, as it does the operations around it.
+        function: of the shards.
+        in_axes: the axes of each argument ("B K S H"); None for a tree whose arrays are split as its classes declare
+            (`sharding/constraints.py`), and replicated without declared axes.
+        out_axes: the axes of each result.
+        split: which of tokens (T) and slots (S) are split; the others are replicated.
         """
         if self.mesh is None:
             return function
-        mesh, whole = self.mesh, set(_TOKENS) - set(split)
-        rules = Rules(tuple((letter, axis) for letter, axis in self.rules.pairs if letter not in whole))
+        mesh, unsplit = self.mesh, set(_TOKENS) - set(split)
+        rules = Rules(tuple((axis_name, axis) for axis_name, axis in self.rules.pairs if axis_name not in unsplit))
 
         def run(*arguments: Any) -> Any:
             counts: dict[str, int] = {}
@@ -110,13 +111,13 @@ class Execution:
                 counts |= {} if axes is None else dict(zip(axes.split(), argument.shape, strict=True))
 
             def spec(axes: str) -> PartitionSpec:
-                letters = axes.split()
-                return rules.spec(mesh, letters, [counts.get(letter) for letter in letters])
+                axis_names = axes.split()
+                return rules.spec(mesh, axis_names, [counts.get(axis_name) for axis_name in axis_names])
 
             def specs(axes: str | None, argument: Any) -> Any:
                 if axes is not None:
                     return spec(axes)
-                return jax.tree.map(lambda sharding: sharding.spec, layout.shardings(argument, mesh, rules))
+                return jax.tree.map(lambda sharding: sharding.spec, constraints.shardings(argument, mesh, rules))
 
             in_specs = tuple(map(specs, in_axes, arguments))
             return on_each_device(function, mesh, in_specs, tuple(map(spec, out_axes)))(*arguments)
@@ -124,53 +125,53 @@ class Execution:
         return run
 
     def shardings(self, tree: Any) -> Any:
-        """Where the arrays of a state lie, by the axes that its classes declare (`sharding/layout.py`)."""
+        """The shardings of a state, by the axes that its classes declare (`sharding/constraints.py`)."""
         assert self.mesh is not None, "a single device needs no shardings"
-        return layout.shardings(tree, self.mesh, self.rules)
+        return constraints.shardings(tree, self.mesh, self.rules)
 
-    def laid_out(self, tree: Any) -> Any:
-        """A state inside a jitted function, told to lie where `shardings` says; unchanged on a single device."""
+    def constrained(self, tree: Any) -> Any:
+        """A state in a jitted function, with `shardings` as sharding constraint; unchanged on a single device."""
         return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def split(self, array: Array, axes: str) -> Array:
-        """An array inside a jitted function, told to be split by its axes ("B T D"); unchanged on a single device."""
+        """An array in a jitted function, with a sharding constraint by its axes ("B T D"); unchanged on one device."""
         if self.mesh is None:
             return array
         spec = self.rules.spec(self.mesh, axes.split(), array.shape)
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh_here(self.mesh), spec))
 
-    def by_tokens(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Hidden states between blocks, inside a jitted function: split by tokens if they are a chunk of a prompt."""
-        is_split = hidden.shape[1] > STEP_TOKENS and self.num_parts("T") > 1 and not self.scatter_norms
+    def sharded_by_token(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states between blocks, in a jitted function: split by tokens if they are a prefill chunk."""
+        is_split = hidden.shape[1] > MAX_STEP_TOKENS and self.num_parts("T") > 1 and not self.sequence_parallel
         return self.split(hidden, "B T D") if is_split else hidden
 
-    def all_tokens(self, array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """What a recurrence goes through, inside a jitted function: every device has all tokens of what it has.
+    def gathered_tokens(self, array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """The input of a recurrence, in a jitted function, with the token axis gathered.
 
-        A state is handed from token to token, and the compiler would send it from device to device in a loop.
+        A state passes from token to token, and with split tokens the compiler would send it from device to device.
         """
         if self.mesh is None or self.num_parts("T") == 1:
             return array
-        any_way = PartitionSpec.UNCONSTRAINED
-        spec = PartitionSpec(any_way, None, *[any_way] * (array.ndim - 2))
+        unconstrained = PartitionSpec.UNCONSTRAINED
+        spec = PartitionSpec(unconstrained, None, *[unconstrained] * (array.ndim - 2))
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh_here(self.mesh), spec))
 
-    def scattered(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Hidden states between the parts of a block, inside a jitted function; unchanged without `scatter_norms`."""
-        if self.mesh is None or not self.scatter_norms:
+    def sequence_sharded(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states between mixer and feed-forward, in a jitted function; unchanged without `sequence_parallel`."""
+        if self.mesh is None or not self.sequence_parallel:
             return hidden
-        whole = self.split(hidden, "B T D")
-        place = NamedSharding(mesh_here(self.mesh), scatter_of(self, hidden.shape[0], hidden.shape[1]).spec)
-        return jax.lax.with_sharding_constraint(whole, place)
+        replicated = self.split(hidden, "B T D")
+        sharding = NamedSharding(mesh_here(self.mesh), sequence_sharding(self, hidden.shape[0], hidden.shape[1]).spec)
+        return jax.lax.with_sharding_constraint(replicated, sharding)
 
-    def whole(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What a part of a block reads of what was `scattered`."""
-        return self.split(normed, "B T D") if self.scatter_norms else normed
+    def sequence_gathered(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The all-gather of `sequence_sharded` states: the input of a mixer or feed-forward."""
+        return self.split(normed, "B T D") if self.sequence_parallel else normed
 
-    def joined(self, tree: Any) -> Any:
-        """The tree with every array on the mesh, whole on each device unless it is there already.
+    def replicated(self, tree: Any) -> Any:
+        """The tree with every array replicated on the mesh; arrays already on the mesh keep their sharding.
 
-        A jitted function takes arrays of one set of devices. Unchanged on a single device.
+        A jitted function needs all its arrays on one set of devices. Unchanged on a single device.
         """
         if self.mesh is None:
             return tree
@@ -181,29 +182,33 @@ class Execution:
                 return leaf
             if everywhere.is_fully_addressable:
                 return jax.device_put(leaf, everywhere)
-            # Every process has the whole; `device_put` would send it around to see that they agree.
+            # Every process has the full array; `device_put` would send it around to check that they agree.
             host = np.asarray(leaf)
             return jax.make_array_from_callback(host.shape, everywhere, lambda index: host[index])
 
         return jax.tree.map(place, tree)
 
 
-class Scatter(NamedTuple):
-    """How hidden states are scattered: over which axis of [B, T, D] (None: they are not), and the whole of the spec."""
+class SequenceSharding(NamedTuple):
+    """How sequence parallelism shards hidden states [B, T, D].
+
+    axis: the axis that is split over the devices of the heads, None for none.
+    spec: of the hidden states.
+    """
 
     axis: int | None
     spec: PartitionSpec
 
 
-def scatter_of(execution: Execution, batch: int, num_tokens: int) -> Scatter:
-    """Rows are split over the devices that split heads if they divide, else the tokens of a row, else neither."""
+def sequence_sharding(execution: Execution, batch: int, num_tokens: int) -> SequenceSharding:
+    """Splits rows over the devices that split heads if they divide, else the tokens of a row, else neither."""
     heads, split = execution.mesh_axes("N"), [execution.mesh_axes("B", batch), execution.mesh_axes("T", num_tokens)]
     assert execution.mesh is not None
     for axis, size in enumerate((batch, num_tokens)):
         if size % num_devices(execution.mesh, (*split[axis], *heads)) == 0:
             split[axis] = (*split[axis], *heads)
-            return Scatter(axis, PartitionSpec(split[0] or None, split[1] or None))
-    return Scatter(None, PartitionSpec(split[0] or None, split[1] or None))
+            return SequenceSharding(axis, PartitionSpec(split[0] or None, split[1] or None))
+    return SequenceSharding(None, PartitionSpec(split[0] or None, split[1] or None))
 
 
 ON_THIS_DEVICE = Execution()

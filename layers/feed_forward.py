@@ -1,4 +1,4 @@
-"""The gated feed-forward layer: down(activation(gate(x)) * up(x)).
+"""Implements the gated feed-forward layer: down(activation(gate(x)) * up(x)).
 
 GLU Variants Improve Transformer, arXiv 2002.05202.
 """
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch_own
 from decodax.layers.execution import Execution
-from decodax.layers.linear import linear, linear_from_parts
-from decodax.layers.weight import Weight, fetch_own
+from decodax.layers.row_parallel import row_parallel_linear
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -26,9 +27,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class ClampedSwiGLU:
-    """(up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up within -limit..limit.
+    """(up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up in -limit..limit.
 
     The activation of gpt-oss (gpt-oss-120b & gpt-oss-20b Model Card, arXiv 2508.10925).
+
+    alpha: slope of the sigmoid.
+    limit: of gate and up.
     """
 
     alpha: float
@@ -43,7 +47,7 @@ Activation = str | ClampedSwiGLU
 
 
 def gated(activation: Activation, gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]) -> Array:
-    """What goes into the last product of a gated layer: activation(gate) * up for a name of ACTIVATIONS."""
+    """The input of a gated layer's last product: activation(gate) * up for a name of ACTIVATIONS."""
     return ACTIVATIONS[activation](gate) * up if isinstance(activation, str) else activation(gate, up)
 
 
@@ -55,23 +59,28 @@ def check_activation(activation: Activation) -> None:
 
 @runtime_checkable
 class FeedForward(Protocol):
-    """What a block asks of its feed-forward layer's config."""
+    """The contract between a block and its feed-forward layer's config."""
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
         """`Weight` descriptions of the weights, as a (nested) dictionary of the parameters' shape."""
         ...
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
-        """A linen module that maps Float[B, T, D] to Float[B, T, D], and says how it routed the tokens.
+        """A linen module that maps Float[B, T, D] to Float[B, T, D], and the routes of the tokens.
 
-        The second result is None for a layer without experts, which treats all tokens alike.
+        The routes are None for a layer without experts.
         """
         ...
 
 
 @dataclass(frozen=True)
 class GatedMLPConfig:
-    """`intermediate_size` is F, `activation` a name of ACTIVATIONS, `bias` adds one to each of the three products."""
+    """The config of a gated MLP.
+
+    intermediate_size: F.
+    activation: a name of ACTIVATIONS, or a ClampedSwiGLU.
+    bias: adds one to each of the three products.
+    """
 
     intermediate_size: int
     activation: Activation = "silu"
@@ -113,4 +122,4 @@ class GatedMLP(nn.Module):
         up = linear(inputs, weight["up"], weight.get("up_bias"))
         product = gated(self.config.activation, gate, up)
         down, bias = weight["down"], weight.get("down_bias")
-        return linear_from_parts(product, down, bias, letter="F", execution=self.execution), None
+        return row_parallel_linear(product, down, bias, axis_name="F", execution=self.execution), None

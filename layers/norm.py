@@ -1,4 +1,4 @@
-"""RMSNorm: divides each vector by its root mean square and scales it by a learned vector.
+"""Implements RMSNorm: divides each vector by its root mean square and scales it by a learned vector.
 
 Root Mean Square Layer Normalization, arXiv 1910.07467. `unit_offset` is Gemma's convention: the stored weight is the
 deviation from one.
@@ -11,19 +11,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from decodax.layers.weight import Weight, fetch
+from decodax.core.weight import Weight, fetch
 
 
 @dataclass(frozen=True)
 class RMSNormConfig:
-    """`eps` is added to the mean square; with `unit_offset` the scale is 1 + weight."""
+    """The config of an RMSNorm.
+
+    eps: added to the mean square.
+    unit_offset: the scale is 1 + weight.
+    """
 
     eps: float
     unit_offset: bool = False
 
-    def weights(self, size: int, axis: str = "D", whole: int = 1) -> dict[str, Weight]:
-        """`axis` names the `size` coordinates; of several heads' norm, `whole` of them are one head's."""
-        return {"weight": Weight((axis,), (size,), "zeros" if self.unit_offset else "ones", whole=whole)}
+    def weights(self, size: int, axis: str = "D", block_size: int = 1) -> dict[str, Weight]:
+        """The description of the scale.
+
+        size: coordinates.
+        axis: their logical axes.
+        block_size: coordinates of one head, in a norm of several heads.
+        """
+        return {"weight": Weight((axis,), (size,), "zeros" if self.unit_offset else "ones", block_size=block_size)}
 
 
 class RMSNorm(nn.Module):

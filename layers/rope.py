@@ -1,4 +1,4 @@
-"""Rotary position embedding and the published ways to stretch it to longer contexts.
+"""Implements rotary position embedding (RoPE) and its published scalings to longer contexts.
 
 RoFormer, arXiv 2104.09864: pair j of a head's coordinates (j and j + rotary_size / 2, Hugging Face's half-split order)
 is rotated by position x frequency_j, with frequency_j = base^(-2 j / rotary_size). A scaling changes the frequencies:
@@ -6,14 +6,14 @@ is rotated by position x frequency_j, with frequency_j = base^(-2 j / rotary_siz
 | scaling  | source                                  | idea                                                        |
 |----------|-----------------------------------------|-------------------------------------------------------------|
 | linear   | Position Interpolation, arXiv 2306.15595 | all frequencies divided by a factor                        |
-| dynamic  | NTK-aware, as in transformers            | a larger base once the row is longer than trained          |
-| llama3   | Llama 3.1 release                        | only slow frequencies divided, with a smooth band          |
-| yarn     | YaRN, arXiv 2309.00071                   | a ramp between kept and divided, and hotter attention      |
+| dynamic  | NTK-aware, as in transformers            | a larger base once the row is longer than in training      |
+| llama3   | Llama 3.1 release                        | only slow frequencies divided, with a smooth transition    |
+| yarn     | YaRN, arXiv 2309.00071                   | a ramp between kept and divided, and scaled cos and sin    |
 | longrope | LongRoPE, arXiv 2402.13753               | one searched factor per frequency, short and long lists    |
 
-Dynamic and longrope depend on how long the row is. That length is an argument (`row_length`), because the positions of
-one forward do not tell it: a prompt prefilled in chunks must rotate every chunk as the whole prompt does. During
-decoding each token's row ends with itself, which is also what transformers does with its cache.
+Dynamic and longrope depend on the length of the row. That length is an argument (`row_length`), because it does not
+follow from the positions of one forward: a chunked prefill must rotate every chunk as the full prompt does. In
+decoding each token's row ends with the token itself, as in transformers with a cache.
 """
 
 import math
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 @runtime_checkable
 class Scaling(Protocol):
-    """A rule that maps plain frequencies to stretched ones; `attention_factor` multiplies cos and sin."""
+    """Maps unscaled frequencies to scaled ones; `attention_factor` multiplies cos and sin."""
 
     @property
     def attention_factor(self) -> float: ...
@@ -39,7 +39,12 @@ class Scaling(Protocol):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotates the first `rotary_size` coordinates of each head (the head size, unless the model rotates a part)."""
+    """A rotation of each head.
+
+    rotary_size: rotates the first `rotary_size` coordinates (the head size, unless the model rotates only some).
+    base: of the frequencies.
+    scaling: of the frequencies, None for none.
+    """
 
     rotary_size: int
     base: float
@@ -56,7 +61,7 @@ class Rope:
 
     @property
     def powers(self) -> Float[np.ndarray, " J"]:
-        """base^(2 j / rotary_size), whose inverses are the plain frequencies, rounded where PyTorch rounds.
+        """base^(2 j / rotary_size), whose inverses are the unscaled frequencies, rounded where PyTorch rounds.
 
         One unit in the last place of a frequency is 0.006 radians at position 100,000, so the rounding that the models
         were trained with matters there: exponents and powers in float32, each correctly rounded, on every device.
@@ -89,20 +94,22 @@ def rotate(
 ) -> Float[Array, "B T N H"]:
     """Rotates coordinate pairs (j, j + J); coordinates from 2 J on pass unchanged. Computed in float32.
 
-    interleaved: the pairs are (2 j, 2 j + 1), as in DeepSeek's weights. They come out in the order of the others, which
-    changes no score as long as queries and keys agree.
+    heads: queries or keys.
+    cos, sin: of the angles of J pairs.
+    interleaved: the pairs are (2 j, 2 j + 1), as in DeepSeek's weights. The result has the half-split order, which
+        changes no score as long as queries and keys agree.
     """
     half = cos.shape[-1]
     wide = heads.astype(jnp.float32)
-    turned, rest = wide[..., : 2 * half], wide[..., 2 * half :]
-    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    pairs, rest = wide[..., : 2 * half], wide[..., 2 * half :]
+    first, second = (pairs[..., ::2], pairs[..., 1::2]) if interleaved else (pairs[..., :half], pairs[..., half:])
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
 
 
 class _SameMagnitude:
-    """For scalings that change frequencies only."""
+    """A mix-in for scalings that change only frequencies."""
 
     @property
     def attention_factor(self) -> float:
@@ -111,7 +118,7 @@ class _SameMagnitude:
 
 @dataclass(frozen=True)
 class LinearScaling(_SameMagnitude):
-    """All frequencies divided by the factor. Position Interpolation, arXiv 2306.15595."""
+    """All frequencies divided by `factor`. Position Interpolation, arXiv 2306.15595."""
 
     factor: float
 
@@ -123,7 +130,10 @@ class LinearScaling(_SameMagnitude):
 class DynamicScaling(_SameMagnitude):
     """Beyond the original length the base grows: base (factor r - factor + 1)^(d / (d - 2)), r = length / original.
 
-    "NTK-aware" scaling, which came without a paper, as transformers computes it.
+    "NTK-aware" scaling, which has no paper, as transformers computes it.
+
+    factor: of the scaling.
+    original_length: tokens of the training context.
     """
 
     factor: float
@@ -143,6 +153,11 @@ class Llama3Scaling(_SameMagnitude):
     """Wavelengths above original / low are divided by factor, below original / high kept, between: interpolated.
 
     From the release of Llama 3.1; not in its paper.
+
+    factor: of the scaling.
+    low_frequency_factor: low.
+    high_frequency_factor: high.
+    original_length: tokens of the training context.
     """
 
     factor: float
@@ -160,10 +175,16 @@ class Llama3Scaling(_SameMagnitude):
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """Pairs that turn more than `beta_fast` times within the original length are kept, fewer than `beta_slow` divided.
+    """Pairs that turn more than `beta_fast` times in the original length are kept, fewer than `beta_slow` divided.
 
-    YaRN, arXiv 2309.00071. `attention_factor` multiplies cos and sin. With `truncate` the ramp's ends are rounded
-    outward to whole pairs.
+    YaRN, arXiv 2309.00071.
+
+    factor: of the scaling.
+    original_length: tokens of the training context.
+    attention_factor: multiplies cos and sin.
+    beta_fast: turns above which a frequency is kept.
+    beta_slow: turns below which a frequency is divided.
+    truncate: the ramp's ends are rounded outward to integer pairs.
     """
 
     factor: float
@@ -194,6 +215,11 @@ class LongRopeScaling:
     """Each frequency has its own divisor: `long_factor` for rows beyond `original_length`, else `short_factor`.
 
     LongRoPE, arXiv 2402.13753.
+
+    short_factor: divisors of the J frequencies for short rows.
+    long_factor: divisors of the J frequencies for long rows.
+    original_length: tokens of the training context.
+    attention_factor: multiplies cos and sin.
     """
 
     short_factor: tuple[float, ...]

@@ -1,26 +1,36 @@
-"""What a model is, as frozen data: every family is described by these fields, and nothing else tells families apart."""
+"""Defines the config of a model as frozen data; families differ in these fields and in nothing else."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from decodax.core.weight import Weight
 from decodax.layers.feed_forward import FeedForward
-from decodax.layers.mixers._contract import Mixer
+from decodax.layers.mixers.contract import Mixer
 from decodax.layers.norm import RMSNormConfig
-from decodax.layers.weight import Weight
 
 
 @dataclass(frozen=True)
 class Residual:
-    """How a part of a block is added: keep x + add part(norm(x)); with `behind_norm` the first x is norm(x), too."""
+    """How a block adds its mixer or feed-forward f: keep x + add f(norm(x)).
+
+    keep, add: factors of the two terms.
+    after_norm: whether the kept term is norm(x), too.
+    """
 
     keep: float = 1.0
     add: float = 1.0
-    behind_norm: bool = False
+    after_norm: bool = False
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One layer: norm, mixer, add; norm, feed-forward, add. `post_norms` also norms what is added (Gemma 2)."""
+    """One layer: norm, mixer, add; norm, feed-forward, add.
+
+    mixer, feed_forward: the two sublayers.
+    norm: of their inputs.
+    post_norms: also norm what is added (Gemma 2).
+    mixer_residual, feed_forward_residual: how each is added.
+    """
 
     mixer: Mixer
     feed_forward: FeedForward
@@ -44,10 +54,17 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only language model. `max_position_embeddings` is its context in tokens.
+    """A decoder-only language model.
 
-    `embedding_scale` multiplies the token embeddings (Gemma), `logit_scale` the logits (Granite), and `logit_softcap`
-    bounds them (Gemma 2).
+    vocab_size: tokens of the vocabulary.
+    hidden_size: of the residual stream.
+    max_position_embeddings: context in tokens.
+    blocks: the layers.
+    final_norm: before the head.
+    tie_embeddings: whether the head is the embedding.
+    embedding_scale: multiplies the token embeddings (Gemma).
+    logit_softcap: bounds the logits (Gemma 2).
+    logit_scale: multiplies the logits (Granite).
     """
 
     vocab_size: int
@@ -65,7 +82,7 @@ class ModelConfig:
         return len(self.blocks)
 
     def weights(self) -> dict[str, Any]:
-        """Descriptions of all weights: a nested dictionary with the parameters' shape, one subtree per layer."""
+        """Descriptions of all weights: a dictionary nested like the parameters, one subtree per layer."""
         embedding = Weight(("V", "D"), (self.vocab_size, self.hidden_size))
         weights: dict[str, Any] = {"embedding": embedding}
         for index, block in enumerate(self.blocks):

@@ -1,4 +1,4 @@
-"""From a name to a model that is ready to run: a folder, a Hugging Face id, or the small model that decodax carries."""
+"""Loads a model that is ready to run from a folder, a Hugging Face id, or the demo model that decodax carries."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from decodax.arguments import refusal
-from decodax.kernels_pallas.choice import Implementation
+from decodax.core.arguments import refusal
+from decodax.core.printable import printable
+from decodax.kernels_pallas.selection import Implementation
 from decodax.layers.execution import Execution
-from decodax.models.adapter_files import refuse_adapter_alone
-from decodax.models.checkpoint import open_params, read_params, shardings_on
+from decodax.models.checkpoints.adapter_files import refuse_adapter_alone
+from decodax.models.checkpoints.hub import download
+from decodax.models.checkpoints.reading import open_params, read_params, shardings_on
 from decodax.models.config import ModelConfig
-from decodax.models.generation_settings import read_end_token_ids
-from decodax.models.hf_config import load_config
-from decodax.models.hub import download
+from decodax.models.configs.hf_config import load_config
+from decodax.models.mesh_fitting import mesh_for
 from decodax.models.model import Model, Params
-from decodax.models.model_files import printable
 from decodax.models.stacked_weights import in_stages
-from decodax.models.tokenizer import Tokenizer
-from decodax.sharding.fitting import mesh_for
+from decodax.models.tokenizers.generation_settings import read_end_token_ids
+from decodax.models.tokenizers.tokenizer import Tokenizer
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
 from decodax.sharding.stacks import stack_weights
@@ -36,16 +36,20 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_SILENT_SECONDS = 1.0  # a progress bar for less only flickers
+_SILENT_SECONDS = 1.0  # a progress bar that is shown for less only flickers
 
 
 @dataclass(frozen=True, eq=False)  # compared as an object: arrays have no single answer to ==
 class LanguageModel:
     """A model with its weights and tokenizer.
 
-    model: its pure functions. params: nested dictionary of arrays. tokenizer: None when the folder has none, which
-    leaves token ids as input. path: the folder it came from. end_token_ids: the ids that end a text. adapter: the
-    `TrainedPart` whose change its weights hold, None where they are those of the folder.
+    model: its pure functions.
+    config: of the model.
+    params: nested dictionary of arrays.
+    tokenizer: None when the folder has none; input is then token ids.
+    path: the folder it came from.
+    end_token_ids: the ids that end a text.
+    adapter: the `AuxiliaryWeights` merged into its weights (LoRA); None if they are those of the folder.
     """
 
     model: Model
@@ -58,7 +62,7 @@ class LanguageModel:
 
     @property
     def nbytes(self) -> int:
-        """Size of all weights in bytes; what pads them on a mesh does not count."""
+        """Size of all weights in bytes, without their padding on a mesh."""
         leaves = jax.tree.leaves(jax.eval_shape(self.model.unstacked, self.params))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
@@ -71,17 +75,17 @@ def load(
     rules: Rules = RULES,
     invariant: bool = False,
     implementation: Implementation | None = None,
-    scatter_norms: bool = False,
+    sequence_parallel: bool = False,
     pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
-    """A model folder, as it is; arguments and errors are those of `decodax.load`."""
+    """Loads a model folder; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
     folder = find_folder(path_or_id)
     family, config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     end_token_ids = read_end_token_ids(folder, config.vocab_size)
     fitted = None if mesh is None else mesh_for(mesh, config, rules)
-    execution = Execution(implementation, fitted, rules, scatter_norms=scatter_norms, pipeline=pipeline)
+    execution = Execution(implementation, fitted, rules, sequence_parallel=sequence_parallel, pipeline=pipeline)
     model = Model(config, invariant, execution)
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
@@ -93,7 +97,7 @@ def load(
 
 
 def find_folder(path_or_id: str | Path | None) -> Path:
-    """The local folder that a path or a hub id stands for; downloads the latter if it has to."""
+    """The local folder of a path or a hub id; downloads the latter if necessary."""
     if path_or_id is None:
         return Path(str(resources.files("decodax.models.demo")))
     if not str(path_or_id):
@@ -101,7 +105,7 @@ def find_folder(path_or_id: str | Path | None) -> Path:
     try:
         path = Path(path_or_id).expanduser()
         is_folder = path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody knows
+    except (OSError, RuntimeError) as error:  # a name that is too long; an unknown home folder
         raise FileNotFoundError(f"no such model folder: {printable(path_or_id)} ({printable(error)})") from error
     if is_folder:
         refuse_adapter_alone(path)
@@ -122,12 +126,12 @@ def find_folder(path_or_id: str | Path | None) -> Path:
 
 
 def working_dtype(dtype: Any) -> jnp.dtype:
-    """What a model is loaded with: float32 on CPU and bfloat16 elsewhere by default; ValueError for an unknown one."""
+    """The dtype to load a model in; by default float32 on CPU and bfloat16 elsewhere; ValueError for an unknown one."""
     if dtype is None:
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     try:
         name = jnp.dtype(dtype).name
-    except Exception:  # NumPy raises whatever it meets on its way into the value
+    except Exception:  # NumPy raises whatever the value's own conversion raises
         name = None
     if name not in _DTYPES:
         raise refusal("dtype", f"one of {', '.join(_DTYPES)} or None", dtype)
@@ -136,7 +140,7 @@ def working_dtype(dtype: Any) -> jnp.dtype:
 
 @contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (bytes done, bytes in all) that shows a bar on stderr, if that is a terminal, after a second."""
+    """A callback (bytes done, bytes in all) that shows a progress bar on stderr, if a terminal, after a second."""
     start, bar = monotonic(), None
 
     def update(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""A model whose experts lie where a table says: on several devices, some of them twice, or cut into slices."""
+"""Places a model's experts on devices by a placement table: on several devices, replicated, or cut into slices."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,8 +16,10 @@ def place_experts(
 ) -> tuple[Model, Params]:
     """The same model with the weights of its experts in the order of the placement's slots, all weights on the mesh.
 
-    placement: of every layer with experts, or of each by its number. rules: with a pair ("E", a mesh axis, or several),
-        over whose devices the slots are split.
+    model, params: the model without a placement.
+    placement: of every layer with experts, or of each by its number.
+    mesh: for all weights.
+    rules: with a pair ("E", a mesh axis, or several), over whose devices the slots are sharded.
     Raises ValueError for a placement of another number of experts or devices, and for a layer without one.
     """
     sparse = [index for index, block in enumerate(model.config.blocks) if isinstance(block.feed_forward, MoEConfig)]

@@ -1,7 +1,7 @@
-"""The network itself, as linen modules: embedding, a stack of blocks, and the head.
+"""Defines the transformer as linen modules: embedding, a stack of blocks, and the head.
 
-Everything that changes is passed in and handed back. One method serves prefill, decoding, chains and token trees: it
-runs a range of layers over T tokens per row, reads the cache, and returns what each layer would add to it.
+All state is passed in and returned. One method serves prefill, decoding, chains and token trees: it runs a range of
+layers over T tokens per row, reads the cache, and returns each layer's cache update.
 """
 
 from typing import Any, NamedTuple
@@ -11,35 +11,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from decodax.core.linear import linear
+from decodax.core.weight import fetch
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
-from decodax.layers.linear import linear
 from decodax.layers.norm import RMSNorm
-from decodax.layers.weight import fetch
 from decodax.models.config import BlockConfig, ModelConfig, Residual
 
 
 class Forward(NamedTuple):
-    """What a run over a range of layers gives.
+    """The result of a run over a range of layers.
 
     hidden: Float[B, T, D], the residual stream after the last layer of the range, before any final norm.
-    rows: one entry per layer of the range, what its cache's `commit` takes.
+    cache_updates: one entry per layer of the range, what its cache's `commit` takes.
     captured: {i: Float[B, T, D]}, the residual stream after i layers (0: the embeddings) for each i asked for.
-    routes: one entry per layer of the range, which experts its tokens chose (`layers/moe/routes.py`); None without any.
+    routes: one entry per layer of the range, the experts of its tokens (`layers/moe/routes.py`); None without experts.
 
-    In pipeline stages rows have one entry per place (`models/pipelined.py`), and routes none.
+    In pipeline stages cache_updates has one entry per place (`models/pipelined.py`), and routes none.
     """
 
     hidden: Float[Array, "B T D"]
-    rows: tuple[Any, ...]
+    cache_updates: tuple[Any, ...]
     captured: dict[int, Float[Array, "B T D"]]
     routes: tuple[Any, ...] = ()
 
 
 class Block(nn.Module):
-    """hidden + mixer(norm(hidden)), then + feed_forward(norm(.)); each part under its name in a profile.
+    """hidden + mixer(norm(hidden)), then + feed_forward(norm(.)); each has its name in a profile.
 
-    A config's residuals say where something else than the plain sum is formed.
+    The config's residuals describe sums other than this plain one.
     """
 
     config: BlockConfig
@@ -53,30 +53,30 @@ class Block(nn.Module):
         def norm(name: str, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             return RMSNorm(config.norm, size, name=name)(inputs)
 
-        whole = self.execution.whole
+        gathered = self.execution.sequence_gathered
         mixer = config.mixer.module(size, "mixer", self.execution)
         normed = norm("mixer_norm", hidden)
-        added, rows = mixer(whole(normed), position, row_length, cache, mask)
+        added, cache_updates = mixer(gathered(normed), position, row_length, cache, mask)
         if config.post_norms:
             added = norm("mixer_post_norm", added)
         hidden = _sum(config.mixer_residual, hidden, normed, added)
         feed_forward = config.feed_forward.module(size, "feed_forward", self.execution)
         normed = norm("feed_forward_norm", hidden)
-        added, routes = feed_forward(whole(normed))
+        added, routes = feed_forward(gathered(normed))
         if config.post_norms:
             added = norm("feed_forward_post_norm", added)
-        return _sum(config.feed_forward_residual, hidden, normed, added), rows, routes
+        return _sum(config.feed_forward_residual, hidden, normed, added), cache_updates, routes
 
 
 def _sum(residual: Residual, hidden: Array, normed: Array, added: Array) -> Array:
-    kept = normed if residual.behind_norm else hidden
+    kept = normed if residual.after_norm else hidden
     keep, add = (jnp.asarray(factor, hidden.dtype) for factor in (residual.keep, residual.add))
     kept = kept if residual.keep == 1 else kept * keep
     return kept + (added if residual.add == 1 else added * add)
 
 
 class Transformer(nn.Module):
-    """`embed`, `run` over a range of layers, `logits`; calling the module does all three, to initialise it."""
+    """`embed`, `run` over a range of layers, `logits`; calling the module runs all three, to initialise it."""
 
     config: ModelConfig
     execution: Execution = ON_THIS_DEVICE
@@ -103,26 +103,26 @@ class Transformer(nn.Module):
         layers: tuple[int, int],
         capture: tuple[int, ...],
     ) -> Forward:
-        hidden = self.execution.by_tokens(hidden)
+        hidden = self.execution.sharded_by_token(hidden)
         captured = {layers[0]: hidden} if layers[0] in capture else {}
-        rows, routes = [], []
-        hidden = self.execution.scattered(hidden)
+        cache_updates, routes = [], []
+        hidden = self.execution.sequence_sharded(hidden)
         for index in range(*layers):
             cache = None if caches is None else caches[index]
-            hidden, new_rows, new_routes = self.blocks[index](hidden, position, row_length, cache, mask)
-            hidden = self.execution.by_tokens(hidden)
-            rows.append(new_rows)
+            hidden, update, new_routes = self.blocks[index](hidden, position, row_length, cache, mask)
+            hidden = self.execution.sharded_by_token(hidden)
+            cache_updates.append(update)
             routes.append(new_routes)
             if index + 1 in capture:
                 captured[index + 1] = hidden
-        return Forward(self.execution.whole(hidden), tuple(rows), captured, tuple(routes))
+        return Forward(self.execution.sequence_gathered(hidden), tuple(cache_updates), captured, tuple(routes))
 
     def normed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.final_norm(hidden)
 
     def read_out(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         with jax.named_scope("logits"):
-            # What pads the vocabulary on a mesh is cut off; each device keeps its part, so that moves nothing.
+            # The padding of the vocabulary on a mesh is cut off; each device keeps its shard, so nothing is moved.
             logits = linear(normed, self.head, output_dtype=jnp.float32)[..., : self.config.vocab_size]
             logits = logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
             cap = self.config.logit_softcap

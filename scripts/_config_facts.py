@@ -1,4 +1,4 @@
-"""What a model of transformers computes with, read from its modules: sizes, scales, windows, experts, rotation.
+"""Reads the facts of a model of transformers from its modules: sizes, scales, windows, experts, rotation.
 
 `tests/config_facts.py` reads the same facts from a `ModelConfig`.
 """
@@ -44,10 +44,10 @@ def frequency_facts(frequencies: list[float]) -> list[float]:
 
 
 def rope_facts(rotary: Any, config: Any) -> dict[str, Any]:
-    """The frequencies of a short row and of one of twice the context, and what multiplies cos and sin."""
+    """The frequencies of a short row and of one of twice the context, and the factor on cos and sin."""
     import torch
 
-    fresh = type(rotary)(config=config)  # the model may be without memory (device meta)
+    fresh = type(rotary)(config=config)  # the model may be on device meta, without memory
     facts = {}
     for name, length in (("short", 2), ("long", 2 * config.max_position_embeddings)):
         fresh(torch.zeros(1, 1, 1), torch.tensor([[length - 1]]))
@@ -56,7 +56,7 @@ def rope_facts(rotary: Any, config: Any) -> dict[str, Any]:
 
 
 def windows_by_rule(model: Any) -> list[int | None]:
-    """The window of each layer, as the code of the family's forward chooses masks."""
+    """The window of each layer, by the masks that the family's forward chooses."""
     config = model.config
     source = inspect.getsource(sys.modules[type(model).__module__])
     if '"sliding_attention"' in source:
@@ -66,7 +66,7 @@ def windows_by_rule(model: Any) -> list[int | None]:
 
 
 def windows_by_mask(model: Any, num_tokens: int) -> list[int | None]:
-    """The same, counted in the masks of one forward; None where the last token sees all."""
+    """The same, counted in the masks of one forward; None where the last token attends to all."""
     import torch
 
     masks: dict[int, Any] = {}
@@ -89,8 +89,8 @@ def windows_by_mask(model: Any, num_tokens: int) -> list[int | None]:
     windows: list[int | None] = []
     for index in range(len(model.model.layers)):
         mask = masks.get(index)
-        seen = num_tokens if mask is None or mask.ndim != 4 else int((mask[0, 0, -1] > -1).sum())
-        windows.append(None if seen >= num_tokens else seen)
+        attended = num_tokens if mask is None or mask.ndim != 4 else int((mask[0, 0, -1] > -1).sum())
+        windows.append(None if attended >= num_tokens else attended)
     return windows
 
 
@@ -114,7 +114,7 @@ def residual_facts(layer: Any, config: Any) -> list[float]:
 
 
 def mixer_facts(layer: Any, config: Any, window: int | None) -> dict[str, Any]:
-    """Of attention, latent attention, lightning attention or the gated delta rule."""
+    """The facts of attention, latent attention, lightning attention or the gated delta rule."""
     if hasattr(layer, "linear_attn"):
         mixer = layer.linear_attn
         return {
@@ -153,21 +153,21 @@ def mixer_facts(layer: Any, config: Any, window: int | None) -> dict[str, Any]:
 
 
 def activation_fact(module: Any) -> float:
-    """Its value at 1, which tells the activations apart."""
+    """An activation's value at 1, which tells the activations apart."""
     import torch
 
     return float(f"{module(torch.ones(())).item():.4f}")
 
 
 def feed_forward_facts(layer: Any, config: Any) -> dict[str, Any]:
-    """A gated MLP, or experts and their router."""
-    part = getattr(layer, "mlp", getattr(layer, "block_sparse_moe", None))
-    experts = getattr(part, "experts", None)
+    """The facts of a gated MLP, or of experts and their router."""
+    module = getattr(layer, "mlp", getattr(layer, "block_sparse_moe", None))
+    experts = getattr(module, "experts", None)
     if experts is None:
-        bias = part.down_proj.bias is not None
-        return {"width": part.intermediate_size, "activation": activation_fact(part.act_fn), "bias": bias}
-    router = getattr(part, "gate", getattr(part, "router", None))
-    shared = getattr(part, "shared_experts", getattr(part, "shared_expert", None))
+        bias = module.down_proj.bias is not None
+        return {"width": module.intermediate_size, "activation": activation_fact(module.act_fn), "bias": bias}
+    router = getattr(module, "gate", getattr(module, "router", None))
+    shared = getattr(module, "shared_experts", getattr(module, "shared_expert", None))
     always = config.model_type in ("mixtral", "minimax", "gpt_oss", "granitemoe")
     grouped = getattr(router, "topk_method", "group_limited_greedy") == "group_limited_greedy"
     groups = [router.num_group, router.topk_group] if hasattr(router, "num_group") and grouped else [None, None]

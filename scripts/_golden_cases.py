@@ -1,4 +1,4 @@
-"""The tiny models of tests/golden/, by their `config.json`: one case for each thing that families differ in."""
+"""Defines the tiny models of tests/golden/ by their `config.json`: one case for each difference between families."""
 
 from typing import Any
 

@@ -25,8 +25,8 @@ def packed_fp8(tensors: Tensors, block: tuple[int, int]) -> tuple[Tensors, Tenso
         rows, columns = (-(-size // step) for size, step in zip(weight.shape, block, strict=True))
         scale = np.zeros((rows, columns), np.float32)
         for i, j in np.ndindex(rows, columns):
-            part = weight[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
-            scale[i, j] = np.abs(part).max() / FP8_LARGEST
+            values = weight[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+            scale[i, j] = np.abs(values).max() / FP8_LARGEST
         wide = scale.repeat(block[0], 0).repeat(block[1], 1)[: weight.shape[0], : weight.shape[1]]
         codes = (weight / wide).astype(ml_dtypes.float8_e4m3fn)
         rounded[name] = torch.from_numpy(codes.astype(np.float32) * wide)

@@ -1,4 +1,4 @@
-"""What the embedded model is measured against: xz, and an n-gram model over the same tokens.
+"""Computes the baselines of the embedded model: xz, and an n-gram model over the same tokens.
 
 The n-gram model is interpolated Kneser-Ney (Kneser and Ney 1995; interpolated form in Chen and Goodman, "An Empirical
 Study of Smoothing Techniques for Language Modeling", cmp-lg/9606011), with one discount per order:
@@ -17,7 +17,7 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Float
 
-START = -1  # stands before the first token of a document
+START = -1  # comes before the first token of a document
 
 
 class KneserNey:
@@ -50,7 +50,7 @@ class KneserNey:
             self.discounts[order] = once / (once + 2 * twice) if once and twice else 0.5
 
     def probability(self, token: SupportsIndex, context: Iterable[SupportsIndex]) -> float:
-        """P(token | context), reading at most the last `orders` - 1 tokens of the context."""
+        """P(token | context), from at most the last `orders` - 1 tokens of the context."""
         context = tuple(context)[-(self.orders - 1) :] if self.orders > 1 else ()
         result = 1.0 / self.vocabulary
         for order in range(1, min(self.orders, len(context) + 1) + 1):
@@ -78,12 +78,12 @@ class KneserNey:
 def xz_bytes(text: bytes) -> int:
     """Size of the text after `xz -9e`, as a raw stream without the file format's headers and check sums.
 
-    The dictionary holds 64 MiB, as at that preset, so all of the standard library lies within its reach.
+    The dictionary holds 64 MiB, as at that preset, so all of the standard library is within its reach.
     """
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
     return len(lzma.compress(text, format=lzma.FORMAT_RAW, filters=filters))
 
 
 def xz_bytes_after(text: bytes, before: bytes) -> int:
-    """How many bytes `text` adds to the compressed form of `before`: xz that has read the training split first."""
+    """How many bytes `text` adds to the compressed form of `before`: xz after the training split."""
     return xz_bytes(before + text) - xz_bytes(before)

@@ -1,9 +1,9 @@
-"""Text that every machine with Python has: the standard library's own source, split for training and for judging.
+"""Collects text that comes with every Python: the standard library's own source, split for training and evaluation.
 
 The running interpreter's `Lib` folder (licence: PSF-2.0) is read file by file, tests included. Tables that a program
 wrote (code pages, Unicode properties, build settings) and files that are not UTF-8 are left out, near-duplicates are
-dropped, and whole packages are held out together with their tests: a model is then judged on code whose neighbours it
-has never seen. Nothing is downloaded, and two calls on one interpreter give the same documents in the same order.
+dropped, and whole packages are held out together with their tests: a model is then evaluated on code whose neighbours
+it has never seen. Nothing is downloaded, and two calls on one interpreter give the same documents in the same order.
 
     python -m decodax.scripts.demo_corpus          # what there is, in numbers
 """
@@ -50,7 +50,12 @@ MIN_CHARACTERS, MAX_CHARACTERS = 200, 400_000
 
 @dataclass(frozen=True)
 class Document:
-    """One source file: its path below `Lib`, the package it belongs to, its text, and whether it is test code."""
+    """One source file.
+
+    path: below `Lib`.
+    package: the one it belongs to.
+    is_test: whether it is test code.
+    """
 
     path: str
     package: str
@@ -60,7 +65,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents in path order, and how many files were left out for which reason."""
+    """The documents of each split.
+
+    train, heldout: in path order.
+    dropped: how many files were left out, by reason.
+    """
 
     train: list[Document]
     heldout: list[Document]
@@ -89,7 +98,7 @@ def is_test(path: str) -> bool:
 
 
 def shingles(text: str) -> set[bytes]:
-    """Hashes of all runs of five lines, blank lines and indentation aside: what two copies of a text share."""
+    """Hashes of all runs of five lines, without blank lines and indentation: two copies of a text share them."""
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     runs = range(max(1, len(lines) - SHINGLE_LINES + 1))
@@ -125,11 +134,9 @@ def _read(root: Path, dropped: dict[str, int]) -> Iterator[Document]:
 def collect(root: Path | None = None) -> Corpus:
     """Reads and splits the Python files below `root` (default: the running interpreter's standard library).
 
-    A file is dropped when half of its five-line shingles stand in earlier files of its own split, and a held-out file
-    when a tenth of them stands anywhere in the training split. Code is read before tests, and stays.
-
-    Raises:
-        ValueError: there is no Python file to learn from below `root`.
+    A file is dropped when half of its five-line shingles are in earlier files of its own split, and a held-out file
+    when a tenth of them is anywhere in the training split. Code is read before tests, and kept.
+    Raises ValueError when there is no Python file below `root`.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else Path(root)
     reasons = ("foreign data", "not UTF-8", "too short or too long", "table of numbers")
@@ -164,9 +171,7 @@ def heldout_prompts(count: int, *, corpus: Corpus | None = None, context_lines: 
 
     Each prompt is the `def` line with its decorators and up to `context_lines` lines before it, and ends after the
     colon. The functions (six lines or longer) are spread evenly over all held-out files that are not tests.
-
-    Raises:
-        ValueError: `count` is not in 1..number of such functions.
+    Raises ValueError when `count` is not in 1..number of such functions.
     """
     prompts = []
     for document in (collect() if corpus is None else corpus).heldout:
@@ -194,11 +199,11 @@ def summary(corpus: Corpus) -> dict:
         return {"files": len(documents), "bytes": sum(len(d.text.encode()) for d in documents)}
 
     splits = {"train": corpus.train, "heldout": corpus.heldout}
-    parts = {"code": False, "tests": True}
+    kinds = {"code": False, "tests": True}
     table: dict = {
-        f"{split} {part}": numbers([d for d in documents if d.is_test == flag])
+        f"{split} {kind}": numbers([d for d in documents if d.is_test == flag])
         for split, documents in splits.items()
-        for part, flag in parts.items()
+        for kind, flag in kinds.items()
     }
     return table | {"heldout packages": sorted({d.package for d in corpus.heldout}), "dropped": corpus.dropped}
 

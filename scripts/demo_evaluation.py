@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, in bits per byte, beside xz and an n-gram model on the same bytes.
+"""Measures how well a model predicts held-out text, in bits per byte, beside xz and an n-gram model.
 
 Bits per byte compare models and compressors whatever their units: a language model with an arithmetic coder would
 compress the text to that size. Every document is scored from its first token on, each token after at least half a
@@ -23,7 +23,7 @@ def scored_rows(
 ) -> tuple[Int[np.ndarray, "R T_plus_1"], Float[np.ndarray, "R T"]]:
     """Rows of `context` + 1 tokens that overlap by half, and which of their targets count: each token counts once.
 
-    Each document starts behind a separator, which is read and not scored; short rows are filled with separators.
+    Each document starts after a separator, which is read and not scored; short rows are padded with separators.
     """
     rows, counts = [], []
     for ids in documents:
@@ -56,8 +56,8 @@ def model_bits(
     rows, counts = scored_rows(documents, context)
     missing = -len(rows) % batch
     rows, counts = (np.pad(array, ((0, missing), (0, 0))) for array in (rows, counts))
-    parts = [nats(params, rows[i : i + batch], counts[i : i + batch]) for i in range(0, len(rows), batch)]
-    return float(np.sum(jax.device_get(parts), dtype=np.float64)) / math.log(2)
+    pieces = [nats(params, rows[i : i + batch], counts[i : i + batch]) for i in range(0, len(rows), batch)]
+    return float(np.sum(jax.device_get(pieces), dtype=np.float64)) / math.log(2)
 
 
 def baseline_bits(

@@ -1,8 +1,8 @@
-"""The embedded model's tokenizer: byte-level byte-pair encoding with 4,096 tokens, made for Python source.
+"""Trains the embedded model's tokenizer: byte-level byte-pair encoding with 4,096 tokens, made for Python source.
 
 Text is first cut into pieces by one pattern, then each piece is merged from bytes (Sennrich et al., "Neural Machine
 Translation of Rare Words with Subword Units", arXiv 1508.07909). What the pattern adds for Python: a line break and the
-whole indentation after it are one piece, so every depth of indentation becomes one token. There is no normaliser and
+whole indentation after it are one piece, so every level of indentation becomes one token. There is no normaliser and
 every byte is in the vocabulary, so any UTF-8 text comes back exactly.
 """
 
@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
-# In this order: line breaks with the indentation behind them; a word with one sign or space before it; up to three
+# In this order: line breaks with the indentation after them; a word with one sign or space before it; up to three
 # digits; a run of signs with one space before it; spaces up to the last one before something; what is left.
 PIECES = (
     r"[\r\n]+[ \t]*"
@@ -29,8 +29,7 @@ PIECES = (
 def train(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:
     """A tokenizer of at most `vocabulary` tokens whose token 0 is `<|endoftext|>`, the document separator.
 
-    Raises:
-        ValueError: the vocabulary has no room for the 256 bytes and the separator.
+    Raises ValueError when the vocabulary has no room for the 256 bytes and the separator.
     """
     if vocabulary < 257:
         raise ValueError(f"the vocabulary must hold 256 bytes and one separator: at least 257 tokens, got {vocabulary}")

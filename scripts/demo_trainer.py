@@ -1,4 +1,4 @@
-"""What the embedded model learns from and how: its plan, its rows of text, its loss. `train_demo.py` is what to run.
+"""Defines the training of the embedded model: its plan, its rows of text, its loss. `train_demo.py` runs it.
 
 The loop, the optimizer, the checkpoints and the learning rate are those of `decoding/training/`.
 """
@@ -22,7 +22,7 @@ Hidden = Callable[[Params, Int[Array, "B T"]], Float[Array, "B T D"]]
 
 @dataclass(frozen=True)
 class Plan(training_plan.Plan):
-    """`test_share` is the part of the test files read in one pass over the code."""
+    """test_share: share of the test files that is read in one pass over the code."""
 
     short_tokens: int = 512
     long_share: float = 0.15
@@ -50,11 +50,11 @@ def make_task(
 ) -> Task:
     """The training of a language model. `model` is the forward function, the head and fresh parameters."""
     forward, head, params = model
-    judge = jax.jit(lambda params, rows: mean_loss(forward, head, params, rows))
+    heldout_loss = jax.jit(lambda params, rows: mean_loss(forward, head, params, rows))
 
     def measure(params: Params) -> dict[str, float]:
-        parts = [judge(params, heldout[i : i + 8]) for i in range(0, len(heldout) - 7, 8)]
-        return {"heldout_loss": float(np.mean(jax.device_get(parts)))}
+        losses = [heldout_loss(params, heldout[i : i + 8]) for i in range(0, len(heldout) - 7, 8)]
+        return {"heldout_loss": float(np.mean(jax.device_get(losses)))}
 
     return Task(
         loss=lambda params, frozen, rows, step: mean_loss(forward, head, params, rows),

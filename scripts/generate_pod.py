@@ -23,7 +23,7 @@ from decodax.sharding import distributed
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.distributed is not None:
-        # Before anything else of JAX: its devices are those of all processes from then on.
+        # Before any other call of JAX: its devices are those of all processes from then on.
         distributed.start(
             options.distributed,
             num_processes=options.num_processes,
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = [line for line in options.prompts.read_text("utf-8").splitlines() if line]
     lm = decodax.load(options.model, mesh=options.mesh or f"tensor={jax.device_count()}")
     for begin in range(0, len(prompts), options.batch):
-        # Every process must make the same calls; the first one alone has somebody to tell.
+        # Every process must make the same calls; only the first one writes.
         batch = prompts[begin : begin + options.batch]
         out = decodax.generate(lm, batch, max_new_tokens=options.max_new_tokens, strategy=options.strategy)
         if distributed.is_first():
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mesh", help="devices, like tensor=8,data=2; by default tensor over all of them")
     parser.add_argument("--batch", type=int, default=8, help="prompts run together")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--strategy", help="how tokens are found: `decodax methods` lists the names")
+    parser.add_argument("--strategy", help="how to decode: `decodax methods` lists the names")
     parser.add_argument("--distributed", metavar="auto|HOST:PORT", help="run over several processes")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)

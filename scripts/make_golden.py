@@ -1,4 +1,4 @@
-"""Writes tests/golden/: tiny random models of every family, with what `transformers` computes for them.
+"""Writes tests/golden/: tiny random models of every family, with the outputs of `transformers` for them.
 
     pip install "transformers>=5" torch
     python -m decodax.scripts.make_golden [CASE ...]
@@ -12,7 +12,7 @@ with every parameter random, norms and biases too) and a golden.npz:
 
 Everything is float32 with eager attention. Seeds are tried until no greedy choice is closer than MIN_GAP, so that
 another order of additions cannot change a token, no continuation repeats itself, and float64 gives nearly the same
-logits, so that they do not hang on how something is rounded.
+logits, so that they do not depend on rounding.
 """
 
 import json
@@ -36,7 +36,7 @@ GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 
 
 def randomise(model: Any, seed: int) -> None:
-    """Every parameter random: matrices keep the size of what passes through them, norms and biases vary by 0.3."""
+    """Makes every parameter random: matrices keep the size of their inputs, norms and biases vary by 0.3."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -67,9 +67,9 @@ def load_alone(folder: Path, precision: str) -> Any:
 
 
 def run_alone(folder: Path, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Logits [T, V] of one prompt and its greedy continuation [24].
+    """Logits [T, V] of one prompt, its greedy continuation [24], and how clear they are.
 
-    And the smallest gap between two largest logits, and the largest difference to the logits in float64.
+    The last two are the smallest gap between two largest logits, and the largest difference to the logits in float64.
     """
     import torch
 
@@ -93,7 +93,7 @@ def run_alone(folder: Path, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 
 def write_model(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """A model folder in Hugging Face format."""
+    """Writes a model folder in Hugging Face format."""
     from safetensors.torch import save_file
 
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -102,7 +102,7 @@ def write_model(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -
 
 
 def random_tensors(config: dict[str, Any], seed: int, *, stacked: bool) -> dict[str, Any]:
-    """What a checkpoint of a random model holds: `stacked` as transformers computes with it, or as it saves it."""
+    """The tensors of a random model's checkpoint: `stacked` as transformers computes with them, or as it saves them."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -120,7 +120,7 @@ def random_tensors(config: dict[str, Any], seed: int, *, stacked: bool) -> dict[
 
 
 def write_case(name: str, config: dict[str, Any]) -> None:
-    """One folder of tests/golden, with the first seed whose greedy choices are all clear and varied."""
+    """Writes one folder of tests/golden, with the first seed whose greedy choices are all clear and varied."""
     folder = GOLDEN / name
     folder.mkdir(parents=True, exist_ok=True)
     quantization = config.get("quantization_config")

@@ -1,4 +1,4 @@
-"""Writes tests/golden/configs/: what transformers makes of published configs, and of every field of every family.
+"""Writes tests/golden/configs/: the facts that transformers derives from published configs and from every field.
 
     pip install "transformers>=5" torch
     python -m decodax.scripts.make_golden_configs PUBLISHED
@@ -6,11 +6,11 @@
 PUBLISHED is a folder of folders with a published `config.json` each. Three files are written:
 
     fields.json     per family: the fields that its class has or that its code reads, and their other names
-    published.json  per published config of a known family: its fields that mean something, and the facts of the model
+    published.json  per published config of a known family: its fields with an influence, and the facts of the model
                     that transformers builds from them (scripts/_config_facts.py), or that it refuses; of other
                     configs the model_type
-    effects.json    per family, field that it reads and value: what changes in the facts of a tiny model when this value
-                    stands in its config, or -1 where transformers refuses it or its forward fails
+    effects.json    per family, field that it reads and value: what changes in the facts of a tiny model with this value
+                    in its config, or -1 where transformers refuses it or its forward fails
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from decodax.models.configs.known_fields import WITHOUT_INFLUENCE
 from decodax.models.families import FAMILIES
-from decodax.models.hf_known_fields import WITHOUT_INFLUENCE
 from decodax.scripts._config_facts import facts_of, windows_by_mask, windows_by_rule
 from decodax.scripts._golden_cases import CASES
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden" / "configs"
 ABSENT = "absent"  # in place of a value: the field is left out
 VALUES = [ABSENT, None, True, False, 0, 1, 2, 3, 0.5, "gelu", [], {}]
-# Read by what the families share in transformers: PreTrainedConfig (the rotation), masks and caches.
+# Read by the code that all families share in transformers: PreTrainedConfig (the rotation), masks and caches.
 OF_ALL = [
     *("rope_theta", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor"),
     *("is_causal", "sliding_window", "use_sliding_window", "layer_types"),
@@ -75,7 +75,7 @@ def model_of(raw: dict[str, Any], device: str) -> Any:
 
 
 def windows_of(model: Any) -> list[int | None]:
-    """Each layer's window as counted in its mask; by the rule where it is too wide to be seen in one."""
+    """Each layer's window as counted in its mask; by the rule where it is wider than the mask."""
     seen, by_rule = windows_by_mask(model, NUM_TOKENS), windows_by_rule(model)
     return [
         rule if mask is None and rule is not None and rule >= NUM_TOKENS else mask
@@ -126,7 +126,7 @@ def effects_of(model_type: str, names: list[str]) -> dict[str, Any]:
 
 
 def published_of(raw: dict[str, Any]) -> dict[str, Any]:
-    """A published config: its fields that mean something, and the facts."""
+    """A published config: its fields with an influence, and the facts."""
     if raw.get("model_type") not in FAMILIES:
         return {"model_type": raw.get("model_type")}
     kept = {

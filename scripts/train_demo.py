@@ -30,7 +30,7 @@ from decodax.decoding.training.export import write_json, write_model
 from decodax.decoding.training.loop import train
 from decodax.decoding.training.loss_curve import draw_loss
 from decodax.decoding.training.text_windows import cut
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 from decodax.models.model import Model
 from decodax.scripts import demo_corpus, demo_evaluation, demo_tokenizer
 from decodax.scripts.demo_corpus import Document
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO_FOLDER = ROOT / "models" / "demo"
 RUN_FOLDER = ROOT / "runs" / "demo"
 LOSS_IMAGE = ROOT / "docs" / "images" / "demo_loss.png"
-RESULT_FILE = ROOT / "scripts" / "results" / "demo_model.json"
+RESULT_FILE = ROOT / "benchmarks" / "results" / "demo_model.json"
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -67,7 +67,7 @@ SAMPLE_PROMPTS = ("def fibonacci(n):", "class Stack:\n    def __init__(self", "i
 
 
 def functions(config: dict[str, Any] = CONFIG) -> tuple[Model, Callable, Callable]:
-    """The model of a Hugging Face config, and its forward and head as the trainer calls them."""
+    """The model of a Hugging Face config, with its forward and head for the trainer."""
     model = Model(read_config(config)[1])
 
     def forward(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -84,7 +84,7 @@ def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[np.ndarray]:
 
 
 def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Code, and tests."""
+    """The documents that are code, and those that are tests."""
     return [d for d in documents if not d.is_test], [d for d in documents if d.is_test]
 
 
@@ -122,8 +122,7 @@ def run_training(folder: Path, plan: Plan, finish_by: int | None) -> None:
 def export(run: Path, folder: Path) -> None:
     """Writes the run's newest checkpoint in bfloat16, with Hugging Face's names and files.
 
-    Raises:
-        FileNotFoundError: the run has no checkpoint yet.
+    Raises FileNotFoundError when the run has no checkpoint yet.
     """
     write_model(folder, CONFIG, load_trained(run), "bfloat16")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -138,8 +137,8 @@ def load_exported(folder: Path) -> tuple[Params, Tokenizer]:
     params: Params = {}
     for name, path in family.tensor_names(config).items():
         subtree = params
-        for part in path[:-1]:
-            subtree = subtree.setdefault(part, {})
+        for key in path[:-1]:
+            subtree = subtree.setdefault(key, {})
         subtree[path[-1]] = jnp.asarray(tensors[name].astype(np.float32))
     return params, Tokenizer.from_file(str(folder / "tokenizer.json"))
 
@@ -157,7 +156,7 @@ def evaluate(folder: Path, result: Path) -> dict[str, Any]:
             lambda params, tokens: head(params, forward(params, tokens)), params, ids, context=context
         )
     }
-    # Nearest to the held-out text, the code comes last: xz finds it cheapest to refer to.
+    # The code comes last, nearest to the held-out text: xz refers to it most cheaply.
     code, tests = split(corpus.train)
     bits |= demo_evaluation.baseline_bits(
         tests + code, heldout, lambda documents: encode(tokenizer, documents), vocabulary=CONFIG["vocab_size"]
@@ -180,7 +179,7 @@ def evaluate(folder: Path, result: Path) -> dict[str, Any]:
 
 
 def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int = 80) -> list[str]:
-    """Continuations of prompts: the likeliest one, and one drawn at temperature 0.7."""
+    """Continuations of prompts: a greedy one, and one sampled at temperature 0.7."""
     import decodax
 
     lm = decodax.load(folder)
@@ -193,15 +192,15 @@ def sample(folder: Path, prompts: tuple[str, ...], new_tokens: int = 80) -> list
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; every number of the plan is an option."""
-    parser = argparse.ArgumentParser(description="Trains, exports and judges the embedded model.")
+    """Runs the command line; every number of the plan is an option."""
+    parser = argparse.ArgumentParser(description="Trains, exports and evaluates the embedded model.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("train", "export", "evaluate"):
         command = commands.add_parser(name)
         command.add_argument("--run", type=Path, default=RUN_FOLDER, help="working folder (default: %(default)s)")
         command.add_argument("--model", type=Path, default=DEMO_FOLDER, help="exported folder (default: %(default)s)")
     command = commands.choices["train"]
-    command.add_argument("--finish-by", type=int, help="a new last step for a run under way")
+    command.add_argument("--finish-by", type=int, help="a new last step for a run that is not finished")
     for field in fields(Plan):
         if field.name not in ("decay_from", "long_from"):
             command.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)

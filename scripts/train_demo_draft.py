@@ -1,10 +1,10 @@
-"""Trains the draft of the embedded model on the standard library's source, and writes it as a Hugging Face folder.
+"""Trains the draft model of the embedded model on the standard library, and writes it as a Hugging Face folder.
 
     python -m decodax.scripts.train_demo_draft                   # the same command resumes an interrupted run
     python -m decodax.scripts.train_demo_draft --steps 3000      # resume, with another last step
 
-The functions are those of `decodax train draft`; what differs is the text: the split on which the embedded model was
-trained and judged, so that the packages held out there are held out here too. About an hour on two cores.
+The functions are those of `decodax train draft`; only the text differs: the split on which the embedded model was
+trained and evaluated, so that the packages held out there are held out here too. About an hour on two cores.
 """
 
 import argparse
@@ -29,25 +29,25 @@ TEST_SHARE = 0.25  # of the training split's test files, in each pass over the c
 
 
 def demo_texts(target: LanguageModel) -> Texts:
-    """The embedded model's own split: code and tests to learn from, code of the held-out packages to be judged on."""
+    """The embedded model's own split: code and tests to train on, code of the held-out packages to measure on."""
     if target.tokenizer is None:
         raise ValueError(f"{target.path} has no tokenizer: the texts cannot be encoded")
     corpus = demo_corpus.collect()
     code, tests = split(corpus.train)
     heldout, _ = split(corpus.heldout)
-    train_ids, test_ids, heldout_ids = (encode(target.tokenizer.backend, part) for part in (code, tests, heldout))
+    train_ids, test_ids, heldout_ids = (encode(target.tokenizer.backend, files) for files in (code, tests, heldout))
     return Texts(train_ids, heldout_ids, test_ids, TEST_SHARE, target.end_token_ids[:1])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Trains and writes the draft of the embedded model.")
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description="Trains and writes the draft model of the embedded model.")
     parser.add_argument("--steps", type=int, default=2250, help="of 4,096 tokens each (default: %(default)s)")
     parser.add_argument("--run", type=Path, default=RUN_FOLDER, help="working folder (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=DRAFT_FOLDER, help="the draft's folder (default: %(default)s)")
     parser.add_argument("--image", type=Path, default=LOSS_IMAGE, help="the loss curve (default: %(default)s)")
     options = parser.parse_args(arguments)
-    # In bfloat16 the target's forward, most of a step, took 0.7 of its time in float32 on the machine that ran this.
+    # In bfloat16 the target's forward, most of a step, took 0.7 of its time in float32 where this ran.
     target = load(dtype="bfloat16")
     plan = resumed_plan(options.run, PLAN.finishing_by(options.steps))
     training = DraftTraining(target, SHAPE, plan, demo_texts(target), options.run)

@@ -1,17 +1,17 @@
-"""How a model is split over a mesh of devices: rules from axes to devices, and what devices then tell each other.
+"""Splits a model over a mesh of devices: sharding rules, sharding constraints, and explicit parallelism methods.
 
-Most of it is XLA's work, which splits all operations by where weights and states lie (`rules.py`, `layout.py`). METHODS
-are the ways that it does not find by itself, by the axis of the mesh that they serve.
+XLA partitions most operations by the shardings of weights and states (`rules.py`, `constraints.py`). METHODS are the
+algorithms that it does not find by itself, by the mesh axis that they use.
 """
 
-from decodax.sharding.pipeline import Pipeline
-from decodax.sharding.ring import ring
-from decodax.sharding.split_cache import merge_over_devices
-from decodax.sharding.ulysses import ulysses
+if __name__ != "decodax.sharding":
+    raise ImportError("sharding is a part of decodax: import decodax.sharding")
+
+from decodax.core.lazy import Methods
 
 METHODS = {
-    "context": {"ring": ring, "ulysses": ulysses, "split_cache": merge_over_devices},
-    "pipeline": {"pipeline": Pipeline},
+    "context": Methods(
+        __name__, {"ring": "ring", "ulysses": "ulysses", "split_cache": "split_cache:merge_over_devices"}
+    ),
+    "pipeline": Methods(__name__, {"pipeline": "pipeline:Pipeline"}),
 }
-
-__all__ = ["METHODS"]

@@ -1,13 +1,13 @@
-"""Starts JAX over several processes, one or more on each host, so that a mesh can span the devices of all of them.
+"""Starts JAX over several processes, one or more on each host, so that a mesh can span the devices of all processes.
 
     from decodax.sharding import distributed
-    distributed.start()                                                # as SLURM, Kubernetes or the TPU slice say
+    distributed.start()                                                # from SLURM, Kubernetes or the TPU slice
     distributed.start("10.0.0.1:8482", num_processes=2, process_id=0)  # by hand
     lm = decodax.load(path, mesh="tensor=16")                          # the same program in every process
 
-It comes before anything that makes JAX look for devices. Afterwards `jax.devices()` are those of all processes, and
-every process must run the same programs in the same order. When one ends by an error it ends at once, and so do the
-others: at once where a collective notices or process 0 is gone, else when heartbeats have been missed for
+Call `start` before anything that makes JAX look for devices. Afterwards `jax.devices()` are those of all processes, and
+every process must run the same programs in the same order. When one process ends by an error, it ends at once, and the
+others end too: at once where a collective fails or process 0 is gone, else when heartbeats have been missed for
 `heartbeat_seconds`. (Measured on CPU: 0.2 s with JAX 0.10; with 0.12 90 s by heartbeats when process 1 of 2 died.)
 """
 
@@ -21,8 +21,9 @@ from typing import NoReturn
 
 import jax
 
+from decodax.core.version import __version__
 from decodax.sharding.membership import Membership, read_membership
-from decodax.sharding.roll_call import Greeting, call_roll, is_loopback
+from decodax.sharding.rendezvous import Hello, is_loopback, meet
 
 AUTO = "auto"
 JOIN_TIMEOUT_SECONDS = 300.0
@@ -39,16 +40,21 @@ def start(
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     environ: Mapping[str, str] | None = None,
 ) -> None:
-    """Joins this process with the others; a second call that says the same does nothing, nor does a run of one process.
+    """Joins this process with the others. With one process, or in a second call with the same values, it does nothing.
 
     coordinator: HOST:PORT where process 0 runs, or "auto", which reads the environment (`membership.py`) and, where
         that says nothing, asks JAX, which knows Cloud TPU virtual machines and Open MPI (and ends the process itself
-        when others do not come). Values given here stand above the environment's.
+        when others do not come). Values given here override the environment's.
+    num_processes: of the whole run.
+    process_id: of this process, from 0 on.
     local_device_ids: the GPUs of its machine that this process uses; by default all it sees.
+    timeout_seconds: how long the rendezvous waits for all processes.
+    heartbeat_seconds: how long heartbeats of a process may be missing.
     environ: what is read as the environment, by default that of this process.
-    Raises TimeoutError, naming the address and who is missing, when not all have come within `timeout_seconds`;
-    ValueError for values that do not fit, here or between processes; OSError when process 0 cannot listen at its port;
-    RuntimeError when JAX has looked for devices before.
+    Raises TimeoutError, naming the address and the missing processes, when not all arrive within `timeout_seconds`.
+    Raises ValueError for values that do not fit, here or between processes.
+    Raises OSError when process 0 cannot listen on its port.
+    Raises RuntimeError when JAX has looked for devices before.
     """
     membership = read_membership(
         os.environ if environ is None else environ,
@@ -61,35 +67,35 @@ def start(
         _check_same_run(membership)
         return
     if membership is None:
-        _let_jax_find_out(timeout_seconds, heartbeat_seconds)
+        _let_jax_detect(timeout_seconds, heartbeat_seconds)
     elif membership.num_processes > 1:
         _join(membership, timeout_seconds, heartbeat_seconds)
     if jax.distributed.is_initialized():
-        atexit.register(_leave_after_an_error)  # it runs before JAX's own, which was registered earlier
+        atexit.register(_leave_after_an_error)  # runs before JAX's own handler, which was registered earlier
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that speaks to the user."""
+    """Whether this is process 0, which alone writes to the user."""
     return jax.process_index() == 0
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """Ends the process after an error without JAX's farewell, which waits for all others, as they do for this one."""
+    """Ends the process after an error without JAX's shutdown barrier, in which all processes wait for each other."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
 def _leave_after_an_error() -> None:
-    if getattr(sys, "last_value", None) is not None:  # an exception that nobody caught, and Python has shown
+    if getattr(sys, "last_value", None) is not None:  # an uncaught exception, which Python has printed
         leave_at_once(1)
 
 
 def _join(membership: Membership, timeout_seconds: float, heartbeat_seconds: int) -> None:
-    _check_not_begun()
+    _check_no_devices_yet()
     begin = time.monotonic()
     host, port = membership.address
-    call_roll((host, port), _greeting(membership), timeout_seconds)
+    meet((host, port), _hello(membership), timeout_seconds)
     left = timeout_seconds - (time.monotonic() - begin)
     jax.distributed.initialize(
         membership.coordinator,
@@ -97,23 +103,21 @@ def _join(membership: Membership, timeout_seconds: float, heartbeat_seconds: int
         membership.process_id,
         local_device_ids=membership.local_device_ids,
         cluster_detection_method="deactivate",
-        initialization_timeout=max(int(left), 60),  # all are there: what is left to do takes a second
+        initialization_timeout=max(int(left), 60),  # all have arrived: the rest takes a second
         heartbeat_timeout_seconds=heartbeat_seconds,
-        # By default JAX listens on all interfaces, for an address that only this machine reaches, too.
+        # By default JAX listens on all interfaces, even for a loopback address.
         coordinator_bind_address=membership.coordinator if is_loopback(host) else None,
     )
 
 
-def _greeting(membership: Membership) -> Greeting:
-    from decodax import __version__  # late: the package imports this module
-
+def _hello(membership: Membership) -> Hello:
     versions = f"decodax {__version__}, jax {jax.__version__}"
-    return Greeting(membership.process_id, membership.num_processes, socket.gethostname(), versions)
+    return Hello(membership.process_id, membership.num_processes, socket.gethostname(), versions)
 
 
-def _check_not_begun() -> None:
-    """Before the roll call, as all others would pass it and then wait for this process."""
-    from jax._src import xla_bridge  # JAX 0.10 to 0.12 have no public way to ask this without looking for devices
+def _check_no_devices_yet() -> None:
+    """Checked before the rendezvous: after it, the others would wait for this process."""
+    from jax._src import xla_bridge  # JAX 0.10 to 0.12 have no public check that does not look for devices
 
     if xla_bridge.backends_are_initialized():
         raise RuntimeError(
@@ -131,7 +135,7 @@ def _check_same_run(membership: Membership | None) -> None:
         )
 
 
-def _let_jax_find_out(timeout_seconds: float, heartbeat_seconds: int) -> None:
+def _let_jax_detect(timeout_seconds: float, heartbeat_seconds: int) -> None:
     try:
         jax.distributed.initialize(
             initialization_timeout=int(timeout_seconds), heartbeat_timeout_seconds=heartbeat_seconds

@@ -1,7 +1,7 @@
-"""What the host reads of arrays that may span several processes, and what it checks and settles between them.
+"""Gathers arrays that may span several processes on the host, and checks that all processes agree on arguments.
 
-With one process all of this is `np.asarray`, or nothing. With several a process holds only its own devices' parts, and
-what it does not hold comes by a compiled program, which every process must run, like any other.
+With one process this is `np.asarray`, or nothing. With several, a process holds only the shards of its own devices; a
+compiled program, which every process must run, gathers the others.
 """
 
 import hashlib
@@ -15,15 +15,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def to_host(tree: Any) -> Any:
-    """The tree with whole NumPy arrays in place of JAX arrays, wherever their parts lie.
+    """The tree with gathered NumPy arrays in place of JAX arrays, however those are sharded.
 
-    Every process must call it with the same tree. Meant for small arrays: each device holds all of them for a moment.
+    Every process must call it with the same tree. Meant for small arrays: each device briefly holds all of them.
     """
     leaves, structure = jax.tree.flatten(tree)
-    spread = [index for index, leaf in enumerate(leaves) if not _is_readable(leaf)]
-    if spread:
-        gathered = _gather(tuple(_replicated(leaves[index]) for index in spread))(*(leaves[index] for index in spread))
-        for index, leaf in zip(spread, gathered, strict=True):
+    sharded = [index for index, leaf in enumerate(leaves) if not _is_readable(leaf)]
+    if sharded:
+        gather = _gather(tuple(_replicated(leaves[index]) for index in sharded))
+        gathered = gather(*(leaves[index] for index in sharded))
+        for index, leaf in zip(sharded, gathered, strict=True):
             leaves[index] = leaf
     return jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in leaves])
 
@@ -39,7 +40,7 @@ def _replicated(leaf: jax.Array) -> NamedSharding:
 
 @cache
 def _gather(shardings: tuple[NamedSharding, ...]) -> Any:
-    """One program per set of layouts, kept so that the next block of tokens does not compile it again."""
+    """One program per set of shardings, cached so that the next block of tokens does not recompile it."""
     return jax.jit(lambda *arrays: arrays, out_shardings=shardings)
 
 
@@ -48,21 +49,22 @@ def spans_processes(mesh: Mesh | None) -> bool:
     return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
 
 
-def check_same(mesh: Mesh | None, said: Mapping[str, str | bytes]) -> None:
-    """Raises ValueError, in every process, when some process of the mesh says something else than its first one.
+def assert_same_on_all_processes(mesh: Mesh | None, fingerprint: Mapping[str, str | bytes]) -> None:
+    """Checks that all processes of the mesh were given the same values; the names must be the same everywhere.
 
-    Processes that were told different things would run different programs, and wait for each other for ever, or give
-    nonsense. One small exchange; the names must be the same everywhere.
+    Processes with different values would run different programs, and wait for each other for ever, or give wrong
+    results. Costs one small all-gather.
+    Raises ValueError, in every process, when some process differs from the first one.
     """
     if mesh is None or not spans_processes(mesh):
         return
-    texts = [text.encode() if isinstance(text, str) else text for text in said.values()]
+    texts = [text.encode() if isinstance(text, str) else text for text in fingerprint.values()]
     digests = np.stack([np.frombuffer(hashlib.sha256(text).digest(), np.uint32) for text in texts])
-    everywhere = _from_all(mesh, digests)
-    differs = np.any(everywhere != everywhere[:1], axis=2)  # [devices, names]
+    from_all = _from_all_processes(mesh, digests)
+    differs = np.any(from_all != from_all[:1], axis=2)  # [devices, names]
     if differs.any():
         processes = np.asarray([device.process_index for device in mesh.devices.flat])
-        names = [name for name, wrong in zip(said, differs.any(axis=0), strict=True) if wrong]
+        names = [name for name, is_other in zip(fingerprint, differs.any(axis=0), strict=True) if is_other]
         others = sorted(set(processes[differs.any(axis=1)].tolist()))
         raise ValueError(
             f"all processes must be given the same {', '.join(names)}: process {', '.join(map(str, others))} got "
@@ -71,16 +73,16 @@ def check_same(mesh: Mesh | None, said: Mapping[str, str | bytes]) -> None:
 
 
 def from_first(mesh: Mesh | None, values: Sequence[float]) -> list[float]:
-    """The numbers as the mesh's first process has them, for what each measures and all must decide alike."""
+    """The numbers of the mesh's first process, so that all processes decide alike by what each has measured."""
     if mesh is None or not spans_processes(mesh):
         return list(values)
     bits = np.asarray(values, np.float64).view(np.uint32)  # devices may not hold 64-bit numbers
-    return _from_all(mesh, bits)[0].view(np.float64).tolist()
+    return _from_all_processes(mesh, bits)[0].view(np.float64).tolist()
 
 
-def _from_all(mesh: Mesh, values: np.ndarray) -> np.ndarray:
-    """[devices, ...]: what the process of each of the mesh's devices says."""
+def _from_all_processes(mesh: Mesh, values: np.ndarray) -> np.ndarray:
+    """The values of every process: [devices, ...], those of each device's process."""
     devices = Mesh(mesh.devices.reshape(-1), ("devices",))
-    layout = NamedSharding(devices, PartitionSpec("devices"))
-    rows = jax.make_array_from_callback((devices.size, *values.shape), layout, lambda _: values[None])
-    return to_host(rows)
+    sharding = NamedSharding(devices, PartitionSpec("devices"))
+    stacked = jax.make_array_from_callback((devices.size, *values.shape), sharding, lambda _: values[None])
+    return to_host(stacked)

@@ -1,16 +1,16 @@
-"""Where this process stands among those that run a model together, as told by hand or read from the environment.
+"""Finds the coordinator, the number of processes and this process's id, from arguments or from the environment.
 
-Four systems are read, by the variables that they set in every process they start:
+It reads the variables that four systems set in every process they start:
 
 - SLURM: SLURM_NTASKS, SLURM_PROCID, SLURM_STEP_NODELIST (srun(1), "output environment variables").
 - TPU slices on Google Kubernetes Engine: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_* for several slices.
 - LeaderWorkerSet from 0.6 on: LWS_LEADER_ADDRESS, LWS_GROUP_SIZE, LWS_WORKER_INDEX.
 - Kubernetes JobSet: JOB_COMPLETION_INDEX, which Kubernetes sets in indexed jobs; the names JOBSET_NAME and
-  REPLICATED_JOB_NAME must be handed in from the pod's labels (`scripts/pods/jobset_tpu.yaml`).
+  REPLICATED_JOB_NAME must be passed in from the pod's labels (`scripts/pods/jobset_tpu.yaml`).
 
-DECODAX_COORDINATOR, DECODAX_NUM_PROCESSES and DECODAX_PROCESS_ID stand above what those say, one by one, and are enough
-alone. JAX reads SLURM and TPU slices itself and JobSet only with rights on the cluster's API; it gives a process of
-SLURM one GPU whatever its node has, and knows LeaderWorkerSet not at all.
+DECODAX_COORDINATOR, DECODAX_NUM_PROCESSES and DECODAX_PROCESS_ID each override those, and suffice alone. JAX reads
+SLURM and TPU slices itself, and JobSet only with rights on the cluster's API; it gives a process of SLURM one GPU
+whatever its node has, and does not know LeaderWorkerSet.
 """
 
 import re
@@ -26,8 +26,11 @@ _PREFIX = "DECODAX_"
 class Membership:
     """One of `num_processes` processes that run the same program, numbered from 0.
 
-    coordinator: HOST:PORT of the machine on which process 0 runs, where the others find it. local_device_ids: which
-        GPUs of its machine the process uses, None for all that it sees. source: who said so, for messages.
+    coordinator: HOST:PORT on the machine of process 0, which the others connect to.
+    num_processes: of the whole run.
+    process_id: of this process.
+    local_device_ids: which GPUs of its machine the process uses, None for all that it sees.
+    source: where the values come from, for messages.
     Raises ValueError for an address without a port, or a number out of range.
     """
 
@@ -74,9 +77,11 @@ def read_membership(
     process_id: int | None = None,
     local_device_ids: tuple[int, ...] | None = None,
 ) -> Membership | None:
-    """The membership that the environment tells, with what is given here above it; None where neither says anything.
+    """The membership from the environment, overridden by the arguments; None where neither says anything.
 
-    Raises ValueError, naming what is missing or cannot be read, where they say only a part.
+    environ: the environment.
+    coordinator, num_processes, process_id, local_device_ids: as in `Membership`; None where not given.
+    Raises ValueError, naming what is missing or cannot be read, where only some of the values are given.
     """
     found = _from_scheduler(environ)
     own = {
@@ -91,9 +96,9 @@ def read_membership(
         "local_device_ids": local_device_ids,
     }
     for source, values in ((f"{_PREFIX}* variables", own), ("arguments", given)):
-        said = {name: value for name, value in values.items() if value is not None}
-        if said:
-            found = found | said | {"source": " and ".join(filter(None, (found.get("source"), source)))}
+        known = {name: value for name, value in values.items() if value is not None}
+        if known:
+            found = found | known | {"source": " and ".join(filter(None, (found.get("source"), source)))}
     if not found:
         return None
     missing = [name for name in ("coordinator", "num_processes", "process_id") if found.get(name) is None]
@@ -108,7 +113,7 @@ def read_membership(
 
 
 def _from_scheduler(environ: Mapping[str, str]) -> dict[str, Any]:
-    """What the first system that started this process says, {} where none did; values that it leaves open are None."""
+    """The values of the first of the four systems that started this process, None where unset; {} without any."""
     if "SLURM_PROCID" in environ:
         return _from_slurm(environ)
     if "TPU_WORKER_HOSTNAMES" in environ and "TPU_WORKER_ID" in environ:
@@ -131,12 +136,12 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, Any]:
     if nodes is None:
         if num_processes in (None, 1):
             return {}
-        # The batch script itself has all other variables: it would wait for processes that nobody starts.
+        # The batch script itself has all other variables: it would wait for processes that are never started.
         raise ValueError(
             f"this process is the batch script of a SLURM job of {num_processes} tasks and not one of them "
             "(SLURM_STEP_NODELIST is not set): start the program with srun"
         )
-    # As JAX does, so that two jobs on one node seldom meet.
+    # As in JAX, so that two jobs on one node seldom use the same port.
     port = 2**16 - 2**12 + (_number(environ, "SLURM_JOB_ID") or 0) % 2**12
     return {
         "coordinator": f"{first_host(nodes)}:{port}",
@@ -160,7 +165,7 @@ def first_host(nodes: str) -> str:
 
 
 def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """This task's share of its node's GPUs; None (all it sees) for a node's only task, or where SLURM bound them."""
+    """This task's share of its node's GPUs; None (all it sees) for a node's only task, or where SLURM binds GPUs."""
     tasks = _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     here = tasks[min(_number(environ, "SLURM_NODEID") or 0, len(tasks) - 1)]
     visible = [item for item in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item]
@@ -172,7 +177,8 @@ def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """
+    """The number of tasks on each node.
+
     >>> _tasks_per_node("4(x2),1")
     [4, 4, 1]
     """
@@ -186,7 +192,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _from_tpu_slices(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Hosts of a slice are listed in the order of their ids; slices follow one another."""
+    """The hosts of a slice are listed in the order of their ids; slice 0 comes first."""
     hosts = environ["TPU_WORKER_HOSTNAMES"].split(",")
     slices, index = _number(environ, "MEGASCALE_NUM_SLICES") or 1, _number(environ, "MEGASCALE_SLICE_ID") or 0
     worker = _number(environ, "TPU_WORKER_ID") or 0
@@ -199,7 +205,7 @@ def _from_tpu_slices(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_jobset(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Kubernetes tells a pod neither how many there are nor the first one's name; the latter follows from two labels.
+    """Kubernetes tells a pod neither the number of pods nor the first one's name; the name follows from two labels.
 
     With several jobs (JOB_INDEX of REPLICATED_JOB_REPLICAS), those of job 0 come first.
     """

@@ -1,11 +1,11 @@
-"""Pipeline parallelism, as data: which layers are one stage's, and when a stage works on which rows.
+"""Plans pipeline parallelism: which layers each stage runs, and which micro-batch it works on at each tick.
 
-Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM, arXiv 2104.04473: the layers are dealt
-out to P stages, each on devices of its own, in v chunks a stage (interleaving), and the rows are cut into m
-micro-batches that follow each other through the stages. Stages wait for (P - 1) / (m v) of the time that they work.
+Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM, arXiv 2104.04473: the layers are split
+over P stages, each on its own devices, in v chunks per stage (interleaving), and the rows are split into m
+micro-batches that follow each other through the stages. The bubble is (P - 1) / (m v) of the time that a stage works.
 
 Departs from the paper, which trains: only forwards are run. All stages run one program, so layers at the same place of
-every chunk have to be alike. Layers that are not may stand in front of the stages and behind them, run by all devices.
+every chunk must be alike. Other layers may come before the stages and after them; all devices run those.
 
 `models/pipelined.py` runs it.
 """
@@ -14,19 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from decodax.arguments import in_order, is_integer, refusal, whole_number
+from decodax.core.arguments import in_order, is_integer, refusal, whole_number
 
-# Tokens up to which a matrix product in bfloat16 takes no longer than reading its weight: 240 on a TPU v5e (197 TFLOP/s
-# over 819 GB/s, Google Cloud TPU documentation), 295 on an H100 SXM (989 over 3.35 TB/s, NVIDIA's data sheet).
+# Up to this many tokens a bfloat16 product takes no longer than reading its weight: 240 on a TPU v5e (197 TFLOP/s over
+# 819 GB/s, Google Cloud TPU documentation), 295 on an H100 SXM (989 over 3.35 TB/s, NVIDIA's data sheet).
 BALANCED_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How a model runs in stages, where its mesh has a pipeline axis; changes no result.
+    """How a model runs in stages, where its mesh has a pipeline axis; does not change the result.
 
-    chunks: v, of layers on each device. More of them make stages wait less, and hand over more often.
-    micro_batches: m, into which the rows of a forward are cut; None for what suits their tokens (`best_micro_batches`).
+    chunks: v, chunks of layers on each device. More chunks shrink the bubble, and add permutes.
+    micro_batches: m, into which the rows of a forward are split; None for `best_micro_batches`.
     outside: how many of the first and of the last layers all devices run; None for the first few that differ in kind
         from all others, as DeepSeek's first layers do.
     """
@@ -51,11 +51,17 @@ ONE_CHUNK = Pipeline()
 
 @dataclass(frozen=True)
 class Stages:
-    """Which layers are whose. What a device holds is a list of places, and so are its caches and parameters.
+    """Which layers each stage runs. A device's layers, caches and parameters are lists of places.
 
     Places: `before` layers that all devices run, then `chunk_layers` stacks, then `after` layers that all run. A stack
-    holds what num_stages * chunks layers have at the same place of their chunks, those of a stage one behind the other:
-    entry s * chunks + r of stack i is layer before + (r * num_stages + s) * chunk_layers + i of the model.
+    holds the num_stages * chunks layers at the same place of their chunks, stage by stage: entry s * chunks + r of
+    stack i is layer before + (r * num_stages + s) * chunk_layers + i of the model.
+
+    num_stages: P.
+    chunks: v, on each stage.
+    chunk_layers: layers of a chunk.
+    before: layers before the stages.
+    after: layers after the stages.
     """
 
     num_stages: int
@@ -66,7 +72,7 @@ class Stages:
 
     @property
     def stacks(self) -> range:
-        """The places that hold other layers on each stage."""
+        """The places that hold different layers on each stage."""
         return range(self.before, self.before + self.chunk_layers)
 
     @property
@@ -78,7 +84,7 @@ class Stages:
         return self.stacks.stop + self.after
 
     def layers(self, place: int) -> tuple[int, ...]:
-        """The layers of the model at a place, in the order of the stack; one that all run alone.
+        """The layers of the model at a place, in the order of the stack; a single one outside the stages.
 
         >>> [Stages(num_stages=2, chunks=2, chunk_layers=1, before=1).layers(place) for place in range(2)]
         [(0,), (1, 3, 2, 4)]
@@ -96,9 +102,10 @@ class Stages:
 
 
 def find_stages(blocks: Sequence[Any], num_stages: int, pipeline: Pipeline) -> Stages:
-    """The stages of a model, given what describes each of its layers; layers are alike if these are equal.
+    """The stages of a model, given a description of each layer; layers with equal descriptions are alike.
 
-    Raises ValueError, saying which layers do not fit and what would, if the layers do not divide, or differ.
+    Raises ValueError, with the layers that do not fit and a pipeline that would, if the layers do not divide, or
+    differ.
     """
     before, after = pipeline.outside or (_differing_first(blocks, num_stages), 0)
     problem = _problem(blocks, num_stages, pipeline.chunks, before, after)
@@ -109,7 +116,7 @@ def find_stages(blocks: Sequence[Any], num_stages: int, pipeline: Pipeline) -> S
 
 
 def _differing_first(blocks: Sequence[Any], num_stages: int) -> int:
-    """How many of the first layers are of a kind that none of the later ones is, if they are few: a stage's share."""
+    """How many of the first layers are of kinds that no later layer has, if at most one stage's share; else 0."""
     for count in range(1, len(blocks) // num_stages + 1):
         if not any(block in blocks[count:] for block in blocks[:count]):
             return count
@@ -117,17 +124,23 @@ def _differing_first(blocks: Sequence[Any], num_stages: int) -> int:
 
 
 def _problem(blocks: Sequence[Any], num_stages: int, chunks: int, before: int, after: int) -> str | None:
-    """Why these layers do not make such stages; None if they do."""
-    inside, parts = len(blocks) - before - after, num_stages * chunks
+    """Why these layers do not form such stages; None if they do.
+
+    blocks: descriptions of all layers.
+    num_stages: P.
+    chunks: v.
+    before, after: layers outside the stages.
+    """
+    inside, num_chunks = len(blocks) - before - after, num_stages * chunks
     outside = f" (of {len(blocks)}, {before} before and {after} after the stages)" if before or after else ""
-    if inside < parts or inside % parts:
+    if inside < num_chunks or inside % num_chunks:
         return f"{inside} layers{outside} do not divide into {num_stages} pipeline stages of {chunks} chunk(s) each"
-    chunk_layers = inside // parts
+    chunk_layers = inside // num_chunks
     for layer in range(before, before + inside - chunk_layers):
         one, other = blocks[layer], blocks[layer + chunk_layers]
         if one != other:
             return (
-                f"layers {layer} and {layer + chunk_layers} would stand at the same place of two pipeline stages, and "
+                f"layers {layer} and {layer + chunk_layers} would be at the same place of two pipeline stages, and "
                 f"differ in {_difference(one, other)}: stages run one program"
             )
     return None
@@ -150,7 +163,7 @@ def _short(value: Any) -> str:
 
 
 def _advice(blocks: Sequence[Any], num_stages: int, chunks: int) -> str:
-    """What would work: fewest layers outside the stages, with so many chunks or with one."""
+    """A pipeline that would work: fewest layers outside the stages, with `chunks` chunks or with one."""
     for tried in dict.fromkeys((chunks, 1)):
         for outside in range(len(blocks) - num_stages * tried + 1):
             for after in range(outside + 1):
@@ -164,10 +177,14 @@ def _advice(blocks: Sequence[Any], num_stages: int, chunks: int) -> str:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows a stage works on, tick by tick: micro-batch i is at stage s with its chunk r in i + r max(m, P) + s.
+    """Which micro-batch a stage works on: stage s runs chunk r of micro-batch i at tick i + r max(m, P) + s.
 
-    With m >= P, as interleaving is published, a stage that has begun works without a pause; with fewer micro-batches it
-    waits for the first to come around again.
+    With m >= P, as in the paper, a stage that has begun works without a pause; with fewer micro-batches it waits for
+    the first one to return.
+
+    num_stages: P.
+    chunks: v.
+    micro_batches: m.
     """
 
     num_stages: int
@@ -185,7 +202,7 @@ class Schedule:
 
     @property
     def bubble(self) -> float:
-        """The time that a stage waits, over the time it works: (P - 1) / (m v) where m >= P.
+        """The time that a stage waits, divided by the time it works: (P - 1) / (m v) where m >= P.
 
         >>> Schedule(num_stages=4, chunks=2, micro_batches=8).bubble == 3 / 16
         True
@@ -194,19 +211,24 @@ class Schedule:
         return (self.num_ticks - work) / work
 
     def work(self, tick: Any, stage: Any) -> tuple[Any, Any, Any]:
-        """Chunk and micro-batch of a stage in a tick, and whether it has any; for numbers and for traced ones."""
+        """Chunk and micro-batch of a stage at a tick, and whether it has work; for plain and traced numbers."""
         since = tick - stage
         chunk, index = since // self.period, since % self.period
         return chunk, index, (since >= 0) & (chunk < self.chunks) & (index < self.micro_batches)
 
 
 def best_micro_batches(num_rows: int, num_tokens: int, num_stages: int, chunks: int) -> int:
-    """Into how many micro-batches to cut `num_rows` rows of `num_tokens` tokens in all: a divisor of the rows.
+    """Into how many micro-batches to split a forward: a divisor of the rows.
 
-    A stage reads its weights again for every micro-batch, so more of them cost where that is what takes the time. A
-    tick takes as long as reading a chunk's weights and computing with n tokens, which is n / BALANCED_TOKENS of it; the
-    number of ticks times that is smallest near m^2 = (P - 1) / v tokens / BALANCED_TOKENS. A decoding step of few
-    tokens is therefore not cut at all, and a chunk of prompts is.
+    A stage reads its weights again for every micro-batch, so more of them cost time where reading weights dominates. A
+    tick reads a chunk's weights and computes with n tokens, which takes n / BALANCED_TOKENS of the reading; the number
+    of ticks times this sum is smallest near m^2 = (P - 1) / v tokens / BALANCED_TOKENS. So a decoding step of few
+    tokens is not split, and a chunk of a prefill is.
+
+    num_rows: of the forward.
+    num_tokens: of all rows together.
+    num_stages: P.
+    chunks: v.
 
     >>> [best_micro_batches(16, tokens, num_stages=4, chunks=1) for tokens in (16, 1024, 16 * 512)]
     [1, 4, 8]

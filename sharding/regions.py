@@ -1,7 +1,7 @@
-"""Code that every device runs on its own part (`jax.shard_map`), also inside other such code.
+"""Runs a function on every device's shard (`jax.shard_map`), also inside another such region.
 
-Pipeline stages run so over one axis of the mesh, and kernels and experts within a stage over the others. Within, JAX
-wants the mesh by which it describes the place where it is, and the outer axes left alone.
+Pipeline stages use one axis of the mesh; kernels and experts within a stage use the others. A nested region must be
+given JAX's current abstract mesh, and must not use the outer axes.
 """
 
 from collections.abc import Callable, Set
@@ -14,7 +14,7 @@ from decodax.sharding.rules import automatic
 
 
 def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
-    """The mesh as it has to be named where this is traced; over axes taken by code around it nothing can be split."""
+    """The mesh to use where this is traced; axes of an enclosing region cannot be split again."""
     here = jax.sharding.get_abstract_mesh()
     return here if AxisType.Manual in here.axis_types else automatic(mesh)
 
@@ -22,9 +22,12 @@ def mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
 def on_each_device(
     function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, over: Set[str] | None = None
 ) -> Callable[..., Any]:
-    """`function` run by each device on its part of the arguments, by their partition specs.
+    """`function` run by each device on its shard of the arguments.
 
-    over: the axes of the mesh that are divided so, all that are left by default; over others the compiler goes on.
+    function: of the shards.
+    mesh: of the devices.
+    in_specs, out_specs: partition specs of the arguments and the results.
+    over: the mesh axes of the region, by default all that are left; the compiler partitions over the others.
     """
     here = mesh_here(mesh)
     left = {name for name, kind in zip(here.axis_names, here.axis_types, strict=True) if kind != AxisType.Manual}

@@ -1,8 +1,8 @@
-"""Maps logical axes (the letters of `layers/axes.py`) to the axes of a device mesh, for weights and for states.
+"""Maps logical axes (those of `core/axes.py`) to the axes of a device mesh, for weights and for states.
 
-With weights and states placed so, the compiler partitions the same decoding function over the mesh. The rules of each
-parallelism stand apart and are combined with `|`; `RULES` is all of them together. A rule whose mesh axis a mesh does
-not have is not used, so `RULES` serves every mesh whose axes are named as in `MESH_AXES`.
+With weights and states sharded by these rules, the compiler partitions the same decoding function over the mesh. Each
+parallelism has its own rules, combined with `|`; `RULES` is all of them together. A rule is ignored on a mesh without
+its axis, so `RULES` fits every mesh whose axes are named as in `MESH_AXES`.
 """
 
 import math
@@ -15,61 +15,65 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from decodax.layers.weight import Weight
+from decodax.core.weight import Weight
 
 MESH_AXES = ("data", "pipeline", "context", "expert", "tensor")
-COPIES = "tensor_copies"  # a part of the tensor axis over which key-value heads are copied (`sharding/mesh.py`)
+COPIES = "tensor_copies"  # factor of the tensor axis that copies key-value heads (`models/key_value_copies.py`)
 
-# Split over as many devices as there is something for, and held in copies by the rest: few key-value heads serve many
-# devices, a batch may be smaller than the mesh, and a decoding step has one token. What a state holds of the vocabulary
-# has exactly its size; only weights are padded.
-_SPLIT_AS_FAR_AS_IT_GOES = frozenset("BKTSV")
+# Split over those mesh axes that divide the number of items, replicated over the others: few key-value heads serve
+# many devices, a batch may be smaller than the mesh, and a decoding step has one token. Arrays of a state over the
+# vocabulary have exactly its size; only weights are padded.
+_SPLIT_IF_DIVISIBLE = frozenset("BKTSV")
 
-# Axes of weights that zeros fill up where they do not divide, as zeros there change no result: a feature of a gated
-# layer that is 0 adds nothing to the product behind it, no token reads a padded row of the embedding, and the logits of
-# padded rows of the head are cut off (`Transformer.read_out`). Not heads: each padded one would take its share of the
-# cache and of attention, and states that decay or are normed by head are not neutral to zeros. Not experts: routers
-# count them, and placements say where they lie (`Placement.contiguous` leaves slots empty). Not the model's width:
-# norms divide by it.
+# Axes of weights that are padded with zeros where they do not divide, as zeros there change no result: a feature of a
+# gated layer that is 0 adds nothing to the next product, no token uses a padded entry of the embedding, and the logits
+# of padded entries of the head are cut off (`Transformer.read_out`). Not heads: each padded one would use memory of the
+# cache and time of attention, and zeros change states that decay or are normed by head. Not experts: routers count
+# them, and placements give their slots (`Placement.contiguous` leaves slots empty). Not the model's width: norms divide
+# by it.
 _PADDED = frozenset("VF")
 
-_CALLED = {"N": " query heads", "K": " key-value heads", "E": " experts", "L": " layers"}  # in errors
+_ITEM_NAMES = {"N": " query heads", "K": " key-value heads", "E": " experts", "L": " layers"}  # in errors
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Pairs (letter, mesh axis). A dimension is split by the rule of its first letter; the others are replicated.
+    """Rules that split a dimension by its first logical axis; axes without a rule are replicated.
 
-    Several mesh axes, as a tuple, split a dimension over all their devices, the first axis coarsest.
+    pairs: (logical axis, mesh axis). A tuple of mesh axes splits a dimension over all their devices, the first axis
+        coarsest.
     """
 
     pairs: tuple[tuple[str, str | tuple[str, ...]], ...]
 
     def __post_init__(self) -> None:
-        letters = [letter for letter, _ in self.pairs]
-        if len(set(letters)) != len(letters):
-            raise ValueError(f"each letter needs one mesh axis, or a tuple of them, got {self.pairs}")
+        axis_names = [axis_name for axis_name, _ in self.pairs]
+        if len(set(axis_names)) != len(axis_names):
+            raise ValueError(f"pairs must name each logical axis once, with one mesh axis or a tuple, got {self.pairs}")
 
     def __or__(self, other: "Rules") -> "Rules":
-        """Both: a letter that both split is split over the axes of this one, then over those of the other."""
-        axes = {letter: _names(axis) for letter, axis in self.pairs}
-        for letter, axis in other.pairs:
-            axes[letter] = (*axes.get(letter, ()), *(name for name in _names(axis) if name not in axes.get(letter, ())))
+        """Both rules: an axis that both split is split over the mesh axes of this one, then over those of the other."""
+        axes = {axis_name: _names(axis) for axis_name, axis in self.pairs}
+        for axis_name, axis in other.pairs:
+            axes[axis_name] = (
+                *axes.get(axis_name, ()),
+                *(name for name in _names(axis) if name not in axes.get(axis_name, ())),
+            )
         return Rules(tuple(axes.items()))
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """All mesh axes that these rules name."""
+        """All mesh axes in these rules."""
         return tuple(dict.fromkeys(name for _, axis in self.pairs for name in _names(axis)))
 
-    def mesh_axes(self, mesh: Mesh | AbstractMesh, letter: str, count: int | None = None) -> tuple[str, ...]:
-        """The mesh axes over which `count` things of this letter are split (None: any number of them).
+    def mesh_axes(self, mesh: Mesh | AbstractMesh, axis_name: str, count: int | None = None) -> tuple[str, ...]:
+        """The mesh axes over which `count` items of this logical axis are split (None: any number of them).
 
-        Rows (B), key-value heads (K), tokens (T), slots (S) and what a state holds of the vocabulary (V) are split over
-        the first axes, as far as they divide.
+        Rows (B), key-value heads (K), tokens (T), slots (S) and a state's axis of the vocabulary (V) are split over
+        the longest prefix of the mesh axes that divides their number.
         """
-        names = tuple(name for name in _names(dict(self.pairs).get(letter)) if name in mesh.axis_names)
-        if count is not None and letter in _SPLIT_AS_FAR_AS_IT_GOES:
+        names = tuple(name for name in _names(dict(self.pairs).get(axis_name)) if name in mesh.axis_names)
+        if count is not None and axis_name in _SPLIT_IF_DIVISIBLE:
             while count % num_devices(mesh, names):
                 names = names[:-1]
         return names
@@ -77,48 +81,53 @@ class Rules:
     def spec(
         self, mesh: Mesh | AbstractMesh, axes: Sequence[str], counts: Sequence[int | None] | None = None
     ) -> PartitionSpec:
-        """How an array with these axes is split; a dimension is named by its letters, of which the first decides.
+        """The partition spec of an array.
 
-        counts: of each dimension, how many things there are to be split: its size, or the number of heads in it.
+        mesh: of the devices.
+        axes: logical axes of each dimension; the first one decides.
+        counts: items to split of each dimension: its size, or the number of heads in it.
         """
         known: Sequence[int | None] = (None,) * len(axes) if counts is None else counts
-        names = (self.mesh_axes(mesh, letters[0], count) for letters, count in zip(axes, known, strict=True))
+        names = (self.mesh_axes(mesh, axis_names[0], count) for axis_names, count in zip(axes, known, strict=True))
         return PartitionSpec(*(_entry(several) for several in names))
 
     def sharding(self, mesh: Mesh, weight: Weight, name: str) -> NamedSharding:
-        """Where this weight lies on this mesh, which divides it once it is `padded`. Raises as `weight_spec`."""
+        """The sharding of this weight, whose `padded` shape it divides. Raises as `weight_spec`."""
         return NamedSharding(automatic(mesh), self.weight_spec(mesh, weight, name))
 
     def weight_spec(self, mesh: Mesh | AbstractMesh, weight: Weight, name: str) -> PartitionSpec:
-        """How this weight is split.
+        """The partition spec of this weight.
 
-        Raises ValueError, naming the weight, when a size does not divide that must not be padded, or two dimensions
-        want the same mesh axis.
+        Raises ValueError, naming the weight, when a size that must not be padded does not divide, or two dimensions
+        need the same mesh axis.
         """
         axes = (
-            tuple("_" if letters != "L" else letters for letters in weight.axes) if weight.replicated else weight.axes
+            tuple("_" if axis_names != "L" else axis_names for axis_names in weight.axes)
+            if weight.replicated
+            else weight.axes
         )
-        is_padded = [letters[0] in _PADDED for letters in weight.axes]
+        is_padded = [axis_names[0] in _PADDED for axis_names in weight.axes]
         counts = [None if padded else count for padded, count in zip(is_padded, weight.counts, strict=True)]
         spec = self.spec(mesh, axes, counts)
         used = [name for axis in spec for name in _names(axis)]
         if len(set(used)) != len(used):
             raise ValueError(f"{name} (axes {weight.axes}) would use a mesh axis twice: {spec}")
-        for letters, count, axis in zip(weight.axes, counts, spec, strict=False):  # a spec may be shorter
-            parts = num_devices(mesh, axis)
-            if count is not None and count % parts:
-                wanted = " x ".join(dict.fromkeys("tensor" if one == COPIES else one for one in _names(axis)))
+        for axis_names, count, axis in zip(weight.axes, counts, spec, strict=False):  # a spec may be shorter
+            num_shards = num_devices(mesh, axis)
+            if count is not None and count % num_shards:
+                mesh_axis = " x ".join(dict.fromkeys("tensor" if one == COPIES else one for one in _names(axis)))
                 raise ValueError(
-                    f"{name}: its axis {letters[0]} of {count}{_CALLED.get(letters[0], '')} does not divide over the "
-                    f"{parts} devices of mesh axis {wanted}: use a mesh whose {wanted} divides {count}"
+                    f"{name}: its axis {axis_names[0]} of {count}{_ITEM_NAMES.get(axis_names[0], '')} does not divide "
+                    f"over the {num_shards} devices of mesh axis {mesh_axis}: use a mesh whose {mesh_axis} "
+                    f"divides {count}"
                 )
         return spec
 
     def padded(self, mesh: Mesh, weight: Weight) -> Weight:
-        """The weight as it is held on this mesh, with zeros at the end of those axes that may be padded."""
-        if weight.replicated or not any(letters[0] in _PADDED for letters in weight.axes):
+        """The weight as this mesh holds it, with zeros at the end of those axes that may be padded."""
+        if weight.replicated or not any(axis_names[0] in _PADDED for axis_names in weight.axes):
             return weight
-        padded = [letters if letters[0] in _PADDED else "_" for letters in weight.axes]
+        padded = [axis_names if axis_names[0] in _PADDED else "_" for axis_names in weight.axes]
         shape = divided_shape(weight.shape, NamedSharding(automatic(mesh), self.spec(mesh, padded)))
         return weight if shape == weight.shape else replace(weight, shape=shape)
 
@@ -128,24 +137,24 @@ def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """A dimension's part of a spec, written as short as it can be, so that equal specs compare equal."""
+    """A dimension's entry of a spec in its shortest form, so that equal specs compare equal."""
     return names if len(names) > 1 else names[0] if names else None
 
 
 def num_devices(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
-    """Over how many devices a dimension is split that this mesh axis, or these, are to split."""
+    """The number of devices along this mesh axis, or these."""
     return math.prod(mesh.shape[name] for name in _names(axis))
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The mesh with automatic partitioning, whatever axis types it has: the model code names no shardings itself."""
+    """The mesh with automatic partitioning, whatever its axis types: model code names no shardings."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def divided_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[int, ...]:
     """The smallest shape that holds this one and that the sharding divides."""
-    parts = (num_devices(sharding.mesh, axis) for axis in (*sharding.spec, *[None] * len(shape)))
-    return tuple(-(-size // count) * count for size, count in zip(shape, parts, strict=False))
+    shards = (num_devices(sharding.mesh, axis) for axis in (*sharding.spec, *[None] * len(shape)))
+    return tuple(-(-size // count) * count for size, count in zip(shape, shards, strict=False))
 
 
 def cut(array: Any, shape: tuple[int, ...]) -> Any:
@@ -155,32 +164,43 @@ def cut(array: Any, shape: tuple[int, ...]) -> Any:
 
 def pad(array: Any, shape: tuple[int, ...]) -> Any:
     """An array with zeros at the end of its axes up to this shape."""
-    missing = [(0, wanted - size) for wanted, size in zip(shape, array.shape, strict=True)]
+    missing = [(0, target - size) for target, size in zip(shape, array.shape, strict=True)]
     if array.shape == shape:
         return array
     return np.pad(array, missing) if isinstance(array, np.ndarray) else jnp.pad(array, missing)
 
 
-DATA = Rules((("B", ("data", "expert")),))  # rows of a batch, also over those devices that split experts only
-TENSOR = Rules(  # Megatron-LM, arXiv 1909.08053: heads, feed-forward and vocabulary; two sums over devices in a block
+DATA = Rules((("B", ("data", "expert")),))  # rows of a batch, also over devices that split only experts
+TENSOR = Rules(  # Megatron-LM, arXiv 1909.08053: heads, feed-forward and vocabulary; two all-reduces per block
     (("N", ("tensor", COPIES)), ("K", ("tensor", COPIES)), ("F", ("tensor", COPIES)), ("V", ("tensor", COPIES)))
 )
-EXPERT = Rules((("E", "expert"),))  # whole experts
-CONTEXT = Rules((("T", "context"), ("S", "context")))  # tokens of a prompt, and slots of a cache
+EXPERT = Rules((("E", "expert"),))  # each expert on one device
+CONTEXT = Rules((("T", "context"), ("S", "context")))  # tokens of a prompt, slots of a cache
 PIPELINE = Rules((("L", "pipeline"),))  # layers
 RULES = DATA | TENSOR | EXPERT | CONTEXT | PIPELINE
 
 
 def place(mesh: Mesh, rules: Rules, array: jax.typing.ArrayLike, weight: Weight, name: str) -> jax.Array:
-    """The array on the mesh, padded where it has to be, each device holding its part."""
+    """The array sharded over the mesh, padded where the mesh does not divide it.
+
+    mesh, rules: as in `Rules.sharding`.
+    array: of the weight's shape.
+    weight: its description.
+    name: of the weight, for errors.
+    """
     sharding = rules.sharding(mesh, weight, name)
     return jax.device_put(pad(array, divided_shape(weight.shape, sharding)), sharding)
 
 
 def place_tree(mesh: Mesh, rules: Rules, arrays: Any, weights: Any) -> Any:
-    """Nested parameters on the mesh, by their equally nested descriptions."""
+    """Nested parameters sharded over the mesh.
+
+    mesh, rules: as in `Rules.sharding`.
+    arrays: the parameters.
+    weights: their descriptions, equally nested.
+    """
 
     def put(path: tuple[Any, ...], weight: Weight, array: jax.typing.ArrayLike) -> jax.Array:
-        return place(mesh, rules, array, weight, "/".join(part.key for part in path))
+        return place(mesh, rules, array, weight, "/".join(entry.key for entry in path))
 
     return jax.tree_util.tree_map_with_path(put, weights, arrays, is_leaf=lambda leaf: isinstance(leaf, Weight))

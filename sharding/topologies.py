@@ -1,4 +1,4 @@
-"""TPUs that are not there: libtpu describes any slice and compiles for it, on a machine without one."""
+"""Describes TPU slices through libtpu, which compiles for any slice on a machine without TPUs."""
 
 import importlib.util
 import os
@@ -23,9 +23,10 @@ def require_libtpu() -> None:
 
 @cache
 def tpu_devices(name: str) -> tuple[Any, ...]:
-    """The chips of a slice that is not there, such as "v5e:4x4".
+    """The chips of a TPU slice, such as "v5e:4x4", which need not exist.
 
-    Raises ModuleNotFoundError without libtpu, ValueError for a name that it does not know.
+    Raises ModuleNotFoundError without libtpu.
+    Raises ValueError for a name that libtpu does not know.
     """
     require_libtpu()
     for variable, value in _ENVIRONMENT.items():

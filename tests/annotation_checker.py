@@ -1,6 +1,6 @@
-"""The checker that the test session puts on every function of decodax: beartype, as type checkers read annotations.
+"""Checks the annotations of every decodax function in tests: beartype, by the rules of static type checkers.
 
-So an int is as good as a float, and `Self` is allowed: jaxtyping's import hook decorates methods one by one, before
+So an int is accepted for a float, and `Self` is allowed: jaxtyping's import hook decorates methods one by one, before
 their class exists, where beartype refuses it. `Self` alone is not checked; all else in the same signature is.
 """
 

@@ -1,4 +1,4 @@
-"""Starts `decodax` as a process of its own, in which the command is a few lines of Python: its frame without JAX."""
+"""Starts the frame of the `decodax` command in its own process, without JAX, with a few lines of Python in it."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ main()
 
 
 def start(app: str, redirections: str = "", **options: Any) -> subprocess.Popen[str]:
-    """`app` is Python that defines `app(prog_name)`, what Typer's commands are otherwise.
+    """`app` is Python code that defines `app(prog_name)`, in place of Typer's commands.
 
     redirections: a shell's, such as `>&-`, or what it shall do first, before a semicolon.
     """

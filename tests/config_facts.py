@@ -1,4 +1,4 @@
-"""What a `ModelConfig` computes with: the facts that scripts/_config_facts.py reads from a model of transformers."""
+"""Collects the values that a `ModelConfig` computes with, as scripts/_config_facts.py does for transformers models."""
 
 from typing import Any
 
@@ -101,20 +101,20 @@ def mixer_facts(mixer: Any) -> dict[str, Any]:
     }
 
 
-def feed_forward_facts(part: Any) -> dict[str, Any]:
-    if isinstance(part, GatedMLPConfig):
-        return {"width": part.intermediate_size, "activation": activation_fact(part.activation), "bias": part.bias}
-    assert isinstance(part, MoEConfig) and isinstance(part.router, TopK)
-    router = part.router
+def feed_forward_facts(mlp: Any) -> dict[str, Any]:
+    if isinstance(mlp, GatedMLPConfig):
+        return {"width": mlp.intermediate_size, "activation": activation_fact(mlp.activation), "bias": mlp.bias}
+    assert isinstance(mlp, MoEConfig) and isinstance(mlp.router, TopK)
+    router = mlp.router
     return {
         "experts": router.num_experts,
         "per_token": router.experts_per_token,
-        "width": part.intermediate_size,
-        "activation": activation_fact(part.activation),
+        "width": mlp.intermediate_size,
+        "activation": activation_fact(mlp.activation),
         "renormalise": router.renormalise,
         "scale": number(router.scale),
         "groups": [router.num_groups, router.num_groups_kept],
-        "shared": 0 if part.shared is None else part.shared.intermediate_size,
+        "shared": 0 if mlp.shared is None else mlp.shared.intermediate_size,
     }
 
 

@@ -12,11 +12,15 @@
 
 Warnings are errors by `filterwarnings` in pyproject.toml.
 
-What a test file has compiled is dropped after it. Ctrl-C is heard even where a script started the session in the
-background, so that tests of it mean something.
+Compiled programs are kept in a folder that all workers share, and that later runs find again where the machine keeps
+it: `decodax-tests` in the user's cache folder, or DECODAX_TEST_CACHE. What tests measure of compiling runs in processes
+of their own. Within a process, programs are dropped only when memory maps run short.
+
+Ctrl-C is heard even where a script started the session in the background, so that tests of it mean something.
 """
 
 import gc
+import hashlib
 import os
 import signal
 
@@ -33,13 +37,29 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from tests import annotation_checker
+from tests import annotation_checker, budget
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+# By configuration and not by environment: processes that tests start decide for themselves.
+jax.config.update("jax_compilation_cache_dir", budget.cache_folder())
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 install_import_hook("decodax", f"{annotation_checker.__name__}.{annotation_checker.check.__name__}")
+
+
+budget.start()
+
+
+@pytest.fixture(autouse=True)
+def count_programs(request):
+    """Notes how many programs the test, and the fixtures of its file that it was the first to need, compiled."""
+    before = getattr(request.config, "_programs_seen", 0)
+    yield
+    request.config._programs_seen = budget.num_programs()
+    request.node.user_properties.append(("programs", budget.num_programs() - before))
 
 
 @pytest.fixture
@@ -49,18 +69,59 @@ def optax_may_promote():
         yield
 
 
+# Linux gives a process 65,530 memory maps by default, and each program that XLA compiles on CPU holds about 200.
+_MOST_MAPS, _MOST_BYTES = 40_000, 3 * 2**30
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Each program that XLA compiles on CPU holds memory maps, of which Linux gives a process 65,530 by default."""
+    """Drops what was compiled when the memory maps of the process run short, or its memory grows large."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    try:
+        with open("/proc/self/maps", "rb") as lines:
+            num_maps = sum(1 for _ in lines)
+        with open("/proc/self/statm") as numbers:
+            resident_bytes = int(numbers.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        num_maps, resident_bytes = _MOST_MAPS, 0
+    if num_maps >= _MOST_MAPS or resident_bytes > _MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--sample", metavar="N", type=int, help="run N of the tests only, drawn by --sample-seed")
+    parser.addoption("--budget", action="store_true", help="fail where a file takes more than tests/budget.py allows")
+    parser.addoption("--sample-seed", default="", help="any text: the same text draws the same tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --sample, keeps the N tests whose names have the lowest hashes with the seed: the same in every worker."""
+    count = config.getoption("--sample")
+    if count is not None:
+        seed = config.getoption("--sample-seed")
+        drawn = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())[:count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
+        items[:] = [item for item in items if item in drawn]
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints what tests have counted (`record_property("fuzz", ...)`), also where other processes ran them."""
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    """Prints what tests have counted (`record_property("fuzz", ...)`), and which files took longest."""
+    reports = [report for kind in ("passed", "failed", "") for report in terminalreporter.getreports(kind)]
     for report in reports:
         for name, value in report.user_properties:
             if name == "fuzz" and report.when == "call":
                 terminalreporter.write_line(f"fuzz {value}")
+    if terminalreporter.config.getoption("--budget"):
+        files = budget.of_files(reports)
+        for line in (*budget.table(files), *budget.over_budget(files)):
+            terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """With --budget, a session of passing tests fails where a file is over it. Workers leave that to the session."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if exitstatus == 0 and reporter is not None and session.config.getoption("--budget"):
+        reports = [report for kind in ("passed", "") for report in reporter.getreports(kind)]
+        if budget.over_budget(budget.of_files(reports)):
+            session.exitstatus = 1

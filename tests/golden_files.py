@@ -1,4 +1,4 @@
-"""The golden files for any test: model folders with what `transformers` computed for them (scripts/make_golden.py)."""
+"""Loads golden files: model folders with what `transformers` computed for them (scripts/make_golden.py)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,9 @@ _FOLDER = Path(__file__).parent / "golden"
 class Golden:
     """One model folder and its expected results.
 
-    tokens[B, T] are prompts of length[B], padded with 0; logits[B, T, V] float32 those of each prompt run alone, 0
-    where padded; generated[B, 24] each prompt's greedy continuation, no two largest logits closer than 2e-3 on the way.
+    tokens: [B, T], prompts of length[B], padded with 0.
+    logits: float32 [B, T, V], of each prompt run alone, 0 where padded.
+    generated: [B, 24], each prompt's greedy continuation; at every step the two largest logits differ by 2e-3 or more.
     """
 
     folder: Path

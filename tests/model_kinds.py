@@ -1,4 +1,4 @@
-"""Tiny models of every kind that decoding has to work with alike, a draft and prompts for each, and plain decoding."""
+"""Makes tiny models of every kind, a draft and prompts for each, and runs plain decoding on them."""
 
 import dataclasses
 from functools import cache
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from decodax import decoding
+from decodax.core.weight import Weight
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.mixers.gated_linear import GatedLinearConfig
@@ -17,7 +18,6 @@ from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.rope import Rope
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 from tests.tiny import NORM
@@ -58,14 +58,14 @@ def model_of(kind: str) -> Model:
 
 @cache
 def params_of(kind: str) -> dict:
-    """All random, norms and biases too. Layers behind the first add less than it, so that early exits are often right.
+    """All random, norms and biases too. Layers after the first add less, so that early exits are often right.
 
     Drawn by NumPy, as compiling the draws of all shapes takes seconds.
     """
     random = np.random.default_rng(1)
 
     def draw(path, weight):
-        names = [part.key for part in path]
+        names = [key.key for key in path]
         size = 0.3 if len(weight.shape) == 1 else 1.5 * weight.shape[-1] ** -0.5
         size = 0.4 * size if names[-1] in ("out", "down") and names[0] not in ("blocks_0", "head") else size
         return jnp.asarray((weight.init == "ones") + size * random.standard_normal(weight.shape), jnp.float32)
@@ -85,7 +85,7 @@ def start(kind: str, params=None, **options) -> decoding.DecodeState:
     """The state of the three prompts: the first is continued greedily, the others are sampled."""
     sampling = decoding.Sampling.create(3, VOCABULARY, temperature=[0.0, 0.7, 1.3])
     params = params_of(kind) if params is None else params
-    return decoding.init(
+    return decoding.prefill(
         model_of(kind), params, PROMPTS, LENGTHS, NEW, np.arange(3), sampling=sampling, stop_token_ids=NO_STOPS,
         **options,
     )  # fmt: skip
@@ -99,12 +99,12 @@ def plain(kind: str) -> decoding.DecodeState:
 
 @cache
 def full_forward(kind: str):
-    """Rows and logits of whole texts, without a cache: (params, tokens [B, T]) -> (rows, logits)."""
+    """Updates and logits of texts, without a cache: (params, tokens [B, T]) -> (cache updates, logits)."""
 
     @jax.jit
     def forward(params, tokens):
         position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         out = model_of(kind).apply(params, tokens, position)
-        return out.rows, model_of(kind).logits(params, out.hidden)
+        return out.cache_updates, model_of(kind).logits(params, out.hidden)
 
     return forward

@@ -1,4 +1,4 @@
-"""Drafters that only tests need: trees of any shape, and drafts made of the target's own first layer."""
+"""Defines drafters for tests: trees of any shape, and drafts from the target's own first layer."""
 
 import dataclasses
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from decodax.core import pytree
 from decodax.decoding.drafters import Drafter, fixed_proposal
 from decodax.decoding.tree import Tree
-from decodax.layers import pytree
 from decodax.layers.attention.mask import Ancestors
 from decodax.layers.kv_cache.staged import place, stage
 from decodax.models.model import Model
@@ -17,7 +17,7 @@ from tests.speculation import MODEL
 
 @pytree.dataclass
 class Seen:
-    """What the last round brought, as `RandomTrees` remembers it."""
+    """The outcome of the last round, as `RandomTrees` records it."""
 
     token: Int[Array, "B C"]
     parent: Int[Array, "B C"]
@@ -68,7 +68,7 @@ class RandomTrees(Drafter):
         tree = Tree.grown(parent)
         place = jnp.minimum(state.length[:, None] - 1 + tree.depth, recorded.shape[1] - 1)
         token = jnp.where(is_recorded, jnp.take_along_axis(recorded, place, axis=1), token)
-        return fixed_proposal(tree, token.at[:, 0].set(state.pending()), is_candidate), state.draft
+        return fixed_proposal(tree, token.at[:, 0].set(state.last_token()), is_candidate), state.draft
 
     def update(self, params, draft_params, state, outcome):
         proposal = outcome.proposal
@@ -88,20 +88,22 @@ class ShallowExit(Drafter):
     def propose(self, params, draft_params, state):
         tree, base = Tree.chain(self.num_nodes), state.length[:, None] - 1
         batch = state.tokens.shape[0]
-        token = jnp.zeros((batch, self.num_nodes), jnp.int32).at[:, 0].set(state.pending())
-        rows = MODEL.empty_rows(batch, self.num_nodes, jnp.float32)[:1]
+        token = jnp.zeros((batch, self.num_nodes), jnp.int32).at[:, 0].set(state.last_token())
+        updates = MODEL.empty_update(batch, self.num_nodes, jnp.float32)[:1]
         vectors = []
         for node in range(self.num_nodes):
-            staged = stage(state.caches[:1], rows, base + jnp.asarray(tree.depth))
+            staged = stage(state.caches[:1], updates, base + jnp.asarray(tree.depth))
             allowed = jnp.concatenate([jnp.arange(self.num_nodes) < node, jnp.ones(1, bool)])
             out = MODEL.apply(
                 params, token[:, node : node + 1], base + node, (*staged, *state.caches[1:]),
                 mask=Ancestors(allowed[None, None]), layers=(0, 1),
             )  # fmt: skip
-            rows = place(rows, out.rows, jnp.array([node]))
+            updates = place(updates, out.cache_updates, jnp.array([node]))
             vectors.append(out.hidden)
             if node + 1 < self.num_nodes:
-                guess = jnp.argmax(MODEL.logits(params, out.hidden)[:, 0], axis=1)
-                token = token.at[:, node + 1].set(guess.astype(jnp.int32))
+                draft_token = jnp.argmax(MODEL.logits(params, out.hidden)[:, 0], axis=1)
+                token = token.at[:, node + 1].set(draft_token.astype(jnp.int32))
         proposal = fixed_proposal(tree, token, jnp.ones(token.shape, bool))
-        return dataclasses.replace(proposal, vectors=jnp.concatenate(vectors, axis=1), rows=rows), state.draft
+        return dataclasses.replace(
+            proposal, vectors=jnp.concatenate(vectors, axis=1), cache_updates=updates
+        ), state.draft

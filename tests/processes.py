@@ -1,4 +1,4 @@
-"""Starts several processes of this package on one machine, each with CPU devices of its own."""
+"""Starts several processes of this package on one machine, each with its own CPU devices."""
 
 import os
 import socket
@@ -25,14 +25,14 @@ class Ended:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, on the loopback interface."""
+    """A free port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def environment(devices: int = DEVICES_EACH) -> dict[str, str]:
-    """This process's, with so many CPU devices and no traces of a cluster around the tests."""
+    """This process's environment, with `devices` CPU devices and without variables of a surrounding cluster."""
     strange = ("SLURM_", "TPU_", "MEGASCALE_", "LWS_", "JOB", "DECODAX_", "XLA_FLAGS", "OMPI_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
@@ -41,7 +41,7 @@ def environment(devices: int = DEVICES_EACH) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Started:
-    """A process, and the files that it writes to: what waits in a pipe could hold up the others, too."""
+    """A process, and the files that it writes to: a full pipe could block the others, too."""
 
     process: subprocess.Popen[bytes]
     out: IO[bytes]
@@ -57,7 +57,7 @@ class Started:
 
 
 def start(arguments: Sequence[str], *, devices: int = DEVICES_EACH) -> Started:
-    """`python ARGUMENTS`, with so many CPU devices."""
+    """Starts `python ARGUMENTS`, with `devices` CPU devices."""
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (`ended` closes them)
     command = [sys.executable, "-W", "error", *arguments]
     process = subprocess.Popen(

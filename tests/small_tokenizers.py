@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, made from nothing: bytes in the vocabulary, words with marks, whole words."""
+"""Makes small tokenizers of every kind: bytes in the vocabulary, words with marks, whole words."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

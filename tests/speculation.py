@@ -1,4 +1,4 @@
-"""What the tests of speculation share: a target, a draft that often agrees with it, prompts, plain decoding."""
+"""Shared by tests of speculative decoding: a target, a draft that often agrees with it, prompts, plain decoding."""
 
 import dataclasses
 from functools import cache
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from decodax import decoding
+from decodax.decoding.logits_processors import History
+from tests.oracles import logits_processors
 from tests.tiny import tiny_model
 
 MODEL, PARAMS = tiny_model()
@@ -16,7 +18,7 @@ LENGTHS = np.array([5, 13, 1])
 PROMPTS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13))
 NEW = np.array([29, 24, 33])  # so that each row alone has buffers of the same size as all three
 CAPACITY = 40
-# Logits of at most 5, rows of size about 1, made by sums in float32 whose order depends on how many tokens run at once.
+# Logits of at most 5, keys and values of about 1, from float32 sums whose order depends on how many tokens run at once.
 TOLERANCE = 2e-5
 NO_STOPS = (-1, -1)  # always two stop tokens, so that runs with and without share compiled code
 OPTIONS = {
@@ -35,6 +37,13 @@ OPTIONS = {
         "min_new_tokens": [7, 0, 11],
         "end_token_ids": (13, 30),
     },
+}
+
+# One per row, off in the other rows. They favour tokens of the text: a draft whose own tokens count repeats itself.
+PENALTIES = {
+    "repetition_penalty": [1.0, 1.0, 0.2],
+    "presence_penalty": [0.0, -4.0, 0.0],
+    "frequency_penalty": [-4.0, 0.0, 0.0],
 }
 
 
@@ -58,7 +67,7 @@ def start(rows=slice(None), *, new=NEW, params=PARAMS, options="greedy", stop_to
     }
     sampling = decoding.Sampling.create(len(index), VOCABULARY, **per_row)
     new = np.broadcast_to(new, 3)[rows]
-    return decoding.init(
+    return decoding.prefill(
         MODEL, params, PROMPTS[rows], LENGTHS[rows], new, index, sampling=sampling, stop_token_ids=stop_token_ids,
         **init_options,
     )  # fmt: skip
@@ -80,14 +89,14 @@ def texts(state):
 
 @jax.jit
 def forward(params, tokens):
-    """Hidden states, rows and logits of texts, without a cache."""
+    """Hidden states, cache updates and logits of texts, without a cache."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     out = MODEL.apply(params, tokens, position, capture=(0, 1, 2))
     return out, MODEL.logits(params, out.hidden)
 
 
 def padded(rows, width=CAPACITY + 8):
-    """Texts as one array, zeros behind them."""
+    """Texts as one array, padded with zeros."""
     tokens = np.zeros((len(rows), width), np.int32)
     for row, text in enumerate(rows):
         tokens[row, : len(text)] = text
@@ -95,7 +104,7 @@ def padded(rows, width=CAPACITY + 8):
 
 
 def assert_same(got, want, rows=(0, 1, 2)):
-    """All that plain decoding decides, in rows of `want`."""
+    """Everything that plain decoding determines, in rows of `want`."""
     index = np.array(rows)
     for name in ("tokens", "length", "limit", "done", "failed"):
         np.testing.assert_array_equal(getattr(got, name), np.asarray(getattr(want, name))[index], err_msg=name)
@@ -106,10 +115,10 @@ def assert_same(got, want, rows=(0, 1, 2)):
 
 
 def assert_same_caches(got, want, rows=(0, 1, 2)):
-    """All that caches of any kind hold; which tokens they mark as kept counts only where both do.
+    """Everything that caches of any kind hold; tokens marked as kept are compared only where both mark them.
 
-    Whole buffers: nothing of a rejected node stands behind the tokens either. A recurrent state sums up all tokens, so
-    what it may differ by goes with its size.
+    Complete buffers: nothing of a rejected node is after the tokens either. A recurrent state sums up all tokens, so
+    its tolerance is relative to its size.
     """
     index = np.array(rows)
     for cache_, wanted in zip(got, want, strict=True):
@@ -119,7 +128,7 @@ def assert_same_caches(got, want, rows=(0, 1, 2)):
                 continue
             leaves, wanted_leaves = (jax.tree.leaves(getattr(one, field.name)) for one in (cache_, wanted))
             for leaf, wanted_leaf in zip(leaves, wanted_leaves, strict=True):
-                if np.ndim(wanted_leaf) == 0:  # of no row, such as a capacity
+                if np.ndim(wanted_leaf) == 0:  # without rows, such as a capacity
                     assert leaf == wanted_leaf
                     continue
                 wanted_leaf = np.asarray(wanted_leaf)[index]
@@ -128,3 +137,39 @@ def assert_same_caches(got, want, rows=(0, 1, 2)):
                     np.testing.assert_allclose(leaf, wanted_leaf, rtol=0, atol=TOLERANCE * size, err_msg=field.name)
                 else:
                     np.testing.assert_array_equal(leaf, wanted_leaf, err_msg=field.name)
+
+
+def with_penalties(state):
+    """The state of three rows, all of whose text is prompt, with PENALTIES from here on."""
+    sampling = decoding.Sampling.create(3, VOCABULARY, **PENALTIES)
+    history = History.start(state.tokens, state.length, vocab_size=VOCABULARY, with_counts=True)
+    return dataclasses.replace(state, sampling=sampling, history=history)
+
+
+def penalised(logits, prompt, output, row):
+    """A row's logits [V] after PENALTIES, in NumPy."""
+    for name, values in PENALTIES.items():
+        logits = getattr(logits_processors, name)(logits, list(prompt), list(output), values[row])
+    return logits
+
+
+def penalised_drafts(exit_logits, prompts, num_tokens):
+    """The draft of each row with PENALTIES on its prompt and its own tokens, [B, C]: the largest logit each time.
+
+    Without the draft's own tokens most drafts would be others, or the test would show nothing.
+
+    exit_logits: maps texts to the drafter's logits after each token, [B, T, V].
+    """
+
+    def drafts(counts_own):
+        drafted = [[] for _ in prompts]
+        for _ in range(num_tokens):
+            logits = np.asarray(exit_logits([[*text, *own] for text, own in zip(prompts, drafted, strict=True)]))
+            for row, (text, own) in enumerate(zip(prompts, drafted, strict=True)):
+                last = np.float64(logits[row, len(text) + len(own) - 1])
+                own.append(int(np.argmax(penalised(last, text, own if counts_own else (), row))))
+        return np.array(drafted)
+
+    wanted = drafts(True)
+    assert np.sum(np.any(wanted != drafts(False), axis=1)) >= 2
+    return wanted

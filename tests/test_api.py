@@ -1,4 +1,4 @@
-"""`decodax.load` refuses what an option cannot take in one line, by name and before any file is read."""
+"""`decodax.load` refuses a bad option in one line, by name and before any file is read."""
 
 import inspect
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 import decodax
 from decodax.sharding.pipeline import Pipeline
 
-load = inspect.unwrap(decodax.load)  # as users have it: without this session's check of types before its own
+load = inspect.unwrap(decodax.load)  # as for users: without this session's type checks
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ load = inspect.unwrap(decodax.load)  # as users have it: without this session's 
         ("mesh", (5, b"data=1", [1], jax.devices(), {"data": 1}), r"mesh must be a text .* a jax\.sharding\.Mesh"),
         ("rules", (5, "data", [("B", "data")]), r"rules must be decodax\.sharding\.rules\.Rules"),
         ("invariant", (1, "yes", []), "invariant must be True or False"),
-        ("scatter_norms", (1, "no", ()), "scatter_norms must be True or False"),
-        ("adapter", (5, b"folder", {}), "adapter must be the path of a folder, .* or a TrainedPart"),
+        ("sequence_parallel", (1, "no", ()), "sequence_parallel must be True or False"),
+        ("adapter", (5, b"folder", {}), "adapter must be the path of a folder, .* or an AuxiliaryWeights"),
         ("implementation", ("cuda", "XLA", ["xla"], {}, 5), "implementation must be one of xla, tpu, gpu, "),
         ("pipeline", (2, "2", {"chunks": 2}), r"pipeline must be decodax\.sharding\.pipeline\.Pipeline"),
     ],
@@ -49,6 +49,6 @@ def test_none_is_not_given():
         ({"outside": 3}, "outside must be two numbers of layers, first and last, got 3"),
     ],
 )
-def test_a_pipeline_names_what_it_cannot_take(settings, message):
+def test_a_pipeline_names_unsupported_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(Pipeline.__init__)(object.__new__(Pipeline), **settings)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it hands to the library, and how it fails."""
+"""The command line: what it prints, what it passes to the library, and how it fails."""
 
 import dataclasses
 import inspect
@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -28,8 +29,10 @@ from decodax.decoding.options import GenerateOptions
 from tests.golden_files import load_golden
 
 ROOT = Path(__file__).resolve().parents[1]
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz ():\n"
-# Each option of `decodax.generate`: what stands on the command line, and what must arrive.
+# One for each of the 67 tokens of the golden model, so that what transformers computed for it can be spelt.
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz ():\nABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+GOLDEN = load_golden("llama")
+# Each option of `decodax.generate`: its text on the command line, and the value that must arrive.
 PASSED_ON = {
     "max_new_tokens": (["--max-new-tokens", "3"], 3),
     "min_new_tokens": (["--min-new-tokens", "2"], 2),
@@ -64,6 +67,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+def spelt(tokens):
+    return "".join(CHARACTERS[token] for token in tokens)
+
+
+def golden_row(row, number):
+    """A prompt of the golden model, and the first `number` tokens with which transformers continued it."""
+    return GOLDEN.tokens[row, : GOLDEN.length[row]], GOLDEN.generated[row, :number]
+
+
 def run(*arguments, stdin=None):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
@@ -89,7 +101,7 @@ def recorded(monkeypatch):
 
 def test_the_command_has_every_option_of_the_library_and_no_other():
     own = {"prompts", "file", "model", "dtype", "invariant", "adapter", "compilation_cache", "as_json", "debug"}
-    own |= {"mesh", "distributed", "num_processes", "process_id", "join_timeout"}  # of devices, and of who has them
+    own |= {"mesh", "distributed", "num_processes", "process_id", "join_timeout"}  # options of devices and processes
     parameters = set(inspect.signature(generate_command).parameters)
     assert parameters - own == {field.name for field in dataclasses.fields(GenerateOptions)} - {"on_text"}
     assert parameters - own == set(PASSED_ON)
@@ -109,7 +121,7 @@ def test_without_options_the_defaults_are_the_library_s(folder, recorded):
     assert GenerateOptions(**options) == GenerateOptions()
 
 
-def test_no_stop_tokens_is_another_thing_than_the_default(folder, recorded):
+def test_no_stop_tokens_differs_from_the_default(folder, recorded):
     generate(folder, "ab", "--stop-token-ids", "")
     assert recorded[0][2]["stop_token_ids"] == []
 
@@ -129,20 +141,28 @@ def test_prompts_come_from_arguments_files_and_stdin(folder, recorded, tmp_path)
     assert [call[1] for call in recorded] == [["ab", "from a file\n", "piped\n"], ["piped", "ab"]]
 
 
-def test_one_prompt_is_streamed_and_the_json_says_the_same_as_the_library(folder):
-    expected = decodax.generate(decodax.load(folder), ["abc"], max_new_tokens=5, stop_token_ids=[])
-    options = ("abc", "--max-new-tokens", 5, "--stop-token-ids", "")
+def logprobs(folder, prompt, output):
+    """Log-probabilities of the output's tokens, from one forward of the whole text, in float64."""
+    lm, tokens = decodax.load(folder), np.concatenate([prompt, output])
+    hidden = lm.model.apply(lm.params, jnp.asarray(tokens)[None], jnp.arange(len(tokens))[None]).hidden
+    logits = np.asarray(lm.model.logits(lm.params, hidden), np.float64)[0, len(prompt) - 1 : -1]
+    return logits[np.arange(len(output)), output] - np.log(np.exp(logits).sum(axis=1))
+
+
+def test_one_prompt_is_streamed_and_the_json_has_what_transformers_generates(folder):
+    prompt, output = golden_row(0, 5)
+    options = (spelt(prompt), "--max-new-tokens", 5, "--stop-token-ids", "")
     streamed = generate(folder, *options, "--block-tokens", 2)
-    assert streamed.stdout == f"abc{expected.text[0]}\n"
+    assert streamed.stdout == f"{spelt(prompt)}{spelt(output)}\n"
     assert streamed.stderr.startswith("5 new tokens in ") and streamed.stderr.count("\n") == 1
 
     printed = generate(folder, *options, "--json")
     assert printed.exit_code == 0 and printed.stderr == ""
     document = json.loads(printed.stdout)
-    assert document["prompts"] == ["abc"]
-    assert document["text"] == expected.text
-    assert document["tokens"] == [row.tolist() for row in expected.tokens]
-    np.testing.assert_allclose(document["logprobs"][0], expected.logprobs[0], rtol=1e-6)
+    assert document["prompts"] == [spelt(prompt)]
+    assert document["text"] == [spelt(output)]
+    assert document["tokens"] == [output.tolist()]
+    np.testing.assert_allclose(document["logprobs"], [logprobs(folder, prompt, output)], atol=2e-5)
     assert document["finish_reasons"] == ["length"]
     assert document["stats"]["num_new_tokens"] == 5 and document["stats"]["prefill_seconds"] > 0
     assert document["model"]["path"] == str(folder)
@@ -161,15 +181,15 @@ def test_a_strategy_with_a_draft(folder):
     assert result.exit_code == 1 and "needs a draft for tiny" in result.stderr
 
 
-def test_the_invariant_mode_writes_the_same(folder):
+def test_the_invariant_mode_gives_the_same(folder):
     plain = generate(folder, "abc", "--max-new-tokens", 9)
     assert generate(folder, "abc", "--max-new-tokens", 9, "--invariant").stdout == plain.stdout
 
 
 def test_several_prompts_follow_one_another(folder):
-    expected = decodax.generate(decodax.load(folder), ["abc", "d"], max_new_tokens=5)
-    printed = generate(folder, "abc", "d", "--max-new-tokens", 5)
-    assert printed.stdout == f"abc{expected.text[0]}\n\nd{expected.text[1]}\n"
+    first, second = ((spelt(prompt), spelt(output)) for prompt, output in (golden_row(0, 5), golden_row(2, 5)))
+    printed = generate(folder, first[0], second[0], "--max-new-tokens", 5)
+    assert printed.stdout == f"{''.join(first)}\n\n{''.join(second)}\n"
 
 
 @pytest.mark.parametrize(
@@ -212,19 +232,19 @@ def test_a_failure_is_one_line_and_ends_with_1(arguments, said, folder):
     assert result.stdout == ""
 
 
-def test_a_prompt_that_is_no_text_is_refused(folder, tmp_path):
+def test_a_prompt_that_is_not_text_is_refused(folder, tmp_path):
     file = tmp_path / "prompt.bin"
     file.write_bytes(b"\xff\xfe\x00")
     result = generate(folder, "--file", file)
     assert result.exit_code == 1 and f"{file} must be text in UTF-8" in result.stderr
 
 
-def test_an_error_gives_a_terminal_no_orders():
+def test_an_error_holds_no_terminal_escapes():
     result = run("generate", "ab", "--model", "no\x1b[31m\udcff", "--no-compilation-cache")
     assert "no\\x1b[31m\\udcff" in result.stderr and "\x1b" not in result.stderr
 
 
-def test_debug_shows_where_it_failed():
+def test_debug_shows_the_traceback():
     result = run("generate", "ab", "--model", "/no/such/folder", "--debug", "--no-compilation-cache")
     assert isinstance(result.exception, FileNotFoundError)
 
@@ -271,7 +291,7 @@ def test_bench_measures_every_batch_size(folder, monkeypatch):
     assert run("bench", "--batch", "1,x").exit_code == 2
 
 
-def test_an_embedding_counts_as_read_only_where_it_is_also_the_head():
+def test_an_embedding_counts_as_read_only_where_it_is_tied_to_the_head():
     for case, counted in (("llama", False), ("llama_tied", True)):
         lm = decodax.load(load_golden(case).folder)
         assert lm.config.tie_embeddings == counted
@@ -282,7 +302,7 @@ def test_an_embedding_counts_as_read_only_where_it_is_also_the_head():
 def test_methods_lists_the_catalogue():
     rows = json.loads(run("methods", "--json").stdout)
     assert rows == [dataclasses.asdict(row) for row in catalogue()]
-    assert set(rows[0]) == {"name", "kind", "folder", "paper", "lossless", "trained_part", "test"}
+    assert set(rows[0]) == {"name", "kind", "folder", "paper", "lossless", "auxiliary_weights", "test"}
 
 
 def test_methods_are_a_line_each_in_a_pipe():
@@ -293,7 +313,7 @@ def test_methods_are_a_line_each_in_a_pipe():
     assert len(kinds) == 1 and all(line.isascii() for line in lines)
     for line, row in zip(lines, rows, strict=True):
         assert ("lossless" in line.split()) == row.lossless
-        assert (row.paper or "-") in line and (row.trained_part or "") in line
+        assert (row.paper or "-") in line and (row.auxiliary_weights or "") in line
 
 
 def test_methods_fit_a_terminal():
@@ -317,17 +337,17 @@ def test_every_method_s_file_and_test_exist():
         assert (ROOT / row.test).is_file(), row
 
 
-def test_rows_say_what_stands_beside_the_method():
+def test_rows_of_methods_list_their_facts():
     rows = {(row.kind, row.name): row for row in catalogue()}
     assert rows["strategy", "autoregressive"].lossless
     assert rows["strategy", "draft_model"].paper == (
         "Fast Inference from Transformers via Speculative Decoding (arXiv 2211.17192)"
     )
-    assert rows["strategy", "draft_model"].trained_part is not None
-    assert rows["strategy", "prompt_lookup"].trained_part is None
-    in_checkpoint = ("mtp", "next_layer")  # trained with the model itself, and stored with it
-    trained = [row for row in rows.values() if row.trained_part and row.name not in in_checkpoint]
-    assert all("`decodax train " in row.trained_part for row in trained)
+    assert rows["strategy", "draft_model"].auxiliary_weights is not None
+    assert rows["strategy", "prompt_lookup"].auxiliary_weights is None
+    in_checkpoint = ("mtp", "mtp_head")  # trained with the model itself, and stored with it
+    trained = [row for row in rows.values() if row.auxiliary_weights and row.name not in in_checkpoint]
+    assert all("`decodax train " in row.auxiliary_weights for row in trained)
     assert rows["verifier", "chain_rejection"].lossless and not rows["verifier", "typical_acceptance"].lossless
     assert rows["drafter", "prompt_lookup"].test == "tests/decoding/drafters/test_prompt_lookup.py"
     assert not rows["logits processor", "top_k"].lossless
@@ -338,7 +358,7 @@ def test_rows_say_what_stands_beside_the_method():
     assert rows["position scaling", "dynamic"].paper is None  # not those of the other scalings in its file
 
 
-# Processes of their own, where the whole start matters. They see no accelerator and none of this session's settings.
+# Separate processes, where the full start matters. They see no accelerator and none of this session's settings.
 
 
 def process(*arguments, **environment):
@@ -380,7 +400,7 @@ def settings():
         jax.config.update(name, value)
 
 
-def test_the_cache_is_bounded_and_yields_to_the_user_s_own(settings, tmp_path, monkeypatch):
+def test_the_cache_is_bounded_and_the_user_s_own_has_priority(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     program_cache.use()
     assert jax.config.jax_compilation_cache_dir == str(program_cache.folder())
@@ -392,7 +412,7 @@ def test_the_cache_is_bounded_and_yields_to_the_user_s_own(settings, tmp_path, m
     assert jax.config.jax_compilation_cache_dir == "chosen"
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_done_without(settings, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported_and_not_used(settings, monkeypatch, tmp_path):
     (tmp_path / "decodax").write_text("a file")
     monkeypatch.setattr(program_cache.os, "getpid", lambda: "x/y")  # a probe that fails, as on a full disk
     for chosen in ("/dev/null/cache", tmp_path, tmp_path / "new"):
@@ -437,14 +457,14 @@ WRITING = "Error writing persistent compilation cache entry for 'jit_f': OSError
 
 
 def test_a_damaged_program_is_removed_from_the_cache(own_cache):
-    """Which one it is JAX's warning does not say, but the file that it has just written."""
+    """JAX's warning does not name the program, but the file that JAX has just written does."""
     cached(own_cache, "good", note=7)
     cached(own_cache, "damaged", note=300)
     assert "damaged" in (program_cache.explain(READING) or "")
     assert files(own_cache) == ["damaged-atime", "good-atime", "good-cache"]
 
 
-def test_a_program_without_a_note_keeps_no_other_from_being_written(own_cache):
+def test_a_program_without_a_note_does_not_prevent_writing_others(own_cache):
     cached(own_cache, "good", note=7)
     cached(own_cache, "left")
     assert "damaged" in (program_cache.explain(WRITING) or "")
@@ -455,7 +475,7 @@ def test_a_program_without_a_note_keeps_no_other_from_being_written(own_cache):
     assert program_cache.explain("top_k changes nothing") is None
 
 
-def test_from_a_cache_that_is_not_ours_nothing_is_removed(settings, tmp_path):
+def test_nothing_is_removed_from_a_foreign_cache(settings, tmp_path):
     """JAX writes no notes there, where the user set no bound."""
     cached(tmp_path, "theirs")
     cached(tmp_path, "noted", note=7)
@@ -466,7 +486,7 @@ def test_from_a_cache_that_is_not_ours_nothing_is_removed(settings, tmp_path):
 
 
 @pytest.mark.filterwarnings("default")
-def test_of_the_cache_one_warning_is_enough(own_cache, capsys):
+def test_the_cache_warns_once(own_cache, capsys):
     with session.reported_errors(False):
         for program in "fgh":
             warnings.warn(f"Error writing persistent compilation cache entry for '{program}': full", stacklevel=1)
@@ -477,7 +497,7 @@ def test_of_the_cache_one_warning_is_enough(own_cache, capsys):
 
 
 @pytest.mark.slow
-def test_a_cache_of_damaged_programs_heals(tmp_path):
+def test_a_cache_of_damaged_programs_is_repaired(tmp_path):
     arguments = ("generate", "def f(", "--max-new-tokens", "2")
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     first = process(*arguments, **environment)

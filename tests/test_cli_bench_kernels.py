@@ -1,4 +1,4 @@
-"""`decodax bench --kernels`: says what would run, and runs nothing."""
+"""`decodax bench --kernels` reports which kernels would run, and runs nothing."""
 
 import dataclasses
 import json
@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 import decodax
 from decodax.cli import bench_kernels
 from decodax.cli.app import app
-from decodax.kernels_pallas import KERNELS, choice, module_of, shapes_of
+from decodax.kernels_pallas import KERNELS, module_of, selection, shapes_of
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.rope import Rope
-from decodax.models.hf_config import load_config, read_config
+from decodax.models.configs.hf_config import load_config, read_config
 from tests.golden_files import load_golden
 from tests.models.test_published_sizes import PUBLISHED
 
@@ -26,8 +26,8 @@ def nothing_is_loaded(monkeypatch):
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    """This process's device as the choice sees it."""
-    monkeypatch.setattr(choice, "backend_of_this_device", lambda: ("gpu", "the device is a Hopper GPU"))
+    """Kernel selection sees a Hopper GPU."""
+    monkeypatch.setattr(selection, "backend_of_this_device", lambda: ("gpu", "the device is a Hopper GPU"))
 
 
 def run(*arguments):
@@ -56,22 +56,22 @@ def test_the_table_shows_kernels_and_layers(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_each_kernel_says_which_backends_take_a_real_size(kernel):
-    """The first named size of every kernel is one that both kernels were made for, and asking for either is granted."""
+def test_each_kernel_lists_the_backends_that_support_a_real_size(kernel):
+    """Both kernels support the first named size of every kernel, and either can be selected."""
     shape = next(iter(shapes_of(kernel).values()))
-    assert bench_kernels.misfits(kernel, shape) == [None, None]
-    assert bench_kernels.choose(kernel, shape, "gpu").implementation == "gpu"
+    assert bench_kernels.unsupported_reasons(kernel, shape) == [None, None]
+    assert bench_kernels.select(kernel, shape, "gpu").implementation == "gpu"
 
 
-def test_a_hopper_gpu_is_given_kernels_and_told_where_not(on_hopper):
-    assert {row.implementation for row in bench_kernels.kernel_choices()} == {"gpu"}
+def test_a_hopper_gpu_gets_kernels_or_the_reason_why_not(on_hopper):
+    assert {row.implementation for row in bench_kernels.kernel_selections()} == {"gpu"}
     _, config = load_config(load_golden("llama").folder)
-    for row in bench_kernels.layer_choices(config, "bfloat16", 1, 100, 5):
+    for row in bench_kernels.layer_selections(config, "bfloat16", 1, 100, 5):
         # The tiny model's heads fit no kernel, and the reason says so.
         assert row.implementation == "xla" and "Hopper" in row.reason and "head" in row.reason
     mixers = [GQAConfig(32, 8, 128, Rope(128, 1e4), scale=0.1, window=window) for window in (None, None, 512)]
     blocks = tuple(dataclasses.replace(config.blocks[0], mixer=mixer) for mixer in mixers)
-    rows = bench_kernels.layer_choices(dataclasses.replace(config, blocks=blocks), "bfloat16", 1, 100, 924)
+    rows = bench_kernels.layer_selections(dataclasses.replace(config, blocks=blocks), "bfloat16", 1, 100, 924)
     assert [(row.layers, row.step) for row in rows] == [
         *(("0..1 (2)", step) for step in ("prompt", "decoding")),
         *(("2", step) for step in ("prompt", "decoding")),
@@ -80,11 +80,11 @@ def test_a_hopper_gpu_is_given_kernels_and_told_where_not(on_hopper):
 
 
 def test_experts_latents_and_states_have_lines_of_their_own(on_hopper):
-    """By the kernels that real sizes of them would run."""
+    """For the kernels that real sizes would run."""
     rows = {}
     for name in ("DeepSeek-V2-Lite, arXiv 2405.04434", "MiniMax-Text-01, arXiv 2501.08313", "Qwen3-Next-80B-A3B"):
         config = read_config(PUBLISHED[name][0])[1]
-        chosen = bench_kernels.layer_choices(config, "bfloat16", 8, 512, 512)
+        chosen = bench_kernels.layer_selections(config, "bfloat16", 8, 512, 512)
         rows[name[:7]] = {(row.part, row.layers.split()[0], row.step): row.implementation for row in chosen}
     assert set(rows["DeepSee"].values()) == {"gpu"}
     assert {part for part, _, _ in rows["DeepSee"]} == {"mixer", "experts"}
@@ -94,7 +94,7 @@ def test_experts_latents_and_states_have_lines_of_their_own(on_hopper):
     assert delta == {"prompt": "xla", "decoding": "xla"}  # there is no kernel for the delta rule
 
 
-def test_misfits_are_told(monkeypatch):
+def test_unsupported_reasons_are_reported(monkeypatch):
     shape = next(iter(shapes_of("flash_decode").values()))
 
     class Wide:
@@ -105,6 +105,6 @@ def test_misfits_are_told(monkeypatch):
         def options(self):
             return shape.options()
 
-    tpu, gpu = bench_kernels.misfits("flash_decode", Wide())
+    tpu, gpu = bench_kernels.unsupported_reasons("flash_decode", Wide())
     assert tpu is None and "float32" in gpu and "xla" in gpu
     assert module_of("flash_decode").__name__.endswith("flash_decode")

@@ -1,4 +1,4 @@
-"""`decodax bench --routing`: a trace, a picture and a summary; what cannot be is refused."""
+"""`decodax bench --routing` writes a trace, a picture and a summary; bad input is refused."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_writes_a_trace_and_its_picture(tmp_path):
     assert shown.exit_code == 0 and "26 tokens" in shown.stdout and "never chosen" in shown.stdout
 
 
-def test_what_cannot_be_is_refused(tmp_path):
+def test_bad_input_is_refused(tmp_path):
     assert "must be a file name ending in .npz" in run(*MODEL, "--routing", tmp_path / "trace.txt").stderr
     (tmp_path / "texts").write_text("one\n")
     assert "are prompts for --routing" in run(*MODEL, "--texts", tmp_path / "texts").stderr

@@ -1,4 +1,4 @@
-"""`decodax convert`: both directions, what it reports, and how it fails."""
+"""`decodax convert` in both directions: what it reports, and how it fails."""
 
 import json
 import shutil
@@ -15,8 +15,8 @@ import decodax
 from decodax.cli.app import app
 from decodax.cli.convert import read_size
 from decodax.models import load as load_module
-from decodax.models.from_hf import from_hf
-from decodax.models.verification import verify
+from decodax.models.checkpoints.write_orbax import from_hf
+from decodax.verification import verify
 from tests.golden_files import load_golden
 
 LLAMA = load_golden("llama").folder
@@ -42,7 +42,7 @@ def test_there_and_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, decodax.load(tmp_path / "hf").params, decodax.load(LLAMA).params)
 
 
-def test_rounded_weights_are_compared_as_they_were_rounded(tmp_path):
+def test_rounded_weights_are_compared_after_rounding(tmp_path):
     document = json.loads(
         convert(LLAMA, "-o", tmp_path / "hf", "--to", "hf", "--dtype", "bfloat16", "--verify", "--json").stdout
     )
@@ -57,7 +57,7 @@ def test_rounded_weights_are_compared_as_they_were_rounded(tmp_path):
 
 
 def test_a_planted_wrong_weight_is_found(tmp_path):
-    """One bit of one number: in a matrix, which moves logits, and in the row of a token that no text holds."""
+    """One bit of one number: in a matrix, which changes logits, and in the row of a token that no text holds."""
     for name, moves in (("blocks_1.feed_forward.down", True), ("embedding", False)):
         target = tmp_path / name
         from_hf(LLAMA, target)
@@ -78,7 +78,7 @@ def test_a_planted_wrong_weight_is_found(tmp_path):
         )
 
 
-def test_what_is_missing_on_one_side_is_found(tmp_path):
+def test_tensors_missing_on_one_side_are_found(tmp_path):
     mtp = Path(__file__).parent / "golden" / "deepseek_v3_mtp"
     source = Path(shutil.copytree(mtp, tmp_path / "source"))
     from_hf(source, tmp_path / "orbax")
@@ -89,8 +89,8 @@ def test_what_is_missing_on_one_side_is_found(tmp_path):
     assert not found.is_same and found.largest_logit_difference == 0
 
 
-def test_cut_for_a_mesh(tmp_path):
-    """Six experts over the two devices of each of four groups: each device's three are in a file of their own."""
+def test_arrays_sharded_for_a_mesh(tmp_path):
+    """Six experts over the two devices of each of four groups: each device's three are in their own file."""
     source = Path(__file__).parent / "golden" / "deepseek_v3_mtp"
     done = convert(source, "-o", tmp_path / "orbax", "--mesh", "expert=2,data=4", "--verify")
     assert done.exit_code == 0, done.output
@@ -110,14 +110,14 @@ def test_cut_for_a_mesh(tmp_path):
         ([LLAMA.parent], "has no config.json"),
     ],
 )
-def test_what_cannot_be_converted(tmp_path, arguments, expected):
+def test_inputs_that_cannot_be_converted(tmp_path, arguments, expected):
     done = convert(*arguments, "-o", tmp_path / "out")
     assert done.exit_code == 1 and expected in done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_target_that_is_something_else(tmp_path, monkeypatch):
+def test_a_target_that_is_no_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     for options in ((), ("--overwrite",)):

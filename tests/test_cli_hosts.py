@@ -1,4 +1,4 @@
-"""Options of commands that run over several processes, and how a process leaves the others."""
+"""Options of commands over several processes, and how a process leaves the others."""
 
 from typing import Any
 
@@ -30,21 +30,21 @@ def run(*arguments: str) -> Any:
         (["--mesh", "data=2", "--distributed", "host:x", "--num-processes", "2", "--process-id", "0"], "HOST:PORT"),
     ],
 )
-def test_values_without_a_meaning_are_the_command_lines_fault(arguments: list[str], message: str):
+def test_meaningless_values_are_usage_errors(arguments: list[str], message: str):
     done = run(*arguments)
     assert done.exit_code == 2
     assert message in done.output
 
 
-def test_jax_that_has_begun_cannot_be_joined():
-    """Before anybody is waited for: all others would wait for this process then."""
+def test_initialized_jax_cannot_join_a_rendezvous():
+    """Before waiting for others, which would wait for this process."""
     jax.devices()
     with pytest.raises(RuntimeError, match="joined before JAX looks for devices"):
         distributed.start("127.0.0.1:1", num_processes=2, process_id=1, timeout_seconds=1.0, environ={})
-    distributed.start("127.0.0.1:1", num_processes=1, process_id=0, environ={})  # nobody to join
+    distributed.start("127.0.0.1:1", num_processes=1, process_id=0, environ={})  # nothing to join
 
 
-def test_nothing_to_go_by(monkeypatch: pytest.MonkeyPatch):
+def test_an_environment_without_a_cluster_is_an_error(monkeypatch: pytest.MonkeyPatch):
     def initialize(**_: Any) -> None:
         raise ValueError("coordinator_address should be defined.")
 
@@ -56,7 +56,7 @@ def test_nothing_to_go_by(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("error", "code"), [(ValueError("x"), 1), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)]
 )
-def test_a_joined_process_that_fails_leaves_at_once(
+def test_a_failing_process_of_several_exits_at_once(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ):
     codes: list[int] = []

@@ -15,7 +15,7 @@ import pytest
 from tests import command
 from tests.golden_files import load_golden
 
-# It holds the main thread in C for minutes, as a compilation does, and lets other threads run.
+# It keeps the main thread in C for minutes, as a compilation does, and lets other threads run.
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'x', b'y', 2**31 - 1)"
 SECONDS = 2.0
 
@@ -25,7 +25,7 @@ def app(*lines: str) -> str:
 
 
 def begun(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
-    """The process, once it has said so on stderr."""
+    """The process, once it has reported its start on stderr."""
     assert process.stderr is not None and process.stderr.readline() == "begun\n"
     return process
 
@@ -44,7 +44,7 @@ def ended(process: subprocess.Popen[str], number: int, seconds: float = SECONDS)
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_command_while_c_code_runs(number: int, code: int):
-    """What was printed is written, and nothing that waits in the command can hold it up or swallow it."""
+    """Printed output is written, and nothing in the command can delay the end or lose the output."""
     lines = ["try:", f"    print('kept'); {BEGIN}; {BUSY}", "except BaseException: print('caught')"]
     process = begun(command.start(app(*lines)))
     assert ended(process, number) == (code, "kept\n", "")
@@ -57,16 +57,16 @@ def test_an_exit_that_would_crash_or_hang_is_not_run():
 
 
 def test_a_command_that_is_done_has_succeeded():
-    """The signal falls into the time in which Python takes itself down, after all that `atexit` runs."""
+    """The signal arrives while Python shuts down, after everything that `atexit` runs."""
     lines = ["import sys, time", "class Late:", "    def __del__(self, say=sys.stderr, sleep=time.sleep):"]
     lines += ["        print('begun', file=say, flush=True); sleep(0.3)", "sys.late = Late()"]
     assert ended(begun(command.start(app(*lines))), signal.SIGINT) == (0, "", "")
 
 
-def test_a_full_pipe_does_not_hold_it_up():
+def test_a_full_pipe_does_not_delay_the_end():
     process = begun(command.start(app(BEGIN, "while True: print('x' * 1000)")))
     at = time.monotonic()
-    process.send_signal(signal.SIGINT)  # nobody reads the pipe meanwhile
+    process.send_signal(signal.SIGINT)  # the pipe is not read meanwhile
     assert process.wait(60) == 130 and time.monotonic() - at < SECONDS
     command.finish(process)
 
@@ -97,14 +97,14 @@ def test_ignored_signals_stay_ignored():
 UNSAVED = ["from decodax.cli import interrupts", "interrupts.unsaved(3)"]
 
 
-def test_unsaved_work_is_given_a_moment():
+def test_unsaved_work_gets_a_moment_to_finish():
     lines = [*UNSAVED, "import signal, time; heard = []", "signal.signal(signal.SIGINT, lambda *_: heard.append(1))"]
     lines += [BEGIN, "while not heard: time.sleep(0.01)", "time.sleep(0.3); print('saved'); interrupts.unsaved(0)"]
     process = begun(command.start(app(*lines, "raise SystemExit(130)")))
     assert ended(process, signal.SIGINT) == (130, "saved\n", "")
 
 
-def test_it_is_lost_after_that_moment_and_said_so():
+def test_unsaved_work_is_lost_after_that_moment_with_a_message():
     code, out, err = ended(begun(command.start(app(*UNSAVED, BEGIN, BUSY))), signal.SIGINT)
     assert (code, out) == (130, "") and re.fullmatch("stopped before the last steps were saved: .*\n", err)
 
@@ -120,14 +120,14 @@ def test_a_second_signal_does_not_wait_for_unsaved_work():
     command.finish(process)
 
 
-def test_it_is_ready_before_anything_large_is_imported():
+def test_signals_are_handled_before_anything_large_is_imported():
     code = "import sys, decodax.__main__; print({'jax', 'numpy', 'typer', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=command.ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done.stderr
 
 
 def test_importing_is_interrupted_too():
-    """`-X importtime` tells when it is under way."""
+    """`-X importtime` shows when it has begun."""
     arguments = [sys.executable, "-X", "importtime", "-m", "decodax", "methods"]
     process = subprocess.Popen(arguments, cwd=command.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -141,7 +141,7 @@ def test_importing_is_interrupted_too():
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    # Without a cache to take programs from; its log tells what is compiled.
+    # Without a compilation cache; the log shows what is compiled.
     off = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1"}
     return kept | off | {"XDG_CACHE_HOME": str(folder)} | more
 
@@ -154,7 +154,7 @@ PROMPTS = ["def f(", "class A:", "import "]
 LONG = ["--max-new-tokens", "1000", "--stop-token-ids", ""]
 TRAINING = ["--text", str(Path(__file__)), "--batch", "2", "--window", "64", "--short-window", "64", "-o", "{out}/part"]
 COMMANDS = {
-    "prefill": (["generate", PROMPTS[0]], "conversion jit(_prefill_chunk)"),
+    "prefill": (["generate", PROMPTS[0]], "conversion jit(prefill_chunk)"),
     "loop compiled": (["generate", PROMPTS[0], *LONG], "conversion jit(decode)"),
     "loop, streamed": (["generate", PROMPTS[0], *LONG], "XLA compilation of jit(decode)"),
     "loop, several": (["generate", *PROMPTS, *LONG], "XLA compilation of jit(decode)"),
@@ -170,7 +170,7 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("case", COMMANDS)
-def test_every_command_ends_whatever_it_does(case: str, number: int, tmp_path: Path):
+def test_every_command_ends_in_every_phase(case: str, number: int, tmp_path: Path):
     words, phase = COMMANDS[case]
     model = load_golden("llama").folder
     arguments = [word.format(out=tmp_path / "out", model=model) for word in words]
@@ -182,12 +182,12 @@ def test_every_command_ends_whatever_it_does(case: str, number: int, tmp_path: P
     assert process.stderr is not None
     said = next((line for line in process.stderr if phase in line), None)
     assert said is not None, process.wait()
-    time.sleep(0.3)  # into it; where it falls changes nothing
+    time.sleep(0.3)  # into the phase; the exact moment does not matter
     patience = 30 if (case, number) == ("training", signal.SIGTERM) else SECONDS  # its steps are saved
     code, _, err = ended(process, number, patience)
     assert code == 128 + number and "Traceback" not in err and "terminate" not in err
-    # What is there is a run to be gone on with, or a conversion that was being compared; no part, and no picture.
-    assert not files_below(tmp_path / "out") & {"part.json", "part.safetensors", "plan.png", "loss.png"}
+    # What is left is a run to resume, or a conversion that was being compared; no auxiliary weights and no picture.
+    assert not files_below(tmp_path / "out") & {"auxiliary.json", "auxiliary.safetensors", "plan.png", "loss.png"}
 
 
 @pytest.mark.slow
@@ -207,8 +207,8 @@ def test_a_download_ends(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_goes_on(tmp_path: Path):
-    """Its steps are saved, and it ends as one that was never interrupted, whatever was left over."""
+def test_an_interrupted_training_resumes(tmp_path: Path):
+    """Its steps are saved, and it ends like an uninterrupted one, whatever files were left."""
     whole, steps = (
         ["train", "ppd", *(word.format(out=out) for word in TRAINING), "--tokens", "2560", "--json"]
         for out in (tmp_path / "whole", tmp_path)
@@ -230,9 +230,9 @@ def test_an_interrupted_training_goes_on(tmp_path: Path):
     code, _, err = ended(process, signal.SIGINT)
     assert code == 130 and "the same command goes on" in err
     (tmp_path / "part" / ".being_written").mkdir(parents=True)
-    (tmp_path / "part" / ".being_written" / "part.safetensors").write_bytes(b"half")
+    (tmp_path / "part" / ".being_written" / "auxiliary.safetensors").write_bytes(b"half")
     code, out, err = command.finish(start(steps), 300)
     assert code == 0 and json.loads(out)["trained_tokens"] == 2560, err
-    for name in ("part.safetensors", "part.json"):
+    for name in ("auxiliary.safetensors", "auxiliary.json"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / "part" / name).read_bytes()
     assert files_below(tmp_path / "part") == files_below(tmp_path / "whole" / "part")

@@ -1,4 +1,4 @@
-"""`decodax plan`, as it is called: tables, JSON, a picture, and what is said of what cannot be planned."""
+"""`decodax plan` prints tables, JSON and a picture, and explains what cannot be planned."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import decodax
 from decodax.cli.app import app
 from tests.golden_files import load_golden
-from tests.sharding.plan.published import FIELDS
+from tests.planning.published import FIELDS
 
 RUNNER = CliRunner()
 
@@ -38,7 +38,7 @@ def test_tables_and_a_picture(llama, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_of_a_file_and_by_the_model_alone(llama):
+def test_json_into_a_file_and_from_the_cost_model_alone(llama):
     options = ("--topology", "gpu:h200x8", "--weights", "int8", "--objective", "throughput", "--batch", 16, "--json")
     done = run("--model", llama / "config.json", *options)
     assert done.exit_code == 0, done.output
@@ -56,7 +56,7 @@ def test_json_of_a_file_and_by_the_model_alone(llama):
 
 
 def test_the_mesh_it_prints_is_one_that_loads():
-    """A tiny model for eight chips, of which the CPU has as many."""
+    """A tiny model for eight chips, on eight CPU devices."""
     folder = load_golden("llama").folder
     done = run("--model", folder, "--topology", "v5e:2x4", "--compile", 0, "--json")
     assert done.exit_code == 0, done.output
@@ -68,7 +68,7 @@ def test_the_mesh_it_prints_is_one_that_loads():
     np.testing.assert_array_equal(got, expected)
 
 
-def test_says_what_it_left_out_and_what_it_counts(tmp_path):
+def test_reports_left_out_meshes_and_counted_bytes(tmp_path):
     fields = FIELDS["Llama-3.1-8B"] | {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
@@ -110,8 +110,8 @@ def test_bad_input(options, code, said, llama):
 
 
 @pytest.mark.slow
-def test_compiled_for_pods_that_are_not_there(llama):
-    """As a user calls it, in a process of its own: the session's precision is not everyone's."""
+def test_plans_compiled_for_absent_pods(llama):
+    """As a user calls it, in a separate process without the session's matmul precision."""
     pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu (Linux on x86-64)")
     command = [sys.executable, "-m", "decodax", "plan", "--model", llama, "--topology", "v5e:2x4", "--json"]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, abandoned or of another encoding: the command works on, or says so."""
+"""Standard streams that are closed, full, abandoned or of another encoding: the command continues, or reports it."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from tests import command
 
 TEXT = "def app(prog_name): print('text')"
 RAISED = "def app(prog_name): print('text', flush=True)"
-# What Typer and Rich make of an error when they print.
+# How Typer and Rich treat an error when they print.
 TURNED = "def app(prog_name):\n    try: print('text', flush=True)\n    except OSError: raise SystemExit(3)"
 LOST = "warning: stdout is closed: what is printed there is lost\n"
 FULL = "error: stdout cannot be written: No space left on device\n"
@@ -41,7 +41,7 @@ def test_streams_that_are_closed_or_full(redirections: str, expected: tuple[int,
 
 
 @pytest.mark.parametrize("app", [TEXT, RAISED, TURNED])
-def test_a_reader_that_went_away_and_a_full_disk_are_told_apart_however_they_came_up(app: str):
+def test_a_closed_reader_and_a_full_disk_differ_however_they_are_raised(app: str):
     read, write = os.pipe()
     os.close(read)
     process = command.start(app, stdout=write)
@@ -50,7 +50,7 @@ def test_a_reader_that_went_away_and_a_full_disk_are_told_apart_however_they_cam
     assert command.finish(command.start(app, ">/dev/full")) == (1, "", FULL)
 
 
-def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path):
+def test_a_file_never_gets_the_descriptor_of_a_closed_stream(tmp_path: Path):
     number = tmp_path / "number"
     opened = f"def app(prog_name):\n    with open({str(number)!r}, 'w') as file: file.write(str(file.fileno()))"
     assert command.finish(command.start(opened, "<&- >&- 2>&-"))[0] == 0
@@ -61,7 +61,7 @@ SHOWN = {"ascii": "\\u4f60 \\xe9", "latin-1": "\\u4f60 é", "utf-8": "你 é"}
 
 
 @pytest.mark.parametrize(("encoding", "shown"), SHOWN.items())
-def test_what_an_encoding_lacks_is_escaped(encoding: str, shown: str):
+def test_characters_outside_the_encoding_are_escaped(encoding: str, shown: str):
     process = command.start(
         "def app(prog_name): print('\\u4f60 \\xe9')", env={"PYTHONIOENCODING": encoding}, encoding=encoding
     )
@@ -69,14 +69,14 @@ def test_what_an_encoding_lacks_is_escaped(encoding: str, shown: str):
 
 
 @pytest.mark.parametrize(("columns", "kept"), [("0", None), ("-5", None), ("wide", None), ("3", None), ("72", "72")])
-def test_a_width_that_no_terminal_has_is_not_believed(columns: str, kept: str | None):
+def test_an_implausible_terminal_width_is_ignored(columns: str, kept: str | None):
     process = command.start("def app(prog_name): import os; print(os.environ.get('COLUMNS'))", env={"COLUMNS": columns})
     assert command.finish(process) == (0, f"{kept}\n", "")
 
 
 def test_an_error_of_another_file_is_not_one_of_stdout():
-    broken = "def app(prog_name): raise BrokenPipeError(32, 'of a socket')"
-    code, _, err = command.finish(command.start(broken))
+    raises = "def app(prog_name): raise BrokenPipeError(32, 'of a socket')"
+    code, _, err = command.finish(command.start(raises))
     assert code == 1 and "of a socket" in err
 
 
@@ -91,7 +91,7 @@ def test_an_argument_is_utf_8_whatever_the_locale():
 
 
 @pytest.mark.parametrize("argument", [b"a\xff", b"\xe4\xbd", b"\xed\xa0\x80"])
-def test_an_argument_that_is_no_text_is_refused(argument: bytes):
+def test_an_argument_that_is_not_text_is_refused(argument: bytes):
     with pytest.raises(typer.BadParameter, match="prompt 3 must be text in UTF-8"):
         prompts.as_text(os.fsdecode(argument), "prompt 3")
     for words in (["generate", os.fsdecode(argument)], ["generate", "x", "--stop", os.fsdecode(argument)]):
@@ -105,7 +105,7 @@ def test_a_prompt_taken_for_an_option_is_explained(prompt: str):
     assert done.exit_code == 2 and 'generate -- "-x"' in " ".join(done.output.replace("│", " ").split())
 
 
-def test_a_misspelt_option_is_none():
+def test_a_misspelt_option_is_refused():
     done = CliRunner().invoke(app, ["generate", "x", "--max-new-token", "3"])
     assert done.exit_code == 2 and "--max-new-tokens" in done.output and "-- " not in done.output.replace("---", "")
 
@@ -145,7 +145,7 @@ def test_bytes_of_a_file_and_of_stdin(content: bytes, expected: str, tmp_path: P
         assert len(found[0]) == len(expected) or " " in expected
 
 
-def test_a_closed_stdin_is_said(monkeypatch: pytest.MonkeyPatch):
+def test_a_closed_stdin_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="stdin is closed"):
         prompts.read_prompts(["-"], [])

@@ -1,4 +1,4 @@
-"""`decodax train draft` from a folder of text to a draft, interrupted or not, how it fails; what all kinds share."""
+"""`decodax train draft` makes a draft from a folder of text, interrupted or not; errors, and options of all kinds."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from decodax.cli.app import app
 from decodax.cli.train import train
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.text_windows import TextWindows
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 from decodax.models.model import Model
 from tests.tiny import TINY_LLAMA
 
@@ -25,11 +25,11 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz ():\n"
 CONFIG = TINY_LLAMA | {"max_position_embeddings": 64, "eos_token_id": 5}
 SIZES = ["--hidden-size=12", "--layers=1", "--heads=2", "--kv-heads=1", "--head-size=6", "--feed-forward=17"]
 TEN_STEPS = ["--batch=3", "--window=14", "--short-window=14", "--tokens=420", "--optimizer=adamw", "--heldout=0.2"]
-# What every kind of part is trained with, in the order of --help: a kind's own options stand between the two.
+# Options shared by all kinds, in the order of --help: a kind's own options are between the two.
 SHARED_BEFORE = ["--text", "--out", "--model", "--dtype", "--tokens"]
 SHARED_AFTER = ["--batch", "--window", "--short-window", "--learning-rate", "--optimizer", "--heldout", "--seed"]
 SHARED_AFTER += ["--run", "--json", "--debug", "--help"]
-WITHOUT_OPTIMIZER = {"ppd", "skip_decode", "first_routers", "first"}  # always adamw
+WITHOUT_OPTIMIZER = {"ppd", "skip_decode", "first_gates", "first"}  # always adamw
 KINDS = [command.name for command in train.registered_commands]
 pytestmark = pytest.mark.usefixtures("optax_may_promote")
 
@@ -51,8 +51,8 @@ def text(tmp_path_factory):
     """A folder of three texts."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "below").mkdir()
-    for name, letter in (("one.py", "x"), ("two.txt", "y"), ("below/three.py", "z")):
-        (folder / name).write_text("".join(f"def {letter}{a}(b):\n  return b\n" for a in CHARACTERS[:8]))
+    for name, character in (("one.py", "x"), ("two.txt", "y"), ("below/three.py", "z")):
+        (folder / name).write_text("".join(f"def {character}{a}(b):\n  return b\n" for a in CHARACTERS[:8]))
     return folder
 
 
@@ -70,7 +70,7 @@ def uninterrupted(model, text, tmp_path_factory):
     return out, result
 
 
-def test_a_draft_is_written_with_what_was_measured(model, uninterrupted):
+def test_a_draft_is_written_with_its_measurements(model, uninterrupted):
     out, result = uninterrupted
     facts = json.loads(result.stdout)
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "draft.json", "loss.png", "model.safetensors"]
@@ -85,7 +85,7 @@ def test_a_draft_is_written_with_what_was_measured(model, uninterrupted):
     assert [file.name for file in out.parent.iterdir() if file != out] == ["draft.run"]
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(model, text, uninterrupted, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_and_ends_the_same(model, text, uninterrupted, tmp_path, monkeypatch):
     arguments = [
         "--model",
         model,
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(model, text, uninterrupted
         }
 
 
-def test_failures_are_one_line_that_says_what_to_do(model, text, uninterrupted, tmp_path):
+def test_failures_are_one_line_with_what_to_do(model, text, uninterrupted, tmp_path):
     out, new = uninterrupted[0], tmp_path / "new"
     (tmp_path / "short.txt").write_text("def")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
@@ -141,9 +141,9 @@ def test_failures_are_one_line_that_says_what_to_do(model, text, uninterrupted, 
         (["--model", tmp_path / "nowhere", *usual[2:]], "no such model folder"),
         (["--model", out, *usual[2:]], "has no tokenizer.json"),
         ([*usual, "--batch=500", "-o", new], "the text must hold more tokens than one step reads (7000)"),
-        ([*usual, "--window=65", "--short-window=65", "-o", new], "the target's context is 64"),
+        ([*usual, "--window=65", "--short-window=65", "-o", new], "must be at most 64 (the target's context), got 65"),
         ([*usual, "--optimizer=sgd"], "must be muon or adamw"),
-        ([*usual, "--seed=1"], "holds a run under way that was started otherwise: seed was 0, now 1"),
+        ([*usual, "--seed=1"], "holds a run with other settings: seed was 0, now 1"),
         ([*usual, "--layers=2", "--run", new], "already holds another model"),
         ([*usual, "--heads=3", "--kv-heads=2", "-o", new], "multiple of num_key_value_heads"),
     ]
@@ -165,13 +165,13 @@ def test_help_names_the_options_and_a_wrong_one_is_refused():
 
 def test_there_is_a_command_for_every_kind():
     assert sorted(KINDS) == [
-        "draft", "first", "first_routers", "kangaroo", "layer_skip", "medusa", "medusa_joint", "ppd", "skip_decode",
+        "draft", "first", "first_gates", "kangaroo", "layer_skip", "medusa", "medusa_joint", "ppd", "skip_decode",
         "specee",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_offers_the_shared_options(kind):
+def test_every_kind_has_the_shared_options(kind):
     shown = CliRunner().invoke(app, ["train", kind, "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0 and f"Example: decodax train {kind} --model" in shown.stdout, shown.output
     options = re.findall(r"^[│ *]+(--[a-z-]+)", shown.stdout, re.MULTILINE)
@@ -180,4 +180,4 @@ def test_every_kind_offers_the_shared_options(kind):
     own = options[5 : -len(after)]
     assert own and not set(own) & {*SHARED_BEFORE, *SHARED_AFTER}
     required = re.findall(r"^│ \*\s+(--[a-z-]+)", shown.stdout, re.MULTILINE)
-    assert required == ["--text", "--out", *{"first": ["--routers"], "medusa_joint": ["--heads"]}.get(kind, [])]
+    assert required == ["--text", "--out", *{"first": ["--layer-gates"], "medusa_joint": ["--heads"]}.get(kind, [])]

@@ -1,4 +1,4 @@
-"""`decodax train ppd`, then `decodax generate` with what it wrote: the model's own text, and no other model's."""
+"""`decodax train ppd`, then `decodax generate` with its weights: the model's own text, and no other model's."""
 
 import json
 import shutil
@@ -9,19 +9,19 @@ from typer.testing import CliRunner
 
 from decodax.cli.app import app
 from decodax.decoding.training.export import write_model
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 from decodax.models.model import Model
 from tests.test_cli_train import CONFIG, model, text  # noqa: F401  (fixtures)
 
 STEPS = ["--batch=3", "--window=14", "--short-window=14", "--tokens=1260", "--heldout=0.5"]
-pytestmark = pytest.mark.usefixtures("optax_may_promote")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_may_promote")]
 
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_trained_prompt_tokens_write_the_model_s_own_text(model, text, tmp_path):  # noqa: F811
+def test_trained_prompt_tokens_give_the_model_s_own_text(model, text, tmp_path):  # noqa: F811
     out = tmp_path / "prompts"
     result = run("train", "ppd", "--model", model, "--text", text, "-o", out, "--distances=2", *STEPS, "--json")
     assert result.exit_code == 0, result.output
@@ -47,6 +47,6 @@ def test_trained_prompt_tokens_write_the_model_s_own_text(model, text, tmp_path)
     refused = run("generate", *prompts, "--model", tmp_path / "wider", *options, "--strategy", "ppd", "--draft", out)
     assert refused.exit_code == 1 and refused.stdout == ""
     assert refused.stderr == (
-        "error: prompts was made for a model whose hidden size is 22, and that of wider is 26: train one for this "
-        "model with `decodax train ppd`\n"
+        "error: prompts was made for a model whose hidden size is 22, and that of wider is 26: train weights for "
+        "this model with `decodax train ppd`\n"
     )

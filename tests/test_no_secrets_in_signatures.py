@@ -1,4 +1,4 @@
-"""What `help()` prints of decodax holds nothing of this machine: neither the environment nor a path stands in it."""
+"""Signatures in `help()` of decodax hold nothing of this machine: neither the environment nor a path."""
 
 import json
 import os
@@ -37,7 +37,7 @@ for module in pkgutil.walk_packages(decodax.__path__, "decodax."):
         found.append((name, text))
 print(json.dumps(found))
 """
-# These are where the module lies, and what Python itself writes into it.
+# These hold the module's location, and what Python itself writes into it.
 PYTHONS_OWN = ("__file__", "__path__", "__spec__", "__cached__", "__loader__", "__builtins__")
 
 

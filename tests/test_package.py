@@ -1,8 +1,9 @@
-"""What gets installed: every folder, its data, nothing under a bare name; and what the README and CI promise."""
+"""The installed package has every folder and its data, and no bare names; README and CI agree with it."""
 
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import decodax
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-NOT_PACKAGED = {"build", "dist", "docs", "runs", "tests"}
+LINKED = ("core", "decoding", "kernels_pallas", "layers", "models", "planning", "scripts", "sharding")
 
 
 def in_process(code, *, folder, path=()):
@@ -25,52 +26,112 @@ def in_process(code, *, folder, path=()):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_folders_are_importable_only_below_decodax(tmp_path):
-    folders = [name.removeprefix("decodax.") for name in PROJECT["tool"]["setuptools"]["packages"] if name != "decodax"]
+def test_only_decodax_is_importable_from_elsewhere(tmp_path):
+    names = [
+        path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path.is_dir() and path.stem.isidentifier())
+    ]
+    assert {"layers", "tests", "docs", "benchmarks"} <= set(names)
     code = f"""
-import importlib, importlib.util
-for name in {folders}:
-    importlib.import_module("decodax." + name)
-print([name for name in {folders} if "." not in name and importlib.util.find_spec(name)])
+import importlib.util, sys
+print([name for name in {names} if importlib.util.find_spec(name)], 'decodax' in sys.modules)
+import decodax
+print([name for name in {names} if importlib.util.find_spec("decodax." + name)])
 """
     done = in_process(code, folder=tmp_path)
-    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"[] False\n{[name for name in names if name in LINKED]}\n"
 
 
-def test_no_folder_is_forgotten():
-    """A folder with Python files is a package, and is on the list."""
-    folders = {ROOT}
-    for file in ROOT.rglob("*.py"):
-        top = file.relative_to(ROOT).parts[0]
-        if top not in NOT_PACKAGED and not top.startswith(".") and not (ROOT / top / "pyvenv.cfg").exists():
-            folders.add(file.parent)
-    assert all((folder / "__init__.py").is_file() for folder in folders)
-    names = {".".join(("decodax", *folder.relative_to(ROOT).parts)) for folder in folders}
-    assert names == set(PROJECT["tool"]["setuptools"]["packages"])
+@pytest.mark.parametrize("name", LINKED)
+def test_a_folder_imported_by_its_bare_name_is_refused_in_one_line(name):
+    done = in_process(f"import sys; sys.path[:0] = ['.']; import {name}", folder=ROOT)
+    assert done.stderr.splitlines()[-1] == f"ImportError: {name} is a part of decodax: import decodax.{name}"
 
 
-def test_the_version_is_one():
+def test_the_folder_of_the_package_links_to_every_folder_with_modules():
+    package = ROOT / "src" / "decodax"
+    links = {link.name: os.readlink(link) for link in package.iterdir() if link.is_symlink()}
+    assert links == {name: f"../../{name}" for name in LINKED}
+    with_modules = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert with_modules == set(LINKED), "a folder of the package has an __init__.py, and a link in src/decodax"
+    folders = {path.parent for name in LINKED for path in (ROOT / name).rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_there_is_one_version():
     assert decodax.__version__ == PROJECT["project"]["version"] == importlib.metadata.version("decodax")
 
 
 def test_the_type_checker_sees_every_folder_and_users_see_the_types():
-    top = {name.split(".")[1] for name in PROJECT["tool"]["setuptools"]["packages"] if "." in name} - {"scripts"}
-    assert top | {file.name for file in ROOT.glob("*.py")} == set(PROJECT["tool"]["pyright"]["include"])
-    assert (ROOT / "py.typed").is_file()
+    checked = {"src/decodax", *(f"src/decodax/{name}" for name in LINKED if name != "scripts")}
+    assert set(PROJECT["tool"]["pyright"]["include"]) == checked
+    assert (ROOT / "src" / "decodax" / "py.typed").is_file()
 
 
-def test_ci_runs_what_the_readme_says():
-    readme, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
-    for command in ('python -m pip install -e ".[test]"', "python -m pytest"):
-        assert command in readme
-        assert command in ci.replace("install -qq -e", "install -e")
+# A Python 3.11 for .ci/run that only notes what it is asked to do; a command with FAILING in it fails.
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+"-c import ensurepip"*) [[ $(basename "$0") == python3.11 && "$*" == *"(3, 11) <="* ]] ; exit ;;
+"-c "*) echo venv311; exit ;;
+"-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit ;;
+esac
+printf '%s\\n' "$*" >>"$NOTES"
+[[ -n "$FAILING" && "$*" == *"$FAILING"* ]] && { echo "2 failed, 1 passed in 1s"; exit 1; }
+[[ "$*" == *pytest* ]] && echo "3 passed in 1s"
+exit 0
+"""
+
+
+def run_ci(folder, failing=""):
+    """Runs .ci/run in a folder without the project: how it ended, and the commands that it gave to Python."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
+    for name in ("python", "python3", *(f"python3.{minor}" for minor in range(11, 15)), "../.ci/lint"):
+        file = folder / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(STAND_IN if "python" in name else "#!/usr/bin/env bash\n", encoding="utf-8")
+        file.chmod(0o755)
+    notes = folder / "notes"
+    environment = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "NOTES": str(notes),
+        "FAILING": failing,
+        "PYENV_ROOT": str(folder / "nowhere"),
+    }
+    done = subprocess.run([folder / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=120)
+    return done, [shlex.split(line) for line in notes.read_text(encoding="utf-8").splitlines()]
+
+
+def test_ci_runs_the_commands_of_the_readme(tmp_path):
+    """First of all, in a fresh environment; added are only options that print less, or that demand more."""
+    (line,) = (
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("python -m pip") and line.endswith("python -m pytest")
+    )
+    readme = [shlex.split(command)[1:] for command in line.split(" && ")]
+    assert len(readme) == 2
+    done, commands = run_ci(tmp_path)
+    added = ("-qq", "--budget")
+    assert [[word for word in command if word not in added] for command in commands[:2]] == readme
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{3 * sum('pytest' in command for command in commands)} passed, 0 failed"
+
+
+@pytest.mark.parametrize(("failing", "last"), [("--budget", "4 passed, 2 failed"), ("[lint]", "6 passed, 1 failed")])
+def test_ci_fails_where_a_step_does(tmp_path, failing, last):
+    done, _ = run_ci(tmp_path, failing)
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == last
 
 
 @pytest.mark.slow
 def test_a_wheel_holds_the_model_and_runs_elsewhere(tmp_path):
-    source = tmp_path / "source"  # a build leaves folders in its source, which later builds would take up
-    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", *NOT_PACKAGED)
-    shutil.copytree(ROOT, source, ignore=ignored)
+    source = tmp_path / "source"  # a build leaves folders in its source, which later builds would include
+    ignored = shutil.ignore_patterns(
+        ".*", "*.egg-info", "__pycache__", "build", "dist", "docs", "runs", "tests", "venv"
+    )
+    shutil.copytree(ROOT, source, ignore=ignored, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path / "wheels", source], check=True, timeout=600)
     (wheel,) = (tmp_path / "wheels").glob("decodax-*.whl")
@@ -87,7 +148,7 @@ def test_a_wheel_holds_the_model_and_runs_elsewhere(tmp_path):
     assert not [file for file in target.rglob("*.py") if file.relative_to(target).parts[0] != "decodax"]
 
 
-def test_names_of_the_package_are_there_before_they_are_imported(tmp_path):
+def test_names_of_the_package_exist_before_they_are_imported(tmp_path):
     code = (
         "import decodax, sys; print('jax' in sys.modules, set(decodax.__all__) <= set(dir(decodax))); "
         "from decodax import *; print(load is decodax.api.load, decodax.decoding is decoding); decodax.nonsense"
@@ -99,7 +160,7 @@ def test_names_of_the_package_are_there_before_they_are_imported(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["decoding", "kernels_pallas", "layers", "models", "sharding"])
-def test_packages_inside_are_there_without_an_import_of_their_own(tmp_path, name):
+def test_inner_packages_exist_without_their_own_import(tmp_path, name):
     path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     done = in_process(f"import decodax; print(decodax.{name}.__name__)", folder=tmp_path, path=path)
     assert (done.stdout, done.returncode) == (f"decodax.{name}\n", 0), done.stderr

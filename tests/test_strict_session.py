@@ -1,4 +1,4 @@
-"""That the session is as strict as `conftest.py` says: a check that has silently gone off would let everything pass."""
+"""The test session is as strict as `conftest.py` says: a silently disabled check would let everything pass."""
 
 import warnings
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
 
+from decodax.core.linear import linear
 from decodax.layers.attention.mask import Ancestors
-from decodax.layers.linear import linear
 
 
 def test_shapes_and_types_are_checked():

@@ -1,4 +1,4 @@
-"""A tiny model for tests: two layers, all sizes different, with the options that change how attention reads."""
+"""Makes a tiny model for tests: two layers, all sizes different, with options that change attention."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""What drafters made of the target's first layers share: checks, the mask of an open draft, and what an exit says."""
+"""Gives drafters made of the target's first layers their checks, attention mask and exit predictions."""
 
 import dataclasses
 from typing import Any
@@ -8,18 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
 from decodax.decoding.logits_processors import History
-from decodax.decoding.logits_processors._largest import largest_token
-from decodax.decoding.logits_processors.min_p import MinP
-from decodax.decoding.logits_processors.temperature import Temperature
-from decodax.decoding.logits_processors.top_k import TopK
-from decodax.decoding.logits_processors.top_p import TopP
-from decodax.decoding.logits_processors.typical_p import TypicalP
 from decodax.decoding.sampling import Sampling, processed_logits
+from decodax.decoding.top_tokens import argmax_token
 from decodax.layers.attention.mask import Ancestors
 from decodax.models.model import Model
-
-# They shape a draw and leave the likeliest token as it is (all but the last always); some sort a whole vocabulary.
-_SHAPE_THE_DRAW = (Temperature, TopK, TopP, MinP, TypicalP)
 
 
 def check_exit(model: Model, exit_layer: int) -> None:
@@ -42,19 +34,19 @@ def check_draft(own: Model, target: Model, draft_params: Any) -> None:
 
 
 def staged_before(node: Int[Array, ""], num_nodes: int) -> Ancestors:
-    """The mask of one node of a chain, whose earlier nodes are staged."""
+    """The attention mask of one node of a chain, whose earlier nodes are staged."""
     allowed = jnp.concatenate([jnp.arange(num_nodes, dtype=jnp.int32) < node, jnp.ones(1, bool)])
     return Ancestors(allowed[None, None])
 
 
-def likeliest(
+def argmax_and_confidence(
     sampling: Sampling, logits: Float32[Array, "B V"], history: History
 ) -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
-    """The likeliest token with the sampling options that move it, and how sure the exit is: its largest probability.
+    """The most probable token after the sampling options that can change it, and the confidence: its probability.
 
-    That is the one without options, so that it means the same in greedy rows and in sampled ones.
+    The confidence is that without options, so that it means the same in greedy rows and in sampled ones.
     """
     confidence = jnp.exp(jnp.max(logits, axis=1) - jax.nn.logsumexp(logits, axis=1))
-    movers = tuple(processor for processor in sampling.processors if not isinstance(processor, _SHAPE_THE_DRAW))
+    movers = tuple(processor for processor in sampling.processors if not processor.only_sampling)
     sampling = dataclasses.replace(sampling, processors=movers)
-    return largest_token(processed_logits(sampling, logits, history)), confidence
+    return argmax_token(processed_logits(sampling, logits, history)), confidence

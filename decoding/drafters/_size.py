@@ -1,27 +1,16 @@
-"""Fills in a drafter's number of nodes and depth, which follow from what it was made with: for its `__post_init__`."""
+"""Sets a drafter's number of nodes and maximum depth from its other fields, in its `__post_init__`."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from decodax.arguments import is_integer, refusal, shown
-from decodax.decoding.drafters._contract import Drafter
+from decodax.core.arguments import is_integer, refusal, shown
+from decodax.decoding.drafters.contract import Drafter
 from decodax.decoding.tree import MAX_DRAFT_TOKENS, Tree
 
 
-def check_draft_tokens(num_tokens: int, context: int) -> None:
-    """Raises ValueError, naming the option, for more tokens than any draft may have or the `context` has room for.
-
-    Called before the drafter is made, which for absurd sizes takes long and much memory.
-    """
-    most = min(MAX_DRAFT_TOKENS, context - 1)
-    if num_tokens > most:
-        why = f", as the model's context is {context}" if most < MAX_DRAFT_TOKENS else ""
-        raise ValueError(f"draft_tokens must be at most {most}{why}, got {shown(num_tokens)}")
-
-
 def set_size(drafter: Drafter, num_nodes: int, max_depth: int) -> None:
-    """The drafter is a frozen dataclass, so that plain assignment would raise."""
+    """Sets both fields; a plain assignment would raise, as the drafter is a frozen dataclass."""
     object.__setattr__(drafter, "num_nodes", num_nodes)
     object.__setattr__(drafter, "max_depth", max_depth)
 
@@ -36,13 +25,13 @@ def check_chain(num_tokens: int) -> None:
 
 
 def set_chain(drafter: Drafter, num_tokens: int) -> None:
-    """The root and `num_tokens` tokens behind it; raises ValueError for none."""
+    """The root and `num_tokens` tokens after it. Raises ValueError for none."""
     check_chain(num_tokens)
     set_size(drafter, num_tokens + 1, num_tokens)
 
 
 def set_tree(drafter: Drafter, parents: Sequence[int]) -> None:
-    """A fixed tree (`parents` as in `Tree.fixed`); raises ValueError where it has no node but the root."""
+    """A fixed tree (`parents` as in `Tree.fixed`). Raises ValueError where it has no node but the root."""
     tree = Tree.fixed(parents)
     if tree.num_nodes < 2:
         raise ValueError("a draft must hold at least 1 token, got 0: for none, use the strategy 'autoregressive'")

@@ -1,12 +1,12 @@
-"""The target's own first layers draft: after a few of them its head already guesses, and the rest verify the guesses.
+"""Drafts with the target's first layers and its head; the other layers verify (self-speculative decoding).
 
 LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding, arXiv 2404.16710. Works with models that were
 taught to exit early (`decodax train layer_skip`, or published LayerSkip checkpoints).
 
-Draft and verification share the cache, and nothing is run twice: the hidden states after the first layers, and the
-rows of these, are handed over for every node, so that the verification begins at the layer where the draft ended. So
-the last token of a draft has to run the first layers as well, though nothing is drafted from it. Departs from the paper
-in that a draft always has its full length; the paper's code ends one early at the end of a text.
+Draft and verification share the cache, and nothing runs twice: verification gets the hidden states after the first
+layers and their cache updates for every node, and begins at the layer where the draft ended. So the last token of a
+draft runs the first layers too, though nothing is drafted from it. Departs from the paper in that a draft always has
+its full length; the paper's code ends one early at the end of a text.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
-from decodax.decoding.drafters._exits import check_draft, check_exit, likeliest, staged_before
+from decodax.decoding.drafters._exits import argmax_and_confidence, check_draft, check_exit, staged_before
 from decodax.decoding.drafters._size import set_chain
+from decodax.decoding.drafters.contract import Drafter, Proposal, fixed_proposal
 from decodax.decoding.logits_processors import History
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
@@ -28,20 +28,28 @@ from decodax.models.model import Model
 
 
 class _Draft(NamedTuple):
-    """A draft under way: tokens so far, what stands after the first layers at the nodes run, and these layers' rows.
+    """A draft in progress.
 
-    history: as if the tokens had been written.
+    token: draft tokens so far.
+    history: as if the tokens had been emitted.
+    vectors: hidden states after the first layers, at the nodes run.
+    cache_updates: of the first layers.
     """
 
     token: Int[Array, "B C"]
     history: History
     vectors: Float[Array, "B C D"]
-    rows: tuple[Any, ...]
+    cache_updates: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class EarlyLayers(Drafter):
-    """A chain of `max_tokens` tokens, each the likeliest after the first `exit_layer` layers of `model`, the target."""
+    """A chain of the most probable tokens after the target's first layers.
+
+    model: the target.
+    exit_layer: number of layers that draft.
+    max_tokens: of a draft.
+    """
 
     model: Model
     exit_layer: int
@@ -49,7 +57,7 @@ class EarlyLayers(Drafter):
     num_nodes: int = field(init=False)
     max_depth: int = field(init=False)
 
-    trained_part = "a model taught to exit early: `decodax train layer_skip`, or a LayerSkip checkpoint"
+    auxiliary_weights = "a model taught to exit early: `decodax train layer_skip`, or a LayerSkip checkpoint"
 
     def __post_init__(self) -> None:
         check_exit(self.model, self.exit_layer)
@@ -59,18 +67,18 @@ class EarlyLayers(Drafter):
         check_draft(self.model, model, draft_params)
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, Any]:
-        tree, pending, exit_layer = Tree.chain(self.num_nodes), state.pending(), self.exit_layer
+        tree, last_token, exit_layer = Tree.chain(self.num_nodes), state.last_token(), self.exit_layer
         position = state.length[:, None] - 1 + jnp.asarray(tree.depth)
-        dtype, batch = params["embedding"].dtype, pending.shape[0]
+        dtype, batch = params["embedding"].dtype, last_token.shape[0]
         draft = _Draft(
-            jnp.zeros(position.shape, jnp.int32).at[:, 0].set(pending),
+            jnp.zeros(position.shape, jnp.int32).at[:, 0].set(last_token),
             state.history,
             jnp.zeros((*position.shape, self.model.config.hidden_size), dtype),
-            self.model.empty_rows(batch, self.num_nodes, dtype)[:exit_layer],
+            self.model.empty_update(batch, self.num_nodes, dtype)[:exit_layer],
         )
 
         def run(node: Int[Array, ""], draft: _Draft) -> _Draft:
-            staged = (*stage(state.caches[:exit_layer], draft.rows, position), *state.caches[exit_layer:])
+            staged = (*stage(state.caches[:exit_layer], draft.cache_updates, position), *state.caches[exit_layer:])
             out = self.model.apply(
                 params,
                 jax.lax.dynamic_slice_in_dim(draft.token, node, 1, axis=1),
@@ -80,20 +88,22 @@ class EarlyLayers(Drafter):
                 layers=(0, exit_layer),
             )
             vectors = jax.lax.dynamic_update_slice_in_dim(draft.vectors, out.hidden, node, axis=1)
-            draft = draft._replace(vectors=vectors, rows=place(draft.rows, out.rows, node[None]))
+            draft = draft._replace(
+                vectors=vectors, cache_updates=place(draft.cache_updates, out.cache_updates, node[None])
+            )
 
-            def guess() -> Int[Array, " B"]:
+            def draft_token() -> Int[Array, " B"]:
                 logits = self.model.logits(params, out.hidden)[:, 0]
-                return likeliest(state.sampling, logits, draft.history)[0]
+                return argmax_and_confidence(state.sampling, logits, draft.history)[0]
 
-            # Nothing is drafted from the last node, so the head need not read it.
-            drafted = jax.lax.cond(node < self.max_tokens, guess, lambda: pending)
+            # Nothing is drafted from the last node, so the head does not run there.
+            drafted = jax.lax.cond(node < self.max_tokens, draft_token, lambda: last_token)
             token = draft.token.at[:, node + 1].set(drafted, mode="drop")
-            history = draft.history.record(drafted[:, None], jnp.ones_like(pending))
+            history = draft.history.record(drafted[:, None], jnp.ones_like(last_token))
             return draft._replace(token=token, history=history)
 
         draft = jax.lax.fori_loop(0, self.num_nodes, run, draft)
         proposal = fixed_proposal(tree, draft.token, jnp.ones(position.shape, bool), forwards=self.num_nodes)
         layers_run = self.num_nodes * exit_layer
-        handed_over = {"vectors": draft.vectors, "rows": draft.rows, "layers_run": layers_run}
-        return dataclasses.replace(proposal, **handed_over), state.draft
+        of_draft = {"vectors": draft.vectors, "cache_updates": draft.cache_updates, "layers_run": layers_run}
+        return dataclasses.replace(proposal, **of_draft), state.draft

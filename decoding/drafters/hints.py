@@ -1,9 +1,9 @@
-"""A small language model says which tokens are likely next, whether or not the target is to check them as nodes.
+"""Gives the target a draft model's most probable next tokens, whether or not they are nodes to verify.
 
-What a forward of the target may need from a draft is only a few likely tokens (SpecEE: Accelerating Large Language
-Model Inference with Speculative Early Exiting, arXiv 2504.08850): `Proposal.likely`. The draft is a `DraftModel` whose
-tree has `num_likely` children at every node that the draft runs; of these the target gets the nodes of the smaller tree
-that was asked for. By default that is the root alone, and with it decoding is plain but for the hints.
+SpecEE (SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting, arXiv 2504.08850) needs only
+a few likely tokens from a draft: `Proposal.likely`. The draft is a `DraftModel` whose tree has `num_likely` children at
+every node that the draft runs; the target verifies the nodes of a smaller tree, `parents`. By default that is the root
+alone, which is plain decoding with hints.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from decodax.decoding.drafters._contract import Children, Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters._size import set_size
+from decodax.decoding.drafters.contract import Children, Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters.draft_model import DraftModel
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
@@ -25,10 +25,13 @@ from decodax.models.model import Model
 
 @dataclass(frozen=True)
 class Hints(Drafter):
-    """`model` names the `num_likely` likeliest tokens after every node of the tree `parents` that has children.
+    """Gives the most probable tokens after the root and after every node that has children; leaves get none.
 
-    The root is such a node in any case; leaves are not run by the draft and get no hints. The nodes themselves are the
-    draft's likeliest tokens, as in `DraftModel.likeliest`. Its state is that of the draft.
+    The nodes themselves are the draft's most probable tokens, as in `DraftModel.top_k`. Its state is that of the draft.
+
+    model: the draft model.
+    parents: the tree to verify.
+    num_likely: tokens per node.
     """
 
     model: Model
@@ -38,7 +41,7 @@ class Hints(Drafter):
     max_depth: int = field(init=False)
 
     children = Children.CHOSEN
-    trained_part = DraftModel.trained_part
+    auxiliary_weights = DraftModel.auxiliary_weights
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_likely <= self.model.config.vocab_size:
@@ -51,11 +54,11 @@ class Hints(Drafter):
 
     @property
     def draft(self) -> DraftModel:
-        """The drafter with all children; its first `num_nodes` nodes are those of the tree asked for."""
-        return DraftModel.likeliest(self.model, _with_children(self.parents, self.num_likely))
+        """The drafter with all children; its first `num_nodes` nodes are those of `parents`."""
+        return DraftModel.top_k(self.model, _with_children(self.parents, self.num_likely))
 
-    def laid_out(self, draft: Any, model: Model) -> Any:
-        return self.draft.laid_out(draft, model)
+    def constrained(self, draft: Any, model: Model) -> Any:
+        return self.draft.constrained(draft, model)
 
     def check(self, model: Model, draft_params: Any) -> None:
         self.draft.check(model, draft_params)
@@ -73,7 +76,7 @@ class Hints(Drafter):
 
     def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> Any:
         draft = self.draft
-        # The draft's tree may be one level deeper than the target's; nobody accepts what stands there.
+        # The draft's tree may be one level deeper than the target's; nodes there are never accepted.
         path = jnp.pad(outcome.path, ((0, 0), (0, draft.max_depth - self.max_depth)))
         return draft.update(params, draft_params, state, dataclasses.replace(outcome, path=path))
 
@@ -90,6 +93,6 @@ def _with_children(parents: Sequence[int], num_likely: int) -> tuple[int, ...]:
 
 
 def _first_children(parents: Sequence[int], num_nodes: int, num_likely: int) -> Int[np.ndarray, "C I"]:
-    """The first children of each of the first nodes; -1 for nodes that have none."""
+    """The first `num_likely` children of each of the first nodes; -1 for nodes without children."""
     found = [np.flatnonzero(np.asarray(parents) == node)[:num_likely] for node in range(num_nodes)]
     return np.array([own if len(own) else [-1] * num_likely for own in found], np.int32)

@@ -1,11 +1,11 @@
-"""Heads on the target's last hidden state guess the tokens further on; a fixed tree combines their guesses.
+"""Drafts with Medusa heads on the target's last hidden state; a fixed tree combines their top-k tokens.
 
 Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads, arXiv 2401.10774. The forward that
-verifies one tree gives the hidden state from which the next one is guessed, so drafting costs the heads alone, and no
-cache of its own.
+verifies one tree gives the hidden state for the next one, so drafting costs the heads alone, and needs no cache of its
+own.
 
 Departs from the paper: heads may share the model's own output matrix (`tied`), which leaves a few ten thousand numbers
-per head to train and to store. The first round of a row drafts nothing, as reading a prompt keeps no hidden state.
+per head to train and to store. The first round of a row drafts nothing, as prefill keeps no hidden state.
 """
 
 from dataclasses import dataclass, field
@@ -16,20 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
-from decodax.decoding.drafters._guesses import best_guesses, sibling_ranks, tree_tokens
+from decodax.core import pytree
+from decodax.core.linear import linear
 from decodax.decoding.drafters._size import set_tree
+from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal, fixed_proposal
+from decodax.decoding.ranked_tokens import sibling_ranks, top_k_per_distance, tree_tokens
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
-from decodax.layers import pytree
-from decodax.layers.linear import linear
 from decodax.models.model import Model, Params
 
 
 @dataclass(frozen=True)
 class MedusaShape:
-    """heads: K, head k (from 0) guesses k + 2 tokens behind the token whose hidden state it reads. blocks: residual
-    ones per head. tied: all heads end in the model's own output matrix; otherwise each has one of its own.
+    """The shape of Medusa heads.
+
+    heads: K; head k (from 0) predicts the token k + 2 positions after the one whose hidden state it reads.
+    blocks: residual blocks per head.
+    tied: all heads share the model's own output matrix; otherwise each has its own.
 
     Raises ValueError for fewer than one head or block.
     """
@@ -44,7 +47,7 @@ class MedusaShape:
 
 
 def initial_heads(target_params: Params, shape: MedusaShape) -> Params:
-    """Heads that all say what the model's own head says: blocks of zeros, output matrices copied from the model.
+    """Heads that all predict what the model's own head does: blocks of zeros, output matrices copied from the model.
 
     {"head_0": {"block_0": {"weight": [D, D], "bias": [D]}, ..., "out": [V, D] unless tied}, ...}, float32.
     """
@@ -64,9 +67,12 @@ def initial_heads(target_params: Params, shape: MedusaShape) -> Params:
 def head_logits(
     model: Model, target_params: Params, heads: Params, normed: Float[Array, "B T D"], count: int
 ) -> Float32[Array, "B A T V"]:
-    """What the first `count` heads (A of them) make of hidden states that have passed the final norm (`model.normed`).
+    """Logits of the first `count` heads (A of them).
 
     Head k: x_0 = normed, x_(i+1) = x_i + SiLU(W_i x_i + b_i) for each block, logits = output matrix x x_last.
+
+    heads: the heads' weights.
+    normed: hidden states after the final norm (`model.normed`).
     """
     ends = []
     for index in range(count):
@@ -85,8 +91,12 @@ def head_logits(
 
 
 @pytree.dataclass
-class Guesses:
-    """token[b, d, r]: the r-th guess at the token d + 1 behind the pending one. is_possible: false before the first."""
+class RankedTokens:
+    """The drafter's state.
+
+    token[b, d, r]: the r-th most probable token at distance d + 1 after the last one.
+    is_possible: false before the first.
+    """
 
     token: Int[Array, "B A R"]
     is_possible: Bool[Array, "B A R"]
@@ -94,10 +104,13 @@ class Guesses:
 
 @dataclass(frozen=True)
 class MedusaHeads(Drafter):
-    """A tree in which every node at depth d takes one of the guesses of head d - 1; `draft_params` are the heads.
+    """A tree in which every node at depth d is one of the top-k tokens of head d - 1; `draft_params` are the heads.
 
-    model: the target. parents: of each node, the root's -1 (`decoding/tree_choice.py` chooses them); siblings take the
-    guesses in the order of their likelihood. Keeps `Guesses`.
+    Its state is `RankedTokens`.
+
+    model: the target.
+    parents: of each node, -1 for the root (`decoding/tree_choice.py` chooses them); siblings are in order of
+        probability.
     Raises ValueError for a tree of the root alone, and where the heads do not fit the target or are fewer than the
     tree is deep.
     """
@@ -107,7 +120,7 @@ class MedusaHeads(Drafter):
     num_nodes: int = field(init=False)
     max_depth: int = field(init=False)
 
-    trained_part = "heads on the last hidden state: `decodax train medusa`"
+    auxiliary_weights = "heads on the last hidden state: `decodax train medusa`"
 
     def __post_init__(self) -> None:
         set_tree(self, self.parents)
@@ -129,37 +142,37 @@ class MedusaHeads(Drafter):
                 "flatter tree or train more heads"
             )
 
-    def start(self, params: Any, draft_params: Any, state: DecodeState) -> Guesses:
+    def start(self, params: Any, draft_params: Any, state: DecodeState) -> RankedTokens:
         shape = (state.tokens.shape[0], self.max_depth, int(self.ranks.max()) + 1)
-        return Guesses(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+        return RankedTokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
-    def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, Guesses]:
-        tree, pending, rank = Tree.fixed(self.parents), state.pending(), self.ranks[None]
-        token = tree_tokens(state.draft.token, pending, tree.depth, rank)
-        possible = tree_tokens(state.draft.is_possible.astype(jnp.int32), pending, tree.depth, rank) > 0
+    def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, RankedTokens]:
+        tree, last_token, rank = Tree.fixed(self.parents), state.last_token(), self.ranks[None]
+        token = tree_tokens(state.draft.token, last_token, tree.depth, rank)
+        possible = tree_tokens(state.draft.is_possible.astype(jnp.int32), last_token, tree.depth, rank) > 0
         return fixed_proposal(tree, token, possible, forwards=1), state.draft
 
-    def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> Guesses:
-        """Guesses behind the new pending token: that token's own hidden state is not there yet, and heads skip it."""
+    def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> RankedTokens:
+        """The tokens after the new last token, from the state before it: its own hidden state is not known yet."""
         last = jnp.maximum(outcome.num_emitted - 1, 0)[:, None]
-        node = jnp.take_along_axis(outcome.path, last, axis=1)  # the last token that was run and stands
+        node = jnp.take_along_axis(outcome.path, last, axis=1)  # the last token that was run and accepted
         hidden = jnp.take_along_axis(outcome.forward.hidden, node[:, :, None], axis=1)
         normed = self.model.normed(params, hidden)
         logits = head_logits(self.model, params, draft_params, normed, self.max_depth)[:, :, 0]
         old = state.draft
-        token, is_possible = best_guesses(logits, old.token.shape[2])
+        token, is_possible = top_k_per_distance(logits, old.token.shape[2])
         is_new = (outcome.num_emitted > 0)[:, None, None]
-        return Guesses(jnp.where(is_new, token, old.token), jnp.where(is_new, is_possible, old.is_possible))
+        return RankedTokens(jnp.where(is_new, token, old.token), jnp.where(is_new, is_possible, old.is_possible))
 
 
 def check_heads(model: Model, heads: Any) -> None:
-    """Raises ValueError where these are no heads for this model."""
+    """Raises ValueError where these are not Medusa heads for this model."""
     width, vocab_size = model.config.hidden_size, model.config.vocab_size
     if not isinstance(heads, dict) or not heads or any(f"head_{index}" not in heads for index in range(len(heads))):
         raise ValueError('Medusa heads must be {"head_0": ..., "head_1": ...} as `decodax train medusa` makes them')
     for name, head in heads.items():
-        blocks = [part for part in head if part.startswith("block_")]
-        found = {(*head[part]["weight"].shape, *head[part]["bias"].shape) for part in blocks}
+        blocks = [block for block in head if block.startswith("block_")]
+        found = {(*head[block]["weight"].shape, *head[block]["bias"].shape) for block in blocks}
         if found != {(width, width, width)}:
             raise ValueError(
                 f"blocks of Medusa heads must have weights [{width}, {width}] and biases [{width}] (the model's hidden "

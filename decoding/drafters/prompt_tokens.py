@@ -1,14 +1,15 @@
-"""Trained prompt tokens behind the text guess several tokens ahead, in the very forward that verifies the last guesses.
+"""Drafts with trained prompt tokens, run in the same forward that verifies the previous draft (PPD).
 
-Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference, arXiv 2405.18628. Behind the
-pending token and behind every candidate stands a chain of prompt tokens: embeddings that are trained, nothing else is.
-The logits at the i-th of them say what comes i tokens further on. The chain behind the last accepted candidate makes
-the guesses of the next round. Prompt tokens are no candidates, so they never enter a cache, and no candidate reads one.
+Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference, arXiv 2405.18628. A chain of
+prompt tokens, which are trained embeddings, follows the last token and every candidate; nothing else is trained. The
+logits at the i-th of them predict the token i positions further on. The chain after the last accepted candidate gives
+the draft tokens of the next round. Prompt tokens are not candidates, so they never enter a cache, and no candidate
+attends to them.
 
-An ensemble has several chains behind a candidate, each of which reads only itself, and averages their logits.
+An ensemble has several chains after a candidate, none of which attends to the others, and averages their logits.
 
-Departs from the authors' code in that the first prompt tokens ride along with the first round, which drafts nothing,
-and not with the prompt.
+Departs from the authors' code in that the first prompt tokens run in the first round, which drafts nothing, and not in
+prefill.
 """
 
 import dataclasses
@@ -20,29 +21,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from decodax.decoding.drafters._contract import Drafter, Outcome, Proposal, fixed_proposal
-from decodax.decoding.drafters._guesses import best_guesses, sibling_ranks, tree_tokens
+from decodax.core import pytree
 from decodax.decoding.drafters._size import set_size
+from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.prompt_tree import PromptTree
+from decodax.decoding.ranked_tokens import sibling_ranks, top_k_per_distance, tree_tokens
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
-from decodax.layers import pytree
 from decodax.models.model import Model
 
 
 @pytree.dataclass
-class Guesses:
-    """token[b, d, r]: the r-th guess for distance d + 1 behind the pending token; `distances[b]` of them are there."""
+class RankedTokens:
+    """The drafter's state.
+
+    token[b, d, r]: the r-th most probable token at distance d + 1 after the last one.
+    distances[b]: the number of distances with tokens.
+    """
 
     token: Int[Array, "B m R"]
     distances: Int[Array, " B"]
 
 
 class _Tables(NamedTuple):
-    """What the trees come to, one entry per state; trees are filled up to one size with nodes that do nothing.
+    """The nodes of the trees, one entry per state; trees are padded to one size with unused nodes.
 
-    distance: 0 for a candidate, i for the i-th prompt token. prompt_node[s, c, e, i]: that of member e behind candidate
-    c. num_prompts: behind each candidate.
+    parent, rank: of each node.
+    is_candidate: false for prompt tokens and padding.
+    distance: 0 for a candidate, i for the i-th prompt token.
+    member: the ensemble member of a prompt token.
+    prompt_node[s, c, e, i]: the node of prompt token i of member e after candidate c.
+    num_prompts: after each candidate.
     """
 
     parent: Int[np.ndarray, "I C"]
@@ -56,9 +65,12 @@ class _Tables(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptTokens(Drafter):
-    """`trees[k - 1]` drafts where guesses for k distances are there; a single tree serves every state.
+    """Trees of candidates and prompt tokens. `draft_params` is {"embedding": Float[m, n, D]}, n the `ensemble`.
 
-    Make the trees with `decoding/prompt_tree.py`. `draft_params` is {"embedding": Float[m, n, D]}, n the `ensemble`.
+    model: the target.
+    trees: from `decoding/prompt_tree.py`; `trees[k - 1]` drafts where k distances have tokens, a single tree in every
+        state.
+    ensemble: chains of prompt tokens after each candidate.
     """
 
     model: Model
@@ -67,7 +79,7 @@ class PromptTokens(Drafter):
     num_nodes: int = field(init=False)
     max_depth: int = field(init=False)
 
-    trained_part = "embeddings of prompt tokens: `decodax train ppd`"
+    auxiliary_weights = "embeddings of prompt tokens: `decodax train ppd`"
 
     def __post_init__(self) -> None:
         if not self.trees:
@@ -78,59 +90,59 @@ class PromptTokens(Drafter):
             )
         for state, tree in enumerate(self.trees, start=1 if len(self.trees) > 1 else self.distances):
             if tree.depth > state:
-                raise ValueError(f"a tree for guesses at {state} distances must not be deeper, got depth {tree.depth}")
+                raise ValueError(f"a tree for {state} distances must not be deeper, got depth {tree.depth}")
         set_size(
             self, max(tree.num_nodes(self.ensemble) for tree in self.trees), max(tree.depth for tree in self.trees)
         )
 
     @property
     def distances(self) -> int:
-        """m: prompt tokens behind the root."""
+        """m: prompt tokens after the root."""
         return max(tree.prompts[0] for tree in self.trees)
 
     @property
     def num_ranks(self) -> int:
-        """Guesses that a tree uses at a distance, at most."""
+        """The largest number of tokens that a tree uses at a distance."""
         return int(max(sibling_ranks(tree.parents).max() for tree in self.trees)) + 1
 
     @cached_property
     def _tables(self) -> _Tables:
-        parts = [_layout(tree, self.ensemble, self.distances, self.num_nodes) for tree in self.trees]
-        return _Tables(*(np.stack(arrays) for arrays in zip(*parts, strict=True)))
+        tables = [_table(tree, self.ensemble, self.distances, self.num_nodes) for tree in self.trees]
+        return _Tables(*(np.stack(arrays) for arrays in zip(*tables, strict=True)))
 
     @cached_property
     def _shapes(self) -> tuple[Tree, ...]:
         return tuple(Tree.fixed(parent.tolist()) for parent in self._tables.parent)
 
     def check(self, model: Model, draft_params: Any) -> None:
-        wanted = (self.distances, self.ensemble, model.config.hidden_size)
+        expected = (self.distances, self.ensemble, model.config.hidden_size)
         found = draft_params["embedding"].shape
-        if len(found) != 3 or found[1:] != wanted[1:] or found[0] < wanted[0]:
+        if len(found) != 3 or found[1:] != expected[1:] or found[0] < expected[0]:
             raise ValueError(
-                f"prompt tokens for this model and these trees are embeddings of shape {wanted} (distances, ensemble, "
-                f"hidden size), got {tuple(found)}: train them for this model, or give trees for fewer distances"
+                f"prompt tokens must be embeddings of shape {expected} (distances, ensemble, hidden size) for this "
+                f"model and these trees, got {tuple(found)}: train them for it, or give trees for fewer distances"
             )
 
-    def start(self, params: Any, draft_params: Any, state: DecodeState) -> Guesses:
+    def start(self, params: Any, draft_params: Any, state: DecodeState) -> RankedTokens:
         batch = state.tokens.shape[0]
         token = jnp.zeros((batch, self.distances, self.num_ranks), jnp.int32)
-        return Guesses(token, jnp.zeros(batch, jnp.int32))
+        return RankedTokens(token, jnp.zeros(batch, jnp.int32))
 
-    def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, Guesses]:
-        guesses, tables = state.draft, self._tables
-        index = self._tree_index(guesses)
+    def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, RankedTokens]:
+        ranked, tables = state.draft, self._tables
+        index = self._tree_index(ranked)
         tree = self._tree(index)
-        token = tree_tokens(guesses.token, state.pending(), tree.depth, jnp.asarray(tables.rank)[index])
+        token = tree_tokens(ranked.token, state.last_token(), tree.depth, jnp.asarray(tables.rank)[index])
         token = jnp.where(jnp.asarray(tables.distance)[index] > 0, 0, token)
-        is_candidate = jnp.asarray(tables.is_candidate)[index] & (guesses.distances > 0)[:, None]
+        is_candidate = jnp.asarray(tables.is_candidate)[index] & (ranked.distances > 0)[:, None]
         distance, member = jnp.asarray(tables.distance)[index], jnp.asarray(tables.member)[index]
         prompt = draft_params["embedding"][jnp.maximum(distance - 1, 0), member]
         embedded = self.model.embed(params, token)
         vectors = jnp.where((distance > 0)[..., None], prompt.astype(embedded.dtype), embedded)
         proposal = fixed_proposal(tree, token, is_candidate)
-        return dataclasses.replace(proposal, vectors=vectors), guesses
+        return dataclasses.replace(proposal, vectors=vectors), ranked
 
-    def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> Guesses:
+    def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> RankedTokens:
         before, tables = state.draft, self._tables
         index = self._tree_index(before)
         last = jnp.take_along_axis(outcome.path, jnp.maximum(outcome.num_emitted - 1, 0)[:, None], axis=1)[:, 0]
@@ -138,17 +150,17 @@ class PromptTokens(Drafter):
         batch, ensemble, distances = node.shape
         logits = jnp.take_along_axis(outcome.logits, node.reshape(batch, -1, 1), axis=1)
         logits = jnp.mean(logits.reshape(batch, ensemble, distances, -1), axis=1)
-        token, _ = best_guesses(logits, self.num_ranks)
-        took_part = outcome.num_emitted > 0
-        return Guesses(
-            jnp.where(took_part[:, None, None], token, before.token),
-            jnp.where(took_part, jnp.asarray(tables.num_prompts)[index, last], before.distances),
+        token, _ = top_k_per_distance(logits, self.num_ranks)
+        is_active = outcome.num_emitted > 0
+        return RankedTokens(
+            jnp.where(is_active[:, None, None], token, before.token),
+            jnp.where(is_active, jnp.asarray(tables.num_prompts)[index, last], before.distances),
         )
 
-    def _tree_index(self, guesses: Guesses) -> Int[Array, " B"]:
-        """Which tree drafts; where there are no guesses yet, the one of the most."""
+    def _tree_index(self, ranked: RankedTokens) -> Int[Array, " B"]:
+        """Which tree drafts; where there are no tokens yet, the one for the most distances."""
         states = len(self.trees)
-        return jnp.where(guesses.distances > 0, jnp.minimum(guesses.distances, states), states) - 1
+        return jnp.where(ranked.distances > 0, jnp.minimum(ranked.distances, states), states) - 1
 
     def _tree(self, index: Int[Array, " B"]) -> Tree:
         if len(self.trees) == 1:
@@ -160,8 +172,8 @@ class PromptTokens(Drafter):
         return Tree(jnp.asarray(self._tables.parent)[index], depth, ancestors)
 
 
-def _layout(tree: PromptTree, ensemble: int, distances: int, num_nodes: int) -> _Tables:
-    """One tree's tables: candidates, then for each of them its chains, then filling behind the root."""
+def _table(tree: PromptTree, ensemble: int, distances: int, num_nodes: int) -> _Tables:
+    """One tree's tables: candidates, then for each of them its chains, then padding nodes under the root."""
     count = len(tree.parents)
     parent = [*tree.parents, *[0] * (num_nodes - count)]
     distance, member = np.zeros(num_nodes, np.int32), np.zeros(num_nodes, np.int32)

@@ -1,7 +1,7 @@
-"""Drafts a recording: the continuation is known, and wrong at chosen places. Measures the loop itself, not a drafter.
+"""Drafts from a recorded continuation with errors at chosen positions, to measure the decoding loop itself.
 
-With plain decoding's own output as the recording, wrong at a set rate, the target accepts a known share of the drafts,
-and the drafting is free; what the compiled loop then gains is what the best drafter of that acceptance could.
+With plain decoding's own output as the recording, wrong at a set rate, the target accepts a known share of the draft
+tokens, and drafting is free; the speed-up is then the best that a drafter of that acceptance rate could reach.
 """
 
 from dataclasses import dataclass, field
@@ -11,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from decodax.decoding.drafters._contract import Drafter, Proposal, fixed_proposal
+from decodax.core import pytree
 from decodax.decoding.drafters._size import check_chain, set_size
+from decodax.decoding.drafters.contract import Drafter, Proposal, fixed_proposal
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
-from decodax.layers import pytree
 from decodax.models.model import Model
 
 
 @pytree.dataclass
 class Recording:
-    """The `draft_params` of `Replay`: rows of tokens, prompt and output, and at which places to draft a wrong one.
+    """The `draft_params` of `Replay`. Another recording of the same shape does not recompile.
 
-    S need not be the state's; nothing is drafted behind it. Another recording of the same shape does not recompile.
+    tokens: prompt and output of each row; S need not be the state's, and nothing is drafted after it.
+    is_wrong: positions at which to draft a wrong token.
     """
 
     tokens: Int[Array, "B S"]
@@ -43,11 +44,15 @@ class Recording:
 
 @dataclass(frozen=True)
 class Replay(Drafter):
-    """A chain of the `num_tokens` recorded tokens behind the row's last; a wrong one is (recorded + 1) mod vocab_size.
+    """A chain of the recorded tokens after the row's last; a wrong one is (recorded + 1) mod vocab_size.
 
-    0 tokens are allowed here, as nowhere else: with its one node the loop does what plain decoding does, which measures
-    what the loop itself costs. Keeps no state. Raises ValueError for a negative length, and where the recording is
-    none, or has other rows or another vocabulary than the target.
+    Keeps no state.
+
+    num_tokens: of a draft; 0 is allowed here only: with one node the loop does plain decoding, which measures the cost
+        of the loop itself.
+    vocab_size: the target's.
+    Raises ValueError for a negative length, and where the recording is missing, or has other rows or another vocabulary
+    than the target.
     """
 
     num_tokens: int
@@ -71,9 +76,9 @@ class Replay(Drafter):
             )
 
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> Any:
-        recorded, wanted = draft_params.tokens.shape[0], state.tokens.shape[0]
-        if recorded != wanted:
-            raise ValueError(f"the recording must have the batch's {wanted} rows, got {recorded}")
+        recorded, batch = draft_params.tokens.shape[0], state.tokens.shape[0]
+        if recorded != batch:
+            raise ValueError(f"the recording must have the batch's {batch} rows, got {recorded}")
         return ()
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, Any]:
@@ -82,5 +87,5 @@ class Replay(Drafter):
         slot = jnp.minimum(position, last)
         recorded = jnp.take_along_axis(draft_params.tokens, slot, axis=1)
         is_wrong = jnp.take_along_axis(draft_params.is_wrong, slot, axis=1)
-        token = jnp.where(is_wrong, (recorded + 1) % self.vocab_size, recorded).at[:, 0].set(state.pending())
+        token = jnp.where(is_wrong, (recorded + 1) % self.vocab_size, recorded).at[:, 0].set(state.last_token())
         return fixed_proposal(Tree.chain(self.num_nodes), token, position <= last), state.draft

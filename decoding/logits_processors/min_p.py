@@ -3,18 +3,18 @@
 Paper: Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs (arXiv 2407.01082).
 """
 
-from typing import ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from decodax.decoding.logits_processors._contract import History
-from decodax.decoding.logits_processors._options import Option, per_row
-from decodax.layers import pytree
+from decodax.core import pytree
+from decodax.decoding.logits_processors.contract import Batch, History, LogitsProcessor
+from decodax.decoding.option_values import per_row
 
 
 @pytree.dataclass
-class MinP:
+class MinP(LogitsProcessor):
     """logit -> -inf where its probability is below min_p * (largest probability of the row). 0 is off.
 
     With min_p = 0.5, probabilities (0.5, 0.3, 0.2) keep the first two. Works on logits: log p differs from them by a
@@ -22,14 +22,16 @@ class MinP:
     """
 
     min_p: Float32[Array, "B"]
-    needs_counts: ClassVar[bool] = False
+    help = "Sample among tokens with at least this share of the largest probability; 0 is off."
+    off = (0,)
+    only_sampling = True
 
     @classmethod
-    def create(cls, option: Option, *, batch_size: int) -> "MinP | None":
+    def create(cls, option: Any, batch: Batch) -> "MinP | None":
         rows = per_row(
             "min_p",
             option,
-            batch_size=batch_size,
+            batch_size=batch.batch_size,
             neutral=0.0,
             is_valid=lambda value: (value >= 0) & (value <= 1),
             expected="in 0..1 (0: off)",

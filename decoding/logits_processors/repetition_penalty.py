@@ -5,33 +5,35 @@ paper divides every logit; as in transformers and vLLM, negative logits are mult
 1 always lowers the token.
 """
 
-from typing import ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from decodax.decoding.logits_processors._contract import History
-from decodax.decoding.logits_processors._options import Option, per_row
-from decodax.layers import pytree
+from decodax.core import pytree
+from decodax.decoding.logits_processors.contract import Batch, History, LogitsProcessor
+from decodax.decoding.option_values import per_row
 
 
 @pytree.dataclass
-class RepetitionPenalty:
+class RepetitionPenalty(LogitsProcessor):
     """logit -> logit / penalty if logit > 0 else logit * penalty, for tokens read or written before. 1 is off.
 
     With penalty 2, logits (4, -3, 1) of which the first two were seen become (2, -6, 1).
     """
 
     penalty: Float32[Array, "B"]
-    needs_counts: ClassVar[bool] = True
+    help = "Lower the logits of tokens in the prompt or the output; 1 is off."
+    off = (1,)
+    needs_counts = True
 
     @classmethod
-    def create(cls, option: Option, *, batch_size: int) -> "RepetitionPenalty | None":
+    def create(cls, option: Any, batch: Batch) -> "RepetitionPenalty | None":
         rows = per_row(
             "repetition_penalty",
             option,
-            batch_size=batch_size,
+            batch_size=batch.batch_size,
             neutral=1.0,
             is_valid=lambda value: np.isfinite(value) & (value > 0),
             expected="a finite number above 0 (1: off)",

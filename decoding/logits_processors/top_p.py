@@ -3,20 +3,20 @@
 Paper: The Curious Case of Neural Text Degeneration (arXiv 1904.09751), section 3.1.
 """
 
-from typing import ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from decodax.decoding.logits_processors._contract import History
-from decodax.decoding.logits_processors._options import Option, per_row
+from decodax.core import pytree
 from decodax.decoding.logits_processors._threshold import cut_threshold
-from decodax.layers import pytree
+from decodax.decoding.logits_processors.contract import Batch, History, LogitsProcessor
+from decodax.decoding.option_values import per_row
 
 
 @pytree.dataclass
-class TopP:
+class TopP(LogitsProcessor):
     """logit -> -inf outside the smallest set of most probable tokens whose probability is at least p. 1 is off.
 
     With p = 0.7, probabilities (0.5, 0.3, 0.2) keep the first two, with p = 0.5 the first. Tokens tied with the last
@@ -24,14 +24,16 @@ class TopP:
     """
 
     top_p: Float32[Array, "B"]
-    needs_counts: ClassVar[bool] = False
+    help = "Sample among the fewest most probable tokens with this probability in all; 1 is off."
+    off = (1,)
+    only_sampling = True
 
     @classmethod
-    def create(cls, option: Option, *, batch_size: int) -> "TopP | None":
+    def create(cls, option: Any, batch: Batch) -> "TopP | None":
         rows = per_row(
             "top_p",
             option,
-            batch_size=batch_size,
+            batch_size=batch.batch_size,
             neutral=1.0,
             is_valid=lambda value: (value > 0) & (value <= 1),
             expected="above 0 and at most 1 (1: off)",

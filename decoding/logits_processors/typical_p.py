@@ -5,20 +5,20 @@ information; so tokens are ranked by how far their information is from the entro
 hold the given probability. The most probable token may be among those cut.
 """
 
-from typing import ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from decodax.decoding.logits_processors._contract import History
-from decodax.decoding.logits_processors._options import Option, per_row
+from decodax.core import pytree
 from decodax.decoding.logits_processors._threshold import cut_threshold
-from decodax.layers import pytree
+from decodax.decoding.logits_processors.contract import Batch, History, LogitsProcessor
+from decodax.decoding.option_values import per_row
 
 
 @pytree.dataclass
-class TypicalP:
+class TypicalP(LogitsProcessor):
     """logit -> -inf outside the smallest set of smallest |-log p - entropy| whose probability is at least typical_p.
 
     1 is off; tokens tied with the last one kept are kept. Probabilities (0.5, 0.3, 0.2) have the entropy 1.030 and the
@@ -26,14 +26,16 @@ class TypicalP:
     """
 
     typical_p: Float32[Array, "B"]
-    needs_counts: ClassVar[bool] = False
+    help = "Sample among the most typical tokens with this probability in all; 1 is off."
+    off = (1,)
+    only_sampling = True
 
     @classmethod
-    def create(cls, option: Option, *, batch_size: int) -> "TypicalP | None":
+    def create(cls, option: Any, batch: Batch) -> "TypicalP | None":
         rows = per_row(
             "typical_p",
             option,
-            batch_size=batch_size,
+            batch_size=batch.batch_size,
             neutral=1.0,
             is_valid=lambda value: (value > 0) & (value <= 1),
             expected="above 0 and at most 1 (1: off)",

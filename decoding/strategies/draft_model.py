@@ -1,15 +1,15 @@
-"""A small language model drafts for a large one: as a chain, as a fixed tree, as a sampled tree.
+"""Drafts with a small language model: a chain, a fixed tree or a sampled tree.
 
-The draft is a folder that `decodax train draft` made, or any model with the same vocabulary; the embedded model brings
-its own. In greedy rows all three accept by exact match.
+The draft is a folder that `decodax train draft` made, or any model with the same vocabulary; the embedded model has its
+own. In greedy rows all three accept by exact match.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from decodax.decoding.draft_length import DraftChoice, choose_for
 from decodax.decoding.drafters.draft_model import DraftModel
-from decodax.decoding.strategies._contract import Speculation, Strategy
-from decodax.decoding.strategies._drafts import Draft, find_draft
+from decodax.decoding.find_draft import Draft, find_draft
+from decodax.decoding.strategies.contract import Speculation, Strategy
 from decodax.decoding.tree_choice import best_tree
 from decodax.decoding.verifiers.chain_rejection import ChainRejection
 from decodax.decoding.verifiers.exact_match import ExactMatch
@@ -22,12 +22,12 @@ CHAIN_TOKENS, TREE_TOKENS = 4, 8
 
 
 class DraftModelChain(Strategy):
-    """A chain drawn from the draft's law, verified by rejection sampling.
+    """A chain drawn from the draft's distribution, verified by rejection sampling.
 
     Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192.
     """
 
-    trained_part = DraftModel.trained_part
+    auxiliary_weights = DraftModel.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation | DraftChoice:
@@ -42,28 +42,26 @@ class DraftModelChain(Strategy):
 
 
 class DraftModelTree(Strategy):
-    """A tree of the draft's likeliest tokens, its shape chosen by the draft's measured acceptance; exact match.
+    """A tree of the draft's most probable tokens, its shape chosen by the draft's measured acceptance; exact match.
 
     Sequoia, arXiv 2402.12374 (the shape of the tree).
     """
 
-    trained_part = DraftModel.trained_part
+    auxiliary_weights = DraftModel.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         found = find_draft("draft_tree", lm, draft)
-        return Speculation(
-            DraftModel.likeliest(found.lm.model, _tree(found, draft_tokens)), ExactMatch(), found.lm.params
-        )
+        return Speculation(DraftModel.top_k(found.lm.model, _tree(found, draft_tokens)), ExactMatch(), found.lm.params)
 
 
 class DraftModelSampledTree(Strategy):
-    """A tree of the same shape whose children are drawn from the draft's law without replacement.
+    """A tree of the same shape whose children are drawn from the draft's distribution without replacement.
 
     Sequoia, arXiv 2402.12374.
     """
 
-    trained_part = DraftModel.trained_part
+    auxiliary_weights = DraftModel.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:

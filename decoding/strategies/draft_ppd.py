@@ -1,14 +1,14 @@
-"""A small language model drafts, and prompt tokens of its own make it faster."""
+"""Drafts with a small language model that decodes by parallel prompt decoding itself."""
 
 from typing import TYPE_CHECKING, Any
 
+from decodax.decoding.auxiliary_weights import find_auxiliary_weights
 from decodax.decoding.drafters.nested import NestedDraft
 from decodax.decoding.drafters.prompt_tokens import PromptTokens
+from decodax.decoding.find_draft import find_draft
 from decodax.decoding.prompt_tree import dynamic_trees
-from decodax.decoding.speculative import speculative
-from decodax.decoding.strategies._contract import Speculation, Strategy
-from decodax.decoding.strategies._drafts import find_draft
-from decodax.decoding.trained_part import find_part
+from decodax.decoding.speculative_decoding import speculative
+from decodax.decoding.strategies.contract import Speculation, Strategy
 from decodax.decoding.verifiers.exact_match import ExactMatch
 
 if TYPE_CHECKING:
@@ -19,20 +19,20 @@ INNER_NODES = 16  # tokens of one forward of the draft model
 
 
 class PromptedDraft(Strategy):
-    """A draft model whose chain comes by parallel prompt decoding; its prompt tokens lie in its folder, under `ppd`.
+    """A draft model whose chain comes from parallel prompt decoding; its prompt tokens are in its folder, under `ppd`.
 
     Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference, arXiv 2405.18628.
     """
 
-    trained_part = NestedDraft.trained_part
+    auxiliary_weights = NestedDraft.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if isinstance(draft_tokens, str):
             raise ValueError("draft_tokens='auto' is for draft_model and ppd: give draft_ppd a number")
         found = find_draft("draft_ppd", lm, draft).lm
-        part = find_part("ppd", found, found.path / "ppd")
-        trees = dynamic_trees(part.rank_accuracy, INNER_NODES)
+        auxiliary = find_auxiliary_weights("ppd", found, found.path / "ppd")
+        trees = dynamic_trees(auxiliary.rank_accuracy, INNER_NODES)
         inner = speculative(found.model, PromptTokens(found.model, trees), ExactMatch())
         drafter = NestedDraft(inner, DRAFT_TOKENS if draft_tokens is None else draft_tokens)
-        return Speculation(drafter, ExactMatch(), {"model": found.params, "drafter": part.params})
+        return Speculation(drafter, ExactMatch(), {"model": found.params, "drafter": auxiliary.params})

@@ -1,16 +1,16 @@
-"""Multi-token prediction: the layer behind the last in DeepSeek-V3's checkpoints drafts the next token."""
+"""Drafts with the multi-token prediction (MTP) head of DeepSeek-V3's checkpoints; verifies by rejection sampling."""
 
 import os
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from decodax.arguments import folder_name, shown
-from decodax.decoding.drafters.next_layer import NextTokenLayer
-from decodax.decoding.strategies._contract import Speculation, Strategy
+from decodax.core.arguments import folder_name, shown
+from decodax.decoding.drafters.mtp_head import MTPHead
+from decodax.decoding.strategies.contract import Speculation, Strategy
 from decodax.decoding.verifiers.chain_rejection import ChainRejection
 from decodax.models.load import find_folder
-from decodax.models.next_layer import load_next_layer
+from decodax.models.mtp_head import load_mtp_head
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
@@ -19,21 +19,21 @@ DRAFT_TOKENS = 1
 
 
 class MultiTokenPrediction(Strategy):
-    """A chain of `draft_tokens`, by default the one that the layer was trained for, drawn from its law; rejection.
+    """A chain of `draft_tokens` drawn from the MTP head; by default 1, for which the head was trained; rejection.
 
-    DeepSeek-V3 Technical Report, arXiv 2412.19437. `draft` is a folder of the same model that holds the layer, where
-    the model's own does not.
+    DeepSeek-V3 Technical Report, arXiv 2412.19437. `draft` is a folder of the same model that holds the head, where the
+    model's own does not.
     """
 
-    trained_part = NextTokenLayer.trained_part
+    auxiliary_weights = MTPHead.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if isinstance(draft_tokens, str):
             raise ValueError("mtp cannot choose the length of its drafts: give draft_tokens a number")
         if draft is not None and not isinstance(draft, str | os.PathLike):
-            raise ValueError(f"mtp reads its layer from a folder: pass draft=FOLDER or none, got {shown(draft)}")
-        drafter = NextTokenLayer(lm.model, DRAFT_TOKENS if draft_tokens is None else draft_tokens)
+            raise ValueError(f"mtp reads its head from a folder: pass draft=FOLDER or none, got {shown(draft)}")
+        drafter = MTPHead(lm.model, DRAFT_TOKENS if draft_tokens is None else draft_tokens)
         folder = lm.path if draft is None else find_folder(folder_name("draft", draft))
-        weights = load_next_layer(folder, lm.model, dtype=jax.tree.leaves(lm.params)[0].dtype)
+        weights = load_mtp_head(folder, lm.model, dtype=jax.tree.leaves(lm.params)[0].dtype)
         return Speculation(drafter, ChainRejection(), weights)

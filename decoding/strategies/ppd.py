@@ -1,13 +1,13 @@
-"""Parallel prompt decoding: trained prompt tokens guess, a tree of their guesses is verified by exact match."""
+"""Drafts a tree from trained prompt tokens and verifies it by exact match (parallel prompt decoding, PPD)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from decodax.decoding.auxiliary_weights import find_auxiliary_weights
 from decodax.decoding.draft_length import DraftChoice, choose_tree_size, latency_curve
 from decodax.decoding.drafters.prompt_tokens import PromptTokens
 from decodax.decoding.prompt_tree import dynamic_trees, expected_tokens
-from decodax.decoding.strategies._contract import Speculation, Strategy
-from decodax.decoding.trained_part import find_part
+from decodax.decoding.strategies.contract import Speculation, Strategy
 from decodax.decoding.verifiers.exact_match import ExactMatch
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)  # tokens per forward among which "
 
 
 class ParallelPrompt(Strategy):
-    """Dynamic sparse trees of prompt tokens' guesses; `draft_tokens` counts all nodes behind the root, prompts too.
+    """Dynamic sparse trees from prompt tokens; `draft_tokens` counts all nodes after the root, prompt tokens too.
 
     Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference, arXiv 2405.18628. With
-    "auto" the size is the one that gives most tokens per second by the forwards measured here.
+    "auto" the size is the one with the most tokens per second by measured forwards.
     """
 
-    trained_part = PromptTokens.trained_part
+    auxiliary_weights = PromptTokens.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation | DraftChoice:
-        part = find_part("ppd", lm, draft)
-        accuracy, ensemble = part.rank_accuracy, part.params["embedding"].shape[1]
+        auxiliary = find_auxiliary_weights("ppd", lm, draft)
+        accuracy, ensemble = auxiliary.rank_accuracy, auxiliary.params["embedding"].shape[1]
         if isinstance(draft_tokens, str):
             choice = _choose_size(lm, accuracy, ensemble)
             if not choice.num_tokens:
@@ -38,15 +38,15 @@ class ParallelPrompt(Strategy):
         size = 1 + (DRAFT_TOKENS if draft_tokens is None else draft_tokens)
         if size < _smallest(accuracy, ensemble):
             raise ValueError(
-                f"draft_tokens must be at least {_smallest(accuracy, ensemble) - 1} for ppd (one guess, and the prompt "
-                f"tokens behind it and the root), got {size - 1}"
+                f"draft_tokens must be at least {_smallest(accuracy, ensemble) - 1} for ppd (one candidate, and the "
+                f"prompt tokens after it and the root), got {size - 1}"
             )
         trees = dynamic_trees(accuracy, size, ensemble)
-        return Speculation(PromptTokens(lm.model, trees, ensemble), ExactMatch(), part.params)
+        return Speculation(PromptTokens(lm.model, trees, ensemble), ExactMatch(), auxiliary.params)
 
 
 def _choose_size(lm: "LanguageModel", accuracy: Sequence[Sequence[float]], ensemble: int) -> DraftChoice:
-    """The size that gives most tokens per second, by measured times of forwards; takes seconds, mostly compiling."""
+    """The size with the most tokens per second, by measured times of forwards; takes seconds, mostly of compiling."""
     smallest = _smallest(accuracy, ensemble)
     seconds = latency_curve(lm.model, lm.params, (1, *(size for size in SIZES if size >= smallest)))
     tokens = {size: expected_tokens(accuracy, dynamic_trees(accuracy, size, ensemble)) for size in seconds if size > 1}
@@ -54,5 +54,5 @@ def _choose_size(lm: "LanguageModel", accuracy: Sequence[Sequence[float]], ensem
 
 
 def _smallest(accuracy: Sequence[Sequence[float]], ensemble: int) -> int:
-    """Nodes of the smallest tree: the root with prompt tokens for all distances, one guess with one for the next."""
+    """Nodes of the smallest tree: the root with prompt tokens for all distances, and one candidate with one."""
     return len(accuracy) * ensemble + ensemble + 2

@@ -1,13 +1,13 @@
-"""SkipDecode by name: plain decoding in which later tokens run fewer layers, with the change trained for it."""
+"""Decodes without a draft; later tokens run fewer layers, with a LoRA adapter trained for it (SkipDecode)."""
 
 from typing import TYPE_CHECKING, Any
 
-from decodax.arguments import shown
-from decodax.decoding.depth.skip_decode import SkipDecode
+from decodax.core.arguments import shown
+from decodax.decoding.auxiliary_check import naming_settings
+from decodax.decoding.auxiliary_weights import find_auxiliary_weights
 from decodax.decoding.drafters.no_draft import NoDraft
-from decodax.decoding.part_check import naming_settings
-from decodax.decoding.strategies._contract import Speculation, Strategy
-from decodax.decoding.trained_part import find_part
+from decodax.decoding.early_exit.skip_decode import SkipDecode
+from decodax.decoding.strategies.contract import Speculation, Strategy
 from decodax.decoding.verifiers.exact_match import ExactMatch
 from decodax.layers.adapters.low_rank import merged
 
@@ -18,22 +18,22 @@ DECAY_TOKENS = 128  # new tokens until the fewest layers are reached; training s
 
 
 class SkipDecodeStrategy(Strategy):
-    """The layers fall to their minimum over 128 new tokens; for another slope build the `Speculation` by hand.
+    """The layers fall to their minimum over 128 new tokens; for another slope build a `Speculation`.
 
     SkipDecode: Autoregressive Skip Decoding with Batching and Caching for Efficient LLM Inference, arXiv 2307.02628.
     """
 
     lossless = False
-    trained_part = SkipDecode.trained_part
+    auxiliary_weights = SkipDecode.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if draft_tokens is not None:
             raise ValueError(f"skip_decode drafts nothing: leave out draft_tokens, got {shown(draft_tokens)}")
-        part = find_part("skip_decode", lm, draft)
-        shape = part.shape
+        auxiliary = find_auxiliary_weights("skip_decode", lm, draft)
+        shape = auxiliary.shape
         most = shape.get("max_layers") or lm.config.num_layers
-        with naming_settings(part.label):
-            depth = SkipDecode(most, shape["min_layers"], DECAY_TOKENS, shape["warmup"])
-        params = lm.model.stacked(merged(lm.model.unstacked(lm.params), part.params["low_rank"]))
-        return Speculation(NoDraft(), ExactMatch(), depth=depth, params=params)
+        with naming_settings(auxiliary.label):
+            layer_policy = SkipDecode(most, shape["min_layers"], DECAY_TOKENS, shape["warmup"])
+        params = lm.model.stacked(merged(lm.model.unstacked(lm.params), auxiliary.params["low_rank"]))
+        return Speculation(NoDraft(), ExactMatch(), layer_policy=layer_policy, params=params)

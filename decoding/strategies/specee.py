@@ -1,18 +1,18 @@
-"""The model leaves its layers early where a draft's likely tokens settle what comes next, alone or below a draft tree.
+"""Exits the model's layers early by a draft's likely tokens (SpecEE), with a draft tree or without draft tokens.
 
-A part is a folder that `decodax train specee` made: the exit predictors, and in `draft/` the draft model that they were
-trained with; those of the embedded model use the draft that it brings.
+The auxiliary weights are a folder that `decodax train specee` made: the exit predictors, and in `draft/` the draft
+model that they were trained with; those of the embedded model use its own draft.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decodax.arguments import folder_name, shown
-from decodax.decoding.depth.speculative_exit import WEIGHTS, SpeculativeExit
+from decodax.core.arguments import folder_name, shown
+from decodax.decoding.auxiliary_weights import AuxiliaryWeights, find_auxiliary_weights
 from decodax.decoding.drafters.hints import Hints
-from decodax.decoding.strategies._contract import Speculation, Strategy
-from decodax.decoding.strategies._drafts import Draft, find_draft
-from decodax.decoding.trained_part import TrainedPart, find_part
+from decodax.decoding.early_exit.speculative_exit import WEIGHTS, SpeculativeExit
+from decodax.decoding.find_draft import Draft, find_draft
+from decodax.decoding.strategies.contract import Speculation, Strategy
 from decodax.decoding.tree_choice import best_tree
 from decodax.decoding.verifiers.exact_match import ExactMatch
 from decodax.models.load import find_folder
@@ -20,18 +20,18 @@ from decodax.models.load import find_folder
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
 
-PART = "specee"
+KIND = "specee"
 TREE_TOKENS = 8
 
 
 class SpeculativeExitAlone(Strategy):
-    """Token by token, each through as many layers as its predictors ask for.
+    """No draft tokens; each token runs as many layers as its predictors require.
 
     SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting, arXiv 2504.08850.
     """
 
     lossless = False
-    trained_part = SpeculativeExit.trained_part
+    auxiliary_weights = SpeculativeExit.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
@@ -40,49 +40,49 @@ class SpeculativeExitAlone(Strategy):
                 f"strategy 'specee' drafts no tokens, got draft_tokens={shown(draft_tokens)}: leave it out, or use "
                 "'specee_tree'"
             )
-        part, found = _find("specee", lm, draft)
-        return _speculation(lm, part, found, (-1,))
+        auxiliary, found = _find("specee", lm, draft)
+        return _speculation(lm, auxiliary, found, (-1,))
 
 
 class SpeculativeExitTree(Strategy):
-    """A tree of the draft's likeliest tokens, which the model checks through as many layers as it needs.
+    """A tree of the draft's most probable tokens, which the model verifies with as many layers as predictors require.
 
     SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting, arXiv 2504.08850; Sequoia, arXiv
     2402.12374 (the shape of the tree).
     """
 
     lossless = False
-    trained_part = SpeculativeExit.trained_part
+    auxiliary_weights = SpeculativeExit.auxiliary_weights
 
     @staticmethod
     def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
         if isinstance(draft_tokens, str):
             raise ValueError("draft_tokens='auto' chooses the length of a chain (draft_model): give a tree a number")
-        part, found = _find("specee_tree", lm, draft)
+        auxiliary, found = _find("specee_tree", lm, draft)
         tree = best_tree(found.rank_acceptance, TREE_TOKENS if draft_tokens is None else draft_tokens)
-        return _speculation(lm, part, found, tree)
+        return _speculation(lm, auxiliary, found, tree)
 
 
-def _find(strategy: str, lm: "LanguageModel", given: Any) -> tuple[TrainedPart, Draft]:
+def _find(strategy: str, lm: "LanguageModel", given: Any) -> tuple[AuxiliaryWeights, Draft]:
     """The predictors, and the draft that they were trained with: that in their folder, or the embedded model's."""
-    part = find_part(PART, lm, given)
+    auxiliary = find_auxiliary_weights(KIND, lm, given)
     draft = (
         None
-        if given is None or isinstance(given, TrainedPart)
+        if given is None or isinstance(given, AuxiliaryWeights)
         else Path(folder_name("draft", given)).expanduser() / "draft"
     )
     if draft is not None and not draft.is_dir():
         draft = None
     if draft is None and lm.path != find_folder(None):
         raise ValueError(
-            f"strategy {strategy!r} needs the draft that {part.name} was trained with, in a folder 'draft' inside it: "
-            "give the folder that `decodax train specee` wrote"
+            f"strategy {strategy!r} needs the draft that {auxiliary.name} was trained with, in a folder 'draft' "
+            "inside it: give the folder that `decodax train specee` wrote"
         )
-    return part, find_draft(strategy, lm, draft)
+    return auxiliary, find_draft(strategy, lm, draft)
 
 
-def _speculation(lm: "LanguageModel", part: TrainedPart, draft: Draft, tree: tuple[int, ...]) -> Speculation:
-    hot_layers = tuple(part.measured("hot_layers"))
-    depth = SpeculativeExit(schedule="two_level" if hot_layers else "all", hot_layers=hot_layers)
-    drafter = Hints(draft.lm.model, tree, num_likely=part.params["hidden"].shape[1] // 3)
-    return Speculation(drafter, ExactMatch(), draft.lm.params, depth, lm.params | {WEIGHTS: part.params})
+def _speculation(lm: "LanguageModel", auxiliary: AuxiliaryWeights, draft: Draft, tree: tuple[int, ...]) -> Speculation:
+    hot_layers = tuple(auxiliary.measured("hot_layers"))
+    layer_policy = SpeculativeExit(schedule="two_level" if hot_layers else "all", hot_layers=hot_layers)
+    drafter = Hints(draft.lm.model, tree, num_likely=auxiliary.params["hidden"].shape[1] // 3)
+    return Speculation(drafter, ExactMatch(), draft.lm.params, layer_policy, lm.params | {WEIGHTS: auxiliary.params})

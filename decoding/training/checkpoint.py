@@ -1,6 +1,6 @@
-"""Checkpoints of a training run: one safetensors file that is replaced at once, and a log of one JSON line per report.
+"""Stores checkpoints of a training run: one safetensors file, replaced atomically, and a log of JSON lines.
 
-Whoever interrupts a run finds the old checkpoint or the new one, never half of one.
+An interrupted run leaves the old checkpoint or the new one, never half of one.
 """
 
 import json
@@ -21,7 +21,12 @@ FILE = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the run in a folder is: steps done, and what it was told to do (the plan's fields, and `about`)."""
+    """How far the run in a folder is.
+
+    step: steps done.
+    plan: the plan's fields.
+    about: what else a resumed run must agree with.
+    """
 
     step: int
     plan: dict[str, Any]
@@ -29,7 +34,7 @@ class Progress:
 
 
 def save_checkpoint(folder: Path, step: int, plan: Mapping[str, Any], about: Mapping[str, Any], tree: Any) -> None:
-    """Replaces the folder's checkpoint; `tree` is whatever the run needs to go on."""
+    """Replaces the folder's checkpoint; `tree` holds all that the run needs to resume."""
     folder.mkdir(parents=True, exist_ok=True)
     leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
     temporary = folder / "checkpoint.tmp"
@@ -38,7 +43,10 @@ def save_checkpoint(folder: Path, step: int, plan: Mapping[str, Any], about: Map
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """What the folder's checkpoint says about its run; None when there is none, ValueError when it is unreadable."""
+    """The progress that the folder's checkpoint tells, None without a checkpoint.
+
+    Raises ValueError when the checkpoint is unreadable.
+    """
     file = folder / FILE
     if not file.exists():
         return None
@@ -53,8 +61,7 @@ def read_progress(folder: Path) -> Progress | None:
 def load_tree(folder: Path, like: Any) -> Any:
     """The tree of the folder's checkpoint in the structure of `like`.
 
-    Raises:
-        ValueError: the checkpoint belongs to another model or optimizer.
+    Raises ValueError when the checkpoint belongs to another model or optimizer.
     """
     file = folder / FILE
     leaves = load_file(file)
@@ -70,8 +77,7 @@ def load_tree(folder: Path, like: Any) -> Any:
 def load_trained(folder: Path) -> dict[str, Any]:
     """The trained parameters alone of the folder's checkpoint, as NumPy arrays.
 
-    Raises:
-        FileNotFoundError: there is no checkpoint.
+    Raises FileNotFoundError when there is no checkpoint.
     """
     file = folder / FILE
     if not file.exists():
@@ -79,20 +85,20 @@ def load_trained(folder: Path) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for name, leaf in load_file(file).items():
         # A leaf of the saved pair (params, state) is called "[0]['blocks_0']['mixer']['query']".
-        first, *path = [part.strip("'") for part in name[1:-1].split("][")]
+        first, *path = [key.strip("'") for key in name[1:-1].split("][")]
         if first == "0":
             subtree = params
-            for part in path[:-1]:
-                subtree = subtree.setdefault(part, {})
+            for key in path[:-1]:
+                subtree = subtree.setdefault(key, {})
             subtree[path[-1]] = leaf
     return params
 
 
 @dataclass
 class Log:
-    """One JSON line per report in `log.jsonl`; lines behind a checkpoint that is resumed from are cut off.
+    """One JSON line per report in `log.jsonl`; lines after the checkpoint that is resumed from are removed.
 
-    So is a line that is not whole, as a process that is ended while it writes leaves it.
+    So is an incomplete line, as a process leaves it that ends while it writes.
     """
 
     file: Path

@@ -1,10 +1,10 @@
-"""Teaching a small model to predict what a large one predicts, and measuring how often it would be believed.
+"""Distils a draft model from a target model, and measures its acceptance rate on given text.
 
-DistillSpec, arXiv 2310.08461: what counts for a draft is its distance to the target's law, not to the text, so the loss
-is the forward Kullback-Leibler divergence from target to draft over the whole vocabulary, at every position of windows
-of text. The target is read only: it runs in the same compiled step and gets no gradient. Departs from the paper in
-that the windows are given text alone (FastDraft, arXiv 2411.11055, likewise trains on text first), none of it written
-by the models.
+DistillSpec, arXiv 2310.08461: what counts for a draft is its distance to the target distribution, not to the text, so
+the loss is the forward Kullback-Leibler divergence from target to draft over the whole vocabulary, at every position of
+windows of text. The target stays frozen: it runs in the same compiled step and gets no gradient. Departs from the paper
+in that the windows are given text alone (FastDraft, arXiv 2411.11055, likewise trains on text first), none of it
+written by the models.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from decodax.models.model import Model, Params
 
-RANKS = 8  # guesses of a draft that are told apart
+RANKS = 8  # ranks of a draft's tokens that are counted one by one
 
 
 def window_logits(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -29,7 +29,7 @@ def window_logits(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Fl
 
 
 def kl_divergence(target: Float[Array, "*N V"], draft: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """KL(target || draft) in nats of the laws that two sets of logits stand for.
+    """KL(target || draft) in nats of the distributions that two sets of logits give.
 
     >>> float(kl_divergence(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))))  # ln(2) - ln(3) / 2
     0.14384...
@@ -52,7 +52,7 @@ class Distillation:
         rows: Int[Array | np.ndarray, "B T_plus_1"],
         step: Int[Array | np.ndarray, ""] | int = 0,
     ) -> Float[Array, ""]:
-        """Reads all tokens of a row but the last, which only rows of labels would need."""
+        """Reads all tokens of a row but the last, which only serves as a label elsewhere."""
         tokens = jnp.asarray(rows)[:, :-1]
         target = jax.lax.stop_gradient(window_logits(self.target, target_params, tokens))
         return kl_divergence(target, window_logits(self.draft, draft_params, tokens)).mean()
@@ -60,13 +60,15 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """How a draft fares against its target on given text, each position with the text before it (teacher forced).
+    """How well a draft predicts its target on given text, each position after the text before it (teacher forced).
 
-    greedy: share of positions at which both find the same token likeliest. sampling: mean over positions of 1 - the
-    total variation distance of the two laws = sum of min(p, q), the chance that speculative sampling (arXiv 2211.17192)
-    accepts a drafted token at temperature 1. kl: mean KL(target || draft) in nats. tokens: positions measured.
-    rank_acceptance[r]: share of positions at which the target's likeliest token is the draft's r-th, from 0; it decides
-    the shape of trees (`decoding/tree_choice.py`).
+    greedy: share of positions at which both have the same most probable token.
+    sampling: mean over positions of 1 - the total variation distance of the two distributions = sum of min(p, q), the
+        chance that speculative sampling (arXiv 2211.17192) accepts a draft token at temperature 1.
+    kl: mean KL(target || draft) in nats.
+    tokens: positions measured.
+    rank_acceptance: [r] is the share of positions at which the target's most probable token is the draft's r-th, from
+        0; it decides the shape of trees (`decoding/tree_choice.py`).
     """
 
     greedy: float
@@ -77,9 +79,9 @@ class Acceptance:
 
 
 def tokens_per_forward(acceptance: float, draft_tokens: int) -> float:
-    """Expected tokens per target forward if each drafted token is accepted with this chance, independently.
+    """Expected tokens per target forward if each draft token is accepted with this chance, independently.
 
-    (1 - a^(C + 1)) / (1 - a): 1 to C accepted tokens, and one from the target.
+    (1 - a^(C + 1)) / (1 - a): up to C accepted tokens, and one from the target.
 
     >>> tokens_per_forward(0.5, 4), tokens_per_forward(1.0, 4)
     (1.9375, 5.0)
@@ -107,12 +109,12 @@ def measured(
 ) -> Acceptance:
     """The acceptance over windows, `batch` at a time; `sums(tokens, counted)` gives `acceptance_sums` of a piece.
 
-    The windows of a piece that are not `counted` only fill it up.
+    The windows of a piece that are not `counted` are padding.
     """
     total = np.zeros(3 + RANKS)
     for start in range(0, len(windows), batch):
         piece = windows[start : start + batch, :-1]
-        counted = np.arange(batch) < len(piece)  # the last piece is filled up, so that one shape is compiled
+        counted = np.arange(batch) < len(piece)  # the last piece is padded, so that one shape is compiled
         padded = np.pad(piece, ((0, batch - len(piece)), (0, 0)))
         total += np.asarray(sums(padded, counted), np.float64)
     sampling, kl, *ranks = total[1:] / total[0]
@@ -122,16 +124,16 @@ def measured(
 def acceptance_sums(
     target: Float[Array, "B T V"], draft: Float[Array, "B T V"], counted: Bool[Array | np.ndarray, " B"]
 ) -> Float[Array, " sums"]:
-    """Over all positions counted, from logits: their number, overlap, KL, and how often each of the draft's guesses is
-    right."""
-    # The rank of the target's likeliest token: how many tokens the draft finds likelier (of equals, those before it).
+    """Sums over counted positions: their number, overlap, KL, and how often each rank of the draft is right."""
+    # The rank of the target's most probable token: how many tokens are more probable in the draft (of equal ones, those
+    # before it).
     best = jnp.argmax(target, axis=-1)[..., None]
     score = jnp.take_along_axis(draft, best, axis=-1)
     is_before = jnp.arange(draft.shape[-1])[None, None, :] < best
     rank = jnp.sum((draft > score) | ((draft == score) & is_before), axis=-1)
     overlap = jnp.sum(jnp.minimum(jax.nn.softmax(target), jax.nn.softmax(draft)), axis=-1)
     weight = jnp.broadcast_to(jnp.asarray(counted)[:, None], overlap.shape).astype(jnp.float32)
-    is_rank = [(rank == wanted).astype(jnp.float32) for wanted in range(RANKS)]
+    is_rank = [(rank == index).astype(jnp.float32) for index in range(RANKS)]
     values = (jnp.ones_like(overlap), overlap, kl_divergence(target, draft), *is_rank)
     return jnp.stack([jnp.sum(value * weight) for value in values])
 

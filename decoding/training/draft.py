@@ -1,4 +1,4 @@
-"""Makes a draft model for a target: a small Llama that shares its vocabulary, distilled on text, written as a folder.
+"""Trains a draft model for a target: a small Llama with the same vocabulary, distilled on text, written as a folder.
 
 `decodax train draft` and the script that made the draft of the embedded model call the functions of this file. The
 embedding, most of a small model's parameters, starts as the target's own, projected on its first principal directions:
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from decodax.decoding.training.auxiliary import AuxiliaryTraining
 from decodax.decoding.training.distillation import AcceptanceMeter, Distillation, tokens_per_forward
 from decodax.decoding.training.export import write_json, write_model
-from decodax.decoding.training.part import PartTraining
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 from decodax.models.load import LanguageModel
 from decodax.models.model import Model, Params
 
@@ -28,7 +28,7 @@ DRAFT_TOKENS = 4  # the draft length for which the expected tokens per target fo
 
 @dataclass(frozen=True)
 class DraftShape:
-    """The sizes of a draft. Fewer layers draft faster; the embedding is tied to the head."""
+    """The sizes of a draft model. Fewer layers draft faster; the embedding is tied to the head."""
 
     hidden_size: int
     layers: int
@@ -62,7 +62,7 @@ class DraftShape:
 
 
 def initial_params(draft: Model, target: LanguageModel, seed: int) -> Params:
-    """Random layers, and an embedding that keeps what of the target's fits into the draft's width."""
+    """Random layers, and the target's embedding, projected to the draft's width."""
     params = draft.init(jax.random.key(seed))
     return params | {
         "embedding": projected_embedding(target.model.unstacked(target.params)["embedding"], draft.config.hidden_size)
@@ -70,7 +70,7 @@ def initial_params(draft: Model, target: LanguageModel, seed: int) -> Params:
 
 
 def projected_embedding(embedding: Float[Array, "V D"], width: int) -> Float[Array, "V D_draft"]:
-    """The embedding in its first `width` principal directions (zeros beyond what it has), in float32."""
+    """The embedding in its first `width` principal directions (zeros beyond its own width), in float32."""
     table = np.asarray(embedding, np.float64)
     values, directions = np.linalg.eigh(table.T @ table)
     kept = directions[:, np.argsort(-values)[:width]]
@@ -79,8 +79,8 @@ def projected_embedding(embedding: Float[Array, "V D"], width: int) -> Float[Arr
 
 
 @dataclass(frozen=True)
-class DraftTraining(PartTraining):
-    """The training of a draft model; `shape` is a `DraftShape`. What it writes is a Hugging Face folder."""
+class DraftTraining(AuxiliaryTraining):
+    """The training of a draft model; `shape` is a `DraftShape`. It writes a Hugging Face folder."""
 
     shape: DraftShape
 
@@ -88,7 +88,7 @@ class DraftTraining(PartTraining):
     facts_file = FACTS
     curve_title, curve_unit = "Distilling a draft", "KL(target || draft), nats"
     curve_shares: ClassVar[Mapping[str, str]] = {
-        "greedy": "same likeliest token",
+        "greedy": "same most probable token",
         "sampling": "1 - total variation",
     }
 

@@ -1,11 +1,11 @@
-"""Trains the predictors with which tokens leave a model's layers early (`decoding/depth/speculative_exit.py`).
+"""Trains the exit predictors of SpecEE, which decide after each layer whether a token exits early.
 
-SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting, arXiv 2504.08850. Model and draft
-read windows of text and stay as they are; at some positions of each window every layer's state is put to its predictor,
-with the draft's likeliest tokens, and the label says whether the token would be right to exit: the layer's likeliest
-token is the model's, and one of the draft's. Departs from the paper in that "one of the draft's" belongs to the label
-(the exit asks for it anyway, so a predictor that fires without it only costs a run of the head), and in that windows
-of text take the place of generated answers. Context is always read through all layers, as the paper does.
+SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting, arXiv 2504.08850. The exit itself is
+`decoding/early_exit/speculative_exit.py`. Model and draft model run windows of text and stay frozen. At some positions
+of each window every layer's state goes to its predictor, with the draft's top-k tokens; the label says whether an exit
+would be right: the layer's most probable token is the model's, and one of the draft's. Departs from the paper in that
+"one of the draft's" belongs to the label (the exit requires it anyway, so a predictor that fires without it only costs
+a run of the head), and in that windows of text replace generated answers. Context always runs all layers, as there.
 """
 
 import hashlib
@@ -20,23 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
-from decodax.decoding.depth.speculative_exit import exit_features, exit_score, token_logits
-from decodax.decoding.drafters._expand import largest_tokens
-from decodax.decoding.logits_processors._largest import largest_token
-from decodax.decoding.training.part import PartTraining
+from decodax.decoding.early_exit.speculative_exit import exit_features, exit_score, token_logits
+from decodax.decoding.top_tokens import argmax_token, top_k_tokens
+from decodax.decoding.training.auxiliary import AuxiliaryTraining
 from decodax.models.load import LanguageModel, find_folder
 from decodax.models.model import Model, Params
 
 THRESHOLDS = (0.5, 0.7, 0.9)
-HOT_SHARE = 0.8  # of the exits at threshold 0.5: the hot layers are the fewest that hold as many
+HOT_SHARE = 0.8  # of the exits at threshold 0.5: the hot layers are the fewest with this share
 MEASURED_WINDOWS = 4  # per compiled call
-DRAFT_FOLDER = "draft"  # inside the part's folder: the draft that it was trained with
+DRAFT_FOLDER = "draft"  # inside the output folder: the draft model of the training
 
 
 @dataclass(frozen=True)
 class ExitPredictorShape:
-    """hidden_size: width of a predictor's one hidden layer (the paper has 512). likely_tokens: I, those of the draft.
+    """The sizes of the exit predictors and of their training.
 
+    hidden_size: width of a predictor's one hidden layer (the paper has 512).
+    likely_tokens: I, top-k tokens of the draft.
     positions: of each window, at which to train and to measure: the head runs after every layer there.
     """
 
@@ -51,9 +52,11 @@ class ExitPredictorShape:
 
 
 class Examples(NamedTuple):
-    """N positions after each of layers 1 .. L - 1: what the predictor reads, and what would come of an exit.
+    """N positions after each of layers 1 .. L - 1.
 
-    is_likely: the layer's likeliest token is one of the draft's. is_final: it is the model's.
+    features: the predictor's input.
+    is_likely: the layer's most probable token is one of the draft's.
+    is_final: it is the model's.
     """
 
     features: Float32[Array, "L_minus_1 N F"]
@@ -68,7 +71,7 @@ class Examples(NamedTuple):
 def initial_predictors(num_layers: int, shape: ExitPredictorShape, seed: int) -> Params:
     """One predictor after every layer but the last; random first layers, outputs 0 (a chance of one half).
 
-    Raises ValueError for a model of one layer, which has nothing to leave out.
+    Raises ValueError for a model of one layer, which has no early exit.
     """
     if num_layers < 2:
         raise ValueError(f"exit predictors need a model of at least 2 layers, got {num_layers}")
@@ -91,7 +94,7 @@ class ExampleReader:
     shape: ExitPredictorShape
 
     def __call__(self, params: Params, tokens: Int[Array, "B T"], key: Array) -> Examples:
-        """`shape.positions` places of each window, drawn by `key`; those of all windows stand along one axis."""
+        """`shape.positions` positions of each window, drawn with `key`; all windows share the axis N."""
         target, of_target, of_draft = self.target, params["target"], params["draft"]
         batch, size = tokens.shape
         place = places(batch, size, self.shape.positions, key)
@@ -101,24 +104,24 @@ class ExampleReader:
             return jnp.take_along_axis(states, place[:, :, None], axis=1).reshape(1, place.size, -1)
 
         drafted = self.draft.logits(of_draft, at_places(self.draft.apply(of_draft, tokens, position).hidden))
-        likely = largest_tokens(drafted[0], self.shape.likely_tokens)[0]
+        likely = top_k_tokens(drafted[0], self.shape.likely_tokens)[0]
         layers = tuple(range(1, target.config.num_layers + 1))
         captured = target.apply(of_target, tokens, position, capture=layers).captured
         normed = jnp.stack([target.normed(of_target, at_places(captured[layer]))[0] for layer in layers])
 
-        def likeliest(states: Array) -> Array:  # layer by layer: all logits at once would fill the memory
-            return largest_token(target.read_out(of_target, states[None])[0])
+        def most_probable(states: Array) -> Array:  # layer by layer: the logits of all would fill the memory
+            return argmax_token(target.read_out(of_target, states[None])[0])
 
-        guess, early = jax.lax.map(likeliest, normed), normed[:-1]
+        token, early = jax.lax.map(most_probable, normed), normed[:-1]
         logits = token_logits(target, of_target, early, jnp.broadcast_to(likely, (len(early), *likely.shape)))
-        law = jax.nn.softmax(logits, axis=-1)
-        previous = jnp.concatenate([jnp.full_like(law[:1], -1.0), law[:-1]])
-        is_likely = jnp.any(guess[:-1, :, None] == likely[None], axis=2)
-        return Examples(exit_features(logits, previous)[0], is_likely, guess[:-1] == guess[-1:])
+        probs = jax.nn.softmax(logits, axis=-1)
+        previous = jnp.concatenate([jnp.full_like(probs[:1], -1.0), probs[:-1]])
+        is_likely = jnp.any(token[:-1, :, None] == likely[None], axis=2)
+        return Examples(exit_features(logits, previous)[0], is_likely, token[:-1] == token[-1:])
 
 
 def places(batch_size: int, num_tokens: int, count: int, key: Array) -> Int[Array, "B P"]:
-    """`count` places of each window (all, where it is shorter), one drawn from each of as many equal pieces."""
+    """`count` positions of each window (all of a shorter one), one drawn from each of `count` equal pieces."""
     count = min(count, num_tokens)
     border = np.arange(count + 1) * num_tokens // count
     share = jax.random.uniform(key, (batch_size, count))
@@ -128,8 +131,8 @@ def places(batch_size: int, num_tokens: int, count: int, key: Array) -> Int[Arra
 
 
 @dataclass(frozen=True)
-class ExitPredictorTraining(PartTraining):
-    """The training of a model's exit predictors with a given draft; `shape` is an `ExitPredictorShape`."""
+class ExitPredictorTraining(AuxiliaryTraining):
+    """The training of a model's exit predictors with a given draft model; `shape` is an `ExitPredictorShape`."""
 
     shape: ExitPredictorShape
     draft: LanguageModel
@@ -143,11 +146,11 @@ class ExitPredictorTraining(PartTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wanted, found = self.target.config.vocab_size, self.draft.config.vocab_size
-        if wanted != found:
-            raise ValueError(f"a draft must have the model's vocabulary of {wanted} tokens, got {found}")
-        if self.shape.likely_tokens > wanted:
-            raise ValueError(f"likely_tokens must be in 1..{wanted} (the vocabulary), got {self.shape.likely_tokens}")
+        size, found = self.target.config.vocab_size, self.draft.config.vocab_size
+        if size != found:
+            raise ValueError(f"a draft must have the model's vocabulary of {size} tokens, got {found}")
+        if self.shape.likely_tokens > size:
+            raise ValueError(f"likely_tokens must be in 1..{size} (the vocabulary), got {self.shape.likely_tokens}")
 
     @property
     def read(self) -> ExampleReader:
@@ -160,27 +163,28 @@ class ExitPredictorTraining(PartTraining):
         return {"target": self.target.params, "draft": self.draft.params}
 
     def loss(self, trained, target_params, rows, step):
-        """Mean binary cross-entropy over layers and places; `target_params` are those of `frozen`."""
+        """Mean binary cross-entropy over layers and positions; `target_params` are those of `frozen`."""
         key = jax.random.fold_in(jax.random.key(self.plan.seed), step)
         examples = jax.lax.stop_gradient(self.read(target_params, jnp.asarray(rows)[:, :-1], key))
         score = jax.vmap(exit_score)(trained, examples.features)
         return jnp.mean(_cross_entropy(score, examples.label))
 
     def measure(self, trained: Params, windows: Int[np.ndarray, "W T_plus_1"]) -> dict[str, Any]:
-        """What the predictors are worth at the places of held-out windows, with the text itself before each place.
+        """Measures the predictors at positions of held-out windows, each after the text itself.
 
-        accuracy: share of decisions at 0.5 that fit the label. exit_curve: for each threshold the mean number of layers
-        run, and the share of tokens that are the model's; mean_layers and agreement are those at 0.5. hot_layers: the
-        fewest layers after which HOT_SHARE of the exits at 0.5 happen; none where nothing exits.
+        accuracy: share of decisions at 0.5 that match the label.
+        exit_curve: for each threshold the mean number of layers run, and the share of tokens that are the model's.
+        mean_layers, agreement: those at 0.5.
+        hot_layers: the fewest layers after which HOT_SHARE of the exits at 0.5 happen; none where nothing exits.
         """
         pieces = []
         for start in range(0, len(windows), MEASURED_WINDOWS):
             piece = np.asarray(windows[start : start + MEASURED_WINDOWS, :-1])
-            missing = MEASURED_WINDOWS - len(piece)  # filled up, so that one shape is compiled
+            missing = MEASURED_WINDOWS - len(piece)  # padded, so that one shape is compiled
             filled = np.pad(piece, ((0, missing), (0, 0)))
             found = _judged(self.read, trained, self.frozen(), filled, np.uint32(start))
             pieces.append([np.asarray(leaf)[:, : len(piece)].reshape(len(leaf), -1) for leaf in found])
-        score, is_likely, is_final = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
+        score, is_likely, is_final = (np.concatenate(arrays, axis=1) for arrays in zip(*pieces, strict=True))
         chance, label = 1 / (1 + np.exp(-score)), is_likely & is_final
         loss = np.mean(np.logaddexp(0, score) - score * label)
         exits = {threshold: _first_exit((chance > threshold) & is_likely) for threshold in THRESHOLDS}
@@ -202,7 +206,7 @@ class ExitPredictorTraining(PartTraining):
         return super().about() | {"draft": hashlib.sha256(table.tobytes()).hexdigest()[:16]}
 
     def write(self, folder: Path, trained: Params, facts: dict[str, Any], dtype: str) -> None:
-        """Writes the part's folder, with the draft in it unless both models are the embedded ones."""
+        """Writes the folder, with the draft model in it unless both models are the embedded ones."""
         super().write(folder, trained, facts, dtype)
         source = self.draft.path
         embedded = find_folder(None)

@@ -1,6 +1,6 @@
 """Writes a trained model as a Hugging Face folder, so that `decodax.load` and transformers can read it.
 
-Every file is written beside its place and then moved there: whoever looks finds the old file or the new one.
+Every file is written under another name and then moved: a reader finds the old file or the new one.
 """
 
 import json
@@ -14,22 +14,24 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 from decodax.models.model import Params
 
 
 def write_model(folder: Path, config: Mapping[str, Any], params: Params, dtype: DTypeLike) -> None:
-    """`model.safetensors`, then `config.json`, under Hugging Face's names; the weights are rounded to `dtype`.
+    """Writes `model.safetensors`, then `config.json`, with Hugging Face's tensor names.
 
-    config: the fields of a `config.json` that decodax reads; params: as nested as its `weights()`.
+    config: the fields of a `config.json` that decodax reads.
+    params: nested as its `weights()`.
+    dtype: what the weights are rounded to.
     Raises ValueError for a config that decodax does not read.
     """
     family, model_config = read_config(config)
     tensors = {}
     for name, path in family.tensor_names(model_config).items():
         leaf: Any = params
-        for part in path:
-            leaf = leaf[part]
+        for key in path:
+            leaf = leaf[key]
         tensors[name] = np.asarray(leaf).astype(jnp.dtype(dtype))
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".model.tmp"
@@ -40,7 +42,7 @@ def write_model(folder: Path, config: Mapping[str, Any], params: Params, dtype: 
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, readable by people, at once."""
+    """Writes an indented JSON object, replacing the file atomically."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, file)

@@ -1,9 +1,9 @@
-"""Trains the adapter of a Kangaroo draft: what the last layers would say, from what the first ones know.
+"""Trains the adapter of a Kangaroo drafter, which predicts the target's distribution from an early layer's state.
 
-Kangaroo, arXiv 2404.18911: only the adapter learns, by cross entropy with the target's whole law at every position.
-Cross entropy and KL(target || draft) have the same gradients; the loss here is the latter, which is 0 for a perfect
-adapter. Departs from the paper in how the adapter starts: not at random, but as the attention of the first layer left
-out and the target's own last norm.
+Kangaroo, arXiv 2404.18911: only the adapter learns, by cross entropy with the target's whole distribution at every
+position. Cross entropy and KL(target || draft) have the same gradients; the loss here is the latter, which is 0 for a
+perfect adapter. Departs from the paper in how the adapter starts: not at random, but as the attention of the first
+layer skipped and the target's own last norm.
 """
 
 from collections.abc import Mapping
@@ -17,26 +17,26 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from decodax.decoding.drafters.kangaroo import exit_adapter
+from decodax.decoding.training.auxiliary import AuxiliaryTraining
 from decodax.decoding.training.distillation import acceptance_sums, kl_divergence, measured, tokens_per_forward
-from decodax.decoding.training.part import PartTraining
 from decodax.models.model import Model, Params
 
-MOST_TOKENS = 8  # draft lengths for which the expected tokens are reported
+MOST_TOKENS = 8  # the longest draft whose expected tokens are reported
 
 
 @dataclass(frozen=True)
 class KangarooShape:
-    """exit_layer: layers of the target that draft. The paper takes 2 of 32 and 3 of 40."""
+    """exit_layer: layers of the target that draft. The paper has 2 of 32 and 3 of 40."""
 
     exit_layer: int = 2
 
 
 def initial_adapter(model: Model, params: Params, exit_layer: int) -> Params:
-    """The adapter as the attention of the target's layer behind the exit and the target's last norm, in float32."""
+    """The adapter as the attention of the target's layer after the exit and the target's last norm, in float32."""
     exit_adapter(model, exit_layer)
     block = params[f"blocks_{exit_layer}"]
-    taken = {"mixer": block["mixer"], "mixer_norm": block["mixer_norm"], "final_norm": params["final_norm"]}
-    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), taken)
+    adapter = {"mixer": block["mixer"], "mixer_norm": block["mixer_norm"], "final_norm": params["final_norm"]}
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), adapter)
 
 
 def target_and_draft_logits(
@@ -51,13 +51,13 @@ def target_and_draft_logits(
     return model.logits(frozen, out.hidden), model.read_out(frozen, normed)
 
 
-def expected_tokens_per_full_depth(acceptance: float, exit_layer: int, num_layers: int, draft_tokens: int) -> float:
+def expected_tokens_per_full_forward(acceptance: float, exit_layer: int, num_layers: int, draft_tokens: int) -> float:
     """Expected tokens per `num_layers` layers run, for drafts of one length whose tokens are accepted independently.
 
-    (1 - a^(C + 1)) / (1 - a) tokens per round of l (C + 1) + L - l layers: the pending token and each drafted one run
+    (1 - a^(C + 1)) / (1 - a) tokens per round of l (C + 1) + L - l layers: the last token and each draft token run
     through the first l, all at once through the others. A draft that ends when it is unsure does better.
 
-    >>> expected_tokens_per_full_depth(0.5, 2, 8, 2)  # 1.75 tokens for 12 layers
+    >>> expected_tokens_per_full_forward(0.5, 2, 8, 2)  # 1.75 tokens for 12 layers
     1.1666666666666667
     """
     layers = exit_layer * (draft_tokens + 1) + num_layers - exit_layer
@@ -65,15 +65,18 @@ def expected_tokens_per_full_depth(acceptance: float, exit_layer: int, num_layer
 
 
 @dataclass(frozen=True)
-class KangarooTraining(PartTraining):
-    """The training of an adapter; `shape` is a `KangarooShape`. Raises ValueError for an exit beyond the model."""
+class KangarooTraining(AuxiliaryTraining):
+    """The training of an adapter; `shape` is a `KangarooShape`.
+
+    Raises ValueError for an exit after the last layer.
+    """
 
     shape: KangarooShape
 
     kind = "kangaroo"
     curve_title, curve_unit = "Distilling the adapter of an early exit", "KL(target || draft), nats"
     curve_shares: ClassVar[Mapping[str, str]] = {
-        "greedy": "same likeliest token",
+        "greedy": "same most probable token",
         "sampling": "1 - total variation",
     }
 
@@ -104,12 +107,12 @@ class KangarooTraining(PartTraining):
 
     def derived(self, heldout: dict[str, Any]) -> dict[str, Any]:
         expected = [
-            expected_tokens_per_full_depth(
+            expected_tokens_per_full_forward(
                 heldout["greedy"], self.shape.exit_layer, self.target.config.num_layers, count
             )
             for count in range(1, MOST_TOKENS + 1)
         ]
-        return {"greedy_tokens_per_full_depth": expected}
+        return {"greedy_tokens_per_full_forward": expected}
 
 
 @partial(jax.jit, static_argnums=(0, 1))

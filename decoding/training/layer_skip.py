@@ -1,19 +1,18 @@
-"""Teaches a model to exit early: a low-rank change after which the head understands what its first layers say.
+"""Trains a low-rank change of a model for early exit, after which the head can read the states of its first layers.
 
 LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding, arXiv 2404.16710. Two things are trained
-together. Layer dropout: each row of a step leaves out layer l with a chance that grows with depth, so that the model
-leans less on its last layers. The early-exit loss: the shared final norm and head are applied after layers before the
-last, too.
+together. Layer dropout: each row of a step skips layer l with a chance that grows with l, so that the model depends
+less on its last layers. The early-exit loss: the shared final norm and head are applied after layers before the last,
+too.
 
-Departs from the paper: only a low-rank change of the layers is trained, and not the whole model. What every exit, the
-last one included, is taught are the laws that the unchanged model finds (it distils itself), not the text's tokens.
-The weight of an exit is a power of its depth; the paper's grows with the square, which leaves the first exits of a
-model of few layers next to nothing, so here all weigh the same by default. Exits in the upper half of the layers are
-not trained by default: a draft from there hardly pays. The paper rotates through sets of every R-th exit; here each
-step takes `exits_per_step` exits, evenly spread, and the set moves on by one layer from step to step.
+Departs from the paper: only a low-rank change of the layers is trained, and not the whole model. Every exit, the last
+one included, is distilled from the distributions of the unchanged model (self-distillation), not trained on the text's
+tokens. The weight of an exit is a power of its layer; the paper's grows with the square, which leaves the first exits
+of a model of few layers next to nothing, so here all weigh the same by default. Exits in the upper half of the layers
+are not trained by default: a draft from there hardly pays. The paper rotates through sets of every R-th exit; here each
+step trains `exits_per_step` exits, evenly spread, and the set moves on by one layer from step to step.
 
-The changed model is another model than the one it came from: what decodes with it is compared with its own plain
-decoding.
+The changed model is another model than the original: what decodes with it is compared with its own plain decoding.
 """
 
 from collections.abc import Mapping
@@ -27,19 +26,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.decoding.exit_choice import best_exit, tokens_per_layer
+from decodax.decoding.training.auxiliary import AuxiliaryTraining
 from decodax.decoding.training.distillation import kl_divergence, window_logits
-from decodax.decoding.training.part import PartTraining
 from decodax.layers.adapters.low_rank import low_rank_change, merged
 from decodax.models.model import Model, Params
 
-MEASURED_ROWS = 4  # windows per forward when an exit's worth is measured
-DRAFT_TOKENS = 6  # the longest draft of which the best fixed setting is reported
+MEASURED_ROWS = 4  # windows per forward when the exits are measured
+DRAFT_TOKENS = 6  # the longest draft among which the best fixed setting is reported
 
 
 @dataclass(frozen=True)
 class LayerSkipShape:
-    """rank: of the change of every matrix. max_dropout: the chance that a row leaves out the last layer in a step.
+    """The low-rank change and its training.
 
+    rank: of the change of every matrix.
+    max_dropout: the chance that a row skips the last layer in a step.
     exit_scale, depth_power: the exit after l of L layers weighs exit_scale x (l / L)^depth_power, the last one 1.
     exit_share: early exits are trained after up to this share of the layers, and after one layer at least.
     exits_per_step: exits before the last that a step trains; each costs a pass through the head.
@@ -66,7 +67,7 @@ class LayerSkipShape:
 
 
 def dropout_rates(num_layers: int, max_dropout: float) -> Float[np.ndarray, " L"]:
-    """The chance that a row leaves out each layer: max_dropout x (2^(l / (L - 1)) - 1), none for the first.
+    """The chance that a row skips each layer: max_dropout x (2^(l / (L - 1)) - 1), none for the first.
 
     >>> dropout_rates(3, 0.5).round(3).tolist()
     [0.0, 0.207, 0.5]
@@ -87,7 +88,7 @@ def exits_of_step(step: Int[Array, ""] | int, num_exits: int, per_step: int) -> 
 def hidden_states(
     model: Model, params: Params, tokens: Int[Array, "B T"], dropped: Bool[Array, "L B"]
 ) -> Float[Array, "L B T D"]:
-    """What stands after each layer, in windows that begin at position 0; a row passes by the layers it has dropped."""
+    """Hidden states after each layer, in windows that begin at position 0; a row skips the layers in `dropped`."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden, states = model.embed(params, tokens), []
     for index in range(model.config.num_layers):
@@ -98,8 +99,8 @@ def hidden_states(
 
 
 @dataclass(frozen=True)
-class LayerSkipTraining(PartTraining):
-    """The training of a `layer_skip` part: {"low_rank": the change}; `shape` is a `LayerSkipShape`."""
+class LayerSkipTraining(AuxiliaryTraining):
+    """The training of `layer_skip` weights, {"low_rank": the change}; `shape` is a `LayerSkipShape`."""
 
     shape: LayerSkipShape
 
@@ -134,30 +135,32 @@ class LayerSkipTraining(PartTraining):
     def loss(self, trained, target_params, rows, step):
         """sum_i w_i KL(unchanged model || exit i) / sum_i w_i, over the last exit and those of the step."""
         model, shape, tokens = self.target.model, self.shape, jnp.asarray(rows)[:, :-1]
-        wanted = jax.lax.stop_gradient(window_logits(model, target_params, tokens))
+        target = jax.lax.stop_gradient(window_logits(model, target_params, tokens))
         params = merged(target_params, trained["low_rank"])
         rates = jnp.asarray(dropout_rates(self.num_exits + 1, shape.max_dropout), jnp.float32)
         key = jax.random.fold_in(jax.random.key(self.plan.seed), step)
         dropped = jax.random.uniform(key, (len(rates), len(tokens))) < rates[:, None]
         states = hidden_states(model, params, tokens, dropped)
         early = exits_of_step(step, self.num_trained_exits, shape.exits_per_step)
-        depth = early.astype(jnp.float32) / len(rates)
-        weight = jnp.concatenate([shape.exit_scale * depth**shape.depth_power, jnp.ones(1)])
+        share = early.astype(jnp.float32) / len(rates)
+        weight = jnp.concatenate([shape.exit_scale * share**shape.depth_power, jnp.ones(1)])
         place = jnp.concatenate([early, jnp.array([len(rates)], jnp.int32)]) - 1
-        distance = [kl_divergence(wanted, model.logits(params, states[place[i]])).mean() for i in range(len(weight))]
+        distance = [kl_divergence(target, model.logits(params, states[place[i]])).mean() for i in range(len(weight))]
         return jnp.sum(weight * jnp.stack(distance)) / jnp.sum(weight)
 
     def measure(self, trained: Params, windows: Int[np.ndarray, "W T_plus_1"]) -> dict[str, Any]:
-        """heldout_loss: KL(unchanged model || changed model). greedy: how often both find the same token likeliest.
+        """Measures the changed model.
 
-        exit_agreement[l - 1]: how often the token found after l layers is the one that the changed model finds in the
-        end; early_agreement is their mean.
+        heldout_loss: KL(unchanged model || changed model).
+        greedy: how often both have the same most probable token.
+        exit_agreement: [l - 1] is how often the token after l layers is that of the changed model after all layers.
+        early_agreement: their mean.
         """
         changed = merged(self.target.params, trained["low_rank"])
         sums = np.zeros(3 + self.num_exits)
         for start in range(0, len(windows), MEASURED_ROWS):
             piece = windows[start : start + MEASURED_ROWS, :-1]
-            counted = np.arange(MEASURED_ROWS) < len(piece)  # the last piece is filled up: one shape is compiled
+            counted = np.arange(MEASURED_ROWS) < len(piece)  # the last piece is padded: one shape is compiled
             padded = np.pad(piece, ((0, MEASURED_ROWS - len(piece)), (0, 0)))
             sums += np.asarray(_sums(self.target.model, self.target.params, changed, padded, counted), np.float64)
         loss, greedy, *agreement = (sums[1:] / sums[0]).tolist()
@@ -170,22 +173,22 @@ class LayerSkipTraining(PartTraining):
         }
 
     def derived(self, heldout: dict[str, Any]) -> dict[str, Any]:
-        """The best fixed exit layer and draft length for the measured agreement, and what they are worth."""
+        """The best fixed exit layer and draft length for the measured agreement, and their expected tokens."""
         agreement, num_layers = np.asarray(heldout["exit_agreement"]), self.num_exits + 1
         layer, tokens = (int(x) for x in best_exit(agreement, num_layers, DRAFT_TOKENS, min_tokens=1))
-        worth = float(tokens_per_layer(agreement, num_layers, DRAFT_TOKENS)[layer - 1, tokens]) * num_layers
-        return {"best": {"exit_layer": layer, "draft_tokens": tokens, "tokens_per_full_depth": worth}}
+        expected = float(tokens_per_layer(agreement, num_layers, DRAFT_TOKENS)[layer - 1, tokens]) * num_layers
+        return {"best": {"exit_layer": layer, "draft_tokens": tokens, "tokens_per_full_forward": expected}}
 
 
 @partial(jax.jit, static_argnums=0)
 def _sums(model: Model, params: Params, changed: Params, tokens: Any, counted: Any) -> Float[Array, " sums"]:
-    """Over all positions counted: their number, KL, and how often the last exit and each early one agree."""
-    no = jnp.zeros((model.config.num_layers, len(tokens)), bool)
-    wanted, states = window_logits(model, params, tokens), hidden_states(model, changed, tokens, no)
-    found = model.logits(changed, states[-1])
-    own = jnp.argmax(found, axis=-1)
+    """Sums over counted positions: their number, KL, and how often the last exit and each early one agree."""
+    none = jnp.zeros((model.config.num_layers, len(tokens)), bool)
+    target, states = window_logits(model, params, tokens), hidden_states(model, changed, tokens, none)
+    logits = model.logits(changed, states[-1])
+    own = jnp.argmax(logits, axis=-1)
     # One exit after the other: the logits of all of them at once would be large.
     agrees = jax.lax.map(lambda hidden: jnp.argmax(model.logits(changed, hidden), axis=-1) == own, states[:-1])
-    values = (jnp.ones(own.shape), kl_divergence(wanted, found), jnp.argmax(wanted, axis=-1) == own, *agrees)
+    values = (jnp.ones(own.shape), kl_divergence(target, logits), jnp.argmax(target, axis=-1) == own, *agrees)
     weight = jnp.broadcast_to(counted[:, None], tokens.shape).astype(jnp.float32)
     return jnp.stack([jnp.sum(value.astype(jnp.float32) * weight) for value in values])

@@ -1,7 +1,7 @@
-"""The training loop: one jitted step, a progress bar, a log, checkpoints, and a clean stop when it is asked to end.
+"""Runs the training loop: one jitted step, a progress bar, a log, checkpoints, and a clean stop on a signal.
 
-The loop knows no model. A task says what is trained, what stays as it is, which rows a step reads and what the loss of
-them is; whether that trains a whole draft model or three prompt vectors makes no difference here.
+The loop knows no model. A task says what is trained, what is frozen, which rows a step reads and what their loss is;
+whether that trains a draft model or three prompt embeddings makes no difference here.
 """
 
 import signal
@@ -27,17 +27,19 @@ from decodax.decoding.training.plan import Plan
 Params = dict[str, Any]
 Loss = Callable[[Params, Any, Int[Array, "B T_plus_1"], Int[Array, ""]], Float[Array, ""]]
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
-MOVABLE = ("steps", "decay_from", "long_from")  # fields of a plan that may change while the run is under way
+MOVABLE = ("steps", "decay_from", "long_from")  # fields of a plan that may change during a run
 
 
 @dataclass(frozen=True)
 class Task:
     """What a run trains.
 
-    loss: (trained, frozen, rows, step) -> mean loss, differentiated with respect to `trained` alone. What it draws at
-        random it draws from the step, so that a resumed run draws the same.
-    trained: the parameters at step 0. frozen: arrays that the loss reads and nothing changes.
-    rows: the rows of any step, from the step alone. measure: (trained) -> named numbers for the log, on held-out text.
+    loss: (trained, frozen, rows, step) -> mean loss, differentiated with respect to `trained` alone. Its random numbers
+        follow from the step, so that a resumed run draws the same.
+    trained: the parameters at step 0.
+    rows: the rows of any step, from the step alone.
+    frozen: arrays that the loss reads and nothing changes.
+    measure: (trained) -> named numbers for the log, on held-out text.
     about: what else a resumed run must agree with (sizes, the text's fingerprint), as JSON values.
     """
 
@@ -51,7 +53,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Trained:
-    """The parameters after `step` steps; `finished` is false when the run was asked to stop before its last."""
+    """The result of a run.
+
+    params: after `step` steps.
+    finished: false when the run was asked to stop before its last step.
+    """
 
     params: Params
     step: int
@@ -59,10 +65,9 @@ class Trained:
 
 
 def resumed_plan(folder: Path, plan: AnyPlan) -> AnyPlan:
-    """The plan of the folder's checkpoint, moved to the last step of `plan`; `plan` itself where nothing was begun.
+    """The plan of the folder's checkpoint, moved to the last step of `plan`; `plan` itself without a checkpoint.
 
-    Raises:
-        ValueError: the checkpoint's plan differs in something else, or the run is already past that step.
+    Raises ValueError when the checkpoint's plan differs in something else, or the run is already past that step.
     """
     progress = read_progress(folder)
     if progress is None:
@@ -80,15 +85,15 @@ def _refuse_changes(folder: Path, stored: Mapping, given: Mapping, movable: tupl
     ]
     if changed:
         raise ValueError(
-            f"{folder} holds a run under way that was started otherwise: {'; '.join(changed)}. Give what it was "
-            "started with to go on, or another run folder to start anew"
+            f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the same settings to resume it, or "
+            "another run folder to start anew"
         )
 
 
 def make_step(loss: Loss, optimizer: Any) -> Callable:
     """`step(trained, state, frozen, rows, number, rate) -> (trained, state, loss)`, jitted; `number` is the step's.
 
-    It reuses the memory of the first two.
+    It donates the memory of the first two.
     """
 
     def step(trained, state, frozen, rows, number, rate):
@@ -114,15 +119,14 @@ def train(
 
     Reports go to `log.jsonl` in the folder and to stderr, as a progress bar or, without a terminal, as lines. A
     checkpoint is written every `checkpoint_seconds`, at the end, and when the process is asked to end (SIGTERM, Ctrl-C;
-    the step under way is finished first).
-    unsaved: told after each step, and each checkpoint, how many steps no checkpoint holds.
+    the current step is finished first).
 
-    Raises:
-        ValueError: the checkpoint belongs to another task.
-        FloatingPointError: the loss is no longer a number; the last checkpoint is kept.
+    unsaved: called after each step, and each checkpoint, with the number of steps that no checkpoint holds.
+    Raises ValueError when the checkpoint belongs to another task.
+    Raises FloatingPointError when the loss is non-finite; the last checkpoint is kept.
     """
     optimizer = make_optimizer(plan)
-    trained = jax.tree.map(lambda leaf: leaf.copy(), task.trained)  # the step gives its arguments' memory away
+    trained = jax.tree.map(lambda leaf: leaf.copy(), task.trained)  # the step donates its arguments
     state, step = optimizer.init(trained), 0
     if progress := read_progress(folder):
         _refuse_changes(folder, progress.about, task.about)
@@ -195,8 +199,8 @@ def _stop_requests() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield received
         return
-    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, remember) for number in heard}
+    handled = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, remember) for number in handled}
     try:
         yield received
     finally:

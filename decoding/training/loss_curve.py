@@ -1,4 +1,4 @@
-"""Draws a run's log as a picture: the loss over the steps, and beside it what was measured on held-out text."""
+"""Draws the loss curve of a run's log, and beside it the measures on held-out text."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ def draw_loss(
 ) -> None:
     """Writes the curve of `loss`, and of `heldout_loss` where it was measured, as a PNG.
 
+    shares: names in the log of numbers between 0 and 1 -> their labels; they get a second panel.
     Raises ImportError without matplotlib.
-    shares: names in the log of numbers between 0 and 1 -> what to call them; they get a second panel.
     """
     need("matplotlib").use("agg")
     pyplot = need("matplotlib.pyplot")
@@ -22,8 +22,8 @@ def draw_loss(
     figure, panels = pyplot.subplots(1, width, figsize=(3 + 4 * width, 4), layout="constrained", squeeze=False)
     axes = panels[0, 0]
     axes.plot([e["step"] for e in entries], [e["loss"] for e in entries], color="0.6", lw=1, label="training")
-    judged = [e for e in entries if "heldout_loss" in e]
-    axes.plot([e["step"] for e in judged], [e["heldout_loss"] for e in judged], "o-", ms=3, label="held out")
+    measured = [e for e in entries if "heldout_loss" in e]
+    axes.plot([e["step"] for e in measured], [e["heldout_loss"] for e in measured], "o-", ms=3, label="held out")
     axes.set(xlabel="step", ylabel=unit, title=title, yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(need("matplotlib.ticker").LogLocator(subs=(2, 3, 5)))

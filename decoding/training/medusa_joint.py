@@ -1,13 +1,13 @@
-"""Trains Medusa heads together with a small change of the model, so that the model becomes easier to guess.
+"""Trains Medusa heads together with a low-rank change of the model, which becomes easier to predict (Medusa-2).
 
 Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads, arXiv 2401.10774 (Medusa-2). The model
-gets a low-rank change (LoRA, arXiv 2106.09685), and the loss is L_model + 0.2 L_heads, the heads reading the changed
+gets a low-rank change (LoRA, arXiv 2106.09685), and the loss is L_model + 0.2 L_heads, with the heads on the changed
 model's states. L_model keeps the model what it was: the divergence from the original, which is the changed model with
 its change switched off (the paper's self-distillation), or the cross-entropy of the text. The warm-up is the paper's
 two-stage one: it starts from heads that have been trained alone.
 
-What is decoded with this part is the changed model's text, whichever verifier checks it. Departs from the paper in that
-the change is learnt slower than the heads by a factor on the change and not on the learning rate.
+What is decoded with these weights is the changed model's text, whichever verifier checks it. Departs from the paper in
+that the change learns slower than the heads by a factor on the change and not on the learning rate.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from decodax.decoding.auxiliary_weights import AuxiliaryWeights
 from decodax.decoding.drafters.medusa_heads import MedusaShape, check_heads
-from decodax.decoding.trained_part import TrainedPart
 from decodax.decoding.training.distillation import kl_divergence
 from decodax.decoding.training.medusa import (
     MedusaTraining,
@@ -30,7 +30,7 @@ from decodax.decoding.training.medusa import (
     measured_heads,
     places,
     window_states,
-    with_likeliest,
+    with_top_tokens,
 )
 from decodax.layers.adapters.low_rank import low_rank_change, merged
 from decodax.models.model import Model, Params
@@ -41,9 +41,10 @@ KEEPS = ("model", "text")
 
 @dataclass(frozen=True)
 class MedusaJointShape(MedusaShape):
-    """Heads as in `MedusaShape`, and the rank of the change.
+    """Heads as in `MedusaShape`, and the change.
 
-    change_scale: what the change is multiplied by; the paper's heads learn four times as fast as its model.
+    rank: of the change.
+    change_scale: the factor on the change; the paper's heads learn four times as fast as its model.
     """
 
     rank: int = 16
@@ -57,19 +58,19 @@ class MedusaJointShape(MedusaShape):
 
 @dataclass(frozen=True)
 class MedusaJointTraining(MedusaTraining):
-    """Medusa-2: its trained part is {"heads": ..., "low_rank": `low_rank_change`}; `shape` is a `MedusaJointShape`.
+    """Medusa-2: trains {"heads": ..., "low_rank": `low_rank_change`}; `shape` is a `MedusaJointShape`.
 
-    start: a part with heads of the same shape that were trained alone. keep: what L_model is, "model" for the
-    divergence from the original model, "text" for the cross-entropy of the text.
+    start: weights of heads of the same shape that were trained alone.
+    keep: what L_model is, "model" for the divergence from the original model, "text" for the cross-entropy of the text.
     """
 
     shape: MedusaJointShape
-    start: TrainedPart = field(kw_only=True)
+    start: AuxiliaryWeights = field(kw_only=True)
     keep: str = "model"
 
     curve_title, curve_unit = "Training Medusa heads and model", "L_model + 0.2 L_heads, nats"
     curve_shares: ClassVar[Mapping[str, str]] = {
-        "unchanged": "the model's likeliest token as before",
+        "unchanged": "the model's most probable token as before",
         **MedusaTraining.curve_shares,
     }
 
@@ -79,8 +80,8 @@ class MedusaJointTraining(MedusaTraining):
             raise ValueError(f"keep must be one of {KEEPS}, got {self.keep!r}")
         if self.start.kind != self.kind or set(self.start.params) != {"heads"}:
             raise ValueError(
-                f"joint training starts from Medusa heads that were trained alone, {self.start.name or 'the part'} "
-                f"holds {self.start.kind!r} with {sorted(self.start.params)}: make them with `decodax train medusa`"
+                f"start must be Medusa heads that were trained alone, got {self.start.name or 'weights'}, which holds "
+                f"{self.start.kind!r} with {sorted(self.start.params)}: make them with `decodax train medusa`"
             )
         heads = self.start.params["heads"]
         check_heads(self.target.model, heads)
@@ -115,27 +116,28 @@ class MedusaJointTraining(MedusaTraining):
         logits = model.read_out(changed, normed)
         if self.keep == "model":
             original = model.read_out(target_params, window_states(model, target_params, rows[:, :-1]))
-            keeping = jnp.mean(kl_divergence(jax.lax.stop_gradient(original), logits))
+            model_loss = jnp.mean(kl_divergence(jax.lax.stop_gradient(original), logits))
         else:
             score = jnp.take_along_axis(logits, rows[:, 1:, None], axis=2)[..., 0]
-            keeping = jnp.mean(jax.nn.logsumexp(logits, axis=2) - score)
-        label = rows if self.labels == "text" else with_likeliest(rows, logits)
+            model_loss = jnp.mean(jax.nn.logsumexp(logits, axis=2) - score)
+        label = rows if self.labels == "text" else with_top_tokens(rows, logits)
         place = places(step, self.stride, normed.shape[1])
-        guessing = heads_loss(model, changed, trained["heads"], normed, label, place, self.shape.heads)
-        return keeping + HEADS_WEIGHT * guessing
+        loss_of_heads = heads_loss(model, changed, trained["heads"], normed, label, place, self.shape.heads)
+        return model_loss + HEADS_WEIGHT * loss_of_heads
 
     def measure(self, trained: Params, windows: Int[np.ndarray, "W T_plus_1"]) -> dict[str, Any]:
         """As for heads alone, with the changed model, and how far that is from the original.
 
-        unchanged: share of positions at which both find the same token likeliest. kl: KL(original || changed), nats.
+        unchanged: share of positions at which both have the same most probable token.
+        kl: KL(original || changed), nats.
         """
         model, target_params = self.target.model, self.target.params
         changed = self.changed(target_params, trained)
         found = measured_heads(model, changed, trained["heads"], windows, self.labels)
         rows = [np.asarray(_compared(model, target_params, changed, row[None]), np.float64) for row in windows]
-        kl, unchanged, surprise = np.mean(rows, axis=0)
-        keeping = kl if self.keep == "model" else surprise
-        loss = float(keeping + HEADS_WEIGHT * found["heldout_loss"])
+        kl, unchanged, text_loss = np.mean(rows, axis=0)
+        model_loss = kl if self.keep == "model" else text_loss
+        loss = float(model_loss + HEADS_WEIGHT * found["heldout_loss"])
         return found | {"heldout_loss": loss, "kl": float(kl), "unchanged": float(unchanged)}
 
 
@@ -143,7 +145,7 @@ class MedusaJointTraining(MedusaTraining):
 def _compared(
     model: Model, params: Params, changed: Params, rows: Int[Array | np.ndarray, "B T_plus_1"]
 ) -> Float[Array, " numbers"]:
-    """Means over windows: KL(original || changed), share of equal likeliest tokens, the changed one's cross-entropy."""
+    """Means over windows: KL(original || changed), share of equal argmax tokens, cross-entropy of the changed model."""
     rows = jnp.asarray(rows)
     one, other = (model.read_out(p, window_states(model, p, rows[:, :-1])) for p in (params, changed))
     score = jnp.take_along_axis(jax.nn.log_softmax(other), rows[:, 1:, None], axis=2)

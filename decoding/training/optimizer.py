@@ -1,8 +1,8 @@
-"""The optimizer of every training here, at learning rate 1; the loop multiplies its update by the rate of the moment.
+"""Builds the optimizer of every training, at learning rate 1; the loop multiplies its update by the current rate.
 
 Muon for the layers' matrices (Jordan 2024; scaled to AdamW's step size as in "Muon is Scalable for LLM Training", arXiv
 2502.16982; Turbo-Muon's preconditioning, arXiv 2512.04632, saves one of five iterations) and Adam for embeddings,
-norms and whatever else is no matrix of a layer; or AdamW for all. Needs optax.
+norms and all else that is no matrix of a layer; or AdamW for all. Needs optax.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(plan: Plan) -> "optax.GradientTransformation":
-    """The plan's optimizer, with gradients clipped to a global norm of 1. ImportError without optax."""
+    """The plan's optimizer, with gradients clipped to a global norm of 1.
+
+    Raises ImportError without optax.
+    """
     optax = need("optax")
 
     def matrices(params: dict[str, Any]) -> dict[str, Any]:

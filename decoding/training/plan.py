@@ -1,7 +1,7 @@
-"""What a training run does from its first step to its last, as frozen data; the learning rate follows from it.
+"""Defines the plan of a training run, from its first step to its last, as frozen data, with its learning rate.
 
 The learning rate warms up, stays, and falls to zero over the last third (warmup-stable-decay, arXiv 2405.18392), so
-that a run can be told to finish earlier or later: only the fall moves.
+that a run can finish earlier or later: only the fall moves.
 """
 
 from dataclasses import dataclass, replace
@@ -10,11 +10,13 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Plan:
-    """Stored with each checkpoint, so that a resumed run follows it.
+    """The plan, stored with each checkpoint, so that a resumed run follows it.
 
-    `decay_from` and `long_from` are the steps at which the learning rate begins to fall and the rows grow from
-    `short_tokens` to `window_tokens`; `finishing_by` sets them, the latter to `long_share` before the end. The rate
-    rises for `warmup` steps, or a tenth of the run where that is less. `optimizer` is muon or adamw.
+    decay_from: step at which the learning rate begins to fall; `finishing_by` sets it.
+    long_from: step at which the rows grow from `short_tokens` to `window_tokens`; `finishing_by` sets it.
+    warmup: steps in which the rate rises, or a tenth of the run where that is less.
+    long_share: how long before the end `finishing_by` sets `long_from`.
+    optimizer: muon or adamw.
 
     >>> Plan(steps=100, decay_from=64, warmup=10, peak=0.5).learning_rate(4)
     0.25
@@ -56,9 +58,7 @@ class Plan:
         """The same run with another last step; the fall begins a third before it, the long rows by their share.
 
         Neither begins before step `now`.
-
-        Raises:
-            ValueError: the run is already past that step.
+        Raises ValueError when the run is already past that step.
         """
         if steps <= now:
             raise ValueError(f"the last step must be after the checkpoint's step {now}, got {steps}")

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, to train its small parts on: what they will be asked about is the model's text.
+"""Writes training text with the model itself, since its auxiliary weights will have to predict the model's own text.
 
 Medusa, arXiv 2401.10774 (section 2.3.2): seed prompts from any text, answered by the model. Departs from the paper in
 that a seed is a piece of a document and not a question, and that what is kept is seed and continuation.
@@ -12,7 +12,7 @@ from decodax.decoding.generation import generate
 from decodax.decoding.options import GenerateOptions
 from decodax.models.load import LanguageModel
 
-ROWS = 64  # continued at once
+ROWS = 64  # continued in one batch
 
 
 def self_distilled(
@@ -25,11 +25,13 @@ def self_distilled(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """`count` documents of token ids: `seed_tokens` tokens from random places of `documents`, continued by the model.
+    """`count` documents of token ids: pieces of `documents`, continued by the model.
 
-    A continuation ends after `new_tokens` or with the model's end token. The same seed gives the same documents; at
-    temperature 0 they repeat themselves sooner than at 0.7, say.
-    Raises ValueError where no document is as long as a seed, or a seed and what is to follow exceed the context.
+    seed_tokens: tokens of a piece, from a random place of `documents`.
+    new_tokens: after which a continuation ends, unless the model's end token comes first.
+    temperature: at 0 the documents repeat themselves sooner than at 0.7, say.
+    seed: the same one gives the same documents.
+    Raises ValueError when no document is as long as a seed, or seed and continuation exceed the context.
     """
     context = lm.config.max_position_embeddings
     if min(count, seed_tokens, new_tokens) < 1 or seed_tokens + new_tokens > context:

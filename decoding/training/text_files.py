@@ -1,4 +1,4 @@
-"""Reads the text to train on: files, and folders with everything in them that is text."""
+"""Reads the text to train on, from files and from all text files in folders."""
 
 import os
 import warnings
@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from decodax.models.tokenizer import Tokenizer
+from decodax.models.tokenizers.tokenizer import Tokenizer
 
 
 def read_texts(paths: Iterable[Path]) -> list[str]:
     """The text of each file, in the order given; a folder gives its files by name, subfolders included.
 
-    Hidden files and folders are skipped, and in folders whatever is empty or not text in UTF-8 (one warning says how
-    many). Raises FileNotFoundError for a path that does not exist, ValueError for a named file that is not such text
-    and where nothing is found at all.
+    Hidden files and folders are skipped, and in folders all files that are empty or not text in UTF-8 (one warning
+    says how many).
+    Raises FileNotFoundError for a path that does not exist.
+    Raises ValueError for a named file that is not such text, and when nothing is found at all.
     """
     texts, skipped = [], 0
     for path in paths:
@@ -49,7 +50,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _text(file: Path) -> str | None:
-    """The file's text; None when it is no UTF-8, or holds a zero byte, which text does not."""
+    """The file's text; None when it is not UTF-8, or holds a zero byte, which text does not."""
     content = file.read_bytes()
     try:
         return None if b"\0" in content else content.decode("utf-8")

@@ -1,7 +1,7 @@
-"""Cuts text into the rows that a training step reads, in random order, each computed from the step alone.
+"""Cuts text into the rows of each training step, in random order, computed from the step alone.
 
-A resumed run therefore reads what it would have read. One pass lays all documents end to end in random order, each
-behind a separator, and cuts the result into windows, which are drawn in random order.
+A resumed run therefore reads what it would have read. One pass concatenates all documents in random order, each after
+a separator, and cuts the result into windows, which are drawn in random order.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from decodax.decoding.training.plan import Plan
 
 
 class TextWindows:
-    """The training rows of any step: a few windows, whole or (up to the plan's `long_from`) cut into shorter rows.
+    """The training rows of any step: a few windows, uncut or (up to the plan's `long_from`) cut into shorter rows.
 
-    always: token ids of the documents that every pass reads. rotating: those of which a pass reads `rotating_share`,
-    another part in each. separator: the ids before every document, often the model's end token. Mutable: it remembers
-    where its passes begin and the windows of the latest.
+    always: token ids of the documents that every pass reads.
+    rotating: those of which each pass reads another share, `rotating_share`.
+    separator: the ids before every document, often the model's end token.
+    Mutable: it remembers where its passes begin and the windows of the latest.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class TextWindows:
             )
 
     def at(self, step: int) -> Int[np.ndarray, "B T_plus_1"]:
-        """The rows of a step, each one token longer than what the model reads: targets are the inputs moved by one."""
+        """The rows of a step, each one token longer than the model's input: labels are the inputs moved by one."""
         plan = self._plan
         first = step * plan.windows_per_step
         windows = [self._window(index) for index in range(first, first + plan.windows_per_step)]
@@ -74,7 +75,7 @@ class TextWindows:
 
 
 def cut(stream: Int[np.ndarray, " S"], size: int) -> Int[np.ndarray, "W T_plus_1"]:
-    """All whole windows of a stream, one after the other, each with the token that follows it.
+    """All full windows of a stream, one after the other, each with the token that follows it.
 
     >>> cut(np.arange(8), 3).tolist()
     [[0, 1, 2, 3], [3, 4, 5, 6]]

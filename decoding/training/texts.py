@@ -1,4 +1,4 @@
-"""The texts of a training: what is learnt from, what is judged on, and how the two are parted."""
+"""Holds the texts of a training run, training, held-out and calibration documents, and splits them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,12 +14,14 @@ MAX_HELDOUT_WINDOWS = 64
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids to learn from and to be judged on.
+    """Token ids to train on and to measure on.
 
-    train: documents that every pass reads. heldout: documents never trained on. rotating: documents of which each pass
-    reads another `rotating_share`. separator: the ids before every document. calibration: never trained on either, and
-    most like what will be decoded (a model's own text); what a strategy chooses by is measured there, and on `heldout`
-    where there is none.
+    train: documents that every pass reads.
+    heldout: documents never trained on.
+    rotating: documents of which each pass reads another share, `rotating_share`.
+    separator: the ids before every document.
+    calibration: never trained on either, and most like what will be decoded (a model's own text); what a strategy
+        chooses by is measured there, and on `heldout` where there is none.
     """
 
     train: Sequence[np.ndarray]
@@ -34,7 +36,7 @@ class Texts:
         return self._windows(self.heldout, size)
 
     def calibration_windows(self, size: int) -> Int[np.ndarray, "W T_plus_1"]:
-        """The same of the text to choose by."""
+        """The same of the calibration text."""
         return self._windows(self.calibration, size)
 
     def _windows(self, documents: Sequence[np.ndarray], size: int) -> Int[np.ndarray, "W T_plus_1"]:

@@ -1,30 +1,33 @@
-"""Rules that decide which draft tokens stand, one per file."""
+"""Lists the verifiers: rules that decide which draft tokens are accepted, one per file."""
 
-from decodax.decoding.verifiers._contract import Verdict, Verifier
-from decodax.decoding.verifiers.chain_rejection import ChainRejection
-from decodax.decoding.verifiers.deterministic_tree import DeterministicTree
-from decodax.decoding.verifiers.exact_match import ExactMatch
-from decodax.decoding.verifiers.tree_rejection import TreeRejection
-from decodax.decoding.verifiers.tree_rejection_without_replacement import TreeRejectionWithoutReplacement
-from decodax.decoding.verifiers.typical_acceptance import TypicalAcceptance
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-METHODS: dict[str, type[Verifier]] = {
-    "exact_match": ExactMatch,
-    "chain_rejection": ChainRejection,
-    "tree_rejection": TreeRejection,
-    "tree_rejection_without_replacement": TreeRejectionWithoutReplacement,
-    "deterministic_tree": DeterministicTree,
-    "typical_acceptance": TypicalAcceptance,
-}
+from decodax.core.lazy import Methods, exports
 
-__all__ = [
-    "METHODS",
-    "ChainRejection",
-    "DeterministicTree",
-    "ExactMatch",
-    "TreeRejection",
-    "TreeRejectionWithoutReplacement",
-    "TypicalAcceptance",
-    "Verdict",
-    "Verifier",
-]
+if TYPE_CHECKING:
+    from decodax.decoding.verifiers.chain_rejection import ChainRejection as ChainRejection
+    from decodax.decoding.verifiers.contract import Verdict as Verdict
+    from decodax.decoding.verifiers.contract import Verifier as Verifier
+    from decodax.decoding.verifiers.deterministic_tree import DeterministicTree as DeterministicTree
+    from decodax.decoding.verifiers.exact_match import ExactMatch as ExactMatch
+    from decodax.decoding.verifiers.tree_rejection import TreeRejection as TreeRejection
+    from decodax.decoding.verifiers.tree_rejection_without_replacement import (
+        TreeRejectionWithoutReplacement as TreeRejectionWithoutReplacement,
+    )
+    from decodax.decoding.verifiers.typical_acceptance import TypicalAcceptance as TypicalAcceptance
+
+_METHODS = Methods(
+    __name__,
+    {
+        "exact_match": "ExactMatch",
+        "chain_rejection": "ChainRejection",
+        "tree_rejection": "TreeRejection",
+        "tree_rejection_without_replacement": "TreeRejectionWithoutReplacement",
+        "deterministic_tree": "DeterministicTree",
+        "typical_acceptance": "TypicalAcceptance",
+    },
+)
+METHODS: "Mapping[str, type[Verifier]]" = _METHODS
+
+__getattr__, __dir__ = exports(__name__, _METHODS.exports | {"Verdict": "contract", "Verifier": "contract"})

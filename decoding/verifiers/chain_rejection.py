@@ -1,11 +1,11 @@
-"""Speculative sampling on a chain: draft tokens stand while the target finds them likely enough, the first that does
-not is replaced by a draw from what the draft had missed, and the output follows the target's law exactly.
+"""Verifies a chain by rejection sampling (speculative sampling); the output follows the target distribution exactly.
 
 Papers: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192; Accelerating Large Language Model
 Decoding with Speculative Sampling, arXiv 2302.01318.
 
-All draft tokens are judged at once, as whether one would be taken depends on no other; only the first refusal matters.
-A draft that is chosen and not drawn (the likeliest tokens, a lookup) has all its law's probability on its token.
+The first rejected draft token is replaced by a draw from the residual distribution. All draft tokens are tested at
+once, as their acceptance does not depend on one another; only the first rejection matters. A draft that is chosen, not
+drawn (the most probable tokens, a lookup), has a distribution with all probability on its token.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, UInt32
 
-from decodax.decoding.drafters._contract import Children, Proposal
-from decodax.decoding.verifiers._acceptance import acceptance_draws, draw_after, excess, ratio, without
-from decodax.decoding.verifiers._contract import Verdict, Verifier, at_node
+from decodax.decoding.drafters.contract import Children, Proposal
+from decodax.decoding.verifiers._acceptance import (
+    acceptance_probability,
+    acceptance_uniforms,
+    distribution_without,
+    draw_after,
+    residual_distribution,
+)
 from decodax.decoding.verifiers._matching import follow_largest
+from decodax.decoding.verifiers.contract import Verdict, Verifier, at_node
 
 
 @dataclass(frozen=True)
 class ChainRejection(Verifier):
-    """Takes token x with probability min(1, p(x) / q(x)); after the first refusal, a draw from norm(max(p - q, 0)).
+    """Accepts token x with probability min(1, p(x) / q(x)); after the first rejection, draws from norm(max(p - q, 0)).
 
-    When all are taken, or the draft ends, the token after them is drawn from p. The probability of taking a token is
-    1 - TV(p, q): with p = (0.5, 0.25, 0.25) and q = (0, 0.75, 0.25) it is 0.5, and a refusal gives token 0.
+    When all are accepted, or the draft ends, the token after them is drawn from p. A token is accepted with probability
+    1 - TV(p, q): with p = (0.5, 0.25, 0.25) and q = (0, 0.75, 0.25) it is 0.5, and a rejection gives token 0.
     """
 
     lossless: ClassVar[bool] = True
@@ -37,38 +43,40 @@ class ChainRejection(Verifier):
         self,
         proposal: Proposal,
         logits: Float32[Array, "B C V"],
-        draws: bool,
+        do_sample: bool,
         seed: UInt32[Array, " B"],
         position: Int[Array, "B C"],
     ) -> Verdict:
-        if not draws:
+        if not do_sample:
             return follow_largest(proposal, logits)
-        return draw_after(*judge(proposal, logits, acceptance_draws(proposal, seed, position)), seed, position)
+        return draw_after(*judge(proposal, logits, acceptance_uniforms(proposal, seed, position)), seed, position)
 
 
 def judge(
     proposal: Proposal, logits: Float32[Array, "B C V"], uniform: Float32[Array, "B C"]
 ) -> tuple[Int[Array, " B"], Float32[Array, "B V"]]:
-    """The last node taken in every row, and the law of the token after it."""
-    is_taken = proposal.is_candidate[:, 1:] & (uniform[:, 1:] < ratio(*_probabilities(proposal, logits)))
-    node = jnp.sum(jnp.cumprod(is_taken, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
-    # The nodes of a chain are numbered along it, so the token refused, if there is one, stands right behind.
-    behind = jnp.minimum(node + 1, uniform.shape[1] - 1)
-    is_refused = at_node(proposal.is_candidate, behind) & (behind > node)
-    wanted = jax.nn.softmax(at_node(logits, node), axis=1)
-    if proposal.law is None:
-        left = without(wanted, at_node(proposal.token, behind))
+    """The last accepted node of every row, and the distribution of the token after it."""
+    is_accepted = proposal.is_candidate[:, 1:] & (
+        uniform[:, 1:] < acceptance_probability(*_probabilities(proposal, logits))
+    )
+    node = jnp.sum(jnp.cumprod(is_accepted, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
+    # The nodes of a chain are numbered along it, so a rejected token, if there is one, is the next node.
+    next_node = jnp.minimum(node + 1, uniform.shape[1] - 1)
+    is_rejected = at_node(proposal.is_candidate, next_node) & (next_node > node)
+    target_probs = jax.nn.softmax(at_node(logits, node), axis=1)
+    if proposal.logprobs is None:
+        residual = distribution_without(target_probs, at_node(proposal.token, next_node))
     else:
-        left = excess(wanted, jnp.exp(at_node(proposal.law, node)))
-    return node, jnp.where(is_refused[:, None], left, wanted)
+        residual = residual_distribution(target_probs, jnp.exp(at_node(proposal.logprobs, node)))
+    return node, jnp.where(is_rejected[:, None], residual, target_probs)
 
 
 def _probabilities(
     proposal: Proposal, logits: Float32[Array, "B C V"]
 ) -> tuple[Float32[Array, "B A"], Float32[Array, "B A"]]:
-    """p and q of every draft token, where it was drafted."""
+    """p and q of every draft token, at its parent."""
     token, logits = proposal.token[:, 1:, None], logits[:, :-1]
-    wanted = jnp.take_along_axis(logits, token, axis=2)[:, :, 0] - jax.nn.logsumexp(logits, axis=2)
-    if proposal.law is None:
-        return jnp.exp(wanted), jnp.ones(wanted.shape, jnp.float32)
-    return jnp.exp(wanted), jnp.exp(jnp.take_along_axis(proposal.law[:, :-1], token, axis=2)[:, :, 0])
+    target_logprobs = jnp.take_along_axis(logits, token, axis=2)[:, :, 0] - jax.nn.logsumexp(logits, axis=2)
+    if proposal.logprobs is None:
+        return jnp.exp(target_logprobs), jnp.ones(target_logprobs.shape, jnp.float32)
+    return jnp.exp(target_logprobs), jnp.exp(jnp.take_along_axis(proposal.logprobs[:, :-1], token, axis=2)[:, :, 0])

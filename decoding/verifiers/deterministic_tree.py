@@ -1,13 +1,12 @@
-"""Tries draft tokens that were chosen and not drawn, such as the draft's likeliest; the output follows the target's law
-exactly.
+"""Verifies a tree of chosen (not drawn) draft tokens, such as a draft's most probable ones, by rejection sampling.
 
 Paper: EAGLE-2: Faster Inference of Language Models with Dynamic Draft Trees, arXiv 2406.16858 (the rule is that of its
 code).
 
-A chosen token is one drawn from a law that has all its probability on it, so it is taken with the target's probability
-and else ruled out. Dividing by the draft's probability, as rejection rules do for drawn children, would be wrong here.
-The rule asks nothing of how the children came about, so it holds for drawn ones too; rules that know the law from which
-they were drawn accept more of those.
+The output follows the target distribution exactly. A chosen token counts as drawn from a distribution with all
+probability on it, so it is accepted with the target's probability and otherwise excluded. Dividing by the draft's
+probability, as rejection rules do for drawn children, would be wrong here. The rule does not depend on how the children
+were found, so it holds for drawn ones too; rules that know their distribution accept more of those.
 """
 
 from dataclasses import dataclass
@@ -15,28 +14,28 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float, Int
 
-from decodax.decoding.drafters._contract import Children
-from decodax.decoding.verifiers._acceptance import without
+from decodax.decoding.drafters.contract import Children
+from decodax.decoding.verifiers._acceptance import distribution_without
 from decodax.decoding.verifiers._walk import TreeRule
 
 
 @dataclass(frozen=True)
 class DeterministicTree(TreeRule):
-    """r = p at first; child x is taken with probability r(x), and a refusal makes r(x) = 0 and renormalises.
+    """r = p at first; child x is accepted with probability r(x), and a rejection sets r(x) = 0 and renormalises.
 
-    So one of the children is taken with the sum of their probabilities: with p = (0.5, 0.25, 0.25) and children 0 and
-    1, the first with 0.5, the second, once it is refused, with 0.25 / 0.5.
+    So one of the children is accepted with the sum of their probabilities: with p = (0.5, 0.25, 0.25) and children 0
+    and 1, the first with 0.5, and the second, after the first is rejected, with 0.25 / 0.5.
     """
 
     lossless: ClassVar[bool] = True
     takes: ClassVar[frozenset[Children]] = frozenset(Children)
 
     def acceptance(
-        self, wanted: Float[Array, " V"], law: Float[Array, " V"] | None, token: Int[Array, ""]
+        self, target_probs: Float[Array, " V"], logprobs: Float[Array, " V"] | None, token: Int[Array, ""]
     ) -> Float[Array, ""]:
-        return wanted[token]
+        return target_probs[token]
 
-    def refuse(
-        self, wanted: Float[Array, " V"], law: Float[Array, " V"] | None, token: Int[Array, ""]
+    def reject(
+        self, target_probs: Float[Array, " V"], logprobs: Float[Array, " V"] | None, token: Int[Array, ""]
     ) -> tuple[Float[Array, " V"], Float[Array, " V"] | None]:
-        return without(wanted, token), law
+        return distribution_without(target_probs, token), logprobs

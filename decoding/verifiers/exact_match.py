@@ -1,11 +1,11 @@
 """Accepts the draft tokens that plain decoding would have emitted: at temperature 0, greedy matching.
 
-At every node the target takes its token as plain decoding does, with the same random numbers, and the walk goes on
-while a draft token is that very one. So the output is, token for token, that of plain decoding with the same seed, at
-any temperature and with any sampling option, whatever the drafter does. For sampled rows this is the naive sampling
-of SpecInfer (arXiv 2305.09781, section 4.3). Where children are chosen and not drawn it accepts as much as any lossless
-rule can, the sum of the target's probabilities of the children; where they are drawn from a law near the target's, the
-rejection rules accept more.
+At every node the target samples its token as plain decoding does, with the same random numbers, and a child is accepted
+if it is that token. So the output is, token for token, that of plain decoding with the same seed, at any temperature
+and with any sampling option, whatever the drafter does. For sampled rows this is the naive sampling of SpecInfer (arXiv
+2305.09781, section 4.3). Where children are chosen, not drawn, it accepts as much as any lossless rule can: the sum of
+the target's probabilities of the children. Where they are drawn from a distribution near the target's, the rejection
+rules accept more.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float32, Int, UInt32
 
-from decodax.decoding.drafters._contract import Children, Proposal
-from decodax.decoding.verifiers._contract import Verdict, Verifier, token_noise
+from decodax.decoding.drafters.contract import Children, Proposal
 from decodax.decoding.verifiers._matching import follow_largest
+from decodax.decoding.verifiers.contract import Verdict, Verifier, token_noise
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class ExactMatch(Verifier):
         self,
         proposal: Proposal,
         logits: Float32[Array, "B C V"],
-        draws: bool,
+        do_sample: bool,
         seed: UInt32[Array, " B"],
         position: Int[Array, "B C"],
     ) -> Verdict:
-        if draws:
+        if do_sample:
             logits = logits + token_noise(seed, position, logits.shape[2])
         return follow_largest(proposal, logits)

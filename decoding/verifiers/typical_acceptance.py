@@ -1,13 +1,13 @@
-"""Accepts draft tokens that the target finds typical enough. Lossy: the output does not follow the target's law.
+"""Accepts draft tokens that are typical for the target. Lossy: the output does not follow the target distribution.
 
 Paper: Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads, arXiv 2401.10774 (section 2.3).
 
-A token counts as typical when its probability is above a threshold that falls where the target is unsure. The longest
-path of typical tokens is accepted, and the draft, not the target, has decided which of the typical tokens it holds.
+A token is typical when its probability is above a threshold that falls with the entropy of the target. The longest
+path of typical tokens is accepted; the draft, not the target, decides which of the typical tokens it holds.
 
-What departs from the paper: its first token of every round is the target's likeliest, accepted without a question;
-here the token after the accepted path is drawn as plain decoding draws it, with every sampling option, and the draft
-follows it. The probabilities are those after the sampling options, so a row at temperature 0 is greedy matching.
+Departs from the paper: its first token of every round is the target's most probable, always accepted; here the token
+after the accepted path is drawn as plain decoding draws it, with every sampling option, and the draft follows it. The
+probabilities are those after the sampling options, so a row at temperature 0 is greedy matching.
 """
 
 import math
@@ -18,20 +18,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, UInt32
 
-from decodax.decoding.drafters._contract import Children, Proposal
+from decodax.decoding.drafters.contract import Children, Proposal
 from decodax.decoding.verifiers._acceptance import draw_after
-from decodax.decoding.verifiers._contract import Verdict, Verifier, at_node
 from decodax.decoding.verifiers._matching import follow_largest
+from decodax.decoding.verifiers.contract import Verdict, Verifier, at_node
 
 
 @dataclass(frozen=True)
 class TypicalAcceptance(Verifier):
     """Accepts token x if p(x) > min(epsilon, delta * exp(-H)), H being the entropy of p in nats.
 
-    Of accepted paths the longest counts, of equally long ones the most probable. The paper sets delta to the square
-    root of epsilon. With p = (0.5, 0.25, 0.25), H = 1.04 and exp(-H) = 0.354: the defaults accept above
-    min(0.09, 0.106). With epsilon 1 and delta infinite nothing passes, which is plain decoding.
-    Raises ValueError where epsilon is not in 0..1 or delta not above 0.
+    Of the accepted paths the longest is taken, of equally long ones the most probable. The paper sets delta to the
+    square root of epsilon. With p = (0.5, 0.25, 0.25), H = 1.04 and exp(-H) = 0.354: the defaults accept above
+    min(0.09, 0.106). With epsilon 1 and delta infinite nothing is accepted, which is plain decoding.
+
+    Raises ValueError where epsilon is not in 0..1 or delta is not above 0.
     """
 
     epsilon: float = 0.09
@@ -56,11 +57,11 @@ class TypicalAcceptance(Verifier):
         self,
         proposal: Proposal,
         logits: Float32[Array, "B C V"],
-        draws: bool,
+        do_sample: bool,
         seed: UInt32[Array, " B"],
         position: Int[Array, "B C"],
     ) -> Verdict:
-        if not draws:
+        if not do_sample:
             return follow_largest(proposal, logits)
         log_p = jax.nn.log_softmax(logits, axis=2)
         entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=2)
@@ -77,10 +78,10 @@ class TypicalAcceptance(Verifier):
 def _best_path(
     proposal: Proposal, accepted: Bool[Array, "B C"], log_probability: Float32[Array, "B C"]
 ) -> Int[Array, " B"]:
-    """The end of the longest path whose every node is accepted, of equally long ones that of the most probable."""
+    """The end of the longest path whose every node is accepted; of equally long ones the most probable."""
     depth = jnp.broadcast_to(jnp.asarray(proposal.tree.depth), accepted.shape)
-    behind_root = jnp.asarray(proposal.tree.ancestors) & (jnp.asarray(proposal.tree.depth) > 0)[:, None, :]
+    after_root = jnp.asarray(proposal.tree.ancestors) & (jnp.asarray(proposal.tree.depth) > 0)[:, None, :]
     passed = jnp.where(accepted, log_probability, -jnp.inf)
-    score = jnp.sum(jnp.where(behind_root, passed[:, None, :], 0), axis=2)
+    score = jnp.sum(jnp.where(after_root, passed[:, None, :], 0), axis=2)
     longest = jnp.max(jnp.where(score > -jnp.inf, depth, 0), axis=1, keepdims=True)
     return jnp.argmax(jnp.where(depth == longest, score, -jnp.inf), axis=1).astype(jnp.int32)

@@ -1,8 +1,8 @@
-"""Attention of a prompt that reads, for each block of its queries, only the blocks of keys listed for it.
+"""Computes block-sparse prefill attention: each block of queries attends only to the blocks of keys in its list.
 
-What is listed is read exactly: softmax(scale q k^T) v over the keys of the listed blocks that stand no later than the
-query. Work and loads go with the number of listed blocks. Which blocks those are is for a method to say: MInference
-(arXiv 2407.02490), FlexPrefill (arXiv 2502.20766) and others end in such lists.
+Attention to the listed blocks is exact: softmax(scale q k^T) v over their keys that are no later than the query. Work
+and loads are proportional to the number of listed blocks. A method chooses the blocks: MInference (arXiv 2407.02490),
+FlexPrefill (arXiv 2502.20766) and others produce such lists.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
-from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
-from decodax.kernels_pallas.new_tokens import check_range
+from decodax.kernels_pallas.decode.new_tokens import check_range
+from decodax.kernels_pallas.selection import Implementation, KernelSelection, select_in_folder
 
-__all__ = ["BlockLists", "block_sparse_prefill", "choose_block_sparse_prefill"]
+__all__ = ["BlockLists", "block_sparse_prefill", "select_block_sparse_prefill"]
 
 
 def block_sparse_prefill(
@@ -32,48 +32,53 @@ def block_sparse_prefill(
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
     """Attention over the listed blocks, in the operands' dtype, and the log-sum-exp of each query's scores in float32.
 
-    blocks: for each block of queries the blocks of keys it reads, per head or group of heads. Query block i holds
-    queries i * query_block and on, key block j the slots j * key_block and on, whatever the offset is.
-    offset: query t of a row stands in slot offset + t (0 by default), and reads no slot behind its own.
-    length: slots of a row that are filled (offset + T by default); what later ones hold does not matter.
+    query: of T tokens.
+    key, value: slots of each row.
+    blocks: for each block of queries the blocks of keys it attends to, per head or group of heads. Query block i holds
+        queries from i * query_block on, key block j the slots from j * key_block on, whatever the offset is.
+    scale: of the scores.
+    offset: query t of a row is in slot offset + t (0 by default), and attends to no later slot.
+    length: slots of a row that are filled (offset + T by default); later ones may hold anything.
     softcap: scores are softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+    implementation: None takes the kernel of this device if it supports the operands, else XLA.
 
-    A query that reads nothing gives 0 and a log-sum-exp of -inf.
+    A query that attends to nothing gives 0 and a log-sum-exp of -inf.
 
-    Raises ValueError for operands that do not belong together and, where values are known, for lists that point outside
-    or name a block twice, and lengths and offsets outside 0..S (inside jit a block that is not there counts as empty,
-    and lengths are clipped); NotImplementedError if the implementation asked for does not take the operands.
+    Raises ValueError for operands that do not fit each other and, if values are known, for lists that point outside or
+    name a block twice, and lengths and offsets outside 0..S (inside jit a missing block counts as empty, and lengths
+    are clipped).
+    Raises NotImplementedError if the implementation asked for does not support the operands.
     """
     _check_shapes(query, key, value, blocks)
     batch, num_tokens = query.shape[:2]
     capacity = key.shape[2]
     blocks = blocks.within(-(-capacity // blocks.key_block))
-    check_range("offset", offset, 0, capacity, "a query stands in a slot of its row")
+    check_range("offset", offset, 0, capacity, "a query is in a slot of its row")
     check_range("length", length, 0, capacity, "there are no more slots (S)")
     offset = jnp.zeros(batch, jnp.int32) if offset is None else offset.astype(jnp.int32)
-    visible = jnp.minimum(offset + num_tokens, capacity)  # to the row's last query, which bounds what can be read
-    length = visible if length is None else jnp.clip(length.astype(jnp.int32), 0, visible)
+    end = jnp.minimum(offset + num_tokens, capacity)  # after the row's last query, the last slot to attend to
+    length = end if length is None else jnp.clip(length.astype(jnp.int32), 0, end)
     options: dict[str, Any] = {"scale": scale, "offset": offset, "length": length, "softcap": softcap}
-    choice = choose_block_sparse_prefill(query, key, value, blocks, implementation=implementation)
+    selection = select_block_sparse_prefill(query, key, value, blocks, implementation=implementation)
     with jax.named_scope("block_sparse_prefill"):
-        if choice.backend == "xla":
+        if selection.backend == "xla":
             from decodax.kernels_pallas.block_sparse_prefill import reference
 
             return reference.block_sparse_prefill(query, key, value, blocks, **options)
-        if choice.backend == "tpu":
+        if selection.backend == "tpu":
             from decodax.kernels_pallas.block_sparse_prefill import kernel_tpu
 
-            return kernel_tpu.block_sparse_prefill(query, key, value, blocks, **options, interpret=choice.interpret)
+            return kernel_tpu.block_sparse_prefill(query, key, value, blocks, **options, interpret=selection.interpret)
         from decodax.kernels_pallas.block_sparse_prefill import kernel_gpu
 
-        return kernel_gpu.block_sparse_prefill(query, key, value, blocks, **options, interpret=choice.interpret)
+        return kernel_gpu.block_sparse_prefill(query, key, value, blocks, **options, interpret=selection.interpret)
 
 
-def choose_block_sparse_prefill(
+def select_block_sparse_prefill(
     query: Any, key: Any, value: Any, blocks: BlockLists, *, implementation: Implementation | None = None
-) -> Choice:
-    """What `block_sparse_prefill` runs for operands of these shapes and dtypes, and why."""
-    return choose_in("block_sparse_prefill", implementation, query, key, value, blocks)
+) -> KernelSelection:
+    """The implementation of `block_sparse_prefill` for operands of these shapes and dtypes, and the reason."""
+    return select_in_folder("block_sparse_prefill", implementation, query, key, value, blocks)
 
 
 def _check_shapes(query: Any, key: Any, value: Any, blocks: BlockLists) -> None:

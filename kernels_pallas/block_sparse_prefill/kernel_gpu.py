@@ -1,17 +1,17 @@
-"""Block-sparse attention of a prompt on Hopper GPUs: a ring of tiles of keys, filled by TMA from the listed blocks.
+"""Computes block-sparse prefill attention on Hopper GPUs: a ring of key tiles, filled by TMA from the listed blocks.
 
 Grid, the last axis fastest: (B, K, query blocks from the last to the first, tiles of 64 queries of the key-value head's
-heads, two by two). Thread blocks that run at the same time so share their keys in the L2 cache, and those with the most
-to read begin first.
+heads, two by two). So thread blocks that run at the same time share their keys in the L2 cache, and those with the most
+keys begin first.
 
-One warpgroup holds two tiles of 64 queries that share a list (one, where there is no second or it does not fit)
-in shared memory and their output in registers: with one, the L2 cache's bandwidth would bound the kernel before the
-matrix unit does. It walks over the tiles of 64 keys of the list; while one is multiplied, the copy of the next is under
-way, and the list's entry of the one after that is being read. Two thread blocks fit on a multiprocessor, so that one's
-softmax runs beside the other's products.
+One warpgroup holds two tiles of 64 queries that share a list (one, if there is no second or it does not fit) in shared
+memory and their output in registers: with one, the L2 cache's bandwidth would bound the kernel before the matrix unit
+does. It loops over the tiles of 64 keys of the list; while one is multiplied, the next is being copied, and the list's
+entry of the one after that is being read. Two thread blocks fit on a multiprocessor, so that one's softmax overlaps the
+other's products.
 
-Blocks at the end of a list that its queries may not read are dropped before the first copy; others of this kind are
-copied and not multiplied. Element masks are applied only to tiles that are read in part.
+Masked blocks at the end of a list are dropped before the first copy; other masked blocks are copied and not multiplied.
+Element masks are applied only to partially masked tiles.
 """
 
 import functools
@@ -26,15 +26,15 @@ from jaxtyping import Array, Float, Int
 from decodax.kernels_pallas import online_softmax
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
 from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, tiled
-from decodax.kernels_pallas.online_softmax import Seen
+from decodax.kernels_pallas.online_softmax import OnlineSoftmax
 
 STAGES = 2  # tiles in the ring
 _BLOCK_BYTES = 113 * 2**10  # half of a multiprocessor's 227 KiB of shared memory (H100, CUDA programming guide)
 TILE = 64  # queries, and keys: what one warpgroup multiplies
 
 
-def misfit(query: Any, key: Any, value: Any, blocks: BlockLists, *, interpret: bool) -> str | None:
-    """Why this kernel does not take these operands (arrays or shapes); None if it does."""
+def unsupported_reason(query: Any, key: Any, value: Any, blocks: BlockLists, *, interpret: bool) -> str | None:
+    """Why this kernel does not support these operands (arrays or shapes); None if it does."""
     dtypes = (jnp.bfloat16, jnp.float16, jnp.float32) if interpret else (jnp.bfloat16, jnp.float16)
     if query.dtype not in dtypes:
         return f"the GPU kernel takes bfloat16 and float16, got {query.dtype}"
@@ -139,11 +139,11 @@ class _Queries(NamedTuple):
     head: Any
     first_token: Any
     first_slot: Any  # of the first query
-    limit: Any  # no query reads this slot or a later one
+    limit: Any  # no query attends to this slot or a later one
 
 
 class _Walk(NamedTuple):
-    """Which tiles of keys a thread block reads."""
+    """The tiles of keys of a thread block."""
 
     row: Any
     kv_head: Any
@@ -157,8 +157,8 @@ class _Walk(NamedTuple):
 class _Copied(NamedTuple):
     """A tile of keys in shared memory."""
 
-    first_slot: Any  # of those that are to be read
-    copied_from: Any  # slot of the first one here, which is earlier where the last tile does not fit
+    first_slot: Any  # of those to attend to
+    copied_from: Any  # slot of the first one here, which is earlier if the last tile does not fit
     keys: Any  # [64, H]
     values: Any  # [64, I]
 
@@ -171,7 +171,7 @@ def _read_list(warpgroup: Warpgroup, refs: _Refs, sizes: _Sizes, scale: float, s
         plgpu.copy_gmem_to_smem(source, refs.queries.at[tile], refs.query_barrier)
     dtype, head_size, value_size = refs.key.dtype, refs.key.shape[3], refs.value.shape[3]
 
-    def read(keys: Any, values: Any, barrier: Any) -> tuple[Seen, ...]:
+    def read(keys: Any, values: Any, barrier: Any) -> tuple[OnlineSoftmax, ...]:
         return _read_tiles(warpgroup, refs, sizes, walk, keys, values, barrier, scale, softcap)
 
     seen = pl.run_scoped(
@@ -236,19 +236,19 @@ def _read_tiles(
     barrier: Any,
     scale: float,
     softcap: float | None,
-) -> tuple[Seen, ...]:
-    """What the queries have seen after all their tiles. The ring: keys and values [STAGES, 64, ...] and barriers."""
+) -> tuple[OnlineSoftmax, ...]:
+    """The softmax of the queries over all their tiles. The ring: keys and values [STAGES, 64, ...] and barriers."""
     tiles_per_block = sizes.key_block // TILE
 
     def first_slot(tile: Any) -> Any:
-        """Of a tile of the list; behind its end, of its last tile."""
+        """The first slot of a tile of the list; after its end, of its last tile."""
         tile = jnp.clip(tile, 0, jnp.maximum(walk.count - 1, 0))
         entry = jnp.minimum(walk.start + jax.lax.div(tile, tiles_per_block), refs.index.shape[2] - 1)
         listed = refs.index[walk.row, walk.list, entry]
         return listed * sizes.key_block + jax.lax.rem(tile, tiles_per_block) * TILE
 
     def copy(slot: Any, place: Any) -> None:
-        """The last tile may not fit: then the last slots there are."""
+        """Copies a tile; one that does not fit starts earlier, to end with the last slot."""
         slots = (walk.row, walk.kv_head, pl.ds(jnp.minimum(slot, sizes.capacity - TILE), TILE))
         plgpu.copy_gmem_to_smem(refs.key.at[slots], keys.at[place], barrier.at[place])
         plgpu.copy_gmem_to_smem(refs.value.at[slots], values.at[place], barrier.at[place])
@@ -260,7 +260,7 @@ def _read_tiles(
     def step(tile: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         seen, (slot, *following) = carry
         place = jax.lax.rem(tile, STAGES)
-        entering = first_slot(tile + STAGES + 1)  # used a step later, so that nobody waits for it
+        entering = first_slot(tile + STAGES + 1)  # used a step later, so that nothing waits for it
         plgpu.barrier_wait(barrier.at[place])
         copied_from = jnp.minimum(slot, sizes.capacity - TILE)
         copied = _Copied(slot, copied_from, keys.at[place], values.at[place])
@@ -272,14 +272,14 @@ def _read_tiles(
         pl.when(tile + STAGES < walk.count)(lambda: copy(following[-1], place))
         return seen, (*following, entering)
 
-    nothing = online_softmax.nothing_seen_gpu(warpgroup, TILE, refs.value.shape[3])
+    nothing = online_softmax.empty_softmax_gpu(warpgroup, TILE, refs.value.shape[3])
     plgpu.barrier_wait(refs.query_barrier)
     seen, _ = jax.lax.fori_loop(0, walk.count, step, ((nothing,) * sizes.together, slots))
     return seen
 
 
 def _clean(warpgroup: Warpgroup, copied: _Copied, limit: Any) -> None:
-    """Zeros the values that are not to be read: they may hold anything, and 0 x NaN is NaN."""
+    """Zeros masked values: they may hold anything, and 0 x NaN is NaN."""
 
     @pl.when((copied.copied_from < copied.first_slot) | (copied.copied_from + TILE > limit))
     def _() -> None:
@@ -294,12 +294,12 @@ def _absorb_tile(
     warpgroup: Warpgroup,
     queries: _Queries,
     query: Any,
-    seen: Seen,
+    seen: OnlineSoftmax,
     copied: _Copied,
     scale: float,
     softcap: float | None,
-) -> Seen:
-    """Adds a tile of keys to what the queries ([64, H] in shared memory) have seen."""
+) -> OnlineSoftmax:
+    """Adds a tile of keys to the softmax of the queries ([64, H] in shared memory)."""
 
     def masked(score: jax.Array) -> jax.Array:
         slot = copied.copied_from + warpgroup.iota(score.shape, 1)
@@ -307,11 +307,11 @@ def _absorb_tile(
         allowed = (slot >= copied.first_slot) & (slot <= at) & (slot < queries.limit)
         return jnp.where(allowed, score, online_softmax.MASKED)
 
-    def absorbed(seen: Seen) -> Seen:
+    def absorbed(seen: OnlineSoftmax) -> OnlineSoftmax:
         # The scale of quantised keys and values would be applied to what is in shared memory here.
         score = online_softmax.capped(warpgroup.dot(query, copied.keys, transpose_right=True), scale, softcap)
-        is_whole = copied.first_slot + TILE <= jnp.minimum(queries.first_slot + 1, queries.limit)
-        score = jax.lax.cond(is_whole, lambda score: score, masked, score)
+        is_unmasked = copied.first_slot + TILE <= jnp.minimum(queries.first_slot + 1, queries.limit)
+        score = jax.lax.cond(is_unmasked, lambda score: score, masked, score)
         return online_softmax.absorb_gpu(warpgroup, seen, score, copied.values, copied.values.dtype)
 
     return jax.lax.cond(copied.first_slot < queries.limit, absorbed, lambda seen: seen, seen)

@@ -1,19 +1,19 @@
-"""Block-sparse attention of a prompt on TPU: one stream of key blocks, copied ahead of the block being multiplied.
+"""Computes block-sparse prefill attention on TPU: one stream of key blocks, copied ahead of the one being multiplied.
 
 Grid: (B, head groups, query blocks), one after the other on the core; a head group is the heads that share a list, or
 as many of them as fit.
 
-    queries of the heads that share a list, one behind the other     [rows, H]  in VMEM
+    queries of the heads that share a list, concatenated             [rows, H]  in VMEM
     list of the program and of the next one      HBM -> SMEM, a program ahead   [2, list rows, 1, 128]
     listed blocks of keys and values             HBM -> VMEM, STAGES - 1 ahead  [STAGES, key block, H | I]
 
 The stream does not stop at the end of a program: while its last blocks are multiplied, the first ones of the next
-program's list are already on their way. A block that its queries may not read (above the diagonal, or behind the row's
-length) is neither copied nor multiplied; element masks are applied only to blocks that are read in part.
+program's list are already being copied. A masked block (above the diagonal, or after the row's length) is neither
+copied nor multiplied; element masks are applied only to partially masked blocks.
 
 Heads whose size is no multiple of 128: XLA keeps such keys and values with the tokens in lanes, [B, K, H, S] in memory,
-so that nothing is padded. They are then copied that way if blocks and capacity are multiples of 128; otherwise XLA lays
-the whole of them out anew for this kernel, once per call.
+so that nothing is padded. They are copied in this layout if blocks and capacity are multiples of 128; otherwise XLA
+transposes all of them for this kernel, once per call.
 """
 
 from typing import Any, NamedTuple
@@ -27,17 +27,17 @@ from jaxtyping import Array, Float, Int
 from decodax.kernels_pallas import online_softmax
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
 from decodax.kernels_pallas.compat import tpu_interpreter
-from decodax.kernels_pallas.online_softmax import Seen
+from decodax.kernels_pallas.online_softmax import OnlineSoftmax
 
-STAGES = 3  # blocks of keys in VMEM: one that is multiplied, the others on their way
+STAGES = 3  # blocks of keys in VMEM: one that is multiplied, the others being copied
 MAX_ROWS = 1024  # queries x heads of a program
 _VMEM_BYTES = 32 * 2**20  # of 128 MiB on v5e and v6e
 _LANES = 128
-_ALIGNMENT = 8  # slots: the tiles in which a cache lies in HBM
+_ALIGNMENT = 8  # slots: the tiles of a cache in HBM
 
 
-def misfit(query: Any, key: Any, value: Any, blocks: BlockLists) -> str | None:
-    """Why this kernel does not take these operands (arrays or shapes); None if it does."""
+def unsupported_reason(query: Any, key: Any, value: Any, blocks: BlockLists) -> str | None:
+    """Why this kernel does not support these operands (arrays or shapes); None if it does."""
     capacity, head_size = key.shape[2:]
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel takes float32 and bfloat16, got {query.dtype}"
@@ -137,7 +137,7 @@ def block_sparse_prefill(
 
 
 def _cost(query: Array, value: Array, blocks: BlockLists) -> pl.CostEstimate:
-    """For the compiler's schedule, as if all room in the lists were used."""
+    """The cost estimate for the compiler's schedule, as if the lists were full."""
     num_entries = blocks.index.size
     heads_per_list = query.shape[2] // blocks.index.shape[1]
     token = query.shape[3] + value.shape[3]
@@ -148,7 +148,7 @@ def _cost(query: Array, value: Array, blocks: BlockLists) -> pl.CostEstimate:
 
 
 def _div(number: Any, divisor: int) -> Any:
-    """Of a number that is not negative, so that rounding to zero (cheap) and rounding down are the same."""
+    """The quotient of a non-negative number, for which rounding to zero (cheap) is rounding down."""
     return jax.lax.div(number, jnp.full_like(number, divisor))
 
 
@@ -183,7 +183,7 @@ class _Sizes(NamedTuple):
         num_groups = num_heads // heads
         num_key_blocks = pl.cdiv(capacity, blocks.key_block)
         index_rows = pl.cdiv(num_entries, _LANES)
-        may_lie_in_lanes = capacity % _LANES == 0 and blocks.key_block % _LANES == 0
+        may_be_in_lanes = capacity % _LANES == 0 and blocks.key_block % _LANES == 0
         return cls(
             num_groups=num_groups,
             num_blocks=blocks.num_query_blocks,
@@ -197,8 +197,8 @@ class _Sizes(NamedTuple):
             index_rows=index_rows,
             groups_per_kv_head=num_groups // num_kv_heads,
             groups_per_list=num_groups // num_lists,
-            keys_in_lanes=may_lie_in_lanes and key.shape[3] % _LANES != 0,
-            values_in_lanes=may_lie_in_lanes and value.shape[3] % _LANES != 0,
+            keys_in_lanes=may_be_in_lanes and key.shape[3] % _LANES != 0,
+            values_in_lanes=may_be_in_lanes and value.shape[3] % _LANES != 0,
         )
 
 
@@ -215,7 +215,7 @@ class _Refs(NamedTuple):
     lse: Any  # [1, 1, 1, 1, heads x query block]
     listed: Any  # [2, list rows, 1, 128] in SMEM: the lists of this program and the next one
     list_semaphore: Any  # [2]
-    state: Any  # [2] in SMEM: place in the stream of this program's first block; which half of `listed` is its own
+    state: Any  # [2] in SMEM: index in the stream of this program's first block; its half of `listed`
     keys: Any  # [STAGES, key block, H], or [STAGES, H, key block]
     values: Any  # [STAGES, key block, I], or [STAGES, I, key block]
     semaphore: Any  # [STAGES, 2]
@@ -225,7 +225,7 @@ class _Refs(NamedTuple):
 
 
 def _next(sizes: _Sizes, row: Any, group: Any, block: Any) -> tuple[Any, Any, Any]:
-    """The program after this one; its row is B after the last one."""
+    """The indices of the next program; the row is B after the last one."""
     block = block + 1
     group = group + (block == sizes.num_blocks).astype(jnp.int32)
     block = jnp.where(block == sizes.num_blocks, 0, block)
@@ -234,12 +234,12 @@ def _next(sizes: _Sizes, row: Any, group: Any, block: Any) -> tuple[Any, Any, An
 
 
 class _List(NamedTuple):
-    """The list of one program: where it is, and what its queries may read."""
+    """The list of one program: where it is, and what its queries attend to."""
 
     row: Any
     group: Any
     first_query: Any  # slot of its first query
-    limit: Any  # no query reads this slot or a later one
+    limit: Any  # no query attends to this slot or a later one
     half: Any  # of `listed`
     start: Any
     count: Any
@@ -256,7 +256,7 @@ class _List(NamedTuple):
         return cls(row, group, first_query, limit, half, start, count)
 
     def copy(self, refs: _Refs, sizes: _Sizes) -> Any:
-        """Of the list itself."""
+        """The copy of the list itself."""
         rows = pl.ds(self._first_row(sizes), sizes.list_rows)
         rows = refs.index.at[self.row, _div(self.group, sizes.groups_per_list), rows]
         return pltpu.make_async_copy(rows, refs.listed.at[self.half], refs.list_semaphore.at[self.half])
@@ -270,7 +270,7 @@ class _List(NamedTuple):
         return refs.listed[self.half, _div(place, _LANES), 0, _rem(place, _LANES)] * sizes.key_block
 
     def copies(self, refs: _Refs, sizes: _Sizes, slot: Any, stage: Any) -> tuple[Any, Any]:
-        """Of a block of keys and values. The last block may not fit: then the last slots there are."""
+        """The copies of a block of keys and values; one that does not fit starts earlier, to end with the last slot."""
         kv_head = _div(self.group, sizes.groups_per_kv_head)
         slot = jnp.minimum(slot, sizes.capacity - sizes.key_block)
 
@@ -285,7 +285,7 @@ class _List(NamedTuple):
         )
 
     def fetch(self, refs: _Refs, sizes: _Sizes, entry: Any, place: Any) -> None:
-        """Begins to copy a listed block to its place in the stream, if there is one that is read."""
+        """Starts to copy a listed block to its index in the stream, if it exists and is not masked."""
 
         @pl.when(entry < self.count)
         def _() -> None:
@@ -318,7 +318,7 @@ def _program(refs: _Refs, sizes: _Sizes, scale: float, softcap: float | None) ->
             own.fetch(refs, sizes, entry, entry)
 
     following.copy(refs, sizes).start()
-    seen = online_softmax.nothing_seen(*refs.mixed.shape)
+    seen = online_softmax.empty_softmax(*refs.mixed.shape)
     refs.maximum[...], refs.total[...], refs.mixed[...] = seen
     steady = jnp.maximum(own.count - STAGES, 0)
 
@@ -334,7 +334,7 @@ def _program(refs: _Refs, sizes: _Sizes, scale: float, softcap: float | None) ->
         _absorb_entry(refs, sizes, own, entry, first_place, scale, softcap)
         following.fetch(refs, sizes, entry + STAGES - own.count, first_place + entry)
 
-    for entry in range(STAGES):  # of a list shorter than the stream is deep, the places that it never took
+    for entry in range(STAGES):  # of a list shorter than the stream, the indices that it did not use
 
         @pl.when(entry < STAGES - own.count)
         def _(entry: int = entry) -> None:
@@ -342,7 +342,7 @@ def _program(refs: _Refs, sizes: _Sizes, scale: float, softcap: float | None) ->
 
     refs.state[0] = _rem(first_place + own.count, STAGES)
     refs.state[1] = 1 - half
-    output, lse = online_softmax.finish(Seen(refs.maximum[...], refs.total[...], refs.mixed[...]))
+    output, lse = online_softmax.finish(OnlineSoftmax(refs.maximum[...], refs.total[...], refs.mixed[...]))
     refs.output[0, 0] = output.reshape(refs.output.shape[2:]).astype(refs.output.dtype)
     refs.lse[0, 0, 0] = jnp.broadcast_to(lse, (lse.shape[0], _LANES)).T[:1]
 
@@ -350,7 +350,7 @@ def _program(refs: _Refs, sizes: _Sizes, scale: float, softcap: float | None) ->
 def _absorb_entry(
     refs: _Refs, sizes: _Sizes, own: _List, entry: Any, first_place: Any, scale: float, softcap: float | None
 ) -> None:
-    """Waits for a listed block and adds it to what the queries have seen, unless none of them reads it."""
+    """Waits for a listed block and adds it to the softmax of the queries, unless it is masked."""
     first_slot = own.slot(refs, sizes, entry)
     stage = _rem(first_place + entry, STAGES)
 
@@ -358,7 +358,7 @@ def _absorb_entry(
     def _() -> None:
         for copy in own.copies(refs, sizes, first_slot, stage):
             copy.wait()
-        is_whole = first_slot + sizes.key_block <= jnp.minimum(own.first_query + 1, own.limit)
+        is_unmasked = first_slot + sizes.key_block <= jnp.minimum(own.first_query + 1, own.limit)
 
         def add(masked: bool) -> None:
             query = refs.query[0, 0].reshape(-1, refs.query.shape[4])
@@ -375,17 +375,17 @@ def _absorb_entry(
             score = online_softmax.capped(score, scale, softcap)
             if masked:
                 score, value = _masked(sizes, own, first_slot, score, value)
-            seen = Seen(refs.maximum[...], refs.total[...], refs.mixed[...])
+            seen = OnlineSoftmax(refs.maximum[...], refs.total[...], refs.mixed[...])
             refs.maximum[...], refs.total[...], refs.mixed[...] = online_softmax.absorb(seen, score, value)
 
-        pl.when(is_whole)(lambda: add(masked=False))
-        pl.when(jnp.logical_not(is_whole))(lambda: add(masked=True))
+        pl.when(is_unmasked)(lambda: add(masked=False))
+        pl.when(jnp.logical_not(is_unmasked))(lambda: add(masked=True))
 
 
 def _masked(
     sizes: _Sizes, own: _List, first_slot: Any, score: jax.Array, value: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores of keys that are not read as MASKED, and values that no query reads as zeros: 0 x NaN is NaN."""
+    """Sets scores of masked keys to MASKED, and values that no query attends to to zero: 0 x NaN is NaN."""
     copied_from = jnp.minimum(first_slot, sizes.capacity - sizes.key_block)
     slot = copied_from + jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
     at = own.first_query + _rem(jax.lax.broadcasted_iota(jnp.int32, score.shape, 0), sizes.query_block)

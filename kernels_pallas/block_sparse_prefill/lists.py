@@ -1,7 +1,7 @@
-"""Which blocks of keys each block of queries reads: lists behind one another, with where each list starts.
+"""Defines `BlockLists`, the key blocks that each query block attends to, as concatenated lists with start offsets.
 
-A prompt is cut into blocks of queries, the cache into blocks of keys. This is the compressed-row form of the block mask
-[query blocks, key blocks] of a head, so that its size goes with the blocks read and not with the square of the prompt.
+A prompt is cut into blocks of queries, the cache into blocks of keys. This is the compressed sparse row (CSR) form of
+the block mask [query blocks, key blocks] of a head: its size is that of the blocks attended to, not the prompt squared.
 """
 
 import dataclasses
@@ -11,20 +11,19 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
-from decodax.layers import pytree
+from decodax.core import pytree
 
 
 @pytree.dataclass
 class BlockLists:
-    """Query block i of a head reads the key blocks `index[start[i]]` .. `index[start[i + 1] - 1]`.
+    """Query block i of a head attends to the key blocks `index[start[i]]` .. `index[start[i + 1] - 1]`.
 
-    There is one set of lists per query head, or one for each group of query heads that stand behind one another and
-    share a key-value head: `lists` is a multiple of K that divides N. The entries of `index` behind the last list are
-    never read.
+    There is one set of lists per query head, or one for each group of consecutive query heads that share a key-value
+    head: `lists` is a multiple of K that divides N. The entries of `index` after the last list are never read.
 
-    A block must not stand twice in one list: its keys would count twice. Any order is right; ascending order is
-    cheapest, as blocks at the end of a list that its queries may not read (too late, or behind the row's length) are
-    then dropped before anything is loaded.
+    A block must not be twice in one list: its keys would count twice. Any order is correct; ascending order is
+    cheapest, as masked blocks at the end of a list (too late, or after the row's length) are then dropped before
+    anything is loaded.
 
     >>> lists = BlockLists.from_mask(jnp.array([[[[True, False], [True, True]]]]), query_block=64, key_block=64)
     >>> lists.start.tolist(), lists.index.tolist()
@@ -45,11 +44,13 @@ class BlockLists:
         key_block: int,
         capacity: int | None = None,
     ) -> "BlockLists":
-        """The lists of the blocks that are true, with room for `capacity` entries per set of lists.
+        """The lists of the blocks that are true.
 
-        By default there is just enough room, which needs a mask whose values are known. Raises ValueError for a traced
-        mask without a capacity, and for a capacity that is too small; of a traced mask, which cannot be checked, the
-        entries that do not fit are left out (the last query blocks' ones).
+        reads: the block mask.
+        query_block, key_block: tokens per block.
+        capacity: room for entries per set of lists; by default just enough, which needs a mask with known values. Of a
+            traced mask, which cannot be checked, entries that do not fit are dropped (those of the last query blocks).
+        Raises ValueError for a traced mask without a capacity, and for a capacity that is too small.
         """
         batch, lists, _, key_blocks = reads.shape
         ends = jnp.cumsum(jnp.sum(reads, axis=3, dtype=jnp.int32), axis=2)
@@ -74,10 +75,10 @@ class BlockLists:
         return self.start.shape[2] - 1
 
     def within(self, num_key_blocks: int) -> "BlockLists":
-        """The same lists as int32, safe to follow: what points outside the keys names the block behind the last one.
+        """The same lists as int32, safe to follow: entries outside the keys become the block after the last one.
 
-        Raises ValueError for lists that are not in order, point outside the keys or name a block twice, where their
-        values are known.
+        Raises ValueError for lists that are not in order, point outside the keys or name a block twice, if their values
+        are known.
         """
         if not isinstance(self.start, Tracer) and not isinstance(self.index, Tracer):
             self._check(num_key_blocks)

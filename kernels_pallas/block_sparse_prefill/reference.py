@@ -1,14 +1,15 @@
-"""Block-sparse attention of a prompt in plain JAX: what runs where no kernel fits.
+"""Computes block-sparse prefill attention in plain JAX, where no kernel takes the operands.
 
 One block of queries at a time, for all heads at once; each takes as many steps as its longest list has blocks, so that
-work goes with what is listed, and no more than one block of scores per head exists.
+work is proportional to the lists, and no more than one block of scores per head exists.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas import online_softmax
+from decodax.core.blockwise_attention import KeyBlock, attend_to_block, full_float32
+from decodax.core.partial_softmax import OnlineSoftmax
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
 
 
@@ -23,6 +24,7 @@ def block_sparse_prefill(
     length: Int[Array, " B"],
     softcap: float | None,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
+    """As the public function (see `__init__.py`), with any sizes and dtypes."""
     batch, num_tokens, num_heads, head_size = query.shape
     num_kv_heads, capacity = key.shape[1:3]
     num_lists, num_entries = blocks.index.shape[1:]
@@ -35,44 +37,28 @@ def block_sparse_prefill(
     kv_head = jnp.arange(num_lists) // (num_lists // num_kv_heads)
     row = jnp.arange(batch)[:, None, None]
 
-    def one_head(
-        seen: online_softmax.Seen, queries: Array, keys: Array, values: Array, slot: Array, at: Array, length: Array
-    ) -> online_softmax.Seen:
-        """A block [S, H] for the queries [Q, H] of one list."""
-        score = jax.lax.dot_general(
-            queries,
-            keys,
-            (((1,), (1,)), ((), ())),
-            precision=online_softmax.precision(keys.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        allowed = (slot[None, :] <= at[:, None]) & (slot < length)[None, :]
-        score = jnp.where(allowed, online_softmax.capped(score, scale, softcap), online_softmax.MASKED)
-        return online_softmax.absorb(seen, score, jnp.where((slot < length)[:, None], values, 0))
-
     def one_block(operands: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         block, queries, start, end = operands
         at = block * query_block + jnp.tile(jnp.arange(query_block, dtype=jnp.int32), heads_per_list)
         at = offset[:, None] + at[None, :]
 
-        def step(entry: Array, seen: online_softmax.Seen) -> online_softmax.Seen:
+        def step(entry: Array, seen: OnlineSoftmax) -> OnlineSoftmax:
             place = jnp.minimum(start + entry, num_entries - 1)
             listed = jnp.take_along_axis(blocks.index, place[..., None], axis=2)  # [B, lists, 1]
             slot = listed * key_block + jnp.arange(key_block, dtype=jnp.int32)[None, None, :]
             slot = jnp.where((start + entry < end)[..., None], slot, capacity)
             read = jnp.minimum(slot, capacity - 1)
             keys, values = (array[row, kv_head[None, :, None], read] for array in (key, value))
-            per_head = jax.vmap(one_head, (0, 0, 0, 0, 0, None, None))
-            return jax.vmap(per_head)(seen, queries, keys, values, slot, at, length)
+            allowed = (slot[:, :, None] <= at[:, None, :, None]) & (slot < length[:, None, None])[:, :, None]
+            block = KeyBlock(keys, values, allowed).without_unread()
+            return attend_to_block(seen, queries, block, scale=scale, softcap=softcap)
 
-        nothing = online_softmax.nothing_seen(queries.shape[2], value.shape[3])
-        nothing = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, num_lists, *leaf.shape)), nothing)
-        seen = jax.lax.fori_loop(0, jnp.max(end - start, initial=0), step, nothing)
-        output, lse = jax.vmap(jax.vmap(online_softmax.finish))(seen)
-        return output.astype(query.dtype), lse[..., 0]
+        nothing = OnlineSoftmax.start(queries.shape[:3], value.shape[3])
+        return jax.lax.fori_loop(0, jnp.max(end - start, initial=0), step, nothing).finish(query.dtype)
 
     start = jnp.moveaxis(blocks.start, 2, 0)
-    output, lse = jax.lax.map(one_block, (jnp.arange(num_blocks, dtype=jnp.int32), by_block, start[:-1], start[1:]))
+    with full_float32(key.dtype):
+        output, lse = jax.lax.map(one_block, (jnp.arange(num_blocks, dtype=jnp.int32), by_block, start[:-1], start[1:]))
     # [query blocks, B, lists, heads of a list x queries, ...] as [B, T, N, ...]
     output = output.reshape(num_blocks, batch, num_heads, query_block, -1).transpose(1, 0, 3, 2, 4)
     lse = lse.reshape(num_blocks, batch, num_heads, query_block).transpose(1, 0, 3, 2)

@@ -1,4 +1,4 @@
-"""Named real shapes of block-sparse prefill, shared by tests and benchmarks: operands, bytes and operations."""
+"""Lists named real shapes of block-sparse prefill, for tests and benchmarks: operands, bytes and operations."""
 
 import math
 from dataclasses import dataclass
@@ -13,10 +13,19 @@ from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
 
 @dataclass(frozen=True)
 class BlockSparseShape:
-    """A prompt (or the last part of one), and how many blocks each block of its queries reads.
+    """A prompt (or its last chunk), and the number of blocks that each query block lists.
 
-    A query block lists `fraction` of the blocks it may read, at most `most`: always those on its diagonal and the first
-    block, the others at random.
+    A query block lists always the blocks on its diagonal and the first block, the others at random.
+
+    num_tokens: queries per row.
+    num_heads, num_kv_heads, num_lists: query heads, key-value heads, sets of lists.
+    head_size, value_size: numbers per key and value; value_size None: the head size.
+    fraction: listed share of the blocks that are not masked.
+    most: upper limit of blocks per list.
+    batch: rows.
+    offset: tokens in the cache before the first query.
+    query_block, key_block: tokens per block.
+    softcap, dtype: of the scores, of the operands.
     """
 
     num_tokens: int
@@ -27,10 +36,10 @@ class BlockSparseShape:
     fraction: float = 1.0
     most: int | None = None
     batch: int = 1
-    offset: int = 0  # tokens that are in the cache before the first query
+    offset: int = 0
     query_block: int = 128
     key_block: int = 128
-    value_size: int | None = None  # None: the head size
+    value_size: int | None = None
     softcap: float | None = None
     dtype: Any = jnp.bfloat16
 
@@ -54,28 +63,28 @@ class BlockSparseShape:
         return {"scale": 1 / math.sqrt(self.head_size), "softcap": self.softcap}
 
     def blocks_listed(self) -> int:
-        """By all sets of lists together."""
+        """Number of blocks in all lists."""
         return self.batch * self.num_lists * sum(self._num_listed(block) for block in range(self._num_query_blocks))
 
     def bytes_moved(self) -> int:
-        """The least: each array once. A chip without a cache moves `bytes_listed` for keys and values instead."""
+        """The fewest bytes: each array once. A chip without a cache moves `bytes_listed` of keys and values instead."""
         token = self.batch * np.dtype(self.dtype).itemsize * (self.head_size + self._value_size)
         lse = 4 * self.batch * self.num_tokens * self.num_heads
         lists = 4 * (self.blocks_listed() + self.batch * self.num_lists * (self._num_query_blocks + 1))
         return token * (self.num_tokens * self.num_heads + self.capacity * self.num_kv_heads) + lse + lists
 
     def bytes_listed(self) -> int:
-        """Of keys and values, if every set of lists reads its blocks for itself."""
+        """Bytes of keys and values if every set of lists loads its own blocks."""
         token = np.dtype(self.dtype).itemsize * (self.head_size + self._value_size)
         return self.blocks_listed() * self.key_block * token
 
     def flops(self) -> int:
-        """Of the products of queries with the keys that they may read, and of weights with values."""
+        """Operations of the products of queries with unmasked keys, and of weights with values."""
         pairs = 0
         for block in range(self._num_query_blocks):
             queries = min(self.query_block, self.num_tokens - block * self.query_block)
-            behind = self._num_visible(block) * self.key_block - self.offset - block * self.query_block
-            masked = sum(behind - 1 - query for query in range(queries))
+            num_ahead = self._num_attended(block) * self.key_block - self.offset - block * self.query_block
+            masked = sum(num_ahead - 1 - query for query in range(queries))
             pairs += self._num_listed(block) * queries * self.key_block - masked
         return 2 * (self.head_size + self._value_size) * self.batch * self.num_heads * pairs
 
@@ -87,18 +96,18 @@ class BlockSparseShape:
     def _num_query_blocks(self) -> int:
         return -(-self.num_tokens // self.query_block)
 
-    def _num_visible(self, block: int) -> int:
-        """Blocks of keys that a block of queries may read, at least in part."""
+    def _num_attended(self, block: int) -> int:
+        """Blocks of keys that a block of queries may attend to, fully or partially."""
         return -(-min(self.offset + (block + 1) * self.query_block, self.capacity) // self.key_block)
 
     def _num_diagonal(self, block: int) -> int:
-        """Those among them that not all of its queries may read in full: the last ones."""
-        return self._num_visible(block) - (self.offset + block * self.query_block + 1) // self.key_block
+        """Those among them that are partially masked: the last ones."""
+        return self._num_attended(block) - (self.offset + block * self.query_block + 1) // self.key_block
 
     def _num_listed(self, block: int) -> int:
-        visible = self._num_visible(block)
-        wanted = min(math.ceil(self.fraction * visible), self.most or visible)
-        return min(max(wanted, self._num_diagonal(block) + 1), visible)
+        attended = self._num_attended(block)
+        target = min(math.ceil(self.fraction * attended), self.most or attended)
+        return min(max(target, self._num_diagonal(block) + 1), attended)
 
     def _operands(self, array: Any, lists: BlockLists) -> dict[str, Any]:
         keys = (self.batch, self.num_kv_heads, self.capacity)
@@ -119,14 +128,14 @@ class BlockSparseShape:
 
     def _random_lists(self, numbers: np.random.Generator) -> BlockLists:
         sets = (self.batch, self.num_lists)
-        parts = []
+        listed = []
         for block in range(self._num_query_blocks):
-            rank = numbers.random((*sets, self._num_visible(block)))
+            rank = numbers.random((*sets, self._num_attended(block)))
             rank[..., 0] = rank[..., rank.shape[2] - self._num_diagonal(block) :] = -1  # listed before all others
-            parts.append(np.sort(np.argsort(rank, axis=2)[..., : self._num_listed(block)], axis=2))
-        start = np.cumsum([0] + [part.shape[2] for part in parts])
+            listed.append(np.sort(np.argsort(rank, axis=2)[..., : self._num_listed(block)], axis=2))
+        start = np.cumsum([0] + [blocks.shape[2] for blocks in listed])
         start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (*sets, len(start)))
-        index = jnp.asarray(np.concatenate(parts, axis=2), jnp.int32)
+        index = jnp.asarray(np.concatenate(listed, axis=2), jnp.int32)
         return BlockLists(start, index, self.query_block, self.key_block)
 
 

@@ -1,4 +1,4 @@
-"""`flash_decode` on Hopper GPUs: where a contiguous cache's tiles lie; see decode_gpu.py for the kernels."""
+"""Runs `flash_decode` on Hopper GPUs: locates a contiguous cache's tiles for the kernels of `decode/kernel_gpu.py`."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.decode_gpu import decode, size_misfit
-from decodax.kernels_pallas.decode_tiles_gpu import TILE_TOKENS, OrderedTiles, Tables, ordered
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, OrderedTiles, Tables, ordered
 
 
 class _CacheTiles(OrderedTiles):
@@ -21,11 +21,11 @@ class _CacheTiles(OrderedTiles):
         return slab, pl.ds(self.position(tables, slab, tile), TILE_TOKENS)
 
 
-def misfit(query: Any, key: Any, value: Any, new: NewTokens | None, *, interpret: bool) -> str | None:
-    """Why the kernel does not take these operands; None if it does."""
+def unsupported_reason(query: Any, key: Any, value: Any, new: NewTokens | None, *, interpret: bool) -> str | None:
+    """Why the kernel does not support these operands; None if it does."""
     if key.shape[2] < TILE_TOKENS or key.shape[2] % 8:
         return f"the cache's slots (S) must be at least {TILE_TOKENS} and a multiple of 8, there are {key.shape[2]}"
-    return size_misfit(query, key, value, new, interpret=interpret)
+    return unsupported_sizes(query, key, value, new, interpret=interpret)
 
 
 def flash_decode(

@@ -1,4 +1,4 @@
-"""`flash_decode` on TPU: the family's kernel (decode_tpu.py) over a contiguous cache, cut into pages of 128 slots."""
+"""Runs `flash_decode` on TPU: the kernel of `decode/kernel_tpu.py` over a contiguous cache in pages of 128 slots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from decodax.kernels_pallas.decode_tpu import LANES, NOT_READ, SUBLANES, Item, Window, decode, misfit_of_operands
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.kernel_tpu import (
+    LANES,
+    NOT_READ,
+    SUBLANES,
+    Item,
+    Window,
+    decode,
+    unsupported_operands,
+)
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
 
 PAGE_TOKENS = 128
 
@@ -50,17 +58,17 @@ def flash_decode(
     )
 
 
-def misfit(query: Any, key: Any, value: Any, new: NewTokens | None) -> str | None:
-    """Why the kernel does not take operands of these shapes and dtypes; None if it does."""
+def unsupported_reason(query: Any, key: Any, value: Any, new: NewTokens | None) -> str | None:
+    """Why the kernel does not support operands of these shapes and dtypes; None if it does."""
     capacity = key.shape[2]
-    # A cache of one page is copied whole, whatever its size.
+    # A cache of one page is copied completely, whatever its size.
     multiple = 0 if capacity <= PAGE_TOKENS else capacity
-    return misfit_of_operands(query, key, value, new, multiple)
+    return unsupported_operands(query, key, value, new, multiple)
 
 
 @dataclass(frozen=True)
 class _ContiguousPages:
-    """A last page that does not fit starts earlier, so that it ends with the cache, and skips what it has in common."""
+    """A last page that does not fit starts earlier, so that it ends with the cache, and masks the overlap."""
 
     window: Window
     capacity: int
@@ -75,7 +83,7 @@ class _ContiguousPages:
         return -(-self.capacity // self.page_tokens)
 
     @property
-    def may_lie_in_lanes(self) -> bool:
+    def may_be_in_lanes(self) -> bool:
         return self.capacity % LANES == 0
 
     def scalars(self) -> Sequence[jax.Array]:

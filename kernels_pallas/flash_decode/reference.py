@@ -1,11 +1,12 @@
-"""`flash_decode` in plain JAX: what runs where no kernel fits."""
+"""Computes `flash_decode` in plain JAX, where no kernel takes the operands."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.decode_reference import CHUNK_TOKENS, Chunk, attend_in_chunks, readable
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.core.blockwise_attention import KeyBlock, Slots, attend_to_slots, finish_by_query
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.reference import as_read, attend_to_new, readable
 
 
 def flash_decode(
@@ -22,20 +23,19 @@ def flash_decode(
     sink_logits: Float[Array, " N"] | None,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
     """See `decodax.kernels_pallas.flash_decode.flash_decode`."""
-    capacity = key.shape[2]
-    chunk_tokens = min(CHUNK_TOKENS, capacity)
+    options = {"scale": scale, "softcap": softcap}
+    grouped, seen = attend_to_new(query, key.shape[1], value.shape[3], new, **options, sink_logits=sink_logits)
 
-    def read(chunk: Int[Array, ""]) -> Chunk:
-        # The last chunk may not fit: it starts earlier, and skips what the chunk before it has read.
-        start = jnp.minimum(chunk * chunk_tokens, capacity - chunk_tokens)
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, chunk_tokens, axis=2) for x in (key, value))
-        slot = start + jnp.arange(chunk_tokens, dtype=jnp.int32)
-        unread = (slot >= chunk * chunk_tokens)[None, None, None]
+    def read(start: Int[Array, ""], num_tokens: int) -> KeyBlock:
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, num_tokens, axis=2) for x in (key, value))
+        slot = start + jnp.arange(num_tokens, dtype=jnp.int32)
         filled = (slot[None] < length[:, None])[:, None, None]
-        return Chunk(keys, values, filled & unread & readable(slot, first, num_sink_tokens))
+        return as_read(query, KeyBlock(keys, values, filled & readable(slot, first, num_sink_tokens)))
 
-    num_chunks = (jnp.max(length, initial=0) + chunk_tokens - 1) // chunk_tokens
-    heads = {"num_kv_heads": key.shape[1], "value_size": value.shape[3]}
-    return attend_in_chunks(
-        query, read, num_chunks, **heads, new=new, scale=scale, softcap=softcap, sink_logits=sink_logits
+    lowest = jnp.int32(0) if first is None or num_sink_tokens else jnp.maximum(jnp.min(first), 0)
+    end = jnp.max(length, initial=0)
+    on_cpu = jax.default_backend() == "cpu"
+    seen = attend_to_slots(
+        seen, grouped, Slots(read, key.shape[2]), lowest, end, **options, block_tokens=None, on_cpu=on_cpu
     )
+    return finish_by_query(seen, query.shape[1], query.dtype)

@@ -1,4 +1,4 @@
-"""Named real shapes: tests compile the kernels for them ahead of time, benchmarks time them."""
+"""Lists named real shapes of `flash_decode`: tests compile the kernels for them, benchmarks time them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from decodax.kernels_pallas.decode_shapes import DecodeShape
+from decodax.kernels_pallas.decode.shapes import DecodeShape
 
 
 @dataclass(frozen=True)

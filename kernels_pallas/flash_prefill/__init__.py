@@ -1,7 +1,7 @@
-"""Attention of many queries at once (a prompt, or a chunk of one) over one source of keys, on TPU, Hopper GPUs and XLA.
+"""Computes prefill attention (a prompt, or a chunk of one) over one set of keys, on TPU, Hopper GPUs and XLA.
 
-FlashAttention-2, arXiv 2307.08691. A prompt's chunk runs it once over the cached tokens and once over its own; the
-log-sum-exp that comes with the output is what merges the two.
+FlashAttention-2, arXiv 2307.08691. Chunked prefill runs it once over the cached tokens and once over the chunk's own;
+the log-sum-exps merge the two partial softmaxes.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
 from decodax.kernels_pallas.flash_prefill import reference
 from decodax.kernels_pallas.flash_prefill.spans import Rows, Rules, Segments
+from decodax.kernels_pallas.selection import Implementation, KernelSelection, select_in_folder
 
-__all__ = ["choose_flash_prefill", "flash_prefill"]
+__all__ = ["flash_prefill", "select_flash_prefill"]
 
 
 def flash_prefill(
@@ -36,24 +36,29 @@ def flash_prefill(
     key_segments: Int[Array, "B S"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
-    """softmax(scale q k^T) v in the queries' dtype, and the log-sum-exp of the scores that were read, in float32.
+    """softmax(scale q k^T) v in the queries' dtype, and the log-sum-exp of the unmasked scores, in float32.
 
-    Query head n reads key-value head n // (N / K). A query that reads nothing gives 0 and a log-sum-exp of -inf.
+    Query head n uses key-value head n // (N / K). A query that attends to nothing gives 0 and a log-sum-exp of -inf.
 
-    - causal: query t stands at index `offset + t` among the keys (offset None: t) and reads none behind it. To read a
-      cache, offset and length are both the number of cached tokens.
-    - length: keys that exist, per row (None: all S). What lies behind is never read, and may be NaN.
-    - window: a query reads the last `window` keys up to its own index, itself included; needs causal.
-    - num_sink_tokens: the first keys are read besides the window (StreamingLLM, arXiv 2309.17453); an array where rows
-      differ, as in a chunk of which some rows still hold the sinks and others have them in their cache.
-    - softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
-    - sink_logits: per head one more score that has no value (gpt-oss); the log-sum-exp includes it.
-    - query_segments, key_segments: only keys of the query's own segment are read (packed prompts).
+    query: of T tokens.
+    key, value: one set of keys, a cache or the prompt's own.
+    scale: of the scores.
+    causal: query t is at index `offset + t` among the keys and attends to no later one.
+    offset: per row; None: 0. To attend to a cache, offset and length are both the number of cached tokens.
+    length: keys that exist, per row (None: all S). Later ones are masked, and may be NaN.
+    window: a query attends to the last `window` keys up to its own index, itself included; needs causal.
+    num_sink_tokens: first keys to attend to besides the window (StreamingLLM, arXiv 2309.17453); an array if rows
+        differ, as in a chunk of which some rows still hold the sinks and others have them in their cache.
+    softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+    sink_logits: per head one more score that has no value (gpt-oss); the log-sum-exp includes it.
+    query_segments, key_segments: a query attends only to keys of its own segment (packed prompts).
+    implementation: None takes the kernel of this device if it supports the operands, else XLA.
 
-    Raises ValueError for operands that do not go together, NotImplementedError if the implementation asked for does not
-    take them. What depends on values is checked only outside of `jax.jit`; inside, lengths are clipped to 0 .. S.
+    Raises ValueError for operands that do not fit each other. What depends on values is checked only outside of
+    `jax.jit`; inside, lengths are clipped to 0 .. S.
+    Raises NotImplementedError if the implementation asked for does not support the operands.
     """
-    choice = choose_flash_prefill(query, key, value, implementation=implementation)
+    selection = select_flash_prefill(query, key, value, implementation=implementation)
     _check_options(causal, window, num_sink_tokens, softcap, scale)
     batch, num_keys = query.shape[0], key.shape[2]
     _check_values(length, num_keys, num_sink_tokens)
@@ -68,21 +73,23 @@ def flash_prefill(
         raise ValueError(f"sink_logits must hold one number per query head ({query.shape[2]}), got {sink_logits.shape}")
     options: dict[str, Any] = {"scale": scale, "rules": rules, "softcap": softcap}
     with jax.named_scope("flash_prefill"):
-        if choice.backend == "tpu":
+        if selection.backend == "tpu":
             from decodax.kernels_pallas.flash_prefill import kernel_tpu as kernel
-        elif choice.backend == "gpu":
+        elif selection.backend == "gpu":
             from decodax.kernels_pallas.flash_prefill import kernel_gpu as kernel
         else:
             return reference.flash_prefill(query, key, value, rows, segments, sink_logits, **options)
         return kernel.flash_prefill(
-            query, key, value, rows, segments, sink_logits, **options, interpret=choice.interpret
+            query, key, value, rows, segments, sink_logits, **options, interpret=selection.interpret
         )
 
 
-def choose_flash_prefill(query: Any, key: Any, value: Any, *, implementation: Implementation | None = None) -> Choice:
-    """What runs for these operands (arrays, or their shapes), and why. Raises as `flash_prefill` does."""
+def select_flash_prefill(
+    query: Any, key: Any, value: Any, *, implementation: Implementation | None = None
+) -> KernelSelection:
+    """The implementation for these operands (arrays or shapes), and the reason. Raises as `flash_prefill` does."""
     _check_shapes(query, key, value)
-    return choose_in("flash_prefill", implementation, query, key, value)
+    return select_in_folder("flash_prefill", implementation, query, key, value)
 
 
 def _check_shapes(query: Any, key: Any, value: Any) -> None:

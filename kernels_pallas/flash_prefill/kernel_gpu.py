@@ -1,17 +1,17 @@
-"""Prefill attention on Hopper GPUs.
+"""Computes prefill attention on Hopper GPUs, with one warpgroup that loads and two that compute.
 
-    grid (query blocks, B, N): the last queries first, as they have most keys to read under a causal mask
+    grid (query blocks, B, N): the last queries first, as they have most keys under a causal mask
 
     block of 128 queries of a head   warpgroup 0: queries  0 ..  63  \\  both read the same blocks of keys and values
                                      warpgroup 1: queries 64 .. 127  /   in shared memory
                                      warpgroup 2 loads them (TMA) into slots: slot 0 | slot 1, 0, 1, ..
 
-Each slot is filled again as soon as both warpgroups have read it, so that one's products hide the other's softmax and
-nobody waits for memory (the warp specialisation of FlashAttention-3, arXiv 2407.08608, without its overlap within a
-warpgroup). Where blocks of 128 queries are too few for all multiprocessors, blocks have 64, and one warpgroup does
-everything; that is also what tests run mostly.
+Each slot is refilled as soon as both warpgroups have read it, so that one's products hide the other's softmax and
+nothing waits for memory (the warp specialisation of FlashAttention-3, arXiv 2407.08608, without its overlap within a
+warpgroup). If blocks of 128 queries are too few for all multiprocessors, blocks have 64, and one warpgroup does
+everything; that is also what tests mostly run.
 
-Only the blocks that hold a readable key are loaded. A block in which every query reads every key needs no mask.
+Only blocks with an unmasked key are loaded. A block in which every query attends to every key needs no mask.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ _ROW_TILE = 8  # rows that TMA moves at once: the number of keys must be a multi
 _SMALL = 128  # keys that may be copied to pad them, however few queries there are
 
 
-def misfit(query: Any, key: Any, value: Any, *, interpret: bool) -> str | None:
-    """Why the kernel does not take these operands (arrays or shapes), None if it does."""
+def unsupported_reason(query: Any, key: Any, value: Any, *, interpret: bool) -> str | None:
+    """Why the kernel does not support these operands (arrays or shapes), None if it does."""
     dtypes = {jnp.dtype(x.dtype) for x in (query, key, value)}
     taken = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)} | ({jnp.dtype(jnp.float32)} if interpret else set())
     if len(dtypes) != 1 or not dtypes <= taken:
@@ -54,7 +54,7 @@ def misfit(query: Any, key: Any, value: Any, *, interpret: bool) -> str | None:
 
 
 def _may_pad(num_queries: int, num_keys: int) -> bool:
-    """Keys are copied to pad them only where they are no more than the queries, as a chunk's own keys are."""
+    """Whether keys may be copied to pad them: only if they are no more than the queries, as a chunk's own keys are."""
     return num_keys <= max(num_queries, _SMALL)
 
 
@@ -74,7 +74,7 @@ def flash_prefill(
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
     """See `decodax.kernels_pallas.flash_prefill.flash_prefill`.
 
-    num_warpgroups: that share a block of keys, 64 queries each: 1 or 2. None: 2 where that keeps a GPU busy.
+    num_warpgroups: that share a block of keys, 64 queries each: 1 or 2. None: 2 if that keeps a GPU busy.
     """
     batch, num_queries, num_heads, head_size = query.shape
     value_size = value.shape[3]
@@ -142,7 +142,7 @@ def _slot(step: Array) -> Array:
 
 
 class _Place(NamedTuple):
-    """Where a block of queries is, and which blocks of keys it reads."""
+    """The indices of a block of queries, and its blocks of keys."""
 
     row: Array
     head: Array
@@ -157,7 +157,7 @@ class _Place(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """Shared memory, one part for each warpgroup or slot, and the barriers that say which part is full or free."""
+    """Shared memory, one entry for each warpgroup or slot, and the barriers for full and free entries."""
 
     query: Any
     key: Any
@@ -175,7 +175,7 @@ class _Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class _Body:
-    """What the warpgroups of a block of queries run."""
+    """The program of the warpgroups of a block of queries."""
 
     warpgroup: compat.Warpgroup
     rules: Rules
@@ -244,12 +244,12 @@ class _Body:
         )
 
     def _first_keys(self, place: _Place, step: Array) -> tuple[Array, Array]:
-        """The first key to read, and the first loaded: a last block that does not fit starts earlier."""
+        """The first key to attend to, and the first loaded: a last block that does not fit starts earlier."""
         first = Blocks.at(step, place.num_sink_blocks, place.skipped) * self.key_block
         return first, jnp.minimum(first, self.num_keys - self.key_block)
 
     def _load(self, operands: dict[str, Any], memory: _Memory, place: _Place, step: Array) -> None:
-        """Starts to fill a step's slot."""
+        """Starts the copies into a step's slot."""
         slot, keys = _slot(step), pl.ds(self._first_keys(place, step)[1], self.key_block)
         for name, full in (("key", memory.key_full), ("value", memory.value_full)):
             source = operands[name].at[place.row, place.kv_head, keys]
@@ -261,7 +261,7 @@ class _Body:
     def _attend(
         self, operands: dict[str, Any], output_refs: tuple[Any, Any], memory: _Memory, place: _Place, index: Array
     ) -> None:
-        """The queries of one warpgroup, from loading them to storing their output."""
+        """Processes the queries of one warpgroup, from loading them to storing their output."""
         row, head = place.row, place.head
         tokens = pl.ds(place.first_token + index * _QUERIES, _QUERIES)
         query, lse_smem, is_full = (x.at[index] for x in (memory.query, memory.lse, memory.query_full))
@@ -273,14 +273,14 @@ class _Body:
         if loads_itself:
             for step in range(_SLOTS):
                 pl.when(step < place.num_steps)(lambda step=step: self._load(operands, memory, place, jnp.int32(step)))
-        seen = softmax.nothing_seen_gpu(self.warpgroup, _QUERIES, memory.value.shape[-1])
+        seen = softmax.empty_softmax_gpu(self.warpgroup, _QUERIES, memory.value.shape[-1])
         if self.has_sink_logits:
             column = self.warpgroup.column(_QUERIES)
             logit = operands["sink_logits"][head] * softmax.LOG2E
             seen = seen._replace(maximum=column + logit, total=column + 1.0)
         plgpu.barrier_wait(is_full)
 
-        def one_block(step: Array, seen: softmax.Seen) -> softmax.Seen:
+        def one_block(step: Array, seen: softmax.OnlineSoftmax) -> softmax.OnlineSoftmax:
             seen = self._one_block(memory, place, index, step, seen)
             is_awaited = step + _SLOTS < place.num_steps
             if loads_itself:
@@ -291,7 +291,7 @@ class _Body:
 
         seen = jax.lax.fori_loop(jnp.int32(0), place.num_steps, one_block, seen)
         output, lse = softmax.finish_gpu(self.warpgroup, seen)
-        # The queries are not needed any more: an output of their size leaves through their place.
+        # The queries are not needed any more: an output of their size is stored through their memory.
         output_smem = query if memory.output is None else memory.output.at[index]
         output_smem[...] = output.astype(output_smem.dtype)
         lse_smem[...] = lse
@@ -300,8 +300,10 @@ class _Body:
         plgpu.copy_smem_to_gmem(lse_smem, output_refs[1].at[row, head, tokens])
         plgpu.wait_smem_to_gmem(0)
 
-    def _one_block(self, memory: _Memory, place: _Place, index: Array, step: Array, seen: softmax.Seen) -> softmax.Seen:
-        """`seen` and one block of keys, which the slot holds or will hold soon. Quantised keys would be scaled here."""
+    def _one_block(
+        self, memory: _Memory, place: _Place, index: Array, step: Array, seen: softmax.OnlineSoftmax
+    ) -> softmax.OnlineSoftmax:
+        """`seen` plus one block of keys, which the slot holds or soon will. Quantised keys would be scaled here."""
         slot, (first_unread, first_key) = _slot(step), self._first_keys(place, step)
         first_query = place.offset + place.first_token + index * _QUERIES
         query = memory.query.at[index]
@@ -316,8 +318,8 @@ class _Body:
             return jnp.where(allowed & (key_index >= first_unread), score, softmax.MASKED)
 
         queries, keys = (first_query, first_query + _QUERIES - 1), (first_key, first_key + self.key_block - 1)
-        is_whole = self.rules.read_all(queries, keys, place.length) & (first_key == first_unread)
-        score = jax.lax.cond(is_whole, lambda score: score, masked, score)
+        is_unmasked = self.rules.read_all(queries, keys, place.length) & (first_key == first_unread)
+        score = jax.lax.cond(is_unmasked, lambda score: score, masked, score)
         if self.has_segments:
             query_segment = self._segments(memory.query_segment.at[index], score.shape, 0)
             key_segment = self._segments(memory.key_segment.at[slot], score.shape, 1)
@@ -328,20 +330,20 @@ class _Body:
         return softmax.absorb_gpu(self.warpgroup, seen, score, memory.value.at[slot], query.dtype)
 
     def _segments(self, ref: Any, shape: tuple[int, ...], dimension: int) -> Array:
-        """A segment per row (dimension 0) or column (1) of an accumulator, beside each of its scores."""
+        """Broadcasts a segment per row (dimension 0) or column (1) of an accumulator to its scores."""
         layout = plgpu.Layout.WGMMA.reduce(1 - dimension)
         return jax.lax.broadcast_in_dim(self.warpgroup.load(ref, layout), shape, [dimension])
 
     def _clear(self, memory: _Memory, slot: Array, index: Array, first: Array) -> None:
-        """Zeros in the rows of values from `first` on, which may hold NaN. Warpgroup 0 does it, others wait."""
+        """Zeros the rows of values from `first` on, which may hold NaN. Warpgroup 0 does it, others wait."""
         value, tile = memory.value.at[slot], 64
 
         def clear(start: int) -> None:
             row = self.warpgroup.iota((tile,), 0, plgpu.Layout.WGMMA.reduce(1)) + start
             for column in range(0, value.shape[1], tile):
-                part = value.at[pl.ds(start, tile), pl.ds(column, min(tile, value.shape[1] - column))]
-                exists = self.warpgroup.rows(row < first, part.shape)
-                part[...] = jnp.where(exists, self.warpgroup.load(part), 0).astype(part.dtype)
+                piece = value.at[pl.ds(start, tile), pl.ds(column, min(tile, value.shape[1] - column))]
+                exists = self.warpgroup.rows(row < first, piece.shape)
+                piece[...] = jnp.where(exists, self.warpgroup.load(piece), 0).astype(piece.dtype)
 
         for start in range(0, value.shape[0], tile):
             pl.when((index == 0) & (start + tile > first))(partial(clear, start))

@@ -1,16 +1,16 @@
-"""Prefill attention on TPU.
+"""Computes prefill attention on TPU, with query blocks in pairs that balance the causal mask.
 
 grid [B, N / heads, pairs of query blocks, steps]
 
 queries |#......   Query block i of a pair comes first, then block n - 1 - i: under a causal mask each pair has the
-        |##.....   same number of blocks of keys to read, so that hardly any step of the grid is left idle. A step is
-        |###....   one block of keys, read once for a group of query heads whose queries are stacked as rows. The
-        |#..##..   number of steps is computed from the lengths at run time; blocks outside lengths, window and
-        |#...##.   diagonal are no steps. A step without work asks for the block before it again: nothing is loaded.
+        |##.....   same number of blocks of keys, so that hardly any step of the grid is idle. A step is one block
+        |###....   of keys, read once for a group of query heads whose queries are stacked as rows. The number of
+        |#..##..   steps is computed from the lengths at run time; blocks outside lengths, window and diagonal are
+        |#...##.   no steps. A step without work requests the block before it again: nothing is loaded.
          keys
 
-Where heads are no multiple of the 128 lanes, XLA keeps tokens in lanes: such keys and values are read as [B, K, H, S],
-which is how they lie in memory, so that a cache is not copied.
+If the head size is no multiple of the 128 lanes, XLA keeps tokens in lanes: such keys and values are read as
+[B, K, H, S], their layout in memory, so that a cache is not copied.
 """
 
 from functools import partial
@@ -34,8 +34,8 @@ _MOST_HEADS = 8  # packed at _LANES tokens each
 _VMEM_BYTES = 40 * 2**20  # of 128 MiB on v5e and v6e
 
 
-def misfit(query: Any, key: Any, value: Any) -> str | None:
-    """Why the kernel does not take these operands (arrays or shapes), None if it does."""
+def unsupported_reason(query: Any, key: Any, value: Any) -> str | None:
+    """Why the kernel does not support these operands (arrays or shapes), None if it does."""
     dtypes = {jnp.dtype(x.dtype) for x in (query, key, value)}
     if len(dtypes) != 1 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         names = ", ".join(jnp.dtype(x.dtype).name for x in (query, key, value))
@@ -146,7 +146,7 @@ def _in_lanes(head_size: int, num_keys: int) -> bool:
 
 
 def _num_steps(count: Array) -> Array:
-    """Of the longest pair of query blocks. Each block has one step at least, which writes it."""
+    """Steps of the longest pair of query blocks. Each block has at least one step, which writes it."""
     count = jnp.maximum(count, 1)
     num_blocks = count.shape[1]
     half = pl.cdiv(num_blocks, 2)
@@ -156,7 +156,7 @@ def _num_steps(count: Array) -> Array:
 
 
 def _place(scalars: Any, num_blocks: int, row: Any, pair: Any, step: Any) -> tuple[Any, Any, Any]:
-    """In a step of the grid: the block of queries, the how-many-th of its blocks of keys, and how many it has."""
+    """For a step of the grid: the block of queries, the index among its blocks of keys, and their number."""
     count = scalars[0]
     partner = num_blocks - 1 - pair
     num_first = jnp.maximum(count[row * num_blocks + pair], 1)
@@ -199,7 +199,7 @@ def _flash_prefill(
 
     @pl.when(index == 0)
     def start() -> None:
-        seen = softmax.nothing_seen(num_rows, seen_refs[2].shape[1])
+        seen = softmax.empty_softmax(num_rows, seen_refs[2].shape[1])
         if has_sink_logits:
             logits = [jnp.full((tokens, 1), scalars[6][head * heads + i] * softmax.LOG2E) for i in range(heads)]
             seen = seen._replace(maximum=jnp.concatenate(logits), total=seen.total + 1)
@@ -228,19 +228,19 @@ def _flash_prefill(
             score = jnp.where(allowed, score, softmax.MASKED)
             exists = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0) + first_key < length
             value = jnp.where(exists, value.astype(jnp.float32), 0.0).astype(value.dtype)
-        seen = softmax.absorb(softmax.Seen(*(ref[...] for ref in seen_refs)), score, value)
+        seen = softmax.absorb(softmax.OnlineSoftmax(*(ref[...] for ref in seen_refs)), score, value)
         for ref, updated in zip(seen_refs, seen, strict=True):
             ref[...] = updated
 
-    is_whole = rules.read_all(
+    is_unmasked = rules.read_all(
         (first_query, first_query + tokens - 1), (first_key, first_key + key_block - 1), length
     ) & (not has_segments)
-    pl.when((index < count) & is_whole)(partial(absorb, False))
-    pl.when((index < count) & ~is_whole)(partial(absorb, True))
+    pl.when((index < count) & is_unmasked)(partial(absorb, False))
+    pl.when((index < count) & ~is_unmasked)(partial(absorb, True))
 
     @pl.when(index == jnp.maximum(count - 1, 0))
     def write() -> None:
-        output, lse = softmax.finish(softmax.Seen(*(ref[...] for ref in seen_refs)))
+        output, lse = softmax.finish(softmax.OnlineSoftmax(*(ref[...] for ref in seen_refs)))
         output_ref[0, 0] = output.reshape(heads, tokens, -1).astype(output_ref.dtype)
         # A column becomes a row: the transpose of a tile of equal columns.
         lse_row = jnp.broadcast_to(lse, (num_rows, _LANES)).T[:1]

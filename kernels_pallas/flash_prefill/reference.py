@@ -1,18 +1,22 @@
-"""The same in plain JAX: what runs where no kernel fits.
+"""Computes `flash_prefill` in plain JAX, where no kernel takes the operands.
 
-FlashAttention-2's online softmax (arXiv 2307.08691) as loops over blocks of queries and keys, so that no array of T x S
-scores exists and blocks that no row reads are left out.
+Loops over blocks of queries and keys (`core/blockwise_attention.py`), so that no array of T x S scores exists and
+blocks that no row reads are left out.
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
+from decodax.core.blockwise_attention import KeyBlock, Slots, attend_to_block, finish_by_query, group_queries
+from decodax.core.partial_softmax import OnlineSoftmax
 from decodax.kernels_pallas.flash_prefill.spans import Blocks, Rows, Rules, Segments, blocks_to_read
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
-_MASKED = -1e30  # finite, so that no difference of scores is NaN; a score below half of it was never seen
 
 
 def flash_prefill(
@@ -28,76 +32,73 @@ def flash_prefill(
     softcap: float | None,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
     """See `decodax.kernels_pallas.flash_prefill.flash_prefill`."""
-    batch, num_queries, num_heads, head_size = query.shape
-    num_kv_heads, num_keys, value_size = value.shape[1:]
+    num_queries, num_kv_heads, num_keys = query.shape[1], *key.shape[1:3]
     query_block, key_block = min(QUERY_BLOCK, num_queries), min(KEY_BLOCK, num_keys)
-    num_blocks = -(-num_queries // query_block)
-    padding = num_blocks * query_block - num_queries
     blocks = blocks_to_read(
         rows, segments, rules, num_queries=num_queries, query_block=query_block, key_block=key_block
     )
-    blocks = _of_any_row(blocks)
-
-    def per_block(tokens: Array) -> Array:
-        """[B, T, ...] as [blocks, B, block, ...], the last token repeated."""
-        padded = jnp.pad(tokens, ((0, 0), (0, padding)) + ((0, 0),) * (tokens.ndim - 2), mode="edge")
-        return jnp.moveaxis(padded.reshape(batch, num_blocks, query_block, *tokens.shape[2:]), 1, 0)
-
-    grouped = query.reshape(batch, num_queries, num_kv_heads, -1, head_size)
     index = rows.offset[:, None] + jnp.arange(num_queries, dtype=jnp.int32)[None, :]
     segment = jnp.zeros_like(index) if segments is None else segments.query
-    dtype = query.dtype if query.dtype == key.dtype else jnp.float32
+    source = _Source(key, value, rows, None if segments is None else segments.key, rules)
+    sinks = None
+    if sink_logits is not None:
+        sinks = jnp.tile(sink_logits.reshape(1, num_kv_heads, -1), (1, 1, query_block))
 
     def one_block(block: tuple[Array, ...]) -> tuple[Array, Array]:
-        queries, query_index, query_segment, *blocks = block
-        num_steps, num_sink_blocks, skipped = blocks
-        shape = (batch, num_kv_heads, num_heads // num_kv_heads, query_block)
-        maximum, total = jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
-        if sink_logits is not None:
-            logits = sink_logits.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1)
-            maximum, total = jnp.broadcast_to(logits, shape), total + 1
-        seen = (maximum, total, jnp.zeros((*shape, value_size), jnp.float32))
+        queries, query_index, query_segment, num_steps, num_sink_blocks, skipped = block
+        slots = Slots(partial(source.read, query_index, query_segment), num_keys)
+        grouped = group_queries(queries, num_kv_heads)
 
-        def step(index: Array, seen: tuple[Array, ...]) -> tuple[Array, ...]:
-            key_block = Blocks.at(index, num_sink_blocks, skipped)
-            return absorb(queries.astype(dtype), query_index, query_segment, key_block, seen)
+        def step(index: Array, seen: OnlineSoftmax) -> OnlineSoftmax:
+            keys = slots.block(Blocks.at(index, num_sink_blocks, skipped), key_block).without_unread()
+            return attend_to_block(seen, *_of_one_dtype(grouped, keys), scale=scale, softcap=softcap)
 
-        maximum, total, output = jax.lax.fori_loop(0, num_steps, step, seen)
-        empty = maximum < _MASKED / 2
-        total = jnp.where(empty, 1.0, total)
-        output = jnp.where(empty[..., None], 0.0, output / total[..., None])
-        return output.astype(query.dtype), jnp.where(empty, -jnp.inf, maximum + jnp.log(total))
+        nothing = OnlineSoftmax.start(grouped.shape[:3], value.shape[3], sinks)
+        return finish_by_query(jax.lax.fori_loop(0, num_steps, step, nothing), query_block, query.dtype)
 
-    def absorb(
-        queries: Array, query_index: Array, query_segment: Array, block: Array, seen: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
-        maximum, total, output = seen
-        # The last block may not fit: it starts earlier, and leaves out what the block before it has read.
-        start = jnp.minimum(block * key_block, num_keys - key_block)
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, key_block, axis=2) for x in (key, value))
-        key_index = (start + jnp.arange(key_block, dtype=jnp.int32))[None, None, :]
-        shape = (batch, query_block, key_block)
-        length, num_sink_tokens = (x[:, None, None] for x in (rows.length, rows.num_sink_tokens))
-        query_index, key_index = (jnp.broadcast_to(x, shape) for x in (query_index[:, :, None], key_index))
-        allowed = rules.read(query_index, key_index, length, num_sink_tokens) & (key_index >= block * key_block)
-        if segments is not None:
-            key_segment = jax.lax.dynamic_slice_in_dim(segments.key, start, key_block, axis=1)
-            allowed = allowed & (query_segment[:, :, None] == key_segment[:, None, :])
-        score = jnp.einsum("bqkgh,bksh->bkgqs", queries, keys.astype(dtype), preferred_element_type=jnp.float32)
-        score = score * scale if softcap is None else softcap * jnp.tanh(score * (scale / softcap))
-        score = jnp.where(allowed[:, None, None], score, _MASKED)
-        exists = (key_index[:, 0] < rows.length[:, None])[:, None, :, None]
-        values = jnp.where(exists, values, 0)  # what no key stands for may be NaN
-        new_maximum = jnp.maximum(maximum, jnp.max(score, axis=-1))
-        weight = jnp.exp(score - new_maximum[..., None])
-        decay = jnp.exp(maximum - new_maximum)
-        mixed = jnp.einsum("bkgqs,bksi->bkgqi", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return new_maximum, total * decay + jnp.sum(weight, axis=-1), output * decay[..., None] + mixed
-
-    output, lse = jax.lax.map(one_block, (*map(per_block, (grouped, index, segment)), *blocks))
-    output = jnp.moveaxis(output, (0, 4), (1, 2)).reshape(batch, -1, num_heads, value_size)
-    lse = jnp.moveaxis(lse, (0, 4), (1, 2)).reshape(batch, -1, num_heads)
+    by_block = (_by_block(tokens, query_block) for tokens in (query, index, segment))
+    output, lse = jax.lax.map(one_block, (*by_block, *_of_any_row(blocks)))
+    output, lse = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in (output, lse))
     return output[:, :num_queries], lse[:, :num_queries]
+
+
+class _Source(NamedTuple):
+    """The keys, and what says which of them a query attends to."""
+
+    key: Float[Array, "B K S H"]
+    value: Float[Array, "B K S I"]
+    rows: Rows
+    segment: Int[Array, "B S"] | None
+    rules: Rules
+
+    def read(
+        self, index: Int[Array, "B Q"], segment: Int[Array, "B Q"], start: Int[Array, ""], num_tokens: int
+    ) -> KeyBlock:
+        """Consecutive keys, for queries at an index and of a segment."""
+        key, value = (jax.lax.dynamic_slice_in_dim(x, start, num_tokens, axis=2) for x in (self.key, self.value))
+        shape = (*index.shape, num_tokens)
+        key_index = jnp.broadcast_to(start + jnp.arange(num_tokens, dtype=jnp.int32), shape)
+        length, num_sink_tokens = (x[:, None, None] for x in (self.rows.length, self.rows.num_sink_tokens))
+        allowed = self.rules.read(jnp.broadcast_to(index[:, :, None], shape), key_index, length, num_sink_tokens)
+        if self.segment is not None:
+            key_segment = jax.lax.dynamic_slice_in_dim(self.segment, start, num_tokens, axis=1)
+            allowed = allowed & (segment[:, :, None] == key_segment[:, None, :])
+        return KeyBlock(key, value, allowed[:, None])
+
+
+def _of_one_dtype(grouped: Float[Array, "B K Q H"], block: KeyBlock) -> tuple[Array, KeyBlock]:
+    """Queries and keys of two dtypes in float32."""
+    if grouped.dtype == block.key.dtype:
+        return grouped, block
+    return grouped.astype(jnp.float32), block._replace(key=block.key.astype(jnp.float32))
+
+
+def _by_block(tokens: Shaped[Array, "B T *rest"], block_tokens: int) -> Shaped[Array, "blocks B Q *rest"]:
+    """Tokens in blocks, the last token repeated to fill the last block."""
+    batch, num_tokens, *rest = tokens.shape
+    padding = ((0, 0), (0, -num_tokens % block_tokens)) + ((0, 0),) * len(rest)
+    padded = jnp.pad(tokens, padding, mode="edge")
+    return jnp.moveaxis(padded.reshape(batch, -1, block_tokens, *rest), 1, 0)
 
 
 def _of_any_row(blocks: Blocks) -> tuple[Array, Array, Array]:

@@ -1,4 +1,4 @@
-"""Named real shapes: tests compile the kernels for them ahead of time, benchmarks time them."""
+"""Lists named real shapes of `flash_prefill`: tests compile the kernels for them, benchmarks time them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """A chunk of a prompt against one source of keys; `offset` and `length` are the same for all rows."""
+    """A chunk of a prompt and one set of keys; `offset` and `length` are the same for all rows."""
 
     batch: int
     num_queries: int
@@ -55,7 +55,7 @@ class Shape:
         return arrays
 
     def options(self) -> dict[str, Any]:
-        """The arguments that are no arrays."""
+        """The other arguments."""
         return {
             "scale": self.head_size**-0.5,
             "causal": True,
@@ -69,7 +69,7 @@ class Shape:
         return self.num_keys if self.length is None else self.length
 
     def _scores(self) -> int:
-        """Pairs of a query and a key that it reads, of one head of one row."""
+        """Unmasked pairs of a query and a key, of one head of one row."""
         query = self.offset + np.arange(self.num_queries)
         last = np.minimum(query + 1, self._length)
         first = np.zeros_like(last) if self.window is None else np.maximum(query + 1 - self.window, 0)
@@ -77,11 +77,11 @@ class Shape:
         return int(np.sum(np.maximum(last - first, 0) + sinks))
 
     def flops(self) -> int:
-        """Of the two matrix products, counting only what is read."""
+        """Operations of the two matrix products, counting only unmasked pairs."""
         return 2 * self.batch * self.num_heads * self._scores() * (self.head_size + self.value_size)
 
     def bytes_moved(self) -> int:
-        """Queries, output and log-sum-exp, and every key and value that is read, once."""
+        """Bytes of queries, output and log-sum-exp, and of every key and value that is read, once."""
         item_bytes = jnp.dtype(self.dtype).itemsize
         read_keys = min(self._length, self.offset + self.num_queries)
         if self.window is not None:

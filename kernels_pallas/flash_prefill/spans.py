@@ -1,6 +1,6 @@
-"""Which keys a query reads, and so which blocks of keys a block of queries has to load: the same for every backend.
+"""Computes which keys a query attends to, and which key blocks a query block loads: the same for every backend.
 
-A key is read if it exists, stands no later than the query (causal), in its window or among the sink tokens
+A query attends to a key that exists, is no later than the query (causal), in its window or among the sink tokens
 (StreamingLLM, arXiv 2309.17453), and in its segment (packed prompts). Queries and keys are counted in one order: query
 t of a row is at index `offset + t` among its keys.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 
 class Rows(NamedTuple):
-    """What differs between the rows of a batch: where query 0 stands, how many keys exist, how many are sinks."""
+    """Values per row of a batch: index of query 0, number of keys, number of sink tokens."""
 
     offset: Int[Array, " B"]
     length: Int[Array, " B"]
@@ -21,14 +21,14 @@ class Rows(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Which prompt each token belongs to, where several are packed into a row."""
+    """The prompt of each token, if several are packed into a row."""
 
     query: Int[Array, "B T"]
     key: Int[Array, "B S"]
 
 
 class Rules(NamedTuple):
-    """What is the same for all rows."""
+    """The mask's rules, the same for all rows."""
 
     causal: bool
     window: int | None
@@ -40,7 +40,11 @@ class Rules(NamedTuple):
         length: Int[Array, "*_"],
         num_sink_tokens: Int[Array, "*_"],
     ) -> Bool[Array, "*shape"]:
-        """Whether the query at an index reads the key at an index, segments apart."""
+        """Whether a query attends to a key, apart from segments.
+
+        query, key: indices.
+        length, num_sink_tokens: of the row.
+        """
         allowed = key < length
         if self.causal:
             allowed = allowed & (key <= query)
@@ -54,9 +58,12 @@ class Rules(NamedTuple):
         keys: tuple[Int[Array, ""], Int[Array, ""]],
         length: Int[Array, ""],
     ) -> Bool[Array, ""]:
-        """Whether all queries of a block (first index, last index) read all keys of a block: it then needs no mask.
+        """Whether all queries of a block attend to all keys of a block, so that it needs no mask.
 
-        A block of sink tokens alone is not found to be one.
+        A block of sink tokens alone is not recognised as such.
+
+        queries, keys: (first index, last index).
+        length: of the row.
         """
         (first_query, last_query), (first_key, last_key) = queries, keys
         everything = last_key < length
@@ -68,15 +75,20 @@ class Rules(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The blocks of keys that each block of queries loads: the sinks' from 0 on, then a run up to its last key."""
+    """The blocks of keys that each block of queries loads: sink tokens from 0 on, then a run up to its last key.
+
+    num_steps: blocks to load.
+    num_sink_blocks: blocks of sink tokens.
+    skipped: blocks between those of the sink tokens and the run.
+    """
 
     num_steps: Int[Array, "B blocks"]
     num_sink_blocks: Int[Array, "B blocks"]
-    skipped: Int[Array, "B blocks"]  # blocks between those of the sinks and the run
+    skipped: Int[Array, "B blocks"]
 
     @staticmethod
     def at(step: Array, num_sink_blocks: Array, skipped: Array) -> Array:
-        """The block that is loaded as number `step`."""
+        """The block that is loaded in step `step`."""
         return step + jnp.where(step >= num_sink_blocks, skipped, 0)
 
 
@@ -89,7 +101,12 @@ def blocks_to_read(
     query_block: int,
     key_block: int,
 ) -> Blocks:
-    """What each block of `query_block` tokens has to load, in blocks of `key_block` keys."""
+    """The blocks of keys that each block of queries has to load.
+
+    rows, segments, rules: of the mask.
+    num_queries: per row.
+    query_block, key_block: tokens per block.
+    """
     first_query = jnp.arange(0, num_queries, query_block, dtype=jnp.int32)[None, :]
     last_query = jnp.minimum(first_query + query_block, num_queries) - 1
     offset, length, num_sink_tokens = (x[:, None] for x in rows)

@@ -1,7 +1,7 @@
-"""Attention of a decoding step over chosen pages or tokens of a contiguous cache, a list per row and key-value head.
+"""Computes decode attention over selected pages or tokens of a contiguous cache, a list per row and key-value head.
 
-What every method needs that picks the cached tokens a step reads (Quest, arXiv 2406.10774; TidalDecode, arXiv
-2410.05076): the method makes the lists, and the work is proportional to what they hold.
+For every method that selects the cached tokens of a step (Quest, arXiv 2406.10774; TidalDecode, arXiv 2410.05076): the
+method makes the lists, and the work is proportional to their length.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
-from decodax.kernels_pallas.new_tokens import NewTokens, check_operands, check_range
+from decodax.kernels_pallas.decode.new_tokens import NewTokens, check_operands, check_range
+from decodax.kernels_pallas.selection import Implementation, KernelSelection, select_in_folder
 
-__all__ = ["NewTokens", "choose_gather_decode", "gather_decode"]
+__all__ = ["NewTokens", "gather_decode", "select_gather_decode"]
 
 
 def gather_decode(
@@ -32,15 +32,17 @@ def gather_decode(
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
-    """As `flash_decode`, but of the cached slots each key-value head reads only those of the pages in its list.
+    """As `flash_decode`, but each key-value head attends only to the cached slots of the pages in its list.
 
-    `index[b, k, :count[b, k]]` lists pages: page i is the slots i * block_tokens .. (i + 1) * block_tokens - 1 (with
-    block_tokens = 1, a list of tokens), in any order, none of them twice. Slots from `length[b]` on are not read even
-    if their page is listed. Entries from `count` on may hold anything.
+    query, key, value, length, new: as for `flash_decode`; slots from `length` on are masked even if listed.
+    index: `index[b, k, :count[b, k]]` lists pages, in any order, none of them twice; the other entries may be anything.
+    count: listed pages.
+    block_tokens: page i is the slots i * block_tokens .. (i + 1) * block_tokens - 1 (1: a list of tokens).
+    scale, softcap, sink_logits, implementation: as for `flash_decode`.
 
     Raises ValueError for operands that do not fit each other, counts outside 0..M, lengths outside 0..S and listed
-    pages outside the cache (only if their values are known: inside `jit` they are clipped), and NotImplementedError if
-    the implementation asked for does not take them.
+    pages outside the cache (only if their values are known: inside `jit` they are clipped).
+    Raises NotImplementedError if the implementation asked for does not support the operands.
     """
     check_operands("gather_decode", query, key.shape[1], key.shape[3], value.shape[3], new)
     capacity = key.shape[2]
@@ -65,25 +67,25 @@ def gather_decode(
         "softcap": softcap,
         "sink_logits": sink_logits,
     }
-    choice = choose_gather_decode(
+    selection = select_gather_decode(
         query, key, value, index, new, block_tokens=block_tokens, implementation=implementation
     )
     index, count = jnp.clip(index, 0, last), jnp.clip(count, 0, index.shape[2])
     operands = (query, key, value, index, count, jnp.clip(length, 0, capacity), new)
-    if choice.backend == "xla":
+    if selection.backend == "xla":
         from decodax.kernels_pallas.gather_decode import reference
 
         return reference.gather_decode(*operands, **options)
-    if choice.backend == "tpu":
+    if selection.backend == "tpu":
         from decodax.kernels_pallas.gather_decode import kernel_tpu
 
-        return kernel_tpu.gather_decode(*operands, **options, interpret=choice.interpret)
+        return kernel_tpu.gather_decode(*operands, **options, interpret=selection.interpret)
     from decodax.kernels_pallas.gather_decode import kernel_gpu
 
-    return kernel_gpu.gather_decode(*operands, **options, interpret=choice.interpret)
+    return kernel_gpu.gather_decode(*operands, **options, interpret=selection.interpret)
 
 
-def choose_gather_decode(
+def select_gather_decode(
     query: Any,
     key: Any,
     value: Any,
@@ -92,6 +94,6 @@ def choose_gather_decode(
     *,
     block_tokens: int,
     implementation: Implementation | None = None,
-) -> Choice:
-    """What `gather_decode` runs for operands of these shapes and dtypes, and why."""
-    return choose_in("gather_decode", implementation, query, key, value, index, new, block_tokens=block_tokens)
+) -> KernelSelection:
+    """The implementation of `gather_decode` for operands of these shapes and dtypes, and the reason."""
+    return select_in_folder("gather_decode", implementation, query, key, value, index, new, block_tokens=block_tokens)

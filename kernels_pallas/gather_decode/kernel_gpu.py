@@ -1,4 +1,4 @@
-"""`gather_decode` on Hopper GPUs: where the listed pages of a cache lie; see decode_gpu.py for the kernels."""
+"""Runs `gather_decode` on Hopper GPUs: locates a cache's listed pages for the kernels of `decode/kernel_gpu.py`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +8,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.decode_gpu import decode, size_misfit
-from decodax.kernels_pallas.decode_tiles_gpu import TILE_TOKENS, Tables
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, Tables
 
 
 @dataclass(frozen=True)
 class _ListedTiles:
-    """Tiles of a cache [slabs, S, H]: several short pages, or a piece of a long one. Tables: lists [slabs, M], how many
-    pages each holds, lengths."""
+    """Tiles of a cache [slabs, S, H]: several short pages, or a piece of a long one.
+
+    Tables: lists [slabs, M], their numbers of pages, lengths.
+    """
 
     block_tokens: int
 
@@ -25,7 +27,7 @@ class _ListedTiles:
         return max(1, TILE_TOKENS // self.block_tokens)
 
     def _slot(self, tables: Tables, slab: jax.Array, tile: jax.Array, number: int) -> jax.Array:
-        """The first slot of a piece; beyond the list, of its last page."""
+        """The first slot of a piece; after the list's end, of its last page."""
         index, count, _ = tables
         block_tokens = jnp.int32(self.block_tokens)
         listed = tile * TILE_TOKENS + number * min(self.block_tokens, TILE_TOKENS)
@@ -33,7 +35,7 @@ class _ListedTiles:
         return index[slab, entry] * self.block_tokens + jax.lax.rem(listed, block_tokens)
 
     def _num_filled(self, tables: Tables, slab: jax.Array, tile: jax.Array, number: int) -> jax.Array:
-        """How many tokens of a piece are to be read: none beyond the list, and none beyond the row's length."""
+        """Number of a piece's tokens to attend to: none after the list's end, none after the row's length."""
         piece_tokens = TILE_TOKENS // self.num_pieces
         filled = jnp.clip(tables[2][slab] - self._slot(tables, slab, tile, number), 0, piece_tokens)
         is_listed = tile * TILE_TOKENS + number * piece_tokens < tables[1][slab] * self.block_tokens
@@ -47,7 +49,7 @@ class _ListedTiles:
             "listed pages have no common order; queries that start at different positions do not fit"
         )
 
-    def is_whole(self, tables: Tables, slab: jax.Array, tile: jax.Array) -> jax.Array:
+    def is_unmasked(self, tables: Tables, slab: jax.Array, tile: jax.Array) -> jax.Array:
         filled = jnp.int32(0)
         for i in range(self.num_pieces):
             filled = filled + self._num_filled(tables, slab, tile, i)
@@ -66,16 +68,16 @@ class _ListedTiles:
     may_be_read = is_filled
 
 
-def misfit(
+def unsupported_reason(
     query: Any, key: Any, value: Any, index: Any, new: NewTokens | None, *, block_tokens: int, interpret: bool
 ) -> str | None:
-    """Why the kernel does not take these operands; None if it does."""
+    """Why the kernel does not support these operands; None if it does."""
     if block_tokens % 8 or (TILE_TOKENS % block_tokens and block_tokens % TILE_TOKENS):
         return (
             f"pages must have 8, 16, 32 or a multiple of {TILE_TOKENS} tokens (block_tokens), these have "
             f"{block_tokens}: a bulk copy of fewer is slower than the reads it saves"
         )
-    return size_misfit(query, key, value, new, interpret=interpret)
+    return unsupported_sizes(query, key, value, new, interpret=interpret)
 
 
 def gather_decode(

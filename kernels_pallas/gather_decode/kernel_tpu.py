@@ -1,4 +1,4 @@
-"""`gather_decode` on TPU: the family's kernel (decode_tpu.py) with its pages found in lists.
+"""Runs `gather_decode` on TPU: the kernel of `decode/kernel_tpu.py` over pages from lists.
 
 A page is one copy, so pages are as large as a tile of memory or larger; single tokens are left to XLA.
 """
@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from decodax.kernels_pallas.decode_tpu import (
+from decodax.kernels_pallas.decode.kernel_tpu import (
     LANES,
     NOT_READ,
     Item,
     by_rows,
     decode,
     divided,
-    misfit_of_lists,
-    misfit_of_operands,
+    unsupported_lists,
+    unsupported_operands,
 )
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
 
 
 def gather_decode(
@@ -69,9 +69,11 @@ def gather_decode(
     return by_rows(index, some_rows, query, index, count, length, new)
 
 
-def misfit(query: Any, key: Any, value: Any, index: Any, new: NewTokens | None, *, block_tokens: int) -> str | None:
-    """Why the kernel does not take operands of these shapes and dtypes; None if it does."""
-    return misfit_of_operands(query, key, value, new, block_tokens) or misfit_of_lists(index)
+def unsupported_reason(
+    query: Any, key: Any, value: Any, index: Any, new: NewTokens | None, *, block_tokens: int
+) -> str | None:
+    """Why the kernel does not support operands of these shapes and dtypes; None if it does."""
+    return unsupported_operands(query, key, value, new, block_tokens) or unsupported_lists(index)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class _ListedPages:
         return self.index.shape[2]
 
     @property
-    def may_lie_in_lanes(self) -> bool:
+    def may_be_in_lanes(self) -> bool:
         return self.page_tokens % LANES == 0 and self.capacity % LANES == 0
 
     def scalars(self) -> Sequence[jax.Array]:

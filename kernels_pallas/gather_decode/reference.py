@@ -1,10 +1,11 @@
-"""`gather_decode` in plain JAX: what runs where no kernel fits."""
+"""Computes `gather_decode` in plain JAX, where no kernel takes the operands."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.decode_reference import CHUNK_TOKENS, Chunk, attend_in_chunks
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.core.blockwise_attention import KeyBlock
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.reference import CHUNK_TOKENS, attend_in_chunks
 
 
 def gather_decode(
@@ -26,7 +27,7 @@ def gather_decode(
     chunk_pages = max(1, min(CHUNK_TOKENS // block_tokens, num_listed))
     offset = jnp.arange(block_tokens, dtype=jnp.int32)
 
-    def read(chunk: Int[Array, ""]) -> Chunk:
+    def read(chunk: Int[Array, ""]) -> KeyBlock:
         entry = chunk * chunk_pages + jnp.arange(chunk_pages, dtype=jnp.int32)
         page = jnp.take(index, entry, axis=2, mode="clip")
         slot = (page[..., None] * block_tokens + offset[None, None, None]).reshape(batch, num_kv_heads, -1)
@@ -36,7 +37,7 @@ def gather_decode(
         def gathered(cached: Float[Array, "B K S D"]) -> Float[Array, "B K A D"]:
             return jnp.take_along_axis(cached, slot[..., None], axis=2, mode="clip")
 
-        return Chunk(gathered(key), gathered(value), filled[:, :, None])
+        return KeyBlock(gathered(key), gathered(value), filled[:, :, None])
 
     num_chunks = (jnp.max(count, initial=0) + chunk_pages - 1) // chunk_pages
     heads = {"num_kv_heads": num_kv_heads, "value_size": value.shape[3]}

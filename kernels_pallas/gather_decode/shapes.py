@@ -1,4 +1,4 @@
-"""Named real shapes: tests compile the kernels for them ahead of time, benchmarks time them."""
+"""Lists named real shapes of `gather_decode`: tests compile the kernels for them, benchmarks time them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from decodax.kernels_pallas.decode_shapes import DecodeShape
+from decodax.kernels_pallas.decode.shapes import DecodeShape
 
 
 @dataclass(frozen=True)
 class Shape(DecodeShape):
-    """Of a contiguous cache each head reads `num_listed` pages of `block_tokens`, at random among the filled ones."""
+    """Each head attends to `num_listed` pages of `block_tokens` of a contiguous cache, random among the filled ones."""
 
     block_tokens: int = 64
     num_listed: int = 64

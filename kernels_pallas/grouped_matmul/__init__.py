@@ -1,9 +1,9 @@
-"""Products of tokens sorted by expert with their expert's weights: a mixture of experts without padding or dropping.
+"""Computes grouped matmuls, tokens sorted by expert times their expert's weights: MoE without padding or dropping.
 
-Row i of the tokens belongs to the group (expert) in which it falls when groups of `group_sizes` rows follow each other.
-The work is that of the rows that exist: an empty group costs nothing, and a group's weights are read where they lie.
-MegaBlocks, arXiv 2211.15841. What departs from it: groups are not padded to tiles of rows (a tile that several groups
-share is visited once for each), and gate, up and SiLU are one kernel.
+Row i of the tokens belongs to the group (expert) that covers it when groups of `group_sizes` rows follow each other.
+The work is that of the rows that exist: an empty group costs nothing, and a group's weights are read in place.
+MegaBlocks, arXiv 2211.15841. Departs from it: groups are not padded to tiles of rows (a tile that several groups share
+is visited once for each), and gate, up and SiLU are one kernel.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
+from decodax.kernels_pallas.selection import Implementation, KernelSelection, select_in_folder
 
-__all__ = ["choose_grouped_matmul", "grouped_gate_up", "grouped_matmul"]
+__all__ = ["grouped_gate_up", "grouped_matmul", "select_grouped_matmul"]
 
 
 def grouped_matmul(
@@ -26,14 +26,17 @@ def grouped_matmul(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M F"]:
-    """tokens[i] weight[group of i]^T, summed in float32, in the tokens' dtype; rows behind the last group are zeros.
+    """tokens[i] weight[group of i]^T, summed in float32, in the tokens' dtype; rows after the last group are zeros.
 
+    tokens: sorted by group.
+    weight: one matrix per group.
     group_sizes: rows of each group, 0 or more, their sum at most M. Inside `jit`, where it cannot be checked, rows that
-    do not exist are left out.
-    implementation: None takes the kernel of this device where it fits, and XLA elsewhere. Only "xla" has derivatives.
+        do not exist are left out.
+    implementation: None takes the kernel of this device if it supports the operands, else XLA. Only "xla" has
+        derivatives.
 
-    Raises ValueError for operands that do not fit each other, NotImplementedError if the implementation asked for does
-    not take them.
+    Raises ValueError for operands that do not fit each other.
+    Raises NotImplementedError if the implementation asked for does not support the operands.
     """
     return _run("grouped_matmul", tokens, {"weight": weight}, group_sizes, implementation)
 
@@ -48,15 +51,18 @@ def grouped_gate_up(
 ) -> Float[Array, "M F"]:
     """silu(tokens gate^T) * (tokens up^T) with each row's own gate and up; the first half of a gated expert.
 
-    Both products and the activation are float32, rounded once to the tokens' dtype; the rest is as in `grouped_matmul`.
+    Both products and the activation are float32, rounded once to the tokens' dtype.
+
+    tokens, group_sizes, implementation: as for `grouped_matmul`.
+    gate, up: one matrix per group each.
     """
     return _run("grouped_gate_up", tokens, {"gate": gate, "up": up}, group_sizes, implementation)
 
 
-def choose_grouped_matmul(tokens: Any, *weights: Any, implementation: Implementation | None = None) -> Choice:
-    """What runs for operands of these shapes and dtypes (one matrix per expert, or gate and up), and why."""
+def select_grouped_matmul(tokens: Any, *weights: Any, implementation: Implementation | None = None) -> KernelSelection:
+    """The implementation for operands of these shapes and dtypes (one matrix per expert, or gate and up), and why."""
     name = "grouped_matmul" if len(weights) == 1 else "grouped_gate_up"
-    return choose_in("grouped_matmul", implementation, tokens, *weights, name=name)
+    return select_in_folder("grouped_matmul", implementation, tokens, *weights, name=name)
 
 
 def _run(
@@ -68,22 +74,22 @@ def _run(
 ) -> jax.Array:
     _check(name, tokens, weights, group_sizes)
     operands = (tokens, *weights.values())
-    choice = choose_grouped_matmul(*operands, implementation=implementation)
+    selection = select_grouped_matmul(*operands, implementation=implementation)
     num_outputs = operands[1].shape[1]
     if tokens.shape[0] == 0 or num_outputs == 0 or tokens.shape[1] == 0:
         return jnp.zeros((tokens.shape[0], num_outputs), tokens.dtype)
     with jax.named_scope(name):
-        if choice.backend == "xla":
+        if selection.backend == "xla":
             from decodax.kernels_pallas.grouped_matmul import reference
 
             return getattr(reference, name)(*operands, group_sizes)
-        if choice.backend == "tpu":
+        if selection.backend == "tpu":
             from decodax.kernels_pallas.grouped_matmul import kernel_tpu
 
-            return getattr(kernel_tpu, name)(*operands, group_sizes, interpret=choice.interpret)
+            return getattr(kernel_tpu, name)(*operands, group_sizes, interpret=selection.interpret)
         from decodax.kernels_pallas.grouped_matmul import kernel_gpu
 
-        return getattr(kernel_gpu, name)(*operands, group_sizes, interpret=choice.interpret)
+        return getattr(kernel_gpu, name)(*operands, group_sizes, interpret=selection.interpret)
 
 
 def _check(name: str, tokens: jax.Array, weights: dict[str, jax.Array], group_sizes: jax.Array) -> None:

@@ -1,20 +1,19 @@
-"""Grouped products on Hopper GPUs: tiles of rows that begin where their group does, two warpgroups to a tile.
+"""Computes grouped matmuls on Hopper GPUs: tiles of rows that begin where their group does, two warpgroups per tile.
 
-The grid is as many programs as run at a time. Program i does jobs i, i + programs, ..., which are numbered so that what
-is done at the same time shares tokens and weights in the L2 cache:
+The grid has as many programs as run at a time. Program i does jobs i, i + programs, ..., numbered so that simultaneous
+jobs share tokens and weights in the L2 cache:
 
     job          0       1     ...  7       8       9     ...        8 J                  J blocks of columns
     item         0       1     ...  7       0       1     ...        8   ...              (`work_list`)
     columns      0       0     ...  0       1       1     ...        0   ...
 
-A job multiplies one item's rows with one block of its group's weights, a step being `depth` numbers of D. The two
-warpgroups do the same on their half of the columns: each brings half of the tokens, its own weights, and waits for the
-other's tokens. While one product runs in the tensor cores, the place of the one before is filled again. There are no
-roles, so that the interpreter runs the kernel as it is.
+A job multiplies one item's rows with one block of its group's weights, in steps of `step_size` numbers of D. The two
+warpgroups do the same on their half of the columns: each loads half of the tokens, its own weights, and waits for the
+other's tokens. While one product runs in the tensor cores, the buffer of the one before is refilled. There is no warp
+specialisation, so that the interpreter runs the kernel as it is.
 
-A tile that is its group's last may reach into the next group's rows, which another program writes: such a tile leaves
-row by row in pieces of powers of two, as many as there are ones in the binary number of its rows (the idea is that of
-JAX's ragged_dot_mgpu).
+A group's last tile may reach into the next group's rows, which another program writes: such a tile is stored in pieces
+of power-of-two rows, one per set bit of its number of rows (as in JAX's ragged_dot_mgpu).
 """
 
 import math
@@ -34,13 +33,13 @@ from decodax.kernels_pallas.padding import padded
 
 _WARPGROUPS = 2
 _ITEMS_TOGETHER = 8
-_INTERPRETED_PROGRAMS = 2  # up to JAX 0.10 the interpreter compiles each again
+_INTERPRETED_PROGRAMS = 2  # up to JAX 0.10 the interpreter compiles each separately
 _SWIZZLE_BYTES = 128
 _SHARED_BYTES = 226 * 1024  # of the 227 KiB that a program may have (CUDA programming guide, compute capability 9.0)
 _HALF_SHARED_BYTES = 112 * 1024 + 512  # so that two programs fit into the 228 KiB of a multiprocessor
 
 
-def misfit(tokens: Any, *weights: Any, interpret: bool) -> str | None:
+def unsupported_reason(tokens: Any, *weights: Any, interpret: bool) -> str | None:
     taken = (jnp.bfloat16, jnp.float16, *((jnp.float32,) if interpret else ()))
     if tokens.dtype not in taken:
         return f"the kernel takes bfloat16 and float16, not {tokens.dtype}"
@@ -69,7 +68,13 @@ def grouped_gate_up(
 
 @dataclass(frozen=True)
 class _Tile:
-    """Sizes of a program's work; `width`: rows of weights that a warpgroup multiplies with, of all its matrices."""
+    """Sizes of a program's work.
+
+    rows: of tokens.
+    width: rows of weights per warpgroup, of all its matrices.
+    num_weights: number of matrices.
+    dtype: of the operands.
+    """
 
     rows: int
     width: int
@@ -78,11 +83,11 @@ class _Tile:
 
     @property
     def columns(self) -> int:
-        """Of the result, per warpgroup."""
+        """Columns of the result per warpgroup."""
         return self.width // self.num_weights
 
     @property
-    def depth(self) -> int:
+    def step_size(self) -> int:
         return _SWIZZLE_BYTES // self.dtype.itemsize
 
     @property
@@ -91,7 +96,7 @@ class _Tile:
 
     @property
     def stages(self) -> int:
-        """How many steps' operands are kept: what fits beside the place from which results leave."""
+        """Number of steps whose operands are kept: what fits beside the buffer for results."""
         shared_bytes = _SHARED_BYTES if self.programs_per_multiprocessor == 1 else _HALF_SHARED_BYTES
         step_bytes = _SWIZZLE_BYTES * (self.rows + _WARPGROUPS * self.width)
         result_bytes = _WARPGROUPS * self.rows * self.columns * self.dtype.itemsize
@@ -99,7 +104,7 @@ class _Tile:
 
 
 def _tile(tokens: jax.Array, weights: tuple[jax.Array, ...]) -> _Tile:
-    """For few tokens what is small and many; the time is then that of reading the weights."""
+    """Chooses small tiles for few tokens, when reading the weights takes the time."""
     few = rows_per_group(tokens, weights[0]) <= 64
     return _Tile(64 if few else 128, 64 if few and len(weights) == 1 else 128, len(weights), tokens.dtype)
 
@@ -115,12 +120,12 @@ def _grouped(
     num_rows, num_outputs = tokens.shape[0], weights[0].shape[1]
     tile = _tile(tokens, weights)
     work = work_list(group_sizes, num_rows, tile.rows, aligned=False)
-    wanted_rows, wanted_outputs = max(tile.rows, pl.cdiv(num_rows, 8) * 8), num_outputs
+    padded_rows, padded_outputs = max(tile.rows, pl.cdiv(num_rows, 8) * 8), num_outputs
     if interpret and not interpreter_clips():
-        wanted_rows = num_rows + tile.rows
-        wanted_outputs = pl.cdiv(num_outputs, _WARPGROUPS * tile.columns) * _WARPGROUPS * tile.columns
-        weights = tuple(padded(weight, 1, wanted_outputs) for weight in weights)
-    result = _kernel(tile, work, padded(tokens, 0, wanted_rows), weights, combine, name, interpret)
+        padded_rows = num_rows + tile.rows
+        padded_outputs = pl.cdiv(num_outputs, _WARPGROUPS * tile.columns) * _WARPGROUPS * tile.columns
+        weights = tuple(padded(weight, 1, padded_outputs) for weight in weights)
+    result = _kernel(tile, work, padded(tokens, 0, padded_rows), weights, combine, name, interpret)
     return result[:num_rows, :num_outputs]
 
 
@@ -164,10 +169,10 @@ def _kernel(
         jax.lax.fori_loop(jnp.int32(0), my_jobs, job, ())
 
     body.__name__ = name
-    transforms = (plgpu.TilingTransform((8, tile.depth)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
+    transforms = (plgpu.TilingTransform((8, tile.step_size)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
     scratch_types = [
-        plgpu.SMEM((tile.stages, tile.rows, tile.depth), tokens.dtype, transforms=transforms),
-        plgpu.SMEM((tile.stages, _WARPGROUPS, tile.width, tile.depth), tokens.dtype, transforms=transforms),
+        plgpu.SMEM((tile.stages, tile.rows, tile.step_size), tokens.dtype, transforms=transforms),
+        plgpu.SMEM((tile.stages, _WARPGROUPS, tile.width, tile.step_size), tokens.dtype, transforms=transforms),
         plgpu.SMEM((_WARPGROUPS, tile.rows, tile.columns), tokens.dtype),
         plgpu.Barrier(num_arrivals=_WARPGROUPS * (1 + len(weights)), num_barriers=tile.stages),
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=tile.stages),
@@ -209,20 +214,20 @@ def _one_item(
     row, group = row_ref[item], group_ref[item]
     num_own_rows = last_ref[item] - row
     column = (block * _WARPGROUPS + me) * tile.columns
-    num_steps = tokens_ref.shape[1] // tile.depth
+    num_steps = tokens_ref.shape[1] // tile.step_size
 
     def load(step: jax.Array, place: Any) -> None:
-        """This warpgroup's share of a step; a scale of quantised weights would be brought here too."""
-        depths = pl.ds(step * tile.depth, tile.depth)
+        """Loads this warpgroup's operands of a step; a scale of quantised weights would be loaded here too."""
+        columns_of_step = pl.ds(step * tile.step_size, tile.step_size)
         my_rows = tile.rows // _WARPGROUPS
         plgpu.copy_gmem_to_smem(
-            tokens_ref.at[pl.ds(row + me * my_rows, my_rows), depths],
+            tokens_ref.at[pl.ds(row + me * my_rows, my_rows), columns_of_step],
             token_places.at[place, pl.ds(me * my_rows, my_rows)],
             filled.at[place],
         )
         for index, weight_ref in enumerate(weight_refs):
             plgpu.copy_gmem_to_smem(
-                weight_ref.at[group, pl.ds(column, tile.columns), depths],
+                weight_ref.at[group, pl.ds(column, tile.columns), columns_of_step],
                 weight_places.at[place, me, pl.ds(index * tile.columns, tile.columns)],
                 filled.at[place],
             )
@@ -246,7 +251,7 @@ def _one_item(
         jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, ())
         warpgroup.wait_products(0)
 
-    def leave_in_pieces(value: jax.Array) -> None:
+    def store_in_pieces(value: jax.Array) -> None:
         place = result_places.at[me]
         store_plainly(place, value)
         plgpu.commit_smem()
@@ -259,17 +264,17 @@ def _one_item(
                     place.at[pl.ds(done, size)], output_ref.at[pl.ds(row + done, size), pl.ds(column, tile.columns)]
                 )
 
-    def leave_whole(value: jax.Array) -> None:
-        """Through the places of this warpgroup's own weights, which nobody reads any more."""
-        pieces = range(tile.columns // tile.depth)
+    def store_full_tile(value: jax.Array) -> None:
+        """Stores through the buffers of this warpgroup's own weights, which are not read any more."""
+        pieces = range(tile.columns // tile.step_size)
         for piece in pieces:
-            part = value[:, piece * tile.depth : (piece + 1) * tile.depth]
-            weight_places[piece, me, pl.ds(0, tile.rows)] = part
+            columns = value[:, piece * tile.step_size : (piece + 1) * tile.step_size]
+            weight_places[piece, me, pl.ds(0, tile.rows)] = columns
         plgpu.commit_smem()
         for piece in pieces:
             plgpu.copy_smem_to_gmem(
                 weight_places.at[piece, me, pl.ds(0, tile.rows)],
-                output_ref.at[pl.ds(row, tile.rows), pl.ds(column + piece * tile.depth, tile.depth)],
+                output_ref.at[pl.ds(row, tile.rows), pl.ds(column + piece * tile.step_size, tile.step_size)],
             )
 
     @pl.when(has_product)
@@ -280,16 +285,16 @@ def _one_item(
         value = combine(warpgroup.sum_of_products(products, (tile.rows, tile.width), interpreted)).astype(
             output_ref.dtype
         )
-        whole = num_own_rows == tile.rows
-        if tile.columns // tile.depth <= tile.stages and output_ref.shape[1] % tile.depth == 0:
-            pl.when(whole)(lambda: leave_whole(value))
-            pl.when(~whole)(lambda: leave_in_pieces(value))
+        is_full = num_own_rows == tile.rows
+        if tile.columns // tile.step_size <= tile.stages and output_ref.shape[1] % tile.step_size == 0:
+            pl.when(is_full)(lambda: store_full_tile(value))
+            pl.when(~is_full)(lambda: store_in_pieces(value))
         else:
-            leave_in_pieces(value)
+            store_in_pieces(value)
 
     @pl.when(~has_product)
     def _() -> None:
-        leave_in_pieces(warpgroup.full((tile.rows, tile.columns), 0.0).astype(output_ref.dtype))
+        store_in_pieces(warpgroup.full((tile.rows, tile.columns), 0.0).astype(output_ref.dtype))
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

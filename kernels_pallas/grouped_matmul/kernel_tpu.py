@@ -1,4 +1,4 @@
-"""Grouped products on TPU: a walk over tiles of rows and their groups, each group's weights streamed past once.
+"""Computes grouped matmuls on TPU: loops over tiles of rows and their groups, streaming each group's weights once.
 
 Grid, the last axis fastest and both one after the other:
 
@@ -6,10 +6,10 @@ Grid, the last axis fastest and both one after the other:
     columns 0    tile 0 group 0  tile 1 group 0  tile 1 group 1  tile 2 group 1
     columns 1    tile 0 group 0  ...
 
-Blocks are whole in D, so a step is one product [rows, D] x [columns, D]^T and needs no scratch. Consecutive items of a
-group ask for the same block of weights, which is then not loaded again; consecutive items of a tile of rows write into
-the same block of the result, each its own rows, and it leaves once all have. Items of the filling ask for the blocks
-that are there and do nothing.
+Blocks cover all of D, so a step is one product [rows, D] x [columns, D]^T and needs no scratch. Consecutive items of a
+group request the same block of weights, which is then not loaded again; consecutive items of a tile of rows write into
+the same block of the result, each its own rows, and it is stored after all have. Padding items request the blocks that
+are loaded and do nothing.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ _MOST_ROWS = 128
 _LANES = 128
 
 
-def misfit(tokens: Any, *weights: Any) -> str | None:
+def unsupported_reason(tokens: Any, *weights: Any) -> str | None:
     if tokens.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the kernel takes float32 and bfloat16, not {tokens.dtype}"
     if _columns(tokens, *weights) == 0:
@@ -102,7 +102,7 @@ def _body(
     def store(value: jax.Array) -> None:
         rows = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0) + tile_ref[item] * value.shape[0]
         own = (rows >= first_ref[item]) & (rows < last_ref[item])
-        before = output_ref[...].astype(jnp.float32)  # of the groups before; garbage where a later one will write
+        before = output_ref[...].astype(jnp.float32)  # of earlier groups; garbage in rows of later ones
         output_ref[...] = jnp.where(own, value, before).astype(output_ref.dtype)
 
     @pl.when(item < num_products)
@@ -128,7 +128,7 @@ def _rows(tokens: Any, weight: Any) -> int:
 
 
 def _columns(tokens: Any, *weights: Any) -> int:
-    """Columns of the result in a block: as few blocks as fit, of even width; 0 if none does."""
+    """Columns of the result in a block: the fewest blocks that fit, of even width; 0 if none fits."""
     (_, size), num_outputs, item_bytes = tokens.shape, weights[0].shape[1], tokens.dtype.itemsize
     rows = _rows(tokens, weights[0])
     bytes_per_column = 2 * item_bytes * (len(weights) * size + rows) + 4 * (len(weights) + 1) * rows

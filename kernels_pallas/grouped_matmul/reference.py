@@ -1,11 +1,11 @@
-"""Products of tokens sorted by expert with their expert's weights, in plain JAX: a loop over the work list.
+"""Computes grouped matmuls in plain JAX, where no kernel takes the operands: a loop over the work list.
 
 XLA's own operation for this, `jax.lax.ragged_dot_general`, takes weights as [E, F, D] too, but on CPU and GPU it masks
 the tokens once per expert and multiplies all of them (64 experts: 64 times the work, and E M D numbers of temporary
-memory), and on TPU it copies the weights into the transposed layout first. The loop reads each expert's weights where
-they are, for its own tokens only. (On CPU a slice of an array is copied before a product reads it, whatever the product
-is written as: one row costs 1.5 to 1.6 times as much as in a matrix of its own, and still less than any other way that
-was measured: unrolled slices 9 times, a gather of the weights 20 times, sums of products without a copy 2 times.)
+memory), and on TPU it copies the weights into the transposed layout first. The loop reads each expert's weights in
+place, for its own tokens only. (On CPU a slice of an array is copied before a product reads it, whatever the product is
+written as: one row costs 1.5 to 1.6 times as much as in a separate matrix, and still less than all alternatives that
+were measured: unrolled slices 9 times, a gather of the weights 20 times, sums of products without a copy 2 times.)
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from decodax.core.linear import linear
 from decodax.kernels_pallas.grouped_matmul.work import power_of_two, rows_per_group, work_list
-from decodax.layers.linear import linear
 
 
 def grouped_matmul(
@@ -40,7 +40,7 @@ def _grouped(
     tile_rows = _tile_rows(num_rows, rows_per_group(tokens, weights[0]))
     work = work_list(group_sizes, num_rows, tile_rows, aligned=False)
 
-    @jax.checkpoint  # the backward pass reads the weights again; else a copy of them per item would be kept for it
+    @jax.checkpoint  # the backward pass reads the weights again, instead of keeping a copy of them per item
     def product(begin: jax.Array, group: jax.Array) -> jax.Array:
         tile = jax.lax.dynamic_slice_in_dim(tokens, begin, tile_rows)
         products = (linear(tile, w[group], output_dtype=jnp.float32) for w in weights)
@@ -62,5 +62,5 @@ def _grouped(
 
 
 def _tile_rows(num_rows: int, per_group: float) -> int:
-    """Single rows where groups seldom have two: a matrix-vector product needs no packing of its operands on CPU."""
+    """Rows per tile; 1 if groups seldom have two: a matrix-vector product needs no packing of its operands on CPU."""
     return 1 if per_group <= 0.5 else min(num_rows, power_of_two(per_group, 4, 128))

@@ -1,4 +1,4 @@
-"""Expert layers of published models, shared by tests and benchmarks.
+"""Lists expert layers of published models, for tests and benchmarks.
 
 Sizes are from the models' released configs: Mixtral (arXiv 2401.04088), DeepSeek-V2-Lite (arXiv 2405.04434),
 Qwen3-30B-A3B (arXiv 2505.09388).
@@ -14,7 +14,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """`num_tokens` tokens, each for `experts_per_token` of `num_experts` experts; `gated`: gate and up at once."""
+    """An expert layer.
+
+    num_tokens: before routing.
+    num_experts, experts_per_token: of the layer, and chosen by each token.
+    input_size, output_size: D and F.
+    gated: gate and up at once.
+    dtype: of the operands.
+    """
 
     num_tokens: int
     num_experts: int
@@ -56,7 +63,7 @@ class Shape:
         return {}
 
     def group_sizes(self) -> np.ndarray:
-        """Rows per expert when every token picks different experts at random; always the same ones."""
+        """Rows per expert if every token picks distinct random experts; the same for every call."""
         random = np.random.default_rng(0)
         picked = np.stack(
             [random.permutation(self.num_experts)[: self.experts_per_token] for _ in range(self.num_tokens)]
@@ -64,13 +71,13 @@ class Shape:
         return np.bincount(picked.ravel(), minlength=self.num_experts).astype(np.int32)
 
     def bytes_moved(self) -> int:
-        """What must be read and written once: tokens, the weights of experts that have tokens, and the result."""
+        """Bytes that must be read and written once: tokens, the weights of experts that have tokens, and the result."""
         visited = int(np.count_nonzero(self.group_sizes())) * (2 if self.gated else 1)
         numbers = self.num_rows * (self.input_size + self.output_size) + visited * self.input_size * self.output_size
         return numbers * jnp.dtype(self.dtype).itemsize
 
     def flops(self) -> int:
-        """Of the products; the activation is not counted."""
+        """Operations of the products; the activation is not counted."""
         return 2 * self.num_rows * self.input_size * self.output_size * (2 if self.gated else 1)
 
 

@@ -1,11 +1,11 @@
-"""The work list of a grouped product: which rows meet which group's weights, in what order, and how often.
+"""Makes the work list of a grouped matmul: which tiles of rows are multiplied with which group's weights, in order.
 
 Tokens are sorted by group, and groups begin and end anywhere. An item is a tile of consecutive rows, of which only rows
-first .. last - 1 belong to the item's group; rows behind the last group belong to nobody and are zeros in the result.
-Items with a product come first, then those that write zeros, then filling up to a length known at compile time. Empty
-groups have no items. (MegaBlocks, arXiv 2211.15841, has such lists of blocks; the way of counting here is its own.)
+first .. last - 1 belong to the item's group; rows after the last group belong to none and are zeros in the result.
+Items with a product come first, then those that write zeros, then padding up to a length known at compile time. Empty
+groups have no items. (MegaBlocks, arXiv 2211.15841, has such lists of blocks; how items are counted differs.)
 
-    group        0 0 0 0 0 1 1 3 3 3 3 - - -        tiles of four rows that lie in a grid (`aligned`): 0 0 1 3 3 - -
+    group        0 0 0 0 0 1 1 3 3 3 3 - - -        tiles of four rows that form a grid (`aligned`):    0 0 1 3 3 - -
     tile         0 0 0 0 1 1 1 1 2 2 2 2 3 3        tiles of four rows from each group's start:         0 0 1 3 -
 """
 
@@ -16,19 +16,28 @@ from jaxtyping import Array, Int
 
 
 class WorkList(NamedTuple):
-    """Items in order of their rows; an item of the filling repeats the one before it."""
+    """Items in order of their rows; a padding item repeats the one before it.
 
-    row: Int[Array, " items"]  # where the tile begins
-    group: Int[Array, " items"]  # whose weights are needed; where none are, those of the item before
-    first: Int[Array, " items"]  # the tile's own rows
+    row: where the tile begins.
+    group: of the weights; if none are needed, that of the item before.
+    first, last: the rows first .. last - 1 are the item's own.
+    counts: items with a product, items with a product or zeros.
+    """
+
+    row: Int[Array, " items"]
+    group: Int[Array, " items"]
+    first: Int[Array, " items"]
     last: Int[Array, " items"]
-    counts: Int[Array, " 2"]  # items with a product, items with a product or zeros
+    counts: Int[Array, " 2"]
 
 
 def work_list(group_sizes: Int[Array, " E"], num_rows: int, tile_rows: int, *, aligned: bool) -> WorkList:
-    """The items for tiles of `tile_rows` rows that begin at multiples of `tile_rows` if aligned, else where groups do.
+    """The items for tiles of rows.
 
-    Sizes that are negative, or go beyond `num_rows`, are cut.
+    group_sizes: rows per group; negative sizes, and rows beyond `num_rows`, are cut.
+    num_rows: of all tokens.
+    tile_rows: of a tile.
+    aligned: tiles begin at multiples of `tile_rows`, else where groups do.
     """
     ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes.astype(jnp.int32), 0)), num_rows)
     ends = jnp.concatenate([ends, jnp.full((1,), num_rows, jnp.int32)])
@@ -48,7 +57,11 @@ def work_list(group_sizes: Int[Array, " E"], num_rows: int, tile_rows: int, *, a
 
 
 def most_items(num_rows: int, num_groups: int, tile_rows: int, aligned: bool) -> int:
-    """The length of a work list: what the worst sizes need, the rows that belong to nobody taken as one more group."""
+    """The length of a work list: enough for any group sizes; rows of no group count as one more group.
+
+    num_rows, num_groups: of the tokens.
+    tile_rows, aligned: as for `work_list`.
+    """
     if aligned:
         return min(num_rows, -(-num_rows // tile_rows) + num_groups)
     return min(num_rows, num_rows // tile_rows + num_groups + 1)
@@ -63,5 +76,5 @@ def power_of_two(value: float, smallest: int, largest: int) -> int:
 
 
 def rows_per_group(tokens: Any, weight: Any) -> float:
-    """How many rows a group has if all have the same number."""
+    """Number of rows per group if all have the same number."""
     return tokens.shape[0] / weight.shape[0]

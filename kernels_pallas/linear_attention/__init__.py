@@ -1,12 +1,12 @@
-"""Linear attention with decay: a state per head that forgets and learns token by token, computed chunk by chunk.
+"""Computes linear attention with decay: a recurrent state per head, updated token by token, computed chunk by chunk.
 
 S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t,  o_t = scale * q_t S_t. With a decay per channel this is gated linear
 attention (GLA, arXiv 2312.06635), with one per head lightning attention (Lightning Attention-2, arXiv 2401.04658) or
-the scalar gate of Mamba-2 (arXiv 2405.21060). A chunk's tokens read each other through a small matrix of scores
-(intra-chunk) and everything before through the state (inter-chunk).
+the scalar gate of Mamba-2 (arXiv 2405.21060). A chunk's tokens attend to each other through a small matrix of scores
+(intra-chunk) and to everything before through the state (inter-chunk).
 
-Departs from the papers: no exponential of a positive number is ever taken, and no weight comes from the difference of
-two running sums. GLA divides keys by the running decay, which overflows beyond about -88 in sum.
+Departs from the papers: no exponential of a positive number is taken, and no weight comes from the difference of two
+running sums. GLA divides keys by the running decay, which overflows beyond about -88 in sum.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
+from decodax.kernels_pallas.decode.new_tokens import check_range
 from decodax.kernels_pallas.linear_attention import reference
 from decodax.kernels_pallas.linear_attention.reference import linear_attention_step
-from decodax.kernels_pallas.new_tokens import check_range
+from decodax.kernels_pallas.selection import Implementation, KernelSelection, select_in_folder
 
-__all__ = ["choose_linear_attention", "linear_attention", "linear_attention_step"]
+__all__ = ["linear_attention", "linear_attention_step", "select_linear_attention"]
 
 
 def linear_attention(
@@ -37,19 +37,21 @@ def linear_attention(
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B N H I"]]:
     """The outputs of T tokens (in query's dtype) and the state after them (float32).
 
+    query, key, value: of the tokens.
     log_decay: natural logarithm of the decay, at most 0; -inf forgets everything before the token.
-    state: float32, after the tokens before these; None for a start with nothing.
-    length: how many of a row's T tokens exist, all by default; the others change no state and give zeros, whatever
-        they hold.
+    state: float32, after the tokens before these; None: zeros.
+    scale: of the outputs.
+    length: existing tokens per row, T by default; the others change no state and give zeros, whatever they hold.
+    implementation: None takes the kernel of this device if it supports the operands, else XLA.
 
-    Raises ValueError for operands that do not fit each other, a state that is not float32, and (where values are known,
-    that is outside jit) for a positive log_decay or lengths outside 0..T; NotImplementedError if the implementation
-    asked for does not take the operands.
+    Raises ValueError for operands that do not fit each other, a state that is not float32, and (if values are known,
+    that is outside jit) for a positive log_decay or lengths outside 0..T.
+    Raises NotImplementedError if the implementation asked for does not support the operands.
     """
     _check_shapes(query, key, value, log_decay, state, length)
     _check_values(log_decay, length, query.shape[1])
     batch, num_tokens, num_heads, key_size = query.shape
-    choice = choose_linear_attention(query, key, value, log_decay, implementation=implementation)
+    selection = select_linear_attention(query, key, value, log_decay, implementation=implementation)
     if state is None:
         state = jnp.zeros((batch, num_heads, key_size, value.shape[-1]), jnp.float32)
     if length is None:
@@ -57,22 +59,22 @@ def linear_attention(
     length = jnp.clip(length.astype(jnp.int32), 0, num_tokens)
     operands = query, key, value, log_decay, state, length
     with jax.named_scope("linear_attention"):
-        if choice.backend == "tpu":
+        if selection.backend == "tpu":
             from decodax.kernels_pallas.linear_attention import kernel_tpu
 
-            return kernel_tpu.linear_attention(*operands, scale=scale, interpret=choice.interpret)
-        if choice.backend == "gpu":
+            return kernel_tpu.linear_attention(*operands, scale=scale, interpret=selection.interpret)
+        if selection.backend == "gpu":
             from decodax.kernels_pallas.linear_attention import kernel_gpu
 
-            return kernel_gpu.linear_attention(*operands, scale=scale, interpret=choice.interpret)
+            return kernel_gpu.linear_attention(*operands, scale=scale, interpret=selection.interpret)
         return reference.linear_attention(*operands, scale=scale)
 
 
-def choose_linear_attention(
+def select_linear_attention(
     query: Any, key: Any, value: Any, log_decay: Any, *, implementation: Implementation | None = None
-) -> Choice:
-    """What `linear_attention` runs for operands of these shapes and dtypes, and why."""
-    return choose_in("linear_attention", implementation, query, key, value, log_decay)
+) -> KernelSelection:
+    """The implementation of `linear_attention` for operands of these shapes and dtypes, and the reason."""
+    return select_in_folder("linear_attention", implementation, query, key, value, log_decay)
 
 
 def _check_shapes(query: Any, key: Any, value: Any, log_decay: Any, state: Any, length: Any) -> None:

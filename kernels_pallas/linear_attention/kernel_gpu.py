@@ -1,21 +1,21 @@
-"""Linear attention with decay on Hopper GPUs (Mosaic GPU): chunks of 64 tokens through the matrix units.
+"""Computes linear attention with decay on Hopper GPUs (Mosaic GPU): chunks of 64 tokens through the matrix units.
 
-Grid (B, N, I / 64): one warpgroup per (row, head, 64 value channels) walks over the row's chunks with its part of the
-state in registers; copies of the next chunk run meanwhile.
+Grid (B, N, I / 64): one warpgroup per (row, head, 64 value channels) loops over the row's chunks with its 64 columns of
+the state in registers, while the next chunk is being copied.
 
     row, head, values 0..63      [chunk 0] -> [chunk 1] -> ... -> [chunk ceil(length / 64) - 1] -> state, zeros
     row, head, values 64..127    [chunk 0] -> [chunk 1] -> ...
 
-With a decay per channel, a first kernel makes for all chunks at once (grid (B, N, chunks)) what does not depend on the
-state: scores [64, 64] and the decayed queries and keys, so that the walk is nothing but products. Its scores come from
-log2(64) = 6 levels. At the level of size s, blocks of 2 s tokens are cut in halves, and each token of a right half
-reads those of its left half: the token's decays since the border times the key's decays up to the border, neither of
-which is above 1.
+With a decay per channel, a first kernel computes for all chunks at once (grid (B, N, chunks)) what does not depend on
+the state: scores [64, 64] and the decayed queries and keys, so that the loop over chunks has only products. Its scores
+come from log2(64) = 6 levels. At the level of size s, blocks of 2 s tokens are cut in halves, and each token of a right
+half attends to those of its left half: the token's decays since the border times the key's decays up to the border,
+neither of which is above 1.
 
-Exponents are sums of decays, never differences: products of a matrix of zeros and ones with the decays, split in two
-bfloat16 parts (an exponent is right to 2^-17 of itself, so a weight to 3e-6).
+Exponents are sums of decays, never differences: products of a matrix of zeros and ones with the decays, split into two
+bfloat16 terms (an exponent is accurate to 2^-17 of itself, so a weight to 3e-6).
 
-A head of more than 128 key channels is several heads that share values, and whose outputs are summed.
+A head of more than 128 key channels is computed as several heads that share values, and whose outputs are summed.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,8 @@ _SQUARE = (CHUNK_TOKENS, CHUNK_TOKENS)
 _PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
-def misfit(query: Any, key: Any, value: Any, log_decay: Any, *, interpret: bool) -> str | None:
-    """Why this kernel does not take these operands; None if it does."""
+def unsupported_reason(query: Any, key: Any, value: Any, log_decay: Any, *, interpret: bool) -> str | None:
+    """Why this kernel does not support these operands; None if it does."""
     dtypes = (jnp.bfloat16, jnp.float16, jnp.float32) if interpret else (jnp.bfloat16, jnp.float16)
     if query.dtype not in dtypes:
         return f"the GPU kernel takes bfloat16 and float16, not {query.dtype}"
@@ -63,32 +63,32 @@ def linear_attention(
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B N H I"]]:
     """As the function of this name in `__init__.py`."""
     batch, num_tokens, num_heads, key_size = query.shape
-    part_size = key_size if key_size <= 2 * TILE else 2 * TILE if key_size % (2 * TILE) == 0 else TILE
-    num_parts = key_size // part_size
+    split_size = key_size if key_size <= 2 * TILE else 2 * TILE if key_size % (2 * TILE) == 0 else TILE
+    num_splits = key_size // split_size
     padded_tokens = pl.cdiv(num_tokens, CHUNK_TOKENS) * CHUNK_TOKENS
 
     def padded(tokens: Array) -> Array:
         return jnp.pad(tokens, ((0, 0), (0, padded_tokens - num_tokens), (0, 0), (0, 0)))
 
-    def parted(tokens: Array) -> Array:
-        return padded(tokens).reshape(batch, padded_tokens, num_heads * num_parts, part_size)
+    def split_heads(tokens: Array) -> Array:
+        return padded(tokens).reshape(batch, padded_tokens, num_heads * num_splits, split_size)
 
-    query, key, values = parted(query), parted(key), padded(value)
+    query, key, values = split_heads(query), split_heads(key), padded(value)
     log_decay = log_decay.astype(jnp.float32)
-    first_state = state.reshape(batch, num_heads * num_parts, part_size, -1)
+    first_state = state.reshape(batch, num_heads * num_splits, split_size, -1)
     if log_decay.shape[3] == 1:
-        decay = jnp.repeat(jnp.moveaxis(padded(log_decay)[..., 0], 1, 2), num_parts, axis=1)
+        decay = jnp.repeat(jnp.moveaxis(padded(log_decay)[..., 0], 1, 2), num_splits, axis=1)
         chunks = (query, key, _summed_per_head(decay, length))
     else:
-        chunks = _prepared(query, key, parted(log_decay), length, scale=scale, interpret=interpret)
+        chunks = _prepared(query, key, split_heads(log_decay), length, scale=scale, interpret=interpret)
     output, state = _walk(chunks, values, first_state, length, scale=scale, interpret=interpret)
-    if num_parts > 1:
-        output = output.reshape(batch, padded_tokens, num_heads, num_parts, -1).sum(axis=3)
+    if num_splits > 1:
+        output = output.reshape(batch, padded_tokens, num_heads, num_splits, -1).sum(axis=3)
     return output[:, :num_tokens].astype(value.dtype), state.reshape(batch, num_heads, key_size, -1)
 
 
 def _summed_per_head(log_decay: Float[Array, "B N T"], length: Int[Array, " B"]) -> Float[Array, "B N chunks _"]:
-    """Of each chunk: log decays (0 where no token is), summed since its start, and after each token until its end."""
+    """Per chunk: log decays (0 where no token exists), their sums since its start, and after each token to its end."""
     exists = jnp.arange(log_decay.shape[2])[None] < length[:, None]
     log_decay = jnp.where(exists[:, None], jnp.maximum(log_decay, FORGOTTEN), 0.0)
     chunks = log_decay.reshape(*log_decay.shape[:2], -1, CHUNK_TOKENS)
@@ -106,10 +106,14 @@ def _walk(
     scale: float,
     interpret: bool,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B N H I"]]:
-    """The recurrence over chunks, which are (queries, keys, `_summed_per_head`) or what `_prepared` gives."""
+    """Runs the recurrence over chunks.
+
+    chunks: (queries, keys, `_summed_per_head`), or the result of `_prepared`.
+    value, state, length, scale, interpret: as for `linear_attention`.
+    """
     batch, num_heads, key_size, value_size = state.shape
-    num_parts = num_heads // value.shape[2]
-    out_dtype = value.dtype if num_parts == 1 else jnp.float32
+    num_splits = num_heads // value.shape[2]
+    out_dtype = value.dtype if num_splits == 1 else jnp.float32
     per_head = len(chunks) == 3
     # a sum over all tokens may leave float16's range: there the state is multiplied as bfloat16
     state_dtype = jnp.bfloat16 if value.dtype == jnp.float16 else value.dtype
@@ -130,8 +134,8 @@ def _walk(
         first = tuple(warpgroup.load(wide_state.at[channels, :]) for channels in slices)
 
         def round_state(state: tuple[jax.Array, ...], here: Any) -> None:
-            for channels, part in zip(slices, state, strict=True):
-                narrow_state[here, channels, :] = part.astype(state_dtype)
+            for channels, block in zip(slices, state, strict=True):
+                narrow_state[here, channels, :] = block.astype(state_dtype)
             plgpu.commit_smem()
 
         def write_output(chunk: Any, output: jax.Array) -> None:
@@ -170,10 +174,10 @@ def _walk(
             sources = (*tokens, chunk_refs[2].at[row, head])
         else:
             sources = tuple(ref.at[row, head] for ref in chunk_refs)
-        last = steps(*sources, value_ref.at[row, :, head // num_parts, mine])
+        last = steps(*sources, value_ref.at[row, :, head // num_splits, mine])
         jax.lax.fori_loop(num_chunks, value_ref.shape[1] // CHUNK_TOKENS, write_zeros, None)
-        for channels, part in zip(slices, last, strict=True):
-            wide_state[channels, :] = part
+        for channels, block in zip(slices, last, strict=True):
+            wide_state[channels, :] = block
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(wide_state, state_ref.at[row, head, :, mine])
         plgpu.wait_smem_to_gmem(0)
@@ -200,7 +204,7 @@ def _walk(
 
 
 def _specs(per_head: bool, key_size: int, dtype: Any) -> list[plgpu.BlockSpec]:
-    """What a step of the walk loads: of `chunks`, then the values."""
+    """The specs of what a step of the loop loads: of `chunks`, then of the values."""
 
     def rows(num_columns: int) -> plgpu.BlockSpec:
         return plgpu.BlockSpec((CHUNK_TOKENS, num_columns), lambda i: (i, 0), transforms=tiled(TILE, dtype))
@@ -224,7 +228,7 @@ def _chunk_per_head(
     *,
     scale: float,
 ) -> tuple[jax.Array, ...]:
-    """A chunk of the walk with one decay per token: writes the output and gives the next state."""
+    """A chunk of the loop with one decay per token: writes the output and returns the next state."""
     query_tile, key_tile, decay_tile, value_tile = inputs
     square_tile, high_tile, low_tile = scratch
     _clear_rows(warpgroup, (key_tile, value_tile), num_left)
@@ -250,15 +254,15 @@ def _chunk_per_head(
     value = warpgroup.load(value_tile).astype(jnp.float32)
     square_tile[...] = (value * warpgroup.rows(jnp.exp(per_row(2)), value.shape)).astype(value_tile.dtype)
     plgpu.commit_smem()
-    decay = jnp.exp(per_row(1) + per_row(2))  # of the whole chunk, in each of 64 entries
+    decay = jnp.exp(per_row(1) + per_row(2))  # of the full chunk, in each of 64 entries
     return tuple(
         warpgroup.dot_add(
-            part * warpgroup.rows(decay, part.shape),
+            block * warpgroup.rows(decay, block.shape),
             key_tile.at[:, pl.ds(number * TILE, TILE)],
             square_tile,
             transpose_left=True,
         )
-        for number, part in enumerate(state)
+        for number, block in enumerate(state)
     )
 
 
@@ -273,19 +277,19 @@ def _chunk_prepared(
     *,
     scale: float,
 ) -> tuple[jax.Array, ...]:
-    """A chunk of the walk after `_prepared`, which has multiplied by the scale: as `_chunk_per_head`."""
+    """A chunk of the loop after `_prepared`, which has multiplied by the scale: as `_chunk_per_head`."""
     query_tile, key_tile, score_tile, decay_tile, value_tile = inputs
     _clear_rows(warpgroup, (value_tile,), num_left)
     output = warpgroup.dot_add(_read_state(warpgroup, query_tile, narrow_state), score_tile, value_tile)
     write_output(output)
 
-    def next_part(number: int, part: jax.Array) -> jax.Array:
+    def next_block(number: int, block: jax.Array) -> jax.Array:
         channels = pl.ds(number * TILE, TILE)
         decay = warpgroup.load(decay_tile.at[channels], _PER_ROW)
-        kept = part * warpgroup.rows(decay, part.shape)
+        kept = block * warpgroup.rows(decay, block.shape)
         return warpgroup.dot_add(kept, key_tile.at[:, channels], value_tile, transpose_left=True)
 
-    return tuple(next_part(number, part) for number, part in enumerate(state))
+    return tuple(next_block(number, block) for number, block in enumerate(state))
 
 
 def _prepared(
@@ -297,9 +301,9 @@ def _prepared(
     scale: float,
     interpret: bool,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T H"], Float[Array, "B N T chunk"], Float[Array, "B N chunks H"]]:
-    """Of every chunk: queries decayed since its start, keys decayed until its end, scores, and its decay in all.
+    """Per chunk: queries decayed since its start, keys decayed until its end, scores, and its total decay.
 
-    Chunks beyond a row's length stay unwritten.
+    Chunks after a row's length stay unwritten. Arguments as for `linear_attention`.
     """
     batch, num_tokens, num_heads, key_size = query.shape
     num_chunks = num_tokens // CHUNK_TOKENS
@@ -351,7 +355,7 @@ def _prepared(
 
 
 def _prepare_chunk(warpgroup: Warpgroup, tiles: Any, outputs: Any, num_left: Any, scale: float) -> None:
-    """Writes a chunk's queries, keys and scores to `outputs`, and its decay in all to the last of the tiles."""
+    """Writes a chunk's queries, keys and scores to `outputs`, and its total decay to the last of the tiles."""
     query_tile, key_tile, decay_tile, high_tile, low_tile, stage_tile, total_tile = tiles
     dtype = query_tile.dtype
     width = (CHUNK_TOKENS, TILE)
@@ -370,7 +374,7 @@ def _prepare_chunk(warpgroup: Warpgroup, tiles: Any, outputs: Any, num_left: Any
         return jnp.exp(_sums(warpgroup, taken, high_tile.at[:, channels], low_tile.at[:, channels]))
 
     def stage(values: jax.Array) -> None:
-        plgpu.commit_smem()  # until all warps have done what they read it for
+        plgpu.commit_smem()  # waits until all warps have read it
         stage_tile[...] = values.astype(dtype)
         plgpu.commit_smem()
 
@@ -414,21 +418,21 @@ def _read_state(warpgroup: Warpgroup, query_tile: Any, narrow_state: Any) -> jax
 
 
 def _clear_rows(warpgroup: Warpgroup, tiles: Any, num_left: Any) -> None:
-    """Zeros over the rows of tiles beyond `num_left`, which may hold anything."""
+    """Zeros the rows of tiles from `num_left` on, which may hold anything."""
 
     @pl.when(num_left < CHUNK_TOKENS)
     def _() -> None:
         for tile in tiles:
             for start in range(0, tile.shape[1], TILE):
-                part = tile.at[:, pl.ds(start, TILE)]
+                block = tile.at[:, pl.ds(start, TILE)]
                 exists = warpgroup.iota((CHUNK_TOKENS, TILE), 0) < num_left
-                kept = jnp.where(exists, warpgroup.load(part).astype(jnp.float32), 0.0)
-                part[...] = kept.astype(tile.dtype)
+                kept = jnp.where(exists, warpgroup.load(block).astype(jnp.float32), 0.0)
+                block[...] = kept.astype(tile.dtype)
         plgpu.commit_smem()
 
 
 def _write_split(warpgroup: Warpgroup, values: jax.Array, high_tile: Any, low_tile: Any) -> None:
-    """float32 as the sum of two bfloat16. Interpreted, XLA would drop a conversion forth and back."""
+    """Writes float32 as the sum of two bfloat16. Interpreted, XLA would drop a conversion there and back."""
     high = jax.lax.reduce_precision(values, 8, 7) if warpgroup.interpret else values.astype(jnp.bfloat16)
     high_tile[...] = high.astype(jnp.bfloat16)
     low_tile[...] = (values - high.astype(jnp.float32)).astype(jnp.bfloat16)

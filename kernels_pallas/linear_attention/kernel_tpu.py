@@ -1,4 +1,4 @@
-"""Linear attention with decay on TPU (Mosaic): chunks of 64 tokens, one after the other, the state in fast memory.
+"""Computes linear attention with decay on TPU (Mosaic): chunks of 64 tokens in sequence, the state in VMEM.
 
 Grid (B, N, blocks of up to 256 tokens), the last axis sequential; the state is the output block that all steps of a
 (row, head) share:
@@ -7,9 +7,9 @@ Grid (B, N, blocks of up to 256 tokens), the last axis sequential; the state is 
     row, head [c0 c1 c2 c3] -> [c4 c5 c6 c7] -> [c8 c9 .. ..] -> state          no reads, writes zeros
 
 Within a chunk, a decay per channel cannot be taken out of the sum over channels: scores come from log2(64) = 6 levels.
-At the level of size s, blocks of 2 s tokens are cut in halves, and each token of a right half reads those of its left
-half: the token's decays since the border times the key's decays up to the border, neither of which is above 1. Each
-pair of tokens is in one level, and the sums are made by doubling, without any difference:
+At the level of size s, blocks of 2 s tokens are cut in halves, and each token of a right half attends to those of its
+left half: the token's decays since the border times the key's decays up to the border, neither of which is above 1.
+Each pair of tokens is in one level, and the sums are made by doubling, without any difference:
 
     since the start of its block of s tokens   since[t]                 doubles by adding the left neighbour's total
     after it to the end of its block           until[t]                 doubles by adding the right neighbour's total
@@ -35,13 +35,13 @@ _LEVELS = (1, 2, 4, 8, 16, 32)
 _VMEM_BYTES = 14 * 2**20
 
 
-def misfit(query: Any, key: Any, value: Any, log_decay: Any) -> str | None:
-    """Why this kernel does not take these operands; None if it does."""
+def unsupported_reason(query: Any, key: Any, value: Any, log_decay: Any) -> str | None:
+    """Why this kernel does not support these operands; None if it does."""
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel takes float32 and bfloat16, not {query.dtype}"
     if key.dtype != query.dtype or value.dtype != query.dtype:
         return f"the TPU kernel takes one dtype, not {query.dtype}, {key.dtype} and {value.dtype}"
-    key_size, value_size = _whole_lanes(key.shape[3]), _whole_lanes(value.shape[3])
+    key_size, value_size = _padded_to_lanes(key.shape[3]), _padded_to_lanes(value.shape[3])
     tokens = BLOCK_TOKENS * (2 * (key_size + value_size) * query.dtype.itemsize + 4 * key_size)
     if 2 * tokens + 6 * 4 * key_size * value_size > _VMEM_BYTES:
         return f"a head's state of {key.shape[3]} x {value.shape[3]} is too large for the TPU's fast memory"
@@ -59,22 +59,22 @@ def linear_attention(
     scale: float,
     interpret: bool,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B N H I"]]:
-    """As the function of this name in `__init__.py`. Heads lie in lanes: [B, T, N H], with H padded to 128."""
+    """As the function of this name in `__init__.py`. Heads are in lanes: [B, T, N H], with H padded to 128."""
     batch, num_tokens, num_heads, key_size = query.shape
     value_size = value.shape[3]
-    lanes, value_lanes = _whole_lanes(key_size), _whole_lanes(value_size)
+    lanes, value_lanes = _padded_to_lanes(key_size), _padded_to_lanes(value_size)
     block_tokens = min(BLOCK_TOKENS, -(-num_tokens // CHUNK_TOKENS) * CHUNK_TOKENS)
     num_blocks = -(-num_tokens // block_tokens)
     padded_tokens = max(num_tokens, block_tokens)  # a last block that is not full needs no padding, one block does
     per_channel = log_decay.shape[3] != 1
 
     def in_lanes(tokens: Array) -> Array:
-        width = _whole_lanes(tokens.shape[3])
+        width = _padded_to_lanes(tokens.shape[3])
         padding = ((0, 0), (0, padded_tokens - num_tokens), (0, 0), (0, width - tokens.shape[3]))
         return jnp.pad(tokens, padding).reshape(batch, padded_tokens, num_heads * width)
 
     def last_read(row: Any, block: Any, lengths: Any) -> Any:
-        """The block to read: beyond the row's length the last one again, which costs nothing."""
+        """The block to read: after the row's length the last one again, which costs nothing."""
         return jnp.minimum(block, jnp.maximum(pl.cdiv(lengths[row], block_tokens) - 1, 0))
 
     def tokens_spec(width: int) -> pl.BlockSpec:
@@ -122,7 +122,7 @@ def linear_attention(
     return output[:, :num_tokens, :, :value_size], state[:, :, :key_size, :value_size]
 
 
-def _whole_lanes(size: int) -> int:
+def _padded_to_lanes(size: int) -> int:
     return -(-size // _LANES) * _LANES
 
 
@@ -139,7 +139,7 @@ def _block(
     scale: float,
     per_channel: bool,
 ) -> None:
-    """One step of the grid: the chunks of a block that hold tokens of the row."""
+    """Runs one step of the grid: the chunks of a block that hold tokens of the row."""
     row, block = pl.program_id(0), pl.program_id(2)
     block_tokens = query_ref.shape[0]
     num_left = lengths[row] - block * block_tokens
@@ -182,7 +182,7 @@ def _block(
 def _weights_per_channel(
     query: jax.Array, key: jax.Array, log_decay: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Scores of a chunk [i, j]; log decays since its start and until its end [i, H], in all [H, 1]."""
+    """Scores of a chunk [i, j]; log decays since its start and until its end [i, H], and in total [H, 1]."""
     num_tokens, num_channels = log_decay.shape
     token, reader, read = (_iota(log_decay.shape, 0), *_pairs(num_tokens))
     score = jnp.where(reader == read, jnp.sum(query * key, axis=1, keepdims=True), 0.0)
@@ -204,7 +204,7 @@ def _weights_per_channel(
 def _weights_per_head(
     query: jax.Array, key: jax.Array, log_decay: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """As `_weights_per_channel`, of log decays [1, j]: what is [i, H] there is [i, 1]."""
+    """As `_weights_per_channel`, for log decays [1, j]: what is [i, H] there is [i, 1]."""
     reader, read = _pairs(log_decay.shape[1])
 
     def summed(taken: jax.Array) -> jax.Array:

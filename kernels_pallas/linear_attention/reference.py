@@ -1,4 +1,4 @@
-"""Linear attention with decay in plain JAX: chunk by chunk, what runs where no kernel fits; and its one-token step.
+"""Computes linear attention with decay in plain JAX, where no kernel takes the operands: chunks, and a one-token step.
 
 Gated linear attention (arXiv 2312.06635) and Lightning Attention-2 (arXiv 2401.04658). Within a chunk the weight of
 token j for token i is exp(log_decay_{j+1} + ... + log_decay_i), from sums of exactly those terms: a difference of two
@@ -27,7 +27,7 @@ def linear_attention(
     *,
     scale: float,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B N H I"]]:
-    """As the function of this name in `__init__.py`; besides copies of the operands in chunks it keeps one chunk's."""
+    """As the function of this name in `__init__.py`; it keeps copies of the operands in chunks, and one chunk's own."""
     num_tokens = query.shape[1]
     longest = CHUNK_TOKENS if log_decay.shape[-1] == 1 else CHUNK_TOKENS_PER_CHANNEL
     chunk_tokens = min(longest, num_tokens)
@@ -35,7 +35,7 @@ def linear_attention(
     exists = jnp.arange(num_tokens)[None] < length[:, None]
 
     def chunked(tokens: Array) -> Array:
-        """[chunks, B, N, chunk, H], zero where no token is."""
+        """[chunks, B, N, chunk, H], zero where no token exists."""
         tokens = jnp.where(exists[:, :, None, None], tokens, jnp.zeros((), tokens.dtype))
         tokens = jnp.pad(tokens, ((0, 0), (0, num_chunks * chunk_tokens - num_tokens), (0, 0), (0, 0)))
         tokens = tokens.reshape(tokens.shape[0], num_chunks, chunk_tokens, *tokens.shape[2:])
@@ -80,8 +80,8 @@ def linear_attention_step(
 ) -> tuple[Float[Array, "B N I"], Float[Array, "B N H I"]]:
     """One token, with the shapes and dtypes of `linear_attention` less T.
 
-    There is no kernel for it: XLA makes one loop that reads and writes the state once, and that is all there is to do.
-    The sum over H is no dot, as a matrix unit would round the state, and could not be merged with its update.
+    There is no kernel for it: XLA makes one loop that reads and writes the state once, which is the minimum. The sum
+    over H is no dot, as a matrix unit would round the state, and could not be fused with its update.
     """
     with jax.named_scope("linear_attention_step"):
         query32, key32, value32 = (tokens.astype(jnp.float32) for tokens in (query, key, value))

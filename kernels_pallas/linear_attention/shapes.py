@@ -1,4 +1,4 @@
-"""Sizes of linear attention in published models, shared by tests and benchmarks."""
+"""Lists sizes of linear attention in published models, for tests and benchmarks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,20 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Shape:
-    """A prefill; the state comes in and goes out."""
+    """A prefill with an initial and a final state.
+
+    batch, num_tokens, num_heads: B, T and N.
+    key_size, value_size: H and I.
+    per_channel: a decay per channel of the keys, or one per head.
+    dtype: of queries, keys and values.
+    """
 
     batch: int
     num_tokens: int
     num_heads: int
     key_size: int
     value_size: int
-    per_channel: bool  # a decay per channel of the keys, or one per head
+    per_channel: bool
     dtype: str = "bfloat16"
 
     def operands(self) -> dict[str, Any]:
@@ -52,13 +58,13 @@ class Shape:
         return self.key_size if self.per_channel else 1
 
     def bytes_moved(self) -> int:
-        """What must be read and written once: queries, keys, values, decays, outputs and the state twice."""
+        """Bytes that must be read and written once: queries, keys, values, decays, outputs; the state twice."""
         width = 2 * (self.key_size + self.value_size) * jnp.dtype(self.dtype).itemsize + 4 * self.decay_size
         per_head = self.num_tokens * width + 2 * 4 * self.key_size * self.value_size
         return self.batch * self.num_heads * per_head
 
     def flops(self) -> int:
-        """The recurrence's own products (query with state, key with value); a chunked form makes more."""
+        """Operations of the recurrence's own products (query with state, key with value); a chunked form has more."""
         return 4 * self.batch * self.num_tokens * self.num_heads * self.key_size * self.value_size
 
 

@@ -1,10 +1,10 @@
-"""Latent attention for decoding: all heads of T = 1..16 queries read one latent and one rope key per cached token.
+"""Computes decode attention of MLA: all heads of T = 1..16 queries share one latent and one rope key per cached token.
 
 Multi-head latent attention with absorbed weights (DeepSeek-V2, arXiv 2405.04434, section 2.1): a cached token is a
-latent of R numbers, shared by all heads, and a rope key of H. The query of a head, multiplied by its part of W_uk, is a
-vector of R that meets the latent itself, and the head's output is a mixture of latents that the caller multiplies by
-W_uv. So the latent is both key and value, and is read once. It is attention with one key-value head, head size R + H
-for the scores and R for the values.
+latent of R numbers, shared by all heads, and a rope key of H. A head's query, multiplied by its slice of W_uk, is a
+vector of R that is multiplied with the latent itself, and the head's output is a weighted sum of latents that the
+caller multiplies by W_uv. So the latent is both key and value, and is read once. It is attention with one key-value
+head, head size R + H for the scores and R for the values.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
+from decodax.kernels_pallas.decode.new_tokens import MAX_NEW_TOKENS, check_range
 from decodax.kernels_pallas.mla_decode.new_latents import NewLatents
-from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS, check_range
+from decodax.kernels_pallas.selection import Implementation, KernelSelection, select_in_folder
 
-__all__ = ["MAX_QUERIES", "NewLatents", "choose_mla_decode", "mla_decode"]
+__all__ = ["MAX_QUERIES", "NewLatents", "mla_decode", "select_mla_decode"]
 
 MAX_QUERIES = 16
 
@@ -34,42 +34,48 @@ def mla_decode(
     softcap: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """Mixtures of latents, and the log-sum-exp of each query's scores.
+    """Weighted sums of latents, and the log-sum-exp of each query's scores.
 
-    score = (query_latent . latent + query_rope . rope_key) scale. Every query of row b reads the slots s < length[b],
-    and of the new tokens those that `new.allowed` lets it. What lies in slots from `length` on is never read, be it
-    NaN. A query that may read nothing gives 0 and a log-sum-exp of -inf. A new token whose latent is not finite breaks
-    the queries that may read it, and no others.
+    score = (query_latent . latent + query_rope . rope_key) scale. Every query of row b attends to the slots
+    s < length[b], and to the new tokens in `new.allowed`. Slots from `length` on are masked, and may be NaN. A query
+    that attends to nothing gives 0 and a log-sum-exp of -inf. A new token with a non-finite latent makes NaN of the
+    queries that attend to it, and of no others.
 
     query_latent: the queries multiplied by W_uk (absorbed); the caller multiplies the output by W_uv.
+    query_rope: the rotated coordinates of the queries.
+    latent, rope_key: the cache.
+    length: cached tokens per row.
+    new: tokens that are not in the cache.
+    scale: of the scores.
     softcap: scores become softcap tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
-    implementation: None takes the kernel of this device where it fits, and XLA elsewhere.
+    implementation: None takes the kernel of this device if it supports the operands, else XLA.
 
     The output has the queries' dtype; the log-sum-exp (natural logarithm) is float32, as are all sums.
 
-    Raises ValueError for operands that do not fit each other, lengths outside 0..S (only if their values are known:
-    inside `jit` they are clipped), and NotImplementedError if the implementation asked for does not take them.
+    Raises ValueError for operands that do not fit each other and lengths outside 0..S (only if their values are known:
+    inside `jit` they are clipped).
+    Raises NotImplementedError if the implementation asked for does not support the operands.
     """
     _check(query_latent, query_rope, latent, rope_key, new)
     capacity = latent.shape[1]
     check_range("length", length, 0, capacity, "the cache holds no more tokens (S)")
-    choice = choose_mla_decode(query_latent, query_rope, latent, rope_key, new, implementation=implementation)
+    selection = select_mla_decode(query_latent, query_rope, latent, rope_key, new, implementation=implementation)
     operands = (query_latent, query_rope, latent, rope_key, jnp.clip(length, 0, capacity).astype(jnp.int32), new)
     with jax.named_scope("mla_decode"):
-        if choice.backend == "xla":
+        if selection.backend == "xla":
             from decodax.kernels_pallas.mla_decode import reference
 
             return reference.mla_decode(*operands, scale=scale, softcap=softcap)
-        if choice.backend == "tpu":
+        if selection.backend == "tpu":
             from decodax.kernels_pallas.mla_decode import kernel_tpu
 
-            return kernel_tpu.mla_decode(*operands, scale=scale, softcap=softcap, interpret=choice.interpret)
+            return kernel_tpu.mla_decode(*operands, scale=scale, softcap=softcap, interpret=selection.interpret)
         from decodax.kernels_pallas.mla_decode import kernel_gpu
 
-        return kernel_gpu.mla_decode(*operands, scale=scale, softcap=softcap, interpret=choice.interpret)
+        return kernel_gpu.mla_decode(*operands, scale=scale, softcap=softcap, interpret=selection.interpret)
 
 
-def choose_mla_decode(
+def select_mla_decode(
     query_latent: Any,
     query_rope: Any,
     latent: Any,
@@ -77,9 +83,9 @@ def choose_mla_decode(
     new: NewLatents | None = None,
     *,
     implementation: Implementation | None = None,
-) -> Choice:
-    """What `mla_decode` runs for operands of these shapes and dtypes, and why."""
-    return choose_in("mla_decode", implementation, query_latent, query_rope, latent, rope_key, new)
+) -> KernelSelection:
+    """The implementation of `mla_decode` for operands of these shapes and dtypes, and the reason."""
+    return select_in_folder("mla_decode", implementation, query_latent, query_rope, latent, rope_key, new)
 
 
 def _check(query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None) -> None:

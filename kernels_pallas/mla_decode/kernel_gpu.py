@@ -1,25 +1,25 @@
-"""Latent attention for decoding on Hopper GPUs: two warpgroups share each tile of latents, and each owns half of R.
+"""Computes MLA decode attention on Hopper GPUs: two warpgroups share each tile of latents, and each owns half of R.
 
 The M = T N queries of a row are the rows of one matrix, in groups of 64 (the rows of a wgmma). Their 64 x R sums in
 float32 are too many for the registers of one warpgroup (256 a thread at R = 512), so a program has two of them. Both
-make all scores (1.5 times the least work at R = 512, but they need not exchange anything, and one can multiply while
+compute all scores (1.5 times the least work at R = 512, but they need not exchange anything, and one can multiply while
 the other takes exponentials), and each adds its half of the columns to its sums:
 
     tile of 64 tokens     columns 0 .. R/2 | columns R/2 .. R | rope keys
     scores                both             | both             | both
     output                warpgroup 0      | warpgroup 1      |
-    asks for the next     warpgroup 0      | warpgroup 1      | half of the tokens each
+    copies the next       warpgroup 0      | warpgroup 1      | half of the tokens each
 
-A tile is read into shared memory once for both products; two tiles and the queries fill it. When a warpgroup has added
-its columns, and the other has made its scores, it asks for the same columns of the tile after next, so copies and
-products overlap without a warpgroup that only copies.
+A tile is copied into shared memory once for both products; two tiles and the queries fill it. When a warpgroup has
+added its columns, and the other has computed its scores, it starts to copy the same columns of the tile after next, so
+copies and products overlap without a warpgroup that only copies.
 
     grid (runs, groups of 64 queries): equal runs of tiles over all rows of the batch, whatever their lengths
     (LeanAttention, arXiv 2405.10480, see partition.py); the groups of a run read the same tiles at about the same time,
     all but one of them from L2
 
-What a run has seen of a row is a part: a normalised output and a log-sum-exp, float32. A second kernel, grid (B, M),
-merges the parts of each query. New tokens are the first tiles of their row.
+A run's result for a row is a partial softmax: a normalised output and a log-sum-exp, float32. A second kernel, grid
+(B, M), merges the partial softmaxes of each query. New tokens are the first tiles of their row.
 
 What bounds it, at R = 512, H = 64 and bfloat16 on H200 (989 TFLOP/s, 4.8 TB/s, NVIDIA H200 data sheet; 132 cores): a
 tile takes a core 2.0 us to read at its share of the bandwidth, and about 1.9 us to multiply with 64 queries (3,300
@@ -39,37 +39,37 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, tiled
+from decodax.kernels_pallas.decode.partition import Partition, num_slots, partition
 from decodax.kernels_pallas.hopper import num_cores
-from decodax.kernels_pallas.mla_decode.new_latents import NewLatents, contained, packed
+from decodax.kernels_pallas.mla_decode.new_latents import NewLatents, mask_nonfinite, packed
 from decodax.kernels_pallas.online_softmax import (
     LOG2E,
     MASKED,
-    Seen,
+    OnlineSoftmax,
     absorb_gpu,
     capped,
+    empty_softmax_gpu,
     finish_gpu,
-    nothing_seen_gpu,
 )
 from decodax.kernels_pallas.padding import WORD_BITS, bit_words, padded
-from decodax.kernels_pallas.partition import Partition, num_slots, partition
 
 TILE_TOKENS = 64
 TILE_ROWS = 64
 NUM_STAGES = 2
 MOST_NUMBERS = 576  # two tiles of tokens and the queries fill the 227 KiB of shared memory that a program may have
-PARTS_AT_ONCE = 8
+PARTIALS_AT_ONCE = 8
 INTERPRETED_RUNS = 3
-# Or 2, as on a GPU; up to JAX 0.10 the interpreter then compiles the body for every program anew.
+# Or 2, as on a GPU; up to JAX 0.10 the interpreter then compiles the body for every program separately.
 INTERPRETED_THREADS = 1
 _WARPGROUPS = 2
 _PIECE_TOKENS = TILE_TOKENS // _WARPGROUPS
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
-def misfit(
+def unsupported_reason(
     query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None, *, interpret: bool
 ) -> str | None:
-    """Why this kernel does not take these operands (arrays or shapes); None if it does."""
+    """Why this kernel does not support these operands (arrays or shapes); None if it does."""
     del rope_key, new
     capacity, rank = latent.shape[1:]
     rope_size = query_rope.shape[3]
@@ -103,7 +103,7 @@ def mla_decode(
     interpret: bool,
     num_runs: int | None = None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """As the public function (see `__init__.py`), for operands that `misfit` lets through.
+    """As the public function (see `__init__.py`), for operands without an `unsupported_reason`.
 
     num_runs: programs per group of 64 queries; the result depends on it only in the order of sums.
     """
@@ -112,7 +112,7 @@ def mla_decode(
     num_groups = pl.cdiv(num_rows, TILE_ROWS)
     padded_rows = num_groups * TILE_ROWS
     queries = [padded(packed(query), 1, padded_rows) for query in (query_latent, query_rope)]
-    new_operands = () if new is None else _new_operands(contained(new), num_heads, padded_rows)
+    new_operands = () if new is None else _new_operands(mask_nonfinite(new), num_heads, padded_rows)
     num_new_tiles = new_operands[0].shape[1] // TILE_TOKENS if new_operands else 0
     if num_runs is None:
         num_runs = INTERPRETED_RUNS if interpret else num_cores() // num_groups
@@ -124,13 +124,13 @@ def mla_decode(
         num_groups,
         num_runs,
     )
-    parts = walk(split, length, queries, latent, rope_key, new_operands)
-    output, lse = _merge(parts, split, (batch, num_rows, rank), query_latent.dtype, interpret)
+    partials = walk(split, length, queries, latent, rope_key, new_operands)
+    output, lse = _merge(partials, split, (batch, num_rows, rank), query_latent.dtype, interpret)
     return output.reshape(query_latent.shape), lse.reshape(batch, num_queries, num_heads)
 
 
 def _new_operands(new: NewLatents, num_heads: int, padded_rows: int) -> tuple[Array, Array, Array]:
-    """Latents and rope keys in whole tiles, and who may read them: a bit per token, a word per 32, [B, words, M]."""
+    """Latents and rope keys in full tiles, and the mask: a bit per token, a word per 32, [B, words, M]."""
     num_new = new.allowed.shape[2]
     num_tokens = pl.cdiv(num_new, TILE_TOKENS) * TILE_TOKENS
     words = jnp.repeat(bit_words(new.allowed, num_tokens // WORD_BITS), num_heads, axis=1)
@@ -139,7 +139,7 @@ def _new_operands(new: NewLatents, num_heads: int, padded_rows: int) -> tuple[Ar
 
 
 class _Memory(NamedTuple):
-    """What the first kernel reads, writes and keeps in shared memory."""
+    """The global and shared memory of the first kernel."""
 
     start: Any
     first_owner: Any
@@ -166,9 +166,13 @@ class _Memory(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Of a tile: its row of the batch, its number there, its stage, and where in the cache it lies.
+    """The indices of a tile.
 
-    first: its first token in the cache; of its tokens those from `unread` to `length - 1` are to be read.
+    owner: its row of the batch.
+    in_owner: its number there.
+    stage: its buffer in shared memory.
+    first: its first token in the cache.
+    unread, length: its tokens from `unread` to `length - 1` are attended to.
     """
 
     owner: Array
@@ -198,7 +202,7 @@ class _Walk:
         rope_key: Array,
         new_operands: tuple[Array, ...],
     ) -> tuple[Array, Array]:
-        """The parts: outputs [slots, M, R] and log-sum-exps [slots, M]."""
+        """The partial softmaxes: outputs [slots, M, R] and log-sum-exps [slots, M]."""
         batch, capacity, rank = latent.shape
         rope_size, dtype = rope_key.shape[2], latent.dtype
         slots, half = num_slots(batch, self.num_runs), rank // 2
@@ -256,11 +260,11 @@ class _Walk:
 
         def place_of(tile: Array, owner: Array) -> _Place:
             in_owner = tile - memory.offset[owner]
-            # The last tile may not fit: it starts earlier, and skips what the tile before it has read.
-            wanted = (in_owner - self.num_new_tiles) * TILE_TOKENS
-            first = jnp.minimum(wanted, capacity - TILE_TOKENS)
+            # The last tile may not fit: it starts earlier, and masks what the tile before it has read.
+            nominal = (in_owner - self.num_new_tiles) * TILE_TOKENS
+            first = jnp.minimum(nominal, capacity - TILE_TOKENS)
             stage = jax.lax.rem(tile - start, jnp.int32(NUM_STAGES))
-            return _Place(owner, in_owner, stage, first, wanted - first, memory.length[owner] - first)
+            return _Place(owner, in_owner, stage, first, nominal - first, memory.length[owner] - first)
 
         def fetch(owner: Array, tile: Array) -> Array:
             owner = owner_of(owner, jnp.minimum(tile, end - 1))
@@ -278,7 +282,7 @@ class _Walk:
             for half in halves:
                 self._fetch_queries(memory, owner, rows, half)
 
-            def step(tile: Array, carry: tuple[Array, list[Seen]]) -> tuple[Array, list[Seen]]:
+            def step(tile: Array, carry: tuple[Array, list[OnlineSoftmax]]) -> tuple[Array, list[OnlineSoftmax]]:
                 ahead, seen = carry
                 place = place_of(tile, owner)
                 plgpu.barrier_wait(memory.tile_arrived.at[place.stage])
@@ -290,7 +294,7 @@ class _Walk:
                 return fetch(ahead, tile + NUM_STAGES), seen
 
             until = jnp.minimum(end, memory.offset[owner + 1])
-            nothing = nothing_seen_gpu(self.warpgroup, TILE_ROWS, memory.latents.shape[3])
+            nothing = empty_softmax_gpu(self.warpgroup, TILE_ROWS, memory.latents.shape[3])
             plgpu.barrier_wait(memory.queries_arrived)
             ahead, seen = jax.lax.fori_loop(tile, until, step, (ahead, [nothing for _ in halves]))
             for half, one in zip(halves, seen, strict=True):
@@ -321,7 +325,7 @@ class _Walk:
                 copy(memory.new_words.at[owner, :, rows], memory.words)
 
     def _fetch(self, memory: _Memory, place: _Place, half: Any) -> None:
-        """Asks for one warpgroup's columns of a tile, and the rope keys of its tokens."""
+        """Starts to copy one warpgroup's columns of a tile, and the rope keys of its tokens."""
         columns = memory.latents.shape[3]
 
         def copies(latent: Any, rope_key: Any, first: Array) -> None:
@@ -339,7 +343,7 @@ class _Walk:
         pl.when(jnp.logical_not(is_new))(lambda: copies(memory.latent, memory.rope_key, place.first))
 
     def _scores(self, memory: _Memory, place: _Place, half: Any) -> Array:
-        """[64, 64]: of a tile's tokens; scales of quantised latents would multiply in here."""
+        """Scores of a tile's tokens, [64, 64]; scales of quantised latents would be multiplied in here."""
         warpgroup = self.warpgroup
         pairs = [(memory.query_rope_shared, memory.rope_keys.at[place.stage])]
         pairs += [(memory.query_latent_shared.at[i], memory.latents.at[place.stage, i]) for i in range(2)]
@@ -368,16 +372,16 @@ class _Walk:
             return of_cached(score)
         return jax.lax.cond(place.in_owner < self.num_new_tiles, of_new, of_cached, score)
 
-    def _absorb(self, memory: _Memory, place: _Place, half: Any, seen: Seen, score: Array) -> Seen:
+    def _absorb(self, memory: _Memory, place: _Place, half: Any, seen: OnlineSoftmax, score: Array) -> OnlineSoftmax:
         is_ragged = (place.in_owner >= self.num_new_tiles) & (place.length < TILE_TOKENS)
         pl.when(is_ragged)(lambda: self._clear_unread_values(memory, place, half))
         latents = memory.latents.at[place.stage, half]
         return absorb_gpu(self.warpgroup, seen, score, latents, latents.dtype)
 
     def _clear_unread_values(self, memory: _Memory, place: _Place, half: Any) -> None:
-        """Zeros behind a row's length: what was never written may be NaN, and 0 x NaN is NaN.
+        """Zeros tokens after a row's length: unwritten slots may be NaN, and 0 x NaN is NaN.
 
-        Of this warpgroup's columns; should the other still make scores with them, it masks the scores of these tokens.
+        In this warpgroup's columns; if the other still computes scores with them, it masks the scores of these tokens.
         """
         columns = memory.latents.shape[3]
         width = min(64, columns)
@@ -388,8 +392,8 @@ class _Walk:
             piece[...] = jnp.where(is_read, value, jnp.zeros_like(value))
         plgpu.commit_smem()
 
-    def _write(self, memory: _Memory, slot: Array, rows: Any, half: Any, seen: Seen) -> None:
-        """A part: this warpgroup's columns of the output; the first one also writes the log-sum-exp."""
+    def _write(self, memory: _Memory, slot: Array, rows: Any, half: Any, seen: OnlineSoftmax) -> None:
+        """Writes a partial softmax: this warpgroup's columns of the output; the first one also the log-sum-exp."""
         output, lse = finish_gpu(self.warpgroup, seen)
         columns = output.shape[1]
         memory.output[slot, rows, pl.ds(half * columns, columns)] = output
@@ -401,19 +405,28 @@ def _store(ref: Any, value: Array) -> None:
 
 
 def _merge(
-    parts: tuple[Array, Array], split: Partition, shape: tuple[int, int, int], dtype: Any, interpret: bool
+    partials: tuple[Array, Array], split: Partition, shape: tuple[int, int, int], dtype: Any, interpret: bool
 ) -> tuple[Array, Array]:
-    """The second kernel: output [B, M, R] and log-sum-exp [B, M] of each query from its row's parts."""
+    """Merges the partial softmaxes (second kernel): output [B, M, R] and log-sum-exp [B, M] of each query.
+
+    partials: outputs and log-sum-exps of all slots.
+    split: the runs.
+    shape: (B, M, R).
+    dtype: of the output.
+    interpret: run on CPU.
+    """
     batch, num_rows, rank = shape
     warpgroup, layout = Warpgroup(interpret), plgpu.Layout.WG_STRIDED((rank,), rank // 128)
 
-    def mla_decode_merge(output: Any, lse: Any, first_part: Any, num_parts: Any, merged: Any, merged_lse: Any) -> None:
+    def mla_decode_merge(
+        output: Any, lse: Any, first_partial: Any, num_partials: Any, merged: Any, merged_lse: Any
+    ) -> None:
         owner, row = jax.lax.axis_index("row"), jax.lax.axis_index("query")
-        first, end = first_part[owner], first_part[owner] + num_parts[owner]
+        first, end = first_partial[owner], first_partial[owner] + num_partials[owner]
 
         def group(i: Array, seen: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, mixed = seen
-            slots = [first + i * PARTS_AT_ONCE + j for j in range(PARTS_AT_ONCE)]
+            slots = [first + i * PARTIALS_AT_ONCE + j for j in range(PARTIALS_AT_ONCE)]
             values = [
                 warpgroup.load(output.at[jnp.minimum(slot, end - 1), row], layout, is_shared=False) for slot in slots
             ]
@@ -430,7 +443,7 @@ def _merge(
             return highest, total, mixed
 
         nothing = (jnp.float32(MASKED), jnp.float32(0.0), warpgroup.full((rank,), 0.0, layout))
-        maximum, total, mixed = jax.lax.fori_loop(0, pl.cdiv(end - first, PARTS_AT_ONCE), group, nothing)
+        maximum, total, mixed = jax.lax.fori_loop(0, pl.cdiv(end - first, PARTIALS_AT_ONCE), group, nothing)
         is_empty = total == 0.0
         merged[owner, row] = (mixed * jnp.where(is_empty, 0.0, 1.0 / jnp.where(is_empty, 1.0, total))).astype(dtype)
         safe = jnp.where(is_empty, 1.0, total)
@@ -447,4 +460,4 @@ def _merge(
         scratch_types=[],
         interpret=interpret,
     )
-    return kernel(*parts, split.first_part, split.num_parts)
+    return kernel(*partials, split.first_partial, split.num_partials)

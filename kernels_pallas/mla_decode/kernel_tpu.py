@@ -1,17 +1,17 @@
-"""Latent attention for decoding on TPU: each block of latents is copied into VMEM once and serves both products.
+"""Computes MLA decode attention on TPU: copies each block of latents into VMEM once and uses it for both products.
 
     grid (B,), one step per row of the batch, in order
 
-    cached blocks of all rows, one behind the other:   row 0: 0 1 2 | row 1: (empty) | row 2: 0 1 | ...
+    cached blocks of all rows, in order:               row 0: 0 1 2 | row 1: (empty) | row 2: 0 1 | ...
     two buffers in VMEM, filled in turn:                      a b a |                |        b a | ...
 
-While a block is worked on, the next one is on its way, also from one row of the batch into the next, so that a short
-row does not wait for its first block. Blocks behind a row's length are not read. All M = T N queries of a row stay in
+While a block is multiplied, the next one is being copied, also from one row of the batch into the next, so that a short
+row does not wait for its first block. Blocks after a row's length are not read. All M = T N queries of a row stay in
 VMEM; a block is multiplied with tiles of at most 256 of them.
 
-An array [B, S, H] with H < 128 has another layout of its own in XLA, [B, H, S], which pads less. In a loop that also
-writes the cache it is kept as it is read here, so rope keys are copied on the way into the loop and out of it, never
-inside; with H = 128 (padded with zeros) there is no copy at all. A token's rope key takes 128 numbers here, whatever H.
+An array [B, S, H] with H < 128 has another layout in XLA, [B, H, S], which pads less. In a loop that also writes the
+cache it keeps the layout that is read here, so rope keys are copied before and after the loop, never inside; with
+H = 128 (padded with zeros) there is no copy at all. A token's rope key takes 128 numbers here, whatever H.
 
 What bounds it: a token of R + 128 numbers (R = 512: 1,280 bytes in bfloat16) costs 2 M (2 R + H) FLOP, so from about
 M = 141 (v5e: 197 TFLOP/s, 819 GB/s) or M = 329 (v6e: 918 TFLOP/s, 1,640 GB/s) the matrix unit bounds it, and below that
@@ -29,8 +29,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from decodax.kernels_pallas.compat import tpu_interpreter
-from decodax.kernels_pallas.mla_decode.new_latents import NewLatents, contained, packed
-from decodax.kernels_pallas.online_softmax import MASKED, Seen, absorb, capped, finish, nothing_seen, precision
+from decodax.kernels_pallas.mla_decode.new_latents import NewLatents, mask_nonfinite, packed
+from decodax.kernels_pallas.online_softmax import (
+    MASKED,
+    OnlineSoftmax,
+    absorb,
+    capped,
+    empty_softmax,
+    finish,
+    precision,
+)
 
 BLOCK_TOKENS = 512
 TILE_ROWS = 256
@@ -40,8 +48,10 @@ _LANES = 128
 _VMEM_BYTES = 64 * 2**20  # of 128 MiB on v5e and v6e
 
 
-def misfit(query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None) -> str | None:
-    """Why this kernel does not take these operands (arrays or shapes); None if it does."""
+def unsupported_reason(
+    query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None
+) -> str | None:
+    """Why this kernel does not support these operands (arrays or shapes); None if it does."""
     del rope_key, new
     num_rows = query_latent.shape[1] * query_latent.shape[2]
     capacity = latent.shape[1]
@@ -73,7 +83,7 @@ def mla_decode(
     softcap: float | None,
     interpret: bool,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """As the public function (see `__init__.py`), for operands that `misfit` lets through."""
+    """As the public function (see `__init__.py`), for operands without an `unsupported_reason`."""
     batch, num_queries, num_heads, rank = query_latent.shape
     num_rows, rope_size, capacity = num_queries * num_heads, query_rope.shape[3], latent.shape[1]
     num_tiles = -(-num_rows // TILE_ROWS)
@@ -87,7 +97,7 @@ def mla_decode(
 
     operands = [padded(packed(query), 1, padded_rows) for query in (query_latent, query_rope)]
     if new is not None:
-        new = contained(new)
+        new = mask_nonfinite(new)
         num_new = _multiple(new.latent.shape[1], 16)
         allowed = jnp.repeat(new.allowed, num_heads, axis=1).astype(jnp.int32)
         operands += [padded(new.latent, 1, num_new), padded(new.rope_key, 1, num_new)]
@@ -133,7 +143,7 @@ def mla_decode(
 
 
 def _order_of_blocks(length: Int[Array, " B"], capacity: int, block_tokens: int) -> tuple[Array, Array, Array]:
-    """Per row of the batch: its length, how many blocks come before it, and the next row that has any (B: none)."""
+    """Per row of the batch: its length, the number of blocks before it, and the next row that has any (B: none)."""
     length = jnp.clip(length.astype(jnp.int32), 0, capacity)
     num_blocks = (length + block_tokens - 1) // block_tokens
     before = jnp.cumsum(num_blocks, dtype=jnp.int32) - num_blocks
@@ -163,7 +173,7 @@ def _body(
     num_tiles = query_latent_ref.shape[1] // tile_rows
 
     def start_of(block: Any) -> Any:
-        # The last block may not fit: it starts earlier, and skips what the block before it has read.
+        # The last block may not fit: it starts earlier, and masks what the block before it has read.
         if capacity == block_tokens:
             return 0
         return pl.multiple_of(jnp.minimum(block * block_tokens, capacity - block_tokens), _ALIGNMENT)
@@ -180,14 +190,14 @@ def _body(
             copy.start()
 
     def absorb_tokens(tile: Any, latents: Array, rope_keys: Array, mask: Any) -> None:
-        """Adds tokens to what a tile of queries has seen; scales of quantised latents would multiply in here."""
+        """Adds tokens to the softmax of a tile of queries; scales of quantised latents would be multiplied in here."""
         rows = pl.ds(pl.multiple_of(tile * tile_rows, 16), tile_rows)
         score = _product(query_latent_ref[0, rows], latents) + _product(query_rope_ref[0, rows], rope_keys)
-        seen = absorb(Seen(*(ref[rows] for ref in seen_refs)), mask(rows, score_of(score)), latents)
+        seen = absorb(OnlineSoftmax(*(ref[rows] for ref in seen_refs)), mask(rows, score_of(score)), latents)
         for ref, value in zip(seen_refs, seen, strict=True):
             ref[rows] = value
 
-    for ref, value in zip(seen_refs, nothing_seen(*seen_refs[2].shape), strict=True):
+    for ref, value in zip(seen_refs, empty_softmax(*seen_refs[2].shape), strict=True):
         ref[...] = value
     pl.when((before == 0) & (num_blocks > 0))(lambda: start(row, 0, 0))
     if new_refs is not None:
@@ -217,7 +227,7 @@ def _body(
         first = start_of(block)
 
         @pl.when(first + block_tokens > length)
-        def _() -> None:  # what was never written may be NaN, and 0 x NaN is NaN
+        def _() -> None:  # unwritten slots may be NaN, and 0 x NaN is NaN
             slot = first + jax.lax.broadcasted_iota(jnp.int32, latents.shape[1:], 0)
             latents[buffer] = jnp.where(slot < length, latents[buffer], jnp.zeros((), latents.dtype))
 
@@ -229,7 +239,7 @@ def _body(
         def _(tile: Any) -> None:
             absorb_tokens(tile, latents[buffer], rope_keys[buffer], mask)
 
-    output, lse = finish(Seen(*(ref[...] for ref in seen_refs)))
+    output, lse = finish(OnlineSoftmax(*(ref[...] for ref in seen_refs)))
     output_ref[0] = output.astype(output_ref.dtype)
     lse_ref[0] = lse
 

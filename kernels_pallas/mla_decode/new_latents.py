@@ -1,4 +1,4 @@
-"""The tokens of a forward that are not in the cache yet, and how the queries of all heads lie as rows of one matrix."""
+"""Defines new latents, tokens that are not in the cache yet, and packs the queries of all heads as rows of a matrix."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ from jaxtyping import Array, Bool, Float
 
 
 class NewLatents(NamedTuple):
-    """Latents and rope keys of U new tokens (at most 128), and which of them each query may read.
+    """Latents and rope keys of U new tokens (at most 128), and which of them each query attends to.
 
-    Tokens staged by earlier forwards may stand in front of those of this one, so U is T or more.
+    Tokens staged by earlier forwards may precede those of this one, so U is T or more.
     """
 
     latent: Float[Array, "B U R"]
@@ -17,14 +17,14 @@ class NewLatents(NamedTuple):
     allowed: Bool[Array, "B T U"]
 
 
-def contained(new: NewLatents) -> NewLatents:
-    """Tokens whose latents are not finite as NaN keys and zero values: who reads them breaks, and nobody else.
+def mask_nonfinite(new: NewLatents) -> NewLatents:
+    """Turns tokens with non-finite latents into NaN keys and zero values: only queries that attend to them become NaN.
 
-    The others give them the weight 0, and 0 x NaN is NaN.
+    The other queries give them the weight 0, and 0 x NaN is NaN.
     """
-    is_sound = jnp.all(jnp.isfinite(new.latent), axis=2, keepdims=True)
-    latent = jnp.where(is_sound, new.latent, jnp.zeros((), new.latent.dtype))
-    rope_key = jnp.where(is_sound, new.rope_key, jnp.full((), jnp.nan, new.rope_key.dtype))
+    is_finite = jnp.all(jnp.isfinite(new.latent), axis=2, keepdims=True)
+    latent = jnp.where(is_finite, new.latent, jnp.zeros((), new.latent.dtype))
+    rope_key = jnp.where(is_finite, new.rope_key, jnp.full((), jnp.nan, new.rope_key.dtype))
     return new._replace(latent=latent, rope_key=rope_key)
 
 

@@ -1,4 +1,4 @@
-"""Named real shapes: tests compile the kernels for them ahead of time, benchmarks time them."""
+"""Lists named real shapes of `mla_decode`: tests compile the kernels for them, benchmarks time them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,17 @@ from decodax.kernels_pallas.mla_decode.new_latents import NewLatents
 
 @dataclass(frozen=True)
 class Shape:
-    """A step of T = `num_queries` tokens, a chain, on rows that all hold `length` cached tokens of `capacity` (S)."""
+    """A decoding step on rows of equal length; the new tokens are a chain.
+
+    batch: rows.
+    num_queries: new tokens per row, T.
+    num_heads: query heads.
+    rank, rope_size: numbers per latent, R, and per rope key, H.
+    capacity: slots of the cache, S.
+    length: cached tokens per row.
+    query_size: of a head before absorption; the scale is its inverse root.
+    dtype: of the operands.
+    """
 
     batch: int
     num_queries: int
@@ -20,7 +30,7 @@ class Shape:
     rope_size: int
     capacity: int
     length: int
-    query_size: int  # of a head before absorption; the scale is its inverse root
+    query_size: int
     dtype: str = "bfloat16"
 
     def operands(self) -> dict[str, Any]:
@@ -41,7 +51,7 @@ class Shape:
         }
 
     def random_operands(self, seed: int) -> dict[str, Any]:
-        """The array arguments: normal numbers, and each new token reads itself and those before it."""
+        """The array arguments: normal numbers; each new token attends to itself and those before it."""
         seeds = iter(jax.random.split(jax.random.key(seed), 8))
 
         def filled(like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -54,16 +64,16 @@ class Shape:
         return jax.tree.map(filled, self.operands())
 
     def options(self) -> dict[str, Any]:
-        """The arguments that are no arrays."""
+        """The other arguments."""
         return {"scale": self.query_size**-0.5, "softcap": None}
 
     def flops(self) -> int:
-        """Of the two matrix products."""
+        """Operations of the two matrix products."""
         tokens = self.length + self.num_queries
         return 2 * self.batch * self.num_heads * self.num_queries * tokens * (2 * self.rank + self.rope_size)
 
     def bytes_moved(self) -> int:
-        """Every latent and rope key that is read, queries, output and log-sum-exp, once."""
+        """Bytes of every latent and rope key that is read, queries, output and log-sum-exp, once."""
         item_bytes = jnp.dtype(self.dtype).itemsize
         tokens = self.length + self.num_queries
         queries = self.num_heads * self.num_queries

@@ -1,4 +1,4 @@
-"""Attention of a decoding step over a paged cache: `flash_decode` through page tables.
+"""Computes decode attention over a paged cache: `flash_decode` through page tables.
 
 A cache is a pool of pages of 16 to 256 tokens; a table lists the pages of each row in the order of its tokens, one
 table for all key-value heads or one per head (PagedAttention, arXiv 2309.06180).
@@ -11,10 +11,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.choice import Choice, Implementation, choose_in
-from decodax.kernels_pallas.new_tokens import NewTokens, check_operands, check_range
+from decodax.kernels_pallas.decode.new_tokens import NewTokens, check_operands, check_range
+from decodax.kernels_pallas.selection import Implementation, KernelSelection, select_in_folder
 
-__all__ = ["NewTokens", "choose_paged_decode", "paged_decode"]
+__all__ = ["NewTokens", "paged_decode", "select_paged_decode"]
 
 
 def paged_decode(
@@ -32,15 +32,21 @@ def paged_decode(
     sink_logits: Float[Array, " N"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N I"], Float[Array, "B T N"]]:
-    """As `flash_decode`, where slot s of row b and key-value head k lies in page `table[b, k, s // A]` at s % A.
+    """As `flash_decode`, where slot s of row b and key-value head k is in page `table[b, k, s // A]` at s % A.
 
-    Of the K key-value heads, Kp lie in one page (K: a page holds all heads; 1: a page belongs to one head), and Kt have
-    a table and a length (K: each head its own; 1: one for all), so K is the larger of both. Entries of a table that no
-    query needs (behind the length; before the window and not among the sinks) may hold anything.
+    Of the K key-value heads, Kp are in one page (K: a page holds all heads; 1: a page belongs to one head), and Kt have
+    a table and a length (K: each head its own; 1: one for all), so K is the larger of both.
+
+    query, new: as for `flash_decode`.
+    key_pages, value_pages: the cache.
+    table: pages of each row; entries that no query needs (after the length; before the window and not of sink tokens)
+        may be anything.
+    length: cached tokens.
+    scale, softcap, first, num_sink_tokens, sink_logits, implementation: as for `flash_decode`.
 
     Raises ValueError for operands that do not fit each other, lengths that the tables do not hold and needed pages
-    outside 0..P - 1 (only if their values are known: inside `jit` they are clipped), and NotImplementedError if the
-    implementation asked for does not take them.
+    outside 0..P - 1 (only if their values are known: inside `jit` they are clipped).
+    Raises NotImplementedError if the implementation asked for does not support the operands.
     """
     num_pages, heads_per_page, page_tokens, head_size = key_pages.shape
     _, num_tables, pages_per_table = table.shape
@@ -70,23 +76,23 @@ def paged_decode(
         "num_sink_tokens": num_sink_tokens,
         "sink_logits": sink_logits,
     }
-    choice = choose_paged_decode(query, key_pages, value_pages, table, new, implementation=implementation)
+    selection = select_paged_decode(query, key_pages, value_pages, table, new, implementation=implementation)
     table, length = jnp.clip(table, 0, num_pages - 1), jnp.clip(length, 0, capacity)
     operands = (query, key_pages, value_pages, table, length, new)
-    if choice.backend == "xla":
+    if selection.backend == "xla":
         from decodax.kernels_pallas.paged_decode import reference
 
         return reference.paged_decode(*operands, **options)
-    if choice.backend == "tpu":
+    if selection.backend == "tpu":
         from decodax.kernels_pallas.paged_decode import kernel_tpu
 
-        return kernel_tpu.paged_decode(*operands, **options, interpret=choice.interpret)
+        return kernel_tpu.paged_decode(*operands, **options, interpret=selection.interpret)
     from decodax.kernels_pallas.paged_decode import kernel_gpu
 
-    return kernel_gpu.paged_decode(*operands, **options, interpret=choice.interpret)
+    return kernel_gpu.paged_decode(*operands, **options, interpret=selection.interpret)
 
 
-def choose_paged_decode(
+def select_paged_decode(
     query: Any,
     key_pages: Any,
     value_pages: Any,
@@ -94,13 +100,13 @@ def choose_paged_decode(
     new: NewTokens | None = None,
     *,
     implementation: Implementation | None = None,
-) -> Choice:
-    """What `paged_decode` runs for operands of these shapes and dtypes, and why."""
-    return choose_in("paged_decode", implementation, query, key_pages, value_pages, table, new)
+) -> KernelSelection:
+    """The implementation of `paged_decode` for operands of these shapes and dtypes, and the reason."""
+    return select_in_folder("paged_decode", implementation, query, key_pages, value_pages, table, new)
 
 
 def _check_pages(table: Any, length: Any, first: Any, num_sink_tokens: int, page_tokens: int, num_pages: int) -> None:
-    """Raises ValueError if a page that is needed lies outside the pool; says nothing while values are traced."""
+    """Raises ValueError if a needed page is outside the pool; does nothing for traced values."""
     if any(isinstance(x, Tracer) for x in (table, length, first)):
         return
     start = np.arange(table.shape[2]) * page_tokens

@@ -1,4 +1,4 @@
-"""`paged_decode` on Hopper GPUs: where a paged cache's tiles lie; see decode_gpu.py for the kernels."""
+"""Runs `paged_decode` on Hopper GPUs: locates a paged cache's tiles for the kernels of `decode/kernel_gpu.py`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +8,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.decode_gpu import decode, size_misfit
-from decodax.kernels_pallas.decode_tiles_gpu import TILE_TOKENS, OrderedTiles, Tables, ordered
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, OrderedTiles, Tables, ordered
 
 
 @dataclass(frozen=True)
 class _PagedTiles(OrderedTiles):
-    """Tiles of pages [P, Kp, A, H]: several short pages, or a piece of a long one. The last table holds the pages
-    [slabs, M] in the order of tokens."""
+    """Tiles of pages [P, Kp, A, H]: several short pages, or a piece of a long one.
+
+    The last table holds the pages [slabs, M] in the order of tokens.
+    """
 
     page_tokens: int
     num_kv_heads: int
@@ -27,7 +29,7 @@ class _PagedTiles(OrderedTiles):
         return max(1, TILE_TOKENS // self.page_tokens)
 
     def piece(self, tables: Tables, slab: jax.Array, tile: jax.Array, number: int) -> tuple[Any, ...]:
-        """Where a tile goes beyond the row's last page, that page is read once more, and masked."""
+        """As in `Tiles`; after the row's last page, that page is read again, and masked."""
         pages, last = tables[-1], jnp.maximum(tables[0][slab] - 1, 0)
         piece_tokens = min(self.page_tokens, TILE_TOKENS)
         position = self.position(tables, slab, tile) + number * piece_tokens
@@ -39,14 +41,14 @@ class _PagedTiles(OrderedTiles):
         return pages[slab, entry], head, pl.ds(jax.lax.rem(position, page_tokens), piece_tokens)
 
 
-def misfit(
+def unsupported_reason(
     query: Any, key_pages: Any, value_pages: Any, table: Any, new: NewTokens | None, *, interpret: bool
 ) -> str | None:
-    """Why the kernel does not take these operands; None if it does."""
+    """Why the kernel does not support these operands; None if it does."""
     page_tokens = key_pages.shape[2]
     if page_tokens % 8 or (TILE_TOKENS % page_tokens and page_tokens % TILE_TOKENS):
         return f"pages must have 8, 16, 32 or a multiple of {TILE_TOKENS} tokens (A), these have {page_tokens}"
-    return size_misfit(query, key_pages, value_pages, new, interpret=interpret)
+    return unsupported_sizes(query, key_pages, value_pages, new, interpret=interpret)
 
 
 def paged_decode(

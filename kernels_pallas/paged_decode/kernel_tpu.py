@@ -1,6 +1,6 @@
-"""`paged_decode` on TPU: the family's kernel (decode_tpu.py) with its pages found in tables.
+"""Runs `paged_decode` on TPU: the kernel of `decode/kernel_tpu.py` over pages from tables.
 
-Small pages are put side by side in a block, one copy each; heads that share a table and a page come in one copy.
+Small pages are adjacent in a block, one copy each; heads that share a table and a page come in one copy.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from decodax.kernels_pallas.decode_tpu import (
+from decodax.kernels_pallas.decode.kernel_tpu import (
     LANES,
     NOT_READ,
     Item,
     Window,
     by_rows,
     decode,
-    misfit_of_lists,
-    misfit_of_operands,
+    unsupported_lists,
+    unsupported_operands,
 )
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
 
 
 def paged_decode(
@@ -65,11 +65,11 @@ def paged_decode(
     return by_rows(table, lambda _, *rows: some_rows(*rows), query, table, length, new, first)
 
 
-def misfit(query: Any, key_pages: Any, value_pages: Any, table: Any, new: NewTokens | None) -> str | None:
-    """Why the kernel does not take operands of these shapes and dtypes; None if it does."""
+def unsupported_reason(query: Any, key_pages: Any, value_pages: Any, table: Any, new: NewTokens | None) -> str | None:
+    """Why the kernel does not support operands of these shapes and dtypes; None if it does."""
     page_tokens = key_pages.shape[2]
-    unfit = misfit_of_operands(query, key_pages, value_pages, new, page_tokens)
-    return unfit or misfit_of_lists(table)
+    unfit = unsupported_operands(query, key_pages, value_pages, new, page_tokens)
+    return unfit or unsupported_lists(table)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _TablePages:
         return self.table.shape[2]
 
     @property
-    def may_lie_in_lanes(self) -> bool:
+    def may_be_in_lanes(self) -> bool:
         return self.page_tokens % LANES == 0
 
     def scalars(self) -> Sequence[jax.Array]:

@@ -1,10 +1,11 @@
-"""`paged_decode` in plain JAX: what runs where no kernel fits."""
+"""Computes `paged_decode` in plain JAX, where no kernel takes the operands."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.decode_reference import CHUNK_TOKENS, Chunk, attend_in_chunks, readable
-from decodax.kernels_pallas.new_tokens import NewTokens
+from decodax.core.blockwise_attention import KeyBlock
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.reference import CHUNK_TOKENS, attend_in_chunks, readable
 
 
 def paged_decode(
@@ -28,7 +29,7 @@ def paged_decode(
     chunk_pages = max(1, min(CHUNK_TOKENS // page_tokens, pages_per_table))
     head = jnp.arange(heads_per_page)[None, :, None]
 
-    def read(chunk: Int[Array, ""]) -> Chunk:
+    def read(chunk: Int[Array, ""]) -> KeyBlock:
         entry = chunk * chunk_pages + jnp.arange(chunk_pages, dtype=jnp.int32)
         page = jnp.take(table, entry, axis=2, mode="clip")
 
@@ -37,7 +38,7 @@ def paged_decode(
 
         slot = chunk * chunk_pages * page_tokens + jnp.arange(chunk_pages * page_tokens, dtype=jnp.int32)
         filled = (slot[None, None] < length[..., None])[:, :, None]
-        return Chunk(gathered(key_pages), gathered(value_pages), filled & readable(slot, first, num_sink_tokens))
+        return KeyBlock(gathered(key_pages), gathered(value_pages), filled & readable(slot, first, num_sink_tokens))
 
     chunk_tokens = chunk_pages * page_tokens
     num_chunks = (jnp.max(length, initial=0) + chunk_tokens - 1) // chunk_tokens

@@ -1,4 +1,4 @@
-"""Named real shapes: tests compile the kernels for them ahead of time, benchmarks time them."""
+"""Lists named real shapes of `paged_decode`: tests compile the kernels for them, benchmarks time them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from decodax.kernels_pallas.decode_shapes import DecodeShape
+from decodax.kernels_pallas.decode.shapes import DecodeShape
 
 
 @dataclass(frozen=True)
 class Shape(DecodeShape):
-    """A pool that holds just the rows' pages, in random order; `per_head`: a table and pages for each head."""
+    """A pool with only the rows' pages, in random order; `per_head`: a table and pages for each head."""
 
     page_tokens: int = 64
     per_head: bool = False

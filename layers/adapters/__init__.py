@@ -1,1 +1,1 @@
-"""Small changes to a model's weights that are trained and kept apart from it."""
+"""Holds adapters: small changes to a model's weights that are trained and stored separately."""

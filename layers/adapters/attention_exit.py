@@ -1,7 +1,7 @@
-"""A short way from some layer of a model to its head: one attention layer and two norms, trained for it.
+"""Implements the early-exit adapter of Kangaroo: one trained attention layer and two norms before the head.
 
-Kangaroo: Lossless Self-Speculative Decoding via Double Early Exiting, arXiv 2404.18911. The feed-forward, most of a
-layer's weights, is what it leaves out.
+Kangaroo: Lossless Self-Speculative Decoding via Double Early Exiting, arXiv 2404.18911. It has no
+feed-forward, which is most of a layer's weights.
 """
 
 from collections.abc import Mapping
@@ -14,20 +14,26 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from decodax.core.weight import Weight
 from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
-from decodax.layers.mixers._contract import Mixer
+from decodax.layers.mixers.contract import Mixer
 from decodax.layers.norm import RMSNorm, RMSNormConfig
-from decodax.layers.weight import Weight
 
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class AttentionExit:
-    """final_norm(hidden + mixer(mixer_norm(hidden))): what the head reads in place of the last layer's normed output.
+    """final_norm(hidden + mixer(mixer_norm(hidden))): the head's input, in place of the last layer's normed output.
 
-    Its parameters are {"mixer", "mixer_norm", "final_norm"}. It has a cache of its own, of one layer.
+    Its parameters are {"mixer", "mixer_norm", "final_norm"}. It has its own cache, of one layer.
+
+    mixer: the attention layer.
+    mixer_norm: before it.
+    final_norm: before the head.
+    hidden_size: D.
+    execution: how the layers run.
     """
 
     mixer: Mixer
@@ -44,11 +50,11 @@ class AttentionExit:
 
     def check(self, params: Any) -> None:
         """Raises ValueError when these are not the parameters of this adapter."""
-        wanted, found = _shapes(self.weights()), _shapes(params)
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
+        expected, found = _shapes(self.weights()), _shapes(params)
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
                 raise ValueError(
-                    f"the adapter's weight {name} must have shape {wanted.get(name, 'none')}, got "
+                    f"the adapter's weight {name} must have shape {expected.get(name, 'none')}, got "
                     f"{found.get(name, 'none')}: use an adapter that was trained for this model and exit layer"
                 )
 
@@ -62,7 +68,11 @@ class AttentionExit:
         mask: Mask | None = None,
         row_length: Int[Array, "B #T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What the head reads for T new tokens per row, and the rows for the adapter's cache; like `Model.apply`."""
+        """The head's input for T new tokens per row, and the adapter's cache update.
+
+        params, position, cache, mask, row_length: as in `Model.apply`.
+        hidden: output of the exit layer.
+        """
         row_length = position + 1 if row_length is None else jnp.broadcast_to(row_length, position.shape)
         mask = Causal() if mask is None else mask
         return _Module(self).apply({"params": params}, hidden, position, row_length, cache, mask)
@@ -70,8 +80,8 @@ class AttentionExit:
     def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike) -> Any:
         return self.mixer.empty_cache(batch_size, capacity, dtype)
 
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> Any:
-        return self.mixer.empty_rows(batch_size, num_tokens, dtype)
+    def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> Any:
+        return self.mixer.empty_update(batch_size, num_tokens, dtype)
 
 
 class _Module(nn.Module):
@@ -83,13 +93,13 @@ class _Module(nn.Module):
         with jax.named_scope("exit_adapter"):
             normed = RMSNorm(config.mixer_norm, size, name="mixer_norm")(hidden)
             mixer = config.mixer.module(size, "mixer", config.execution)
-            added, rows = mixer(normed, position, row_length, cache, mask)
-            return RMSNorm(config.final_norm, size, name="final_norm")(hidden + added), rows
+            added, update = mixer(normed, position, row_length, cache, mask)
+            return RMSNorm(config.final_norm, size, name="final_norm")(hidden + added), update
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, by its path."""
     if isinstance(tree, Mapping):
-        inner = {name: _shapes(part) for name, part in tree.items()}
-        return {f"{name}.{path}".rstrip("."): shape for name, part in inner.items() for path, shape in part.items()}
+        inner = {name: _shapes(subtree) for name, subtree in tree.items()}
+        return {f"{name}.{path}".rstrip("."): shape for name, shapes in inner.items() for path, shape in shapes.items()}
     return {"": tuple(tree.shape)} if isinstance(tree, Weight) or hasattr(tree, "shape") else {}

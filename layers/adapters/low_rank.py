@@ -1,7 +1,7 @@
-"""A low-rank change of matrices: weight + scale x up @ down, with a few per cent of the weight's numbers.
+"""Implements low-rank adapters (LoRA): weight + scale x up @ down, with a few per cent of the weight's numbers.
 
-LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685. Here it is always merged into the weights, in each
-training step or once after loading, so that no layer has to know of it.
+LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685. Here the adapter is always merged into weights,
+in each training step or once after loading, so that layers do not depend on it.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,14 @@ MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 
 
 def low_rank_change(params: Params, rank: int, key: Array, names: Sequence[str] = MATRICES) -> Params:
-    """A change of every layer's matrices of these names that is zero so far: `down` is random, `up` zeros.
+    """An initial adapter for every layer's matrices of these names, which changes nothing: `down` is random, `up` zero.
 
-    It is nested like `params`, with {"down": [rank, inputs], "up": [outputs, rank]} in a matrix's place.
+    It is nested like `params`, with {"down": [rank, inputs], "up": [outputs, rank]} in place of a matrix.
+
+    params: of the model.
+    rank: of the adapter.
+    key: of the random numbers.
+    names: of the matrices.
     Raises ValueError for a rank below 1.
     """
     if rank < 1:
@@ -42,15 +47,15 @@ def low_rank_change(params: Params, rank: int, key: Array, names: Sequence[str] 
 
 
 def merged(params: Params, change: Params, scale: float = 1.0) -> Params:
-    """`params` with the change added; what the change does not name is the same array."""
+    """`params` with the adapter merged; arrays without an adapter are returned as they are."""
 
     def visit(subtree: Params, change: Params) -> Params:
         out = dict(subtree)
-        for name, part in change.items():
+        for name, entry in change.items():
             if isinstance(subtree[name], dict):
-                out[name] = visit(subtree[name], part)
+                out[name] = visit(subtree[name], entry)
             else:
-                added = scale * (part["up"].astype(jnp.float32) @ part["down"].astype(jnp.float32))
+                added = scale * (entry["up"].astype(jnp.float32) @ entry["down"].astype(jnp.float32))
                 out[name] = (subtree[name].astype(jnp.float32) + added).astype(subtree[name].dtype)
         return out
 

@@ -1,1 +1,1 @@
-"""Attention: masks as an algebra, and the one function that applies them."""
+"""Attention: masks, and the functions that apply them to a cache and new tokens."""

@@ -1,10 +1,10 @@
-"""Latent attention on the latents themselves, for few new tokens: a decoding step, a chain of drafts, a token tree.
+"""Computes latent attention on the latents themselves, for few new tokens: a decoding step, draft tokens, a token tree.
 
 A head's key is W_uk c and its value W_uv c, for the latent c of a token (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-With W_uk multiplied into the query, and W_uv into what comes out, all heads read the latents as one key-value head:
-score = (query_latent . latent + query_rope . rope_key) scale, output = the mixture of latents.
+With W_uk multiplied into the query, and W_uv into the output, all heads attend to the latents as one key-value head:
+score = (query_latent . latent + query_rope . rope_key) scale, output = the weighted sum of latents.
 
-`mla_decode` does this where it takes the operands; it reads every latent once. Everywhere else plain JAX does.
+`mla_decode` computes this where it takes the operands, and reads every latent once; plain JAX does everywhere else.
 """
 
 from functools import partial
@@ -12,73 +12,85 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from decodax.kernels_pallas.choice import Choice, choose
-from decodax.kernels_pallas.mla_decode import MAX_QUERIES, NewLatents, choose_mla_decode, mla_decode
-from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS
-from decodax.layers.attention.attend_xla import BLOCK_TOKENS, attend_in_xla
-from decodax.layers.attention.gradients import with_gradients_of
-from decodax.layers.attention.mask import Mask, Span, Tokens
-from decodax.layers.attention.over_context import over_slots, what_is_split
+from decodax.core.blockwise_attention import loop_tokens
+from decodax.kernels_pallas.decode.new_tokens import MAX_NEW_TOKENS
+from decodax.kernels_pallas.mla_decode import MAX_QUERIES, NewLatents, mla_decode, select_mla_decode
+from decodax.kernels_pallas.selection import KernelSelection, select_kernel
+from decodax.layers.attention import over_context
+from decodax.layers.attention.attend_kernels import allowed_among_new
+from decodax.layers.attention.attend_xla import attend_in_xla, is_for_cpu
+from decodax.layers.attention.implementations import (
+    Implementation,
+    always_supported,
+    attention_by,
+    cache_unsupported_reason,
+    heads_unsupported_reason,
+    on_one_device,
+)
+from decodax.layers.attention.mask import Mask, Span
+from decodax.layers.attention.over_context import Heads, over_slots
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache._contract import Cache
-from decodax.layers.kv_cache.full import KVRows
-from decodax.layers.kv_cache.latent import LatentCache, LatentRows
-from decodax.layers.kv_cache.part import CachePart
+from decodax.layers.kv_cache.contract import Cache
+from decodax.layers.kv_cache.full import KVUpdate
+from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
+from decodax.layers.kv_cache.micro_batch import MicroBatchCache
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
-
-ACCELERATOR_BLOCK_TOKENS = 2048  # a step of a loop costs a host round trip there; not measured
 
 
 def attend_absorbed(
     query_latent: Float[Array, "B T N R"],
     query_rope: Float[Array, "B T N H"],
-    rows: LatentRows,
+    update: LatentUpdate,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: LatentCache | CachePart | Staged,
+    cache: LatentCache | MicroBatchCache | Staged,
     *,
     scale: float,
     execution: Execution,
 ) -> Float[Array, "B T N R"]:
-    """Each query's mixture of the latents it may read, cached and new (`rows`); every query must read itself.
+    """The attention output of each query, a weighted sum of latents, over cached and new tokens.
 
-    Tokens staged with the cache are new ones that stand before those of this forward.
+    query_latent: queries without position, multiplied by W_uk.
+    query_rope: queries with position.
+    update: latents and rope keys of the T new tokens.
+    position: of the new tokens.
+    mask: which tokens a query attends to; every query must attend to itself.
+    cache: latents of earlier tokens. Tokens staged with it are new ones that come before those of this forward.
+    scale: of the scores.
+    execution: which kernels run, over which devices.
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take these operands.
     """
-    num_heads = query_latent.shape[2]
-    attention = partial(_attend, scale=scale, execution=execution)
-    if what_is_split(query_latent.shape[1], num_heads, num_heads, mask, cache, execution) is not None:
-        own = partial(_attend, scale=scale, execution=execution.on_one_device)
-        over_devices = over_slots(own, ("B T N R", "B T N H", None), execution)
-        attention = with_gradients_of(partial(_in_xla, scale=scale), over_devices)
-    return attention(query_latent, query_rope, rows, position, mask, cache)[0]
+    operands = (query_latent, query_rope, update, position, mask, cache)
+    return attention_by(IMPLEMENTATIONS, operands, execution, scale=scale)(*operands)[0]
 
 
-def _attend(
-    query_latent, query_rope, rows: LatentRows, position, mask, cache, *, scale: float, execution: Execution
-) -> tuple[Array, Array]:
-    """The mixtures and their log-sum-exps, by the kernel if it takes the operands or in plain JAX."""
-    choice = choose_absorbed(query_latent, query_rope, mask, cache, execution)
-    in_xla = partial(_in_xla, scale=scale)
-    operands = (query_latent, query_rope, rows, position, mask, cache)
-    if choice.backend == "xla":
-        return in_xla(*operands)
-    in_kernels = partial(_in_kernels, scale=scale, choice=choice, execution=execution)
-    return with_gradients_of(in_xla, in_kernels)(*operands)
+def unsupported_reason(
+    query_latent: Any, query_rope: Any, update: Any, position: Any, mask: Mask, cache: Any, execution: Execution
+) -> str | None:
+    """Why `mla_decode` does not take the operands (arrays or their shapes); None if it does.
+
+    Raises NotImplementedError if `execution` asks for it, and it does not.
+    """
+    selection = select_absorbed(query_latent, query_rope, mask, cache, execution)
+    return selection.reason if selection.backend == "xla" else None
 
 
-def choose_absorbed(query_latent: Any, query_rope: Any, mask: Mask, cache: Any, execution: Execution) -> Choice:
-    """What `attend_absorbed` runs for its operands (arrays or their shapes), and why.
+def select_absorbed(
+    query_latent: Any, query_rope: Any, mask: Mask, cache: Any, execution: Execution
+) -> KernelSelection:
+    """The kernel for the operands (arrays or their shapes), or "xla", and why.
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take them.
     """
     asked = execution.implementation
-    choice = choose("mla_decode", asked, lambda backend: _misfit(query_latent, mask, cache, execution))
-    if choice.backend == "xla":
-        return choice
+    selection = select_kernel(
+        "mla_decode", asked, lambda backend: _operands_reason(query_latent, mask, cache, execution)
+    )
+    if selection.backend == "xla":
+        return selection
     batch, num_queries, num_heads, _ = query_latent.shape
     bare, num_new = unstaged(cache), num_queries + num_staged(cache)
 
@@ -91,79 +103,44 @@ def choose_absorbed(query_latent: Any, query_rope: Any, mask: Mask, cache: Any, 
 
     allowed: Any = jax.ShapeDtypeStruct((batch, min(num_queries, MAX_QUERIES), num_new), bool)
     latents = NewLatents(new(bare.latent), new(bare.rope_key), allowed)
-    return choose_mla_decode(
+    return select_mla_decode(
         part(query_latent), part(query_rope), bare.latent, bare.rope_key, latents, implementation=asked
     )
 
 
-def _misfit(query_latent: Any, mask: Mask, cache: Any, execution: Execution) -> str | None:
+def _operands_reason(query_latent: Any, mask: Mask, cache: Any, execution: Execution) -> str | None:
     """Why no kernel takes such operands, whatever their sizes; None if one may."""
-    bare, num_new = unstaged(cache), query_latent.shape[1] + num_staged(cache)
-    if type(bare) is not LatentCache:
-        return f"it reads caches of the class LatentCache, this one is a {type(bare).__name__}"
-    if bare.kept is not None:
-        return "the cache marks which tokens it keeps"
-    if bare.latent.dtype != query_latent.dtype:
-        return f"the cache holds {bare.latent.dtype} and the queries are {query_latent.dtype}"
-    if num_new > MAX_NEW_TOKENS:
+    reason = cache_unsupported_reason(unstaged(cache), LatentCache, "latent", query_latent)
+    num_new = query_latent.shape[1] + num_staged(cache)
+    if reason is None and num_new > MAX_NEW_TOKENS:
         return f"it takes at most {MAX_NEW_TOKENS} new and staged tokens, these are {num_new}"
-    if mask.span(is_new=False) != Span(None):
+    if reason is None and mask.span(is_new=False) != Span(None):
         return f"its mask ({type(mask).__name__}) does not let every query read all cached tokens"
-    num_parts = execution.num_parts("N")
-    if query_latent.shape[2] % num_parts:
-        return f"{query_latent.shape[2]} heads do not divide over {num_parts} devices"
-    return None
+    return reason or heads_unsupported_reason(query_latent.shape[2], execution)
 
 
-def _in_xla(query_latent, query_rope, rows: LatentRows, position, mask, cache, *, scale: float) -> tuple[Array, Array]:
-    """As attention with one key-value head, whose keys and values are latents with their rope keys."""
-
-    def one_head(rows: LatentRows) -> KVRows:
-        tokens = jnp.concatenate([rows.latent, rows.rope_key], axis=2)[:, None]
-        return KVRows(tokens, tokens)
-
-    query = jnp.concatenate([query_latent, query_rope], axis=3)
-    new = one_head(rows)
-    if isinstance(cache, Staged):
-        cache = Staged(cache.cache, one_head(cache.rows), cache.position)
-    output, lse = attend_in_blocks(query, new, position, mask, cache, scale=scale)
-    return output[..., : query_latent.shape[3]], lse
-
-
-def attend_in_blocks(
-    query: Float[Array, "B T N H"],
-    new: KVRows,
+def attend_in_kernels(
+    query_latent: Float[Array, "B T N R"],
+    query_rope: Float[Array, "B T N H"],
+    update: LatentUpdate,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: Cache | Staged | None,
+    cache: Any,
     *,
     scale: float,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention in plain JAX over a cache that makes what it gives: block by block, and never the whole cache at once.
+    execution: Execution,
+) -> tuple[Float[Array, "B T N R"], Float32[Array, "B T N"]]:
+    """`mla_decode`, for MAX_QUERIES queries at a time.
 
-    As `attend_in_xla`, of which the new tokens may be none.
-
-    With 16,384 latents on CPU, a step that reads them all takes 4.5 times as long as one that reads blocks of them.
+    With 16 heads they are more rows than a cached token's bytes pay for (see there), so reading the cache again for the
+    next of them costs no time.
     """
-    block_tokens = BLOCK_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK_TOKENS
-    options = {"scale": scale, "softcap": None, "block_tokens": block_tokens}
-    return attend_in_xla(query, new.key, new.value, position, mask, cache, **options)
-
-
-def _in_kernels(
-    query_latent, query_rope, rows: LatentRows, position, mask, cache, *, scale: float, choice, execution: Execution
-) -> tuple[Array, Array]:
-    """MAX_QUERIES queries at a time: with 16 heads they are more rows than a cached token's bytes pay for (see there).
-
-    So reading the cache again for the next of them costs no time.
-    """
-    key_position, bare = position, unstaged(cache)
+    key_position, bare, num_queries = position, unstaged(cache), position.shape[1]
     if isinstance(cache, Staged):
-        rows = rows.behind(cache.rows)
+        update = update.after(cache.update)
         key_position = jnp.concatenate([cache.position, position], axis=1)
-    allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=True))
-    allowed = jnp.broadcast_to(allowed, (*position.shape, key_position.shape[1]))
-    num_queries = position.shape[1]
+    allowed = allowed_among_new(mask, position, key_position)
+    attend = partial(mla_decode, scale=scale, implementation=execution.implementation)
 
     def run(
         query_latent, query_rope, latent, rope_key, length, new_latent, new_rope_key, allowed
@@ -171,12 +148,75 @@ def _in_kernels(
         def some(start: int) -> tuple[Array, Array]:
             queries = slice(start, min(start + MAX_QUERIES, num_queries))
             new = NewLatents(new_latent, new_rope_key, allowed[:, queries])
-            own = query_latent[:, queries], query_rope[:, queries]
-            return mla_decode(*own, latent, rope_key, length, new, scale=scale, implementation=choice.implementation)
+            return attend(query_latent[:, queries], query_rope[:, queries], latent, rope_key, length, new)
 
         outputs, lses = zip(*(some(start) for start in range(0, num_queries, MAX_QUERIES)), strict=True)
         return jnp.concatenate(outputs, axis=1), jnp.concatenate(lses, axis=1)
 
     axes = ("B T N R", "B T N H", "B S R", "B S H", "B", "B S R", "B S H", "B T S")
     run = execution.per_device(run, axes, ("B T N R", "B T N"))
-    return run(query_latent, query_rope, bare.latent, bare.rope_key, bare.length, rows.latent, rows.rope_key, allowed)
+    cached, new = (bare.latent, bare.rope_key, bare.length), (update.latent, update.rope_key)
+    return run(query_latent, query_rope, *cached, *new, allowed)
+
+
+def attend_absorbed_in_xla(
+    query_latent: Float[Array, "B T N R"],
+    query_rope: Float[Array, "B T N H"],
+    update: LatentUpdate,
+    position: Int[Array, "B T"],
+    mask: Mask,
+    cache: Any,
+    *,
+    scale: float,
+    execution: Execution,
+) -> tuple[Float[Array, "B T N R"], Float32[Array, "B T N"]]:
+    """Attention with one key-value head, whose keys and values are latents with their rope keys."""
+
+    def one_head(update: LatentUpdate) -> KVUpdate:
+        tokens = jnp.concatenate([update.latent, update.rope_key], axis=2)[:, None]
+        return KVUpdate(tokens, tokens)
+
+    query = jnp.concatenate([query_latent, query_rope], axis=3)
+    if isinstance(cache, Staged):
+        cache = Staged(cache.cache, one_head(cache.update), cache.position)
+    output, lse = attend_in_blocks(query, one_head(update), position, mask, cache, scale=scale, execution=execution)
+    return output[..., : query_latent.shape[3]], lse
+
+
+def attend_in_blocks(
+    query: Float[Array, "B T N H"],
+    new: KVUpdate,
+    position: Int[Array, "B T"],
+    mask: Mask,
+    cache: Cache | Staged | None,
+    *,
+    scale: float,
+    execution: Execution,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """`attend_in_xla` for a cache whose keys are made when it is read: block by block, and never all of it at once.
+
+    With 16,384 latents on CPU, a step that reads them all takes 4.5 times as long as one that reads blocks of them.
+    """
+    options = {"scale": scale, "softcap": None, "block_tokens": loop_tokens(is_for_cpu(execution))}
+    return attend_in_xla(query, new.key, new.value, position, mask, cache, execution=execution, **options)
+
+
+def slots_unsupported_reason(
+    query_latent: Any, query_rope: Any, update: Any, position: Any, mask: Mask, cache: Any, execution: Execution
+) -> str | None:
+    """Why `attend_over_slots` does not run; None if it does."""
+    num_heads = query_latent.shape[2]
+    return over_context.slots_unsupported_reason(Heads(num_heads, num_heads), cache, execution)
+
+
+def attend_over_slots(*operands: Any, execution: Execution, scale: float) -> tuple[Array, Array]:
+    """On every device over its slots of the cache: as if it were alone with them."""
+    own = on_one_device(ON_ONE_DEVICE, execution, scale=scale)
+    return over_slots(own, ("B T N R", "B T N H", None), execution)(*operands)
+
+
+ON_ONE_DEVICE = {
+    "kernel": Implementation(unsupported_reason, attend_in_kernels),
+    "xla": Implementation(always_supported, attend_absorbed_in_xla),
+}
+IMPLEMENTATIONS = {"split slots": Implementation(slots_unsupported_reason, attend_over_slots), **ON_ONE_DEVICE}

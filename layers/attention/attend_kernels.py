@@ -1,77 +1,85 @@
-"""Attention by the kernels of `kernels_pallas/`, for the operands that they take.
+"""Computes attention with the kernels of `kernels_pallas/`, for the operands that they take.
 
-Up to 64 new tokens per row behind a cache (a token being decoded, a chain of drafts, a tree) are one `flash_decode`,
-which reads the cache and the new tokens. All else is a chunk of a prompt: `flash_prefill` runs over the chunk itself
-and over the cached prefix, and the two are merged by their log-sum-exps.
+Up to 64 new tokens per row after a cache (a token being decoded, a chain of draft tokens, a tree) are one
+`flash_decode`, over the cache and the new tokens. All else is a chunk of a prompt: `flash_prefill` runs over the chunk
+itself and over the cached prefix, and the two partial softmaxes are merged.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from decodax.kernels_pallas.choice import Choice, choose
-from decodax.kernels_pallas.flash_decode import NewTokens, choose_flash_decode, flash_decode
-from decodax.kernels_pallas.flash_prefill import choose_flash_prefill, flash_prefill
-from decodax.layers.attention.contained import contained
+from decodax.core.partial_softmax import PartialSoftmax, merge
+from decodax.kernels_pallas.decode.new_tokens import MAX_STEP_TOKENS
+from decodax.kernels_pallas.flash_decode import NewTokens, flash_decode, select_flash_decode
+from decodax.kernels_pallas.flash_prefill import flash_prefill, select_flash_prefill
+from decodax.kernels_pallas.selection import KernelSelection, select_kernel
+from decodax.layers.attention.attend_xla import staged_and_new
+from decodax.layers.attention.implementations import cache_unsupported_reason
 from decodax.layers.attention.mask import Mask, Tokens
+from decodax.layers.attention.nonfinite import mask_nonfinite, of_own_tokens
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache._contract import Cache
+from decodax.layers.kv_cache.contract import Cache
 from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 
 LANES = 128  # of a TPU
 _KEYS = "B K S H"
-DECODE_TOKENS = 64  # new tokens per row up to which a forward is a decoding step, bound by reading the cache
 
 
-def choose_attention(
+def unsupported_reason(
+    query: Any, key: Any, value: Any, position: Any, mask: Mask, cache: Any, execution: Execution
+) -> str | None:
+    """Why no kernel takes the operands (arrays or their shapes); None if one does.
+
+    Raises NotImplementedError if `execution` asks for a kernel that does not.
+    """
+    selection = select_attention(query, key, value, mask, cache, execution)
+    return selection.reason if selection.backend == "xla" else None
+
+
+def select_attention(
     query: Any, key: Any, value: Any, mask: Mask, cache: Cache | Staged | None, execution: Execution
-) -> Choice:
-    """What `attend` runs for its operands (arrays or their shapes), and why.
+) -> KernelSelection:
+    """The kernel for the operands (arrays or their shapes), or "xla", and why.
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take them.
     """
-    asked, num_queries, is_step = execution.implementation, query.shape[1], _is_step(query, cache)
-    name = "flash_decode" if is_step else "flash_prefill"
+    asked, is_step = execution.implementation, _is_step(query, cache)
 
-    def misfit(backend: str) -> str | None:
-        found = _misfit(query, key, mask, cache, execution)
+    def reason_against(backend: str) -> str | None:
+        found = _operands_reason(query, key, mask, cache, execution)
         if found is None and backend == "tpu" and asked is None and is_step and key.shape[3] % LANES:
             # Seen in programs compiled for v5e: what writes the cache and what reads it want it in different layouts.
             return f"XLA would copy caches of head size {key.shape[3]}, no multiple of {LANES}, at every step"
         return found
 
-    choice = choose(name, asked, misfit)
-    if choice.backend == "xla":
-        return choice
-    bare = unstaged(cache)
+    selection = select_kernel("flash_decode" if is_step else "flash_prefill", asked, reason_against)
+    if selection.backend == "xla":
+        return selection
     query_part = _part(query, "B T N H", execution)
     own = _part(key, _KEYS, execution), _part(value, _KEYS, execution)
-    cached: Any = () if bare is None else (_part(bare.key, _KEYS, execution), _part(bare.value, _KEYS, execution))
+    bare: Any = unstaged(cache)
+    sources = [own]
+    if bare is not None:
+        sources.append((_part(bare.key, _KEYS, execution), _part(bare.value, _KEYS, execution)))
     if is_step:
-        num_new = num_staged(cache) + num_queries
-        new: list[Any] = [jax.ShapeDtypeStruct((*rows.shape[:2], num_new, rows.shape[3]), rows.dtype) for rows in own]
-        allowed: Any = jax.ShapeDtypeStruct((query_part.shape[0], num_queries, num_new), bool)
-        tokens = NewTokens(new[0], new[1], allowed)
-        return choose_flash_decode(query_part, cached[0], cached[1], tokens, implementation=asked)
-    sources = (own, cached) if cached else (own,)
-    choices = [choose_flash_prefill(query_part, *source, implementation=asked) for source in sources]
-    return next((choice for choice in choices if choice.backend == "xla"), choices[0])
+        tokens = _new_tokens(own, query.shape[1], num_staged(cache) + query.shape[1])
+        return select_flash_decode(query_part, *sources[-1], tokens, implementation=asked)
+    selections = [select_flash_prefill(query_part, *source, implementation=asked) for source in sources]
+    return next((selection for selection in selections if selection.backend == "xla"), selections[0])
 
 
-def _misfit(query: Any, key: Any, mask: Mask, cache: Cache | Staged | None, execution: Execution) -> str | None:
+def _operands_reason(query: Any, key: Any, mask: Mask, cache: Any, execution: Execution) -> str | None:
     """Why no kernel takes such operands, whatever their sizes; None if one may."""
-    is_step, bare = _is_step(query, cache), unstaged(cache)
-    if bare is not None and type(bare) is not KVCache:
-        return f"it reads caches of the class KVCache, this one is a {type(bare).__name__}"
-    if bare is not None and bare.kept is not None:
-        return "the cache marks which tokens it keeps"
-    if bare is not None and bare.key.dtype != query.dtype:
-        return f"the cache holds {bare.key.dtype} and the queries are {query.dtype}"
+    is_step = _is_step(query, cache)
+    reason = cache_unsupported_reason(unstaged(cache), KVCache, "key", query)
+    if reason is not None:
+        return reason
     if num_staged(cache) and not is_step:
-        return f"staged tokens need a cache behind them and at most {DECODE_TOKENS} new ones after them"
+        return f"staged tokens need a cache before them and at most {MAX_STEP_TOKENS} new ones after them"
     if mask.span(is_new=False) is None or not (is_step or mask.span(is_new=True)):
         return f"its mask ({type(mask).__name__}) is no chain with a window"
     num_heads, num_kv_heads = query.shape[2], key.shape[1]
@@ -82,13 +90,21 @@ def _misfit(query: Any, key: Any, mask: Mask, cache: Cache | Staged | None, exec
 
 
 def _is_step(query: Any, cache: Any) -> bool:
-    """Whether `flash_decode` has to do with it: few new tokens, behind a cache."""
-    return query.shape[1] <= DECODE_TOKENS and unstaged(cache) is not None
+    """Whether it is a call of `flash_decode`: few new tokens, after a cache."""
+    return query.shape[1] <= MAX_STEP_TOKENS and unstaged(cache) is not None
 
 
 def _part(operand: Any, axes: str, execution: Execution) -> jax.ShapeDtypeStruct:
-    """The shape of what one device has of an operand: of its rows and of its heads."""
+    """The shape of a device's share of an operand: of its rows and of its heads."""
     return jax.ShapeDtypeStruct(execution.part_shape(operand.shape, axes), operand.dtype)
+
+
+def _new_tokens(own: tuple[Any, Any], num_queries: int, num_new: int) -> NewTokens:
+    """The shapes of the new tokens, staged ones included."""
+    key, value = (jax.ShapeDtypeStruct((*x.shape[:2], num_new, x.shape[3]), x.dtype) for x in own)
+    allowed = jax.ShapeDtypeStruct((key.shape[0], num_queries, num_new), bool)
+    shapes: list[Any] = [key, value, allowed]
+    return NewTokens(*shapes)
 
 
 def attend_in_kernels(
@@ -101,11 +117,10 @@ def attend_in_kernels(
     *,
     scale: float,
     softcap: float | None,
-    choice: Choice,
     execution: Execution,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """What `attend_in_xla` gives, for operands that the implementation of `choice` takes."""
-    options = {"scale": scale, "softcap": softcap, "implementation": choice.implementation}
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """What `attend_in_xla` gives, for operands that `unsupported_reason` says nothing against."""
+    options = {"scale": scale, "softcap": softcap, "implementation": execution.implementation}
     attention = _step if _is_step(query, cache) else _chunk
     return attention(query, key, value, position, mask, cache, options, execution)
 
@@ -114,19 +129,15 @@ def _step(
     query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution
 ) -> tuple[Array, Array]:
     """The new tokens of a decoding step, and staged ones before them, in one kernel with the cache."""
-    key_position, bare = position, unstaged(cache)
-    if isinstance(cache, Staged):
-        key = jnp.concatenate([cache.rows.key.astype(key.dtype), key], axis=2)
-        value = jnp.concatenate([cache.rows.value.astype(value.dtype), value], axis=2)
-        key_position = jnp.concatenate([cache.position, position], axis=1)
-    key, value = contained(key, value)
-    allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=True))
-    allowed = jnp.broadcast_to(allowed, (*position.shape, key.shape[2]))
+    bare = unstaged(cache)
+    new = staged_and_new(key, value, position, cache)
+    key, value = mask_nonfinite(new.key, new.value)
+    allowed = allowed_among_new(mask, position, new.position)
     first = None if mask.span(is_new=False).window is None else mask.first_visible(position)
 
     def run(query, cached_key, cached_value, length, key, value, allowed, first) -> tuple[Array, Array]:
-        new = NewTokens(key, value, allowed)
-        return flash_decode(query, cached_key, cached_value, length, new, first=first, **options)
+        tokens = NewTokens(key, value, allowed)
+        return flash_decode(query, cached_key, cached_value, length, tokens, first=first, **options)
 
     per_query = None if first is None else "B T"
     axes = ("B T N H", _KEYS, _KEYS, "B", _KEYS, _KEYS, "B T S", per_query)
@@ -134,10 +145,16 @@ def _step(
     return run(query, bare.key, bare.value, bare.length, key, value, allowed, first)
 
 
+def allowed_among_new(mask: Mask, position: Int[Array, "B T"], key_position: Int[Array, "B U"]) -> Bool[Array, "B T U"]:
+    """Which of the staged and new tokens each new token attends to, as the decode kernels take it."""
+    allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=True))
+    return jnp.broadcast_to(allowed, (*position.shape, key_position.shape[1]))
+
+
 def _chunk(
     query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution
 ) -> tuple[Array, Array]:
-    """A chunk of a prompt; it is a chain, so its tokens stand one behind the other."""
+    """A chunk of a prompt; it is a chain, so each token is one position after the token before it."""
     window = mask.span(is_new=True).window
 
     def run(query, key, value, offset, length) -> tuple[Array, Array]:
@@ -147,11 +164,9 @@ def _chunk(
     run = execution.per_device(run, ("B T N H", _KEYS, _KEYS, "B", "B"), ("B T N H", "B T N"))
     batch, num_new = position.shape
     start, end = (jnp.full(batch, index, jnp.int32) for index in (0, num_new))
-    output, lse = run(query, *contained(key, value), start, end)
+    output, lse = run(query, *mask_nonfinite(key, value), start, end)
     if cache is None:
         return output, lse
-    cached_output, cached_lse = run(query, cache.key, cache.value, position[:, 0], cache.length)
-    # Every query reads at least itself among the new ones, so `lse` is finite.
-    share = jax.nn.sigmoid(lse - cached_lse)[..., None]
-    mixed = output.astype(jnp.float32) * share + cached_output.astype(jnp.float32) * (1 - share)
-    return mixed.astype(output.dtype), jnp.logaddexp(lse, cached_lse)
+    cached = run(query, cache.key, cache.value, position[:, 0], cache.length)
+    merged = merge(PartialSoftmax(output, of_own_tokens(lse)), PartialSoftmax(*cached))
+    return merged.output.astype(output.dtype), merged.lse

@@ -1,8 +1,8 @@
-"""Attention in plain JAX, on any device, with any cache and any mask.
+"""Computes attention in plain JAX, on any device, with any cache and any mask.
 
 softmax(scale q k^T + mask) v over the union of the cached keys and the keys of this forward, with grouped heads (GQA,
-arXiv 2305.13245) and an optional soft-cap on the scores (Gemma 2, arXiv 2408.00118). The two parts are merged by the
-online softmax of FlashAttention-2 (arXiv 2307.08691), so no score array over the whole cache exists, and the cache is
+arXiv 2305.13245) and an optional soft-cap on the scores (Gemma 2, arXiv 2408.00118). New tokens come first, then the
+cache block by block (`core/blockwise_attention.py`), so no score array over the whole cache exists, and the cache is
 never concatenated.
 """
 
@@ -11,25 +11,32 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from decodax.layers.attention.contained import contained
+from decodax.core.blockwise_attention import (
+    KeyBlock,
+    Slots,
+    attend_to_block,
+    attend_to_slots,
+    finish_by_query,
+    group_queries,
+)
+from decodax.core.partial_softmax import OnlineSoftmax
 from decodax.layers.attention.mask import Mask, Tokens
-from decodax.layers.kv_cache._contract import Cache
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.attention.nonfinite import mask_nonfinite
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
+from decodax.layers.kv_cache.contract import Cache
+from decodax.layers.kv_cache.staged import Staged, unstaged
 
-BLOCK_TOKENS = 256  # cached tokens per step on CPU: 128 to 512 were measured, 256 reads fastest
-WHOLE_FROM = 0.75  # on CPU, the share of the cache in use from which reading all of it is faster
-TILE_TOKENS = 128  # new tokens that ask at once for the new tokens before them: half of all scores are never made
-_MASKED = -1e30  # finite, so that a fully masked tile gives weights that later tiles wipe out, and never NaN
+QUERY_TILE_TOKENS = 128  # queries that attend at once to the new tokens up to the last of them: half the scores
 
 
-class _Partial(NamedTuple):
-    """Softmax over the keys seen so far: their maximum score, the sum of weights and the weighted values."""
+class NewKeys(NamedTuple):
+    """Keys and values of the staged tokens and, after them, of the new ones."""
 
-    maximum: Float[Array, "B K Q"]
-    total: Float[Array, "B K Q"]
-    output: Float[Array, "B K Q H"]
+    key: Float[Array, "B K U H"]
+    value: Float[Array, "B K U I"]
+    position: Int[Array, "B U"]
 
 
 def attend_in_xla(
@@ -42,114 +49,113 @@ def attend_in_xla(
     *,
     scale: float,
     softcap: float | None,
+    execution: Execution = ON_THIS_DEVICE,
     block_tokens: int | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Each query's mixture of the values it may read, as in `attend`, and the log-sum-exp of its scores in float32.
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """The attention output of each query, as in `attend`, and the log-sum-exp of its scores.
 
-    The new tokens are the queries' own, or there are none (U = 0) and only the cache is read. A query that reads
-    nothing gives 0 and a log-sum-exp of -inf.
-
-    `block_tokens` sets how many cached tokens one step of a loop reads; the loop stops after the longest row. By
-    default it is BLOCK_TOKENS, but for few queries the whole cache is read at once where that is faster: on CPU once
-    the longest row fills WHOLE_FROM of it, as XLA copies every block before it multiplies; on accelerators always, as
-    such a loop costs a host round trip per step there.
+    query: T new tokens.
+    key, value: of the queries' own tokens, or of none (U = 0), and then only the cache is read.
+    position: of the new tokens.
+    mask: which keys a query attends to. One that attends to none gives 0 and a log-sum-exp of -inf.
+    cache: keys and values of earlier tokens, and staged ones.
+    scale: of the scores.
+    softcap: of the scores, None for none.
+    execution: says which device the program is compiled for.
+    block_tokens: how many cached tokens one step of a loop reads; the loop stops after the longest row. None: as
+        `attend_to_slots` chooses.
     """
-    batch, num_queries, num_heads, head_size = query.shape
-    num_kv_heads = key.shape[1]
-    grouped = query.reshape(batch, num_queries, num_kv_heads, -1, head_size)
-    packed = jnp.moveaxis(grouped, 1, 2).reshape(batch, num_kv_heads, -1, head_size)
-    group = num_heads // num_kv_heads
-    key_position, num_staged = position, 0
-    if isinstance(cache, Staged):
-        num_staged = cache.position.shape[1]
-        key = jnp.concatenate([cache.rows.key.astype(key.dtype), key], axis=2)
-        value = jnp.concatenate([cache.rows.value.astype(value.dtype), value], axis=2)
-        key_position = jnp.concatenate([cache.position, position], axis=1)
-    cached: Cache | None = cache.cache if isinstance(cache, Staged) else cache
-
-    if key.shape[2] > 1:
-        key, value = contained(key, value)
-
-    def scores(
-        packed: Float[Array, "B K Q H"], keys: Float[Array, "B K S H"], allowed: Bool[Array, "#B #K T S"]
-    ) -> Float[Array, "B K Q S"]:
-        score = jnp.einsum("bkqh,bksh->bkqs", packed, keys, preferred_element_type=jnp.float32) * scale
-        if softcap is not None:
-            score = softcap * jnp.tanh(score / softcap)
-        return jnp.where(jnp.repeat(allowed, group, axis=2), score, _MASKED)
-
-    def absorb(seen: _Partial, score: Float[Array, "B K Q S"], values: Float[Array, "B K S H"]) -> _Partial:
-        maximum = jnp.maximum(seen.maximum, jnp.max(score, axis=-1))
-        weight = jnp.exp(score - maximum[..., None])
-        decay = jnp.exp(seen.maximum - maximum)
-        mixed = jnp.einsum("bkqs,bksh->bkqh", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        total = seen.total * decay + jnp.sum(weight, axis=-1)
-        return _Partial(maximum, total, seen.output * decay[..., None] + mixed)
-
-    def new_tokens(start: int, end: int) -> _Partial:
-        """What queries start .. end - 1 see of the staged and the new tokens: none of those after them."""
-        queries = packed[:, :, start * group : end * group]
-        nothing = jnp.zeros(queries.shape[:3], jnp.float32)
-        seen = _Partial(nothing + _MASKED, nothing, jnp.zeros(queries.shape, jnp.float32))
-        keys_end = num_staged + end
-        keys = Tokens(key_position[:, :keys_end], is_new=True)
-        allowed = mask.allows(Tokens(position[:, start:end], True, start), keys)
-        return absorb(seen, scores(queries, key[:, :, :keys_end], allowed[:, None]), value[:, :, :keys_end])
-
+    grouped = group_queries(query, key.shape[1])
+    options = {"scale": scale, "softcap": softcap}
     if key.shape[2] == 0:
-        nothing = jnp.zeros(packed.shape[:3], jnp.float32)
-        seen = _Partial(nothing + _MASKED, nothing, jnp.zeros(packed.shape, jnp.float32))
+        seen = OnlineSoftmax.start(grouped.shape[:3], value.shape[3])
     else:
-        starts = range(0, num_queries, TILE_TOKENS)
-        tiles = [new_tokens(start, min(start + TILE_TOKENS, num_queries)) for start in starts]
-        joined = (jnp.concatenate(parts, 2) for parts in zip(*tiles, strict=True))
-        seen = tiles[0] if len(tiles) == 1 else _Partial(*joined)
-    if cached is not None:
-        queries = Tokens(position, is_new=True)
-        seen = _absorb_cache(seen, partial(scores, packed), absorb, queries, mask, cached, block_tokens)
-    reads_nothing = seen.maximum < _MASKED / 2
-    total = jnp.where(reads_nothing, 1.0, seen.total)
-    output = jnp.where(reads_nothing[..., None], 0.0, seen.output / total[..., None]).astype(value.dtype)
-    lse = jnp.where(reads_nothing, -jnp.inf, seen.maximum + jnp.log(total))
-
-    def by_query(packed: Array) -> Array:
-        unpacked = packed.reshape(batch, num_kv_heads, num_queries, group, *packed.shape[3:])
-        return jnp.moveaxis(unpacked, 1, 2).reshape(batch, num_queries, num_heads, *packed.shape[3:])
-
-    return by_query(output), by_query(lse)
+        new = staged_and_new(key, value, position, cache)
+        if new.key.shape[2] > 1:  # a token alone has no other query
+            key, value = mask_nonfinite(new.key, new.value)
+            new = new._replace(key=key, value=value)
+        tiles = [
+            _attend_to_new(grouped, position, mask, new, slice(start, start + QUERY_TILE_TOKENS), **options)
+            for start in range(0, query.shape[1], QUERY_TILE_TOKENS)
+        ]
+        seen = tiles[0] if len(tiles) == 1 else jax.tree.map(lambda *tile: jnp.concatenate(tile, axis=2), *tiles)
+    if unstaged(cache) is not None:
+        on_cpu = is_for_cpu(execution)
+        seen = _attend_to_cache(
+            seen, grouped, position, mask, unstaged(cache), **options, block_tokens=block_tokens, on_cpu=on_cpu
+        )
+    return finish_by_query(seen, query.shape[1], value.dtype)
 
 
-def _absorb_cache(seen, scores, absorb, queries: Tokens, mask: Mask, cache: Cache, block_tokens: int | None):
-    """Adds the cached tokens to the softmax, at least from the first visible one to the longest row's last."""
-    # With no more queries than a head has coordinates, the scores of the whole cache take no more room than its keys.
-    may_read_whole = block_tokens is None and seen.output.shape[2] <= seen.output.shape[3]
-    on_cpu = jax.default_backend() == "cpu"
-    if block_tokens is None:
-        block_tokens = BLOCK_TOKENS if on_cpu or not may_read_whole else cache.capacity
-    block_tokens = min(block_tokens, cache.capacity)
+def staged_and_new(
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T I"],
+    position: Int[Array, "B T"],
+    cache: Cache | Staged | None,
+) -> NewKeys:
+    """The staged tokens, if there are any, with the new ones after them."""
+    if isinstance(cache, Staged):
+        key = jnp.concatenate([cache.update.key.astype(key.dtype), key], axis=2)
+        value = jnp.concatenate([cache.update.value.astype(value.dtype), value], axis=2)
+        position = jnp.concatenate([cache.position, position], axis=1)
+    return NewKeys(key, value, position)
 
-    def read(start: Int[Array, ""], num_tokens: int, unread_from: Int[Array, ""], seen: _Partial) -> _Partial:
-        keys, values, cached_position, filled = cache.read(start, num_tokens)
-        unread = start + jnp.arange(num_tokens) >= unread_from
-        allowed = mask.allows(queries, Tokens(cached_position, is_new=False))[:, None]
-        allowed = allowed & (filled & unread[None, None, :])[:, :, None, :]
-        return absorb(seen, scores(keys, allowed), values)
 
-    def read_whole(seen: _Partial) -> _Partial:
-        return read(jnp.int32(0), cache.capacity, jnp.int32(0), seen)
+def _attend_to_new(
+    grouped: Float[Array, "B K Q H"],
+    position: Int[Array, "B T"],
+    mask: Mask,
+    new: NewKeys,
+    tile: slice,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> OnlineSoftmax:
+    """The softmax of some queries over the staged tokens and the new ones: none of those after them."""
+    num_queries, num_staged = position.shape[1], new.position.shape[1] - position.shape[1]
+    group, start, end = grouped.shape[2] // num_queries, tile.start, min(tile.stop, num_queries)
+    queries = grouped[:, :, start * group : end * group]
+    keys_end = num_staged + end
+    keys = Tokens(new.position[:, :keys_end], is_new=True)
+    allowed = mask.allows(Tokens(position[:, start:end], is_new=True, first=start), keys)
+    block = KeyBlock(new.key[:, :, :keys_end], new.value[:, :, :keys_end], allowed[:, None])
+    seen = OnlineSoftmax.start(queries.shape[:3], new.value.shape[3])
+    return attend_to_block(seen, queries, block, scale=scale, softcap=softcap)
 
-    def read_blocks(seen: _Partial) -> _Partial:
-        def step(block: Int[Array, ""], seen: _Partial) -> _Partial:
-            # The last block may not fit: it starts earlier, and skips what the block before it has read.
-            start = jnp.minimum(block * block_tokens, cache.capacity - block_tokens)
-            return read(start, block_tokens, block * block_tokens, seen)
 
-        return jax.lax.fori_loop(first // block_tokens, (longest + block_tokens - 1) // block_tokens, step, seen)
+def _attend_to_cache(
+    seen: OnlineSoftmax,
+    grouped: Float[Array, "B K Q H"],
+    position: Int[Array, "B T"],
+    mask: Mask,
+    cache: Cache,
+    *,
+    scale: float,
+    softcap: float | None,
+    block_tokens: int | None,
+    on_cpu: bool,
+) -> OnlineSoftmax:
+    """The softmax with the cached tokens added, from the first visible one to the longest row's last."""
+    first = jnp.maximum(jnp.min(mask.first_visible(position)), 0)
+    slots = Slots(partial(_read, cache, mask, position), cache.capacity)
+    options = {"scale": scale, "softcap": softcap, "block_tokens": block_tokens, "on_cpu": on_cpu}
+    return attend_to_slots(seen, grouped, slots, first, jnp.max(cache.length), **options)
 
-    if block_tokens == cache.capacity:
-        return read_whole(seen)
-    first = jnp.maximum(jnp.min(mask.first_visible(queries.position)), 0)
-    longest = jnp.max(cache.length)
-    if may_read_whole:
-        return jax.lax.cond(longest - first > int(WHOLE_FROM * cache.capacity), read_whole, read_blocks, seen)
-    return read_blocks(seen)
+
+def _read(cache: Cache, mask: Mask, position: Int[Array, "B T"], start: Int[Array, ""], num_tokens: int) -> KeyBlock:
+    """Slots of the cache. Their values are used as they are, so a slot that was never written must not hold NaN."""
+    key, value, key_position, filled = cache.read(start, num_tokens)
+    allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=False))[:, None]
+    return KeyBlock(key, value, allowed & filled[:, :, None, :])
+
+
+def is_for_cpu(execution: Execution) -> bool:
+    """Whether a program of this execution is compiled for a CPU, as far as can be said before it is lowered.
+
+    Not by `lax.platform_dependent`: every program would trace the CPU's loop as well, which has no gradient.
+    """
+    if execution.implementation in ("tpu", "gpu"):
+        return False
+    if execution.mesh is not None:
+        return execution.mesh.devices.flat[0].platform == "cpu"
+    return jax.default_backend() == "cpu"

@@ -1,4 +1,4 @@
-"""Gradients for functions that run in kernels, which have none of their own."""
+"""Gives functions that run kernels, which have no gradients of their own, those of plain JAX."""
 
 from collections.abc import Callable
 from typing import Any

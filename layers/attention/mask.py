@@ -1,6 +1,6 @@
-"""Who may read whom: an algebra of masks that is never a dense [T, S] array unless asked for on a tile.
+"""Attention masks: which keys each query attends to, without a dense [T, S] array unless one is asked for on a tile.
 
-A mask is a small frozen object. It answers for any tile of queries and keys (`allows`), so an implementation that walks
+A mask is a small frozen object. It answers for any tile of queries and keys (`allows`), so an implementation that loops
 over blocks of the cache asks block by block, and a kernel may read its fields instead. Masks combine with `&`.
 
 Whether a cached slot is filled is the cache's business, not the mask's.
@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from decodax.layers import pytree
+from decodax.core import pytree
 
 
 @pytree.dataclass
 class Tokens:
-    """Positions of a run of tokens. `is_new` tells those of this forward from those in the cache.
+    """Positions of consecutive tokens.
 
-    `first` is the place of the run's first token among the new ones; an implementation may ask tile by tile.
+    position: of each token.
+    is_new: whether they are of this forward, and not in the cache.
+    first: the index of the first of them among the new ones; an implementation may ask tile by tile.
     """
 
     position: Int[Array, "B T"]
@@ -27,27 +29,27 @@ class Tokens:
     first: int = pytree.static(default=0)
 
     def of(self, per_token: Array, axis: int) -> Array:
-        """The part of an array over all new tokens that belongs to this run."""
+        """Of an array over all new tokens, the entries of these."""
         return jax.lax.slice_in_dim(per_token, self.first, self.first + self.position.shape[1], axis=axis)
 
 
 @dataclass(frozen=True)
 class Span:
-    """A query reads all keys up to its own position, or the last `window` of them (itself included)."""
+    """A query attends to all keys up to its own position, or to the last `window` of them (itself included)."""
 
     window: int | None
 
 
 class Mask:
-    """The contract: which keys a query may read, and the first position that any query can see.
+    """The contract: which keys a query attends to, and the first position that any query attends to.
 
-    No new token reads one that stands after it among the new ones.
+    No new token attends to one after it among the new ones.
     """
 
     def span(self, *, is_new: bool) -> Span | None:
-        """What queries read of the new tokens, or of those in the cache, if a span says all of it; None if not.
+        """The span of the queries over the new tokens, or over those in the cache; None if a span does not say it all.
 
-        Of new tokens only where they are a chain, each standing one position behind the one before it.
+        Of new tokens only where they are a chain, each one position after the one before it.
         """
         return None
 
@@ -55,7 +57,7 @@ class Mask:
         raise NotImplementedError
 
     def first_visible(self, position: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """No key before this position is allowed, so that an implementation need not read it."""
+        """No key before this position is allowed, so an implementation need not read it."""
         return jnp.zeros_like(position)
 
     def __and__(self, other: "Mask") -> "Both":
@@ -64,7 +66,7 @@ class Mask:
 
 @pytree.dataclass
 class Causal(Mask):
-    """A query reads keys at its own position and before: the mask of a chain."""
+    """A query attends to keys at its own position and before: the mask of a chain."""
 
     def span(self, *, is_new: bool) -> Span | None:
         return Span(None)
@@ -75,7 +77,7 @@ class Causal(Mask):
 
 @pytree.dataclass
 class Window(Mask):
-    """A query reads only the last `size` positions, its own included (Mistral, arXiv 2310.06825)."""
+    """A query attends only to the last `size` positions, its own included (Mistral, arXiv 2310.06825)."""
 
     size: int = pytree.static()
 
@@ -91,12 +93,12 @@ class Window(Mask):
 
 @pytree.dataclass
 class Ancestors(Mask):
-    """A token tree: among the new tokens a query reads itself and its ancestors; every cached token is an ancestor.
+    """A token tree: among the new tokens a query attends to itself and its ancestors; cached tokens are ancestors.
 
-    A node stands behind its ancestors, so no token reads a later one.
+    A node comes after its ancestors, so no token attends to a later one. SpecInfer, arXiv 2305.09781.
 
-    `allowed[b, i, j]` says that token i of this forward may read new token j (true for i = j); tokens staged in front
-    of this forward are the first of the U new ones. SpecInfer, arXiv 2305.09781.
+    allowed: whether token i of this forward attends to new token j (true for i = j); tokens staged before this forward
+        are the first of the U new ones.
     """
 
     allowed: Bool[Array, "#B T U"]

@@ -1,12 +1,12 @@
-"""Attention whose tokens, or whose cache's slots, are split over devices: context parallelism.
+"""Runs attention whose tokens, slots or heads are split over devices: context parallelism.
 
 Everything else in a model treats tokens one by one, and XLA splits it by itself. Attention is where tokens meet, and
 what happens here within `shard_map` depends on how many new tokens there are.
 
-- Few of them, as when decoding: all devices have them all. Each reads its own slots of the cache, one of them the new
-  tokens too, and what they have read is merged (`sharding/split_cache.py`).
-- A chunk of a prompt: each device has some of its tokens. They read each other by a ring or by Ulysses
-  (`sharding/context.py`), and the cached tokens where these lie.
+- Few of them, as when decoding: they are replicated. Each device attends to its own slots of the cache, one of them to
+  the new tokens too, and the partial softmaxes are merged (`sharding/split_cache.py`).
+- A chunk of a prompt: each device has some of its tokens. They attend to each other by a ring or by Ulysses
+  (`sharding/context_algorithm.py`), and to the cached tokens on the devices that have them.
 
 Heads come in here, too, where key-value heads are fewer than the devices that query heads are split over, and held in
 copies: which queries share a head is then no split of one axis that XLA could follow.
@@ -17,19 +17,20 @@ may gather the cache for it.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from decodax.layers import pytree
+from decodax.core import pytree
+from decodax.core.partial_softmax import PartialSoftmax, merge
+from decodax.kernels_pallas.decode.new_tokens import MAX_STEP_TOKENS
 from decodax.layers.attention.mask import Mask, Span, Tokens
-from decodax.layers.execution import STEP_TOKENS, Execution
-from decodax.layers.kv_cache._contract import Splittable
+from decodax.layers.execution import Execution
+from decodax.layers.kv_cache.contract import Splittable
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
-from decodax.sharding.context import choose_way
-from decodax.sharding.merging import Part, merge
+from decodax.sharding.context_algorithm import select_context_algorithm
 from decodax.sharding.ring import ring
 from decodax.sharding.split_cache import merge_over_devices, read_by_all
 from decodax.sharding.ulysses import ulysses
@@ -37,46 +38,93 @@ from decodax.sharding.ulysses import ulysses
 
 @pytree.dataclass
 class OwnSlots(Mask):
-    """A mask seen from a device that has the slots from `first` on, counted from 0; `reads_new` says who reads the new.
+    """A mask for a device that has some of the slots.
 
-    Only one device may: what all have read is added up.
+    mask: for all slots.
+    first: the first slot of the device, counted from 0.
+    attends_to_new: whether its queries attend to the new tokens: on one device only, as partial softmaxes are merged.
     """
 
-    whole: Mask
+    mask: Mask
     first: Int[Array, ""]
-    reads_new: Bool[Array, ""]
+    attends_to_new: Bool[Array, ""]
 
     def span(self, *, is_new: bool) -> Span | None:
-        return self.whole.span(is_new=is_new)
+        return self.mask.span(is_new=is_new)
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "#B T S"]:
         if key.is_new:
-            return self.whole.allows(query, key) & self.reads_new
-        return self.whole.allows(query, dataclasses.replace(key, position=key.position + self.first))
+            return self.mask.allows(query, key) & self.attends_to_new
+        return self.mask.allows(query, dataclasses.replace(key, position=key.position + self.first))
 
     def first_visible(self, position: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        return self.whole.first_visible(position) - self.first
+        return self.mask.first_visible(position) - self.first
 
 
-def what_is_split(
-    num_tokens: int, num_heads: int, num_kv_heads: int, mask: Mask, cache: Any, execution: Execution
-) -> Literal["tokens", "slots", "heads"] | None:
-    """Which of the ways above attention takes; None: none, as there is one device, or it is left to XLA."""
-    axes, bare = execution.mesh_axes("S"), unstaged(cache)
-    parts, kv_parts = execution.num_parts("N"), execution.num_parts("K", num_kv_heads)
-    if num_heads % parts or kv_parts not in (parts, num_kv_heads):
-        return None  # a device's query heads would not find their key-value heads on it
+class Heads(NamedTuple):
+    """How many query heads and key-value heads attention has."""
+
+    query: int
+    key_value: int
+
+
+def tokens_unsupported_reason(
+    num_tokens: int, heads: Heads, mask: Mask, cache: Any, execution: Execution
+) -> str | None:
+    """Why `over_tokens` does not run; None if it does."""
+    reason = _slots_reason(heads, cache, execution)
+    if reason is not None:
+        return reason
+    if num_staged(cache):
+        return "there are staged tokens"
+    if unstaged(cache) is not None and num_tokens <= MAX_STEP_TOKENS:
+        return f"up to {MAX_STEP_TOKENS} new tokens after a cache are on every device, these are {num_tokens}"
+    if execution.mesh_axes("T", num_tokens) != execution.mesh_axes("S"):
+        return f"{num_tokens} tokens do not divide over {execution.num_parts('S')} devices"
+    if mask.span(is_new=True) is None:
+        return f"its mask ({type(mask).__name__}) is no chain with a window"
+    return None
+
+
+def slots_unsupported_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
+    """Why `over_slots` does not run; None if it does."""
+    reason = _slots_reason(heads, cache, execution)
+    if reason is None and unstaged(cache) is None:
+        return "there is no cache"
+    return reason
+
+
+def heads_unsupported_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
+    """Why `over_heads` does not run; None if it does."""
+    reason = _devices_reason(heads, cache, execution)
+    if reason is None and execution.num_parts("S") > 1:
+        return "slots are split over devices, too"
+    if reason is None and execution.num_parts("K", heads.key_value) == execution.num_parts("N"):
+        return "XLA can split the heads by itself"
+    return reason
+
+
+def _slots_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
+    """Why attention is not split over the devices that slots and tokens are split over."""
+    bare = unstaged(cache)
+    reason = _devices_reason(heads, cache, execution)
+    if reason is None and execution.num_parts("S") == 1:
+        return "neither slots nor tokens are split over devices"
+    if reason is None and bare is not None and execution.mesh_axes("S", bare.capacity) != execution.mesh_axes("S"):
+        return f"{bare.capacity} slots do not divide over {execution.num_parts('S')} devices"
+    return reason
+
+
+def _devices_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
+    """Why attention does not run on each device with its share of the operands."""
+    if execution.mesh is None:
+        return "there is one device"
+    bare, num_parts = unstaged(cache), execution.num_parts("N")
+    if heads.query % num_parts or execution.num_parts("K", heads.key_value) not in (num_parts, heads.key_value):
+        return f"the query heads of one of {num_parts} devices would not find their key-value heads on it"
     if bare is not None and not isinstance(bare, Splittable):
-        return None
-    if execution.num_parts("S") == 1:
-        return None if kv_parts == parts else "heads"
-    if bare is not None and execution.mesh_axes("S", bare.capacity) != axes:
-        return None
-    tokens_divide = execution.mesh_axes("T", num_tokens) == axes
-    is_chunk = bare is None or num_tokens > STEP_TOKENS
-    if is_chunk and tokens_divide and mask.span(is_new=True) is not None and not num_staged(cache):
-        return "tokens"
-    return None if bare is None else "slots"
+        return f"the cache ({type(bare).__name__}) is not Splittable"
+    return None
 
 
 Attention = Callable[..., tuple[Array, Array]]  # (*operands, position, mask, cache) -> output and log-sum-exp
@@ -94,7 +142,9 @@ def over_heads(attention: Attention, axes: tuple[str | None, ...], execution: Ex
 def over_slots(attention: Attention, axes: tuple[str | None, ...], execution: Execution) -> Attention:
     """`attention`, run on every device with all new tokens and its slots of the cache, and merged.
 
+    attention: of one device.
     axes: of the operands, the first of which are queries "B T N H"; None: as their classes declare them.
+    execution: the devices.
     """
     axis = execution.mesh_axes("S")
 
@@ -105,34 +155,37 @@ def over_slots(attention: Attention, axes: tuple[str | None, ...], execution: Ex
         if isinstance(cache, Staged):
             own = dataclasses.replace(cache, cache=own)
         output, lse = attention(*operands, position, OwnSlots(mask, first, device == 0), own)
-        merged = merge_over_devices(Part(output, lse), axis)
+        merged = merge_over_devices(PartialSoftmax(output, lse), axis)
         return merged.output.astype(output.dtype), merged.lse
 
     return _for_operands_first(execution.per_device(on_device, ("B T", None, None, *axes), _RESULT, split="S"))
 
 
 def over_tokens(
-    among_new: Callable[..., Part],
-    cached: Callable[..., Part],
+    among_new: Callable[..., PartialSoftmax],
+    cached: Callable[..., PartialSoftmax],
     axes: tuple[str | None, ...],
     execution: Execution,
 ) -> Attention:
     """Attention of a chunk of a prompt, run on every device with its tokens and its slots of the cache.
 
-    among_new: gets a device's part of the operands, and gives what its queries read of all new tokens. cached: gets all
-    devices' queries, the other operands, `position`, `mask` and `cache`, and gives what they read of this cache.
+    among_new: of a device's share of the operands, the attention of its queries to all new tokens.
+    cached: of all devices' queries, the other operands, `position`, `mask` and `cache`, the attention to this device's
+        slots.
+    axes: of the operands, the first of which are queries "B T N H".
+    execution: the devices.
     """
     axis = execution.mesh_axes("T")
 
     def on_device(position: Array, mask: Mask, cache: Any, *operands: Any) -> tuple[Array, Array]:
         query, *others = operands
-        part = among_new(*operands)
+        partial = among_new(*operands)
         if cache is not None:
             first = jax.lax.axis_index(axis) * cache.capacity
             own_mask, own = OwnSlots(mask, first, jnp.bool_(False)), cache.part(first)
             read = lambda query: cached(query, *others, position, own_mask, own)
-            part = merge(part, read_by_all(query, read, axis=axis))
-        return part.output.astype(query.dtype), part.lse
+            partial = merge(partial, read_by_all(query, read, axis=axis))
+        return partial.output.astype(query.dtype), partial.lse
 
     # All devices get the positions of all tokens.
     return _for_operands_first(execution.per_device(on_device, ("B _", None, None, *axes), _RESULT, split="TS"))
@@ -153,19 +206,24 @@ def exchange(
     query: Array,
     key: Array,
     value: Array,
-    block: Callable[[Array, Array, Array, Array], Part],
+    block: Callable[[Array, Array, Array, Array], PartialSoftmax],
     *,
     result_size: int,
     window: int | None,
     execution: Execution,
-) -> Part:
-    """What a device's queries read of all new tokens, by the way that suits.
+) -> PartialSoftmax:
+    """The attention of a device's queries to all new tokens, by the algorithm that `execution` or the sizes select.
 
-    block: what queries read of keys and values, with how many tokens the first query stands behind the first key. Keys
-    and values may be anything that is sent in their place, and of which `block` makes them.
+    query: of the device's tokens.
+    key, value: of the device's tokens; or what is sent in their place, of which `block` makes them.
+    block: attention of queries to keys and values; its last argument is how many tokens the first query is after the
+        first key.
+    result_size: numbers of an output head.
+    window: tokens that a query attends to at most, None for all.
+    execution: the devices, and which algorithm is asked for.
     """
     axis = execution.mesh_axes("T")
-    way = choose_way(
+    algorithm = select_context_algorithm(
         execution.context,
         num_tokens=query.shape[1],
         num_devices=execution.num_parts("T"),
@@ -176,8 +234,8 @@ def exchange(
         result_size=result_size,
         window=window,
     )
-    with jax.named_scope(way):
-        if way == "ulysses":
-            whole = lambda query, key, value: block(query, key, value, jnp.int32(0))
-            return ulysses(query, key, value, whole, axis=axis)
+    with jax.named_scope(algorithm):
+        if algorithm == "ulysses":
+            of_all = lambda query, key, value: block(query, key, value, jnp.int32(0))
+            return ulysses(query, key, value, of_all, axis=axis)
         return ring(query, key, value, block, axis=axis, window=window)

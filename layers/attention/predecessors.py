@@ -1,8 +1,8 @@
-"""The tokens directly before each token, for layers with short causal convolutions: what stands 1 .. W - 1 before it.
+"""Gathers the W - 1 tokens directly before each token, for layers with short causal convolutions.
 
 In a chain these are the neighbours to the left. In a token tree they are the node's ancestors, some of which may be
 staged (`layers/kv_cache/staged.py`), and before the root come the tokens committed last. Of those a cache keeps a tail:
-their columns, whatever numbers per token the layer convolves, oldest first, and zeros before a row's first token.
+their columns (the numbers per token that the layer convolves), oldest first, with zeros before a row's first token.
 """
 
 import jax.numpy as jnp
@@ -20,11 +20,14 @@ def predecessors(
 ) -> Float[Array, "B T W I"]:
     """The columns of each new token, last, and of the W - 1 tokens before it, oldest first.
 
-    tail: those of the W - 1 tokens committed last. staged: columns and positions of the tokens staged in front.
+    columns: of the new tokens.
+    position: of the new tokens.
+    mask: of the new and the staged tokens, those that a token attends to are its ancestors. It must attend to its W - 1
+        predecessors: a window narrower than W must not be in the mask.
+    tail: columns of the W - 1 tokens committed last.
+    staged: columns and positions of the tokens staged before the new ones.
 
-    Of the new and the staged tokens, those that the mask lets a token read are its ancestors. It has to let it read its
-    W - 1 predecessors: a window narrower than W must not be part of it. Columns are copied and never multiplied, so a
-    broken token reaches only those behind it.
+    Columns are copied and never multiplied, so a non-finite token reaches only those after it.
     """
     num_tokens, width = columns.shape[1], tail.shape[1] + 1
     if staged is None and mask.span(is_new=True) is not None:
@@ -37,12 +40,12 @@ def predecessors(
     row = jnp.concatenate([tail.astype(columns.dtype), waiting], axis=1)
 
     allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=True))
-    behind = position[:, :, None] - key_position[:, None, :]  # by how many positions a token stands before this one
-    num_ancestors = jnp.sum(allowed & (behind > 0), axis=2, dtype=jnp.int32)
+    distances = position[:, :, None] - key_position[:, None, :]  # in positions, from each token back to the others
+    num_ancestors = jnp.sum(allowed & (distances > 0), axis=2, dtype=jnp.int32)
     places = []
     for distance in range(width - 1, 0, -1):
-        among_waiting = width - 1 + jnp.argmax(allowed & (behind == distance), axis=2)
-        # Behind the first ancestor follow the committed tokens, the last of them first.
+        among_waiting = width - 1 + jnp.argmax(allowed & (distances == distance), axis=2)
+        # Before the first ancestor come the committed tokens, from the last of them back.
         in_tail = width - 1 + num_ancestors - distance
         places.append(jnp.where(num_ancestors >= distance, among_waiting, in_tail))
     own = width - 1 + waiting.shape[1] - num_tokens + jnp.arange(num_tokens)
@@ -58,7 +61,13 @@ def tail_after(
     count: Int[Array, " B"],
     path: Int[Array, "B A"] | None = None,
 ) -> Float[Array, "B W_minus_1 I"]:
-    """The tail once `count[b]` of the new tokens are committed: the first ones, or those listed in `path[b]`."""
+    """The tail once `count[b]` of the new tokens are committed.
+
+    tail: before that.
+    columns: of the new tokens.
+    count: how many are committed in each row.
+    path: which ones; None: the first.
+    """
     accepted = columns if path is None else jnp.take_along_axis(columns, path[:, :, None], axis=1)
     row = jnp.concatenate([tail, accepted.astype(tail.dtype)], axis=1)
     place = count[:, None] + jnp.arange(tail.shape[1], dtype=count.dtype)[None, :]

@@ -1,7 +1,7 @@
-"""Learned sinks: a score per head that takes part in the softmax and has no value (gpt-oss, arXiv 2508.10925).
+"""Applies learned sinks: a score per head that is in the softmax and has no value (gpt-oss, arXiv 2508.10925).
 
-With lse the log-sum-exp of the scores of the tokens that a query reads, exp(lse) / (exp(lse) + exp(sink)) of the plain
-mixture is left. So a sink is applied after attention, whatever computed it.
+With lse the log-sum-exp of the scores of a query, its attention output is multiplied by
+exp(lse) / (exp(lse) + exp(sink)). So a sink is applied after attention, whatever computed it.
 """
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 def without_share(
     output: Float[Array, "B T N H"], lse: Float[Array, "B T N"], sink: Float[Array, " N"] | None
 ) -> Float[Array, "B T N H"]:
-    """The output once each head's sink has taken its share; unchanged without sinks."""
+    """The output with the share of each head's sink taken off; unchanged without sinks."""
     if sink is None:
         return output
     share = jax.nn.sigmoid(lse - sink.astype(jnp.float32)[None, None, :])

@@ -1,10 +1,20 @@
-"""Caches of past tokens: read by layers, written by `commit`."""
+"""Lists the caches of past tokens, one per file: layers read them, `commit` writes them."""
 
-from decodax.layers.kv_cache.full import KVCache
-from decodax.layers.kv_cache.latent import LatentCache
-from decodax.layers.kv_cache.recurrent import RecurrentCache
-from decodax.layers.kv_cache.tailed import TailedCache
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-METHODS = {"full": KVCache, "latent": LatentCache, "tailed": TailedCache, "recurrent": RecurrentCache}
+from decodax.core.lazy import Methods
 
-__all__ = ["METHODS"]
+if TYPE_CHECKING:
+    from decodax.layers.kv_cache.contract import Cache
+
+_METHODS = Methods(
+    __name__,
+    {
+        "full": "KVCache",
+        "latent": "LatentCache",
+        "tailed": "TailedCache",
+        "recurrent": "RecurrentCache",
+    },
+)
+METHODS: "Mapping[str, type[Cache]]" = _METHODS

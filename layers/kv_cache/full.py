@@ -1,11 +1,11 @@
-"""The plain key-value cache: every token's keys and values, one fixed-size buffer per layer.
+"""Implements the full KV cache: keys and values of every token, in one fixed-size buffer per layer.
 
-A layer only reads it and hands back its new rows (`KVRows`); `commit` writes the accepted ones afterwards. Rejected
+A layer only reads it and returns its cache update (`KVUpdate`); `commit` writes the accepted ones afterwards. Rejected
 tokens therefore never enter a cache, and rolling back means writing nothing (or lowering `length`, as `rewound` does).
 Slot s holds position s.
 
-Layout [B, K, S, H]: on CPU all layouts of keys and values read within 10 % of each other, and this one writes rows
-whole.
+Layout [B, K, S, H]: on CPU the read times of all layouts are within 10 % of each other, and this one writes all H
+numbers of a token together.
 """
 
 import dataclasses
@@ -15,15 +15,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from decodax.layers import pytree
+from decodax.core import pytree
 from decodax.layers.kv_cache.write import write_tokens
 
 
 @pytree.dataclass
-class KVRows:
+class KVUpdate:
     """Keys and values of the tokens of one forward, not yet in any cache.
 
-    `kept[b, t]` false marks a token for which this layer did not run: its row is garbage that no later query reads.
+    key, value: of these tokens.
+    kept: kept[b, t] is false for a token for which this layer did not run: its entry is garbage that no query attends
+        to.
     """
 
     key: Float[Array, "B K T H"]
@@ -31,28 +33,34 @@ class KVRows:
     kept: Bool[Array, "B T"] | None = None
 
     @classmethod
-    def empty(cls, batch_size: int, num_kv_heads: int, num_tokens: int, head_size: int, dtype: DTypeLike) -> "KVRows":
-        """Room for tokens that are to be staged (see staged.py)."""
+    def empty(cls, batch_size: int, num_kv_heads: int, num_tokens: int, head_size: int, dtype: DTypeLike) -> "KVUpdate":
+        """An empty update for tokens that will be staged (see staged.py); sizes are those of its arrays."""
         shape = (batch_size, num_kv_heads, num_tokens, head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def place(self, new: "KVRows", slot: Int[Array, " T"]) -> "KVRows":
-        """These rows with `new` ones at the given slots; a slot beyond them is dropped.
+    def place(self, new: "KVUpdate", slot: Int[Array, " T"]) -> "KVUpdate":
+        """This update with `new` tokens at the given slots; a slot beyond the last is dropped.
 
-        Raises ValueError for rows that mark tokens as not kept: attention reads every staged row that the mask allows.
+        Raises ValueError for an update that marks tokens as not kept: attention attends to every staged token that the
+            mask allows.
         """
         if new.kept is not None:
-            raise ValueError("rows marked by `kept` cannot be staged: stage only layers that ran for every token")
+            raise ValueError("tokens marked by `kept` cannot be staged: stage only layers that ran for every token")
 
-        def write(rows: Array, fresh: Array) -> Array:
-            return rows.at[:, :, slot].set(fresh.astype(rows.dtype), mode="drop")
+        def write(update: Array, fresh: Array) -> Array:
+            return update.at[:, :, slot].set(fresh.astype(update.dtype), mode="drop")
 
         return dataclasses.replace(self, key=write(self.key, new.key), value=write(self.value, new.value))
 
 
 @pytree.dataclass
 class KVCache:
-    """Filled slots are 0 .. length - 1; with `kept`, those of them that are marked, per key-value head."""
+    """A full KV cache.
+
+    key, value: of all slots.
+    length: slots 0 .. length - 1 are filled.
+    kept: which of them hold a token, per key-value head; None for all.
+    """
 
     key: Float[Array, "B K S H"]
     value: Float[Array, "B K S H"]
@@ -70,7 +78,13 @@ class KVCache:
         *,
         track_kept: bool = False,
     ) -> "KVCache":
-        """A cache for `capacity` tokens per row; `track_kept` if some tokens will skip this layer or be evicted."""
+        """An empty cache.
+
+        batch_size, num_kv_heads, head_size: of its arrays.
+        capacity: tokens of each row.
+        dtype: of keys and values.
+        track_kept: whether some tokens will skip this layer or be evicted.
+        """
         shape = (batch_size, num_kv_heads, capacity, head_size)
         kept = jnp.zeros(shape[:3], bool) if track_kept else None
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32), kept)
@@ -84,17 +98,17 @@ class KVCache:
         return self.kept is not None
 
     def rewound(self, length: Int[Array, " B"]) -> "KVCache":
-        """The cache without the tokens behind the first `length[b]` of a row."""
+        """The cache without the tokens after the first `length[b]` of a row."""
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))
 
     def part(self, first: Int[Array, ""]) -> "KVCache":
-        """What a device sees that has the slots from `first` on, `capacity` of them (see `Splittable`)."""
+        """The shard of a device with the `capacity` slots from `first` on (see `Splittable`)."""
         return dataclasses.replace(self, length=jnp.clip(self.length - first, 0, self.capacity))
 
     def read(
         self, start: Int[Array, ""], num_tokens: int
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "#B S"], Bool[Array, "B #K S"]]:
-        """Keys, values, positions and validity of `num_tokens` consecutive slots; `start` must leave room for them."""
+        """Keys, values, positions and validity of the `num_tokens` slots from `start` on, all within `capacity`."""
         key, value = (jax.lax.dynamic_slice_in_dim(x, start, num_tokens, axis=2) for x in (self.key, self.value))
         slot = start + jnp.arange(num_tokens, dtype=jnp.int32)
         filled = (slot[None, :] < self.length[:, None])[:, None, :]
@@ -102,13 +116,13 @@ class KVCache:
             filled = filled & jax.lax.dynamic_slice_in_dim(self.kept, start, num_tokens, axis=2)
         return key, value, slot[None, :], filled
 
-    def commit(self, rows: KVRows, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "KVCache":
-        """Appends `count[b]` of a row's tokens: the first ones, or those listed in `path[b]` (node indices of a tree).
+    def commit(self, update: KVUpdate, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "KVCache":
+        """Appends `count[b]` of a row's tokens: the first ones, or those in `path[b]` (node indices of a tree).
 
-        The caller makes sure that they fit; what does not is dropped. To let XLA write in place inside a loop, `count`
-        has to depend on what the reads of this cache led to, as the outcome of a verification does.
+        The caller ensures that they fit; tokens that do not are dropped. For XLA to write in place inside a loop,
+        `count` must depend on the reads of this cache, as the outcome of a verification does.
         """
-        key, value, kept = rows.key, rows.value, rows.kept
+        key, value, kept = update.key, update.value, update.kept
         if path is not None:
             key, value = (jnp.take_along_axis(x, path[:, None, :, None], axis=2) for x in (key, value))
             kept = None if kept is None else jnp.take_along_axis(kept, path, axis=1)
@@ -121,13 +135,13 @@ class KVCache:
             marks = jnp.broadcast_to(fresh[:, None, :], (*self.kept.shape[:2], slot.shape[1]))
             new_kept = write_tokens(self.kept, marks, slot, axis=2)
         elif kept is not None:
-            raise ValueError("rows with `kept` need a cache made with track_kept=True, got one without")
+            raise ValueError("an update with `kept` needs a cache made with track_kept=True, got one without")
         key, value = (write_tokens(old, new, slot, axis=2) for old, new in ((self.key, key), (self.value, value)))
         return dataclasses.replace(self, key=key, value=value, length=self.length + count, kept=new_kept)
 
 
 class MarkedCache:
-    """The policy of caches that mark which tokens each layer has run for, as methods need that leave out layers."""
+    """The policy of caches that mark which tokens each layer has run for, as methods need that skip layers."""
 
     @staticmethod
     def empty(batch_size: int, num_kv_heads: int, capacity: int, head_size: int, dtype: DTypeLike) -> KVCache:

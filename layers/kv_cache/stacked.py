@@ -1,7 +1,7 @@
-"""What pipeline stages hold for one place of their chunks of layers: the caches, or the rows, of several layers.
+"""Stacks the caches, or cache updates, of the layers at one place of all pipeline chunks.
 
-The arrays have an axis of layers in front, and a device has those of its own stage. To whoever commits or stages, a
-stack is one cache, or one layer's rows, like any other.
+The arrays have a first axis of layers, and a device has those of its own stage. `commit` and `place` treat a stack as
+one cache, or one layer's update, like any other.
 """
 
 from typing import Any
@@ -9,18 +9,21 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
-from decodax.layers import pytree
+from decodax.core import pytree
 
 
 @pytree.dataclass
 class Stacked:
-    """`each`: a cache or the rows of a forward (the same class for all), every array with the layers in front."""
+    """A stack of caches or cache updates.
+
+    each: a cache or the cache update of a forward (the same class for all), every array with a first axis of layers.
+    """
 
     each: Any = pytree.stacked("L")
 
     @property
     def length(self) -> Int[Array, " B"]:
-        """Of a cache: tokens written so far, of which all layers have the same number."""
+        """Of a cache: tokens written so far, the same number in all layers."""
         return lengths_of(self.each)[0]
 
     @property
@@ -30,20 +33,20 @@ class Stacked:
 
     @property
     def marks_tokens(self) -> bool:
-        """Of a cache: whether it may know of tokens for which its layer did not run (`MarksTokens`)."""
+        """Of a cache: whether it may hold marks of tokens for which its layer did not run (`MarksTokens`)."""
         return getattr(self.each, "marks_tokens", False)
 
-    def commit(self, rows: "Stacked", count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "Stacked":
-        """Every layer's cache with its rows, as its own `commit` writes them."""
-        return Stacked(jax.vmap(lambda cache, new: cache.commit(new, count, path))(self.each, rows.each))
+    def commit(self, update: "Stacked", count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "Stacked":
+        """Every layer's cache after its own `commit` of its update."""
+        return Stacked(jax.vmap(lambda cache, new: cache.commit(new, count, path))(self.each, update.each))
 
     def place(self, new: "Stacked", slot: Int[Array, " T"]) -> "Stacked":
-        """Every layer's staged rows with new ones at the given slots (see staged.py)."""
+        """Every layer's staged tokens with new ones at the given slots (see staged.py)."""
         return Stacked(jax.vmap(lambda staged, fresh: staged.place(fresh, slot))(self.each, new.each))
 
 
 def lengths_of(stack: Any) -> Int[Array, "L B"]:
-    """Of a stack of caches: the tokens in each row."""
+    """The tokens in each row of each cache of a stack."""
     return jax.vmap(lambda cache: cache.length)(stack)
 
 

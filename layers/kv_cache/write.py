@@ -1,8 +1,8 @@
-"""Writes rows of new tokens into the buffer of a cache, each batch row at its own slots.
+"""Writes new tokens into the buffer of a cache, each row at its own slots.
 
-Batch rows, and heads, are dimensions that the scatter is batched over. So the compiler writes on every device what lies
-there, whichever of the dimensions are split, slots included, and nothing is sent but rows that are themselves split by
-tokens. With an index for each batch row and head, it gathers all rows on all devices first.
+The scatter is batched over rows and heads. So every device writes its own shard, whichever of the dimensions are split,
+slots included, and nothing is sent but new tokens that are themselves split by tokens. With a scatter index for each
+row and head, the compiler gathers all rows on all devices first.
 """
 
 import jax
@@ -11,11 +11,14 @@ from jaxtyping import Array, Int, Shaped
 
 
 def write_tokens(
-    buffer: Shaped[Array, "B *slots"], rows: Shaped[Array, "B *tokens"], slot: Int[Array, "B T"], *, axis: int
+    buffer: Shaped[Array, "B *slots"], tokens: Shaped[Array, "B *tokens"], slot: Int[Array, "B T"], *, axis: int
 ) -> Shaped[Array, "B *slots"]:
-    """The buffer with new token t of batch row b at `slot[b, t]`; what is behind the last slot is dropped.
+    """The buffer with new token t of row b at `slot[b, t]`; a slot beyond the last is dropped.
 
-    axis: of the slots in `buffer` and the tokens in `rows`. The axes before it, batch rows and heads, are batched over.
+    buffer: of the cache.
+    tokens: new tokens.
+    slot: of each new token.
+    axis: of the slots in `buffer` and of the tokens in `tokens`. The axes before it, rows and heads, are batched.
     """
 
     def write(slots: Array, new: Array, slot: Array) -> Array:
@@ -23,7 +26,7 @@ def write_tokens(
 
     for _ in range(axis):
         write = jax.vmap(write)
-    # A slot for every head: as part of what is written, heads would stand beside tokens in XLA's layout for TPU, and a
-    # loop would copy the whole cache at every step into the layout that a kernel reads.
+    # A slot for every head: if heads were in the scatter's window, XLA's layout for TPU would put them beside tokens,
+    # and a loop would copy the full cache at every step into the layout that a kernel reads.
     slot = jnp.expand_dims(slot, tuple(range(1, axis)))
-    return write(buffer, rows, jnp.broadcast_to(slot, rows.shape[: axis + 1]))
+    return write(buffer, tokens, jnp.broadcast_to(slot, tokens.shape[: axis + 1]))

@@ -1,22 +1,25 @@
-"""Layers that let tokens exchange information, with their own weights and cache."""
+"""Lists the mixers, one per file: attention and recurrent layers, with their own weights and cache."""
 
-from decodax.layers.mixers._contract import Mixer
-from decodax.layers.mixers.cca import CCAConfig
-from decodax.layers.mixers.gated_delta import GatedDeltaConfig
-from decodax.layers.mixers.gated_linear import GatedLinearConfig
-from decodax.layers.mixers.gqa import GQAConfig
-from decodax.layers.mixers.lightning import LightningConfig
-from decodax.layers.mixers.mfa import MFAConfig
-from decodax.layers.mixers.mla import MLAConfig
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-METHODS: dict[str, type[Mixer]] = {
-    "gqa": GQAConfig,
-    "mla": MLAConfig,
-    "mfa": MFAConfig,
-    "cca": CCAConfig,
-    "gated_linear": GatedLinearConfig,
-    "lightning": LightningConfig,
-    "gated_delta": GatedDeltaConfig,
-}
+from decodax.core.lazy import Methods, exports
 
-__all__ = ["METHODS", "Mixer"]
+if TYPE_CHECKING:
+    from decodax.layers.mixers.contract import Mixer as Mixer
+
+_METHODS = Methods(
+    __name__,
+    {
+        "gqa": "GQAConfig",
+        "mla": "MLAConfig",
+        "mfa": "MFAConfig",
+        "cca": "CCAConfig",
+        "gated_linear": "GatedLinearConfig",
+        "lightning": "LightningConfig",
+        "gated_delta": "GatedDeltaConfig",
+    },
+)
+METHODS: "Mapping[str, type[Mixer]]" = _METHODS
+
+__getattr__, __dir__ = exports(__name__, {"Mixer": "contract"})

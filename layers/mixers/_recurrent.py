@@ -1,14 +1,14 @@
-"""What the configs of recurrent layers share: a cache of one size however long a text is, and room for its rows."""
+"""Shares code between configs of recurrent layers: the cache of fixed size, and its empty updates."""
 
 from jax.typing import DTypeLike
 
-from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
-from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
+from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
 
 
 class RecurrentConfig:
-    """A mixer's config says the shape of its state, and what else its cache and rows have."""
+    """The base of these configs, which give the shapes of the state and the tail."""
 
     decays_per_channel = False  # or one decay per head
 
@@ -19,14 +19,16 @@ class RecurrentConfig:
 
     @property
     def tail_shape(self) -> tuple[int, int] | None:
-        """Tokens and channels that a convolution reads of the past, None without one."""
+        """Past tokens and channels that a convolution reads, None without one."""
         return None
 
     def empty_cache(
         self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
     ) -> RecurrentCache:
-        """A state of fixed size, and a tail in `dtype`; `policy` is for layers that keep tokens."""
+        """A state of fixed size, and a tail in `dtype`; as in `Mixer.empty_cache`, and `policy` is ignored."""
         return RecurrentCache.empty(batch_size, self.state_shape, capacity, dtype, self.tail_shape)
 
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> RecurrentRows:
-        return self.empty_cache(batch_size, 0, dtype).empty_rows(num_tokens, dtype, per_channel=self.decays_per_channel)
+    def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> RecurrentUpdate:
+        return self.empty_cache(batch_size, 0, dtype).empty_update(
+            num_tokens, dtype, per_channel=self.decays_per_channel
+        )

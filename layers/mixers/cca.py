@@ -1,13 +1,13 @@
-"""Attention between short vectors: queries, keys and values are projected down and stay so; convolutions mix them.
+"""Implements compressed convolutional attention: projects queries, keys and values down and convolves them.
 
 Compressed Convolutional Attention: Efficient Attention in a Compressed Latent Space, arXiv 2510.04476; the grouped form
 (CCGQA), as in ZAYA1. Before attention, queries and keys pass two causal convolutions over tokens, one per channel and
-one within each head, and get the mean of what they were before; each is brought to one length. Half of a token's values
-are made from the token before it. With widths of 2 and 2 a token's query and key depend on three tokens.
+one within each head; the mean of their inputs is added; each result is normalised to one length. Half of a token's
+values are computed from the token before it. With widths of 2 and 2 a token's query and key depend on three tokens.
 
 Weights and order as in transformers' zaya, which differs from the paper's text in that the key's temperature is a plain
-factor. The convolutions' weights are kept as matrices, [channels, taps] and [channels, inputs x taps]: the channels are
-all queries, then all keys, as in its files.
+factor. The convolutions' weights are matrices, [channels, taps] and [channels, inputs x taps]: the channels are all
+queries, then all keys, as in its files.
 """
 
 from dataclasses import dataclass
@@ -19,26 +19,31 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask, Window
 from decodax.layers.attention.predecessors import predecessors
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache._contract import CachePolicy
-from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.contract import CachePolicy
+from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.kv_cache.tailed import TailedCache, TailedRows
-from decodax.layers.linear import linear, linear_from_parts
+from decodax.layers.kv_cache.tailed import TailedCache, TailedUpdate
 from decodax.layers.rope import Rope, rotate
-from decodax.layers.weight import Weight, fetch_own
+from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
 class CCAConfig:
-    """depthwise_width, grouped_width: tokens that the convolutions read, their own included.
+    """The config of compressed convolutional attention.
 
-    `scale` multiplies query x key; `window` counts the tokens a query sees, itself included (None: all). `bias`: of the
-    projections; the convolutions always have one.
+    num_heads, num_kv_heads, head_size: N, K, H.
+    rope: rotary embedding of queries and keys.
+    scale: multiplies query x key.
+    depthwise_width, grouped_width: tokens that the convolutions read, their own included.
+    bias: of the projections; the convolutions always have one.
+    window: tokens a query attends to, itself included (None: all).
     """
 
     num_heads: int
@@ -58,7 +63,8 @@ class CCAConfig:
             )
         if self.num_kv_heads * self.head_size % 2:
             raise ValueError(
-                f"values are made in two halves: {self.num_kv_heads} heads of {self.head_size} have no half"
+                f"num_kv_heads x head_size must be even, as values have two halves, got {self.num_kv_heads} x "
+                f"{self.head_size}"
             )
         if self.rope.rotary_size > self.head_size:
             raise ValueError(f"rotary_size must be at most the head size {self.head_size}, got {self.rope.rotary_size}")
@@ -85,8 +91,8 @@ class CCAConfig:
     def weights(self, hidden_size: int) -> dict[str, Any]:
         wide, narrow = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         weights: dict[str, Any] = {
-            "query": Weight(("NH", "D"), (wide, hidden_size), whole=self.head_size),
-            "key": Weight(("KH", "D"), (narrow, hidden_size), whole=self.head_size),
+            "query": Weight(("NH", "D"), (wide, hidden_size), block_size=self.head_size),
+            "key": Weight(("KH", "D"), (narrow, hidden_size), block_size=self.head_size),
             "value": Weight(("KH", "D"), (self.half_values, hidden_size)),
             "delayed_value": Weight(("KH", "D"), (self.half_values, hidden_size)),
             "depthwise": Weight(("H", "W"), (self.num_convolved, self.depthwise_width)),
@@ -94,7 +100,7 @@ class CCAConfig:
             "grouped": Weight(("H", "HW"), (self.num_convolved, self.head_size * self.grouped_width)),
             "grouped_bias": Weight(("H",), (self.num_convolved,), "zeros"),
             "key_temperature": Weight(("K",), (self.num_kv_heads,), "ones"),
-            "out": Weight(("D", "NH"), (hidden_size, wide), whole=self.head_size),
+            "out": Weight(("D", "NH"), (hidden_size, wide), block_size=self.head_size),
         }
         if self.bias:
             biased = {"query": wide, "key": narrow, "value": self.half_values, "delayed_value": self.half_values}
@@ -110,19 +116,19 @@ class CCAConfig:
     def empty_cache(
         self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
     ) -> TailedCache:
-        """Keys and values as `policy` keeps them, and the tail of what is convolved and of the delayed values."""
+        """Keys and values as `policy` caches them, and the tail of convolution inputs and of delayed values."""
         tail_shape = (self.width - 1, self.num_convolved + self.half_values)
         return TailedCache.empty(batch_size, self.num_kv_heads, capacity, self.head_size, tail_shape, dtype, policy)
 
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> TailedRows:
+    def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> TailedUpdate:
         num_columns = self.num_convolved + self.half_values
-        return TailedRows.empty(batch_size, self.num_kv_heads, num_tokens, self.head_size, num_columns, dtype)
+        return TailedUpdate.empty(batch_size, self.num_kv_heads, num_tokens, self.head_size, num_columns, dtype)
 
 
 class CCA(nn.Module):
     """out(attend(rope(norm(conv(q) + mean)), rope(norm(conv(k) + mean) temperature), [W_1 x_t; W_2 x_(t-1)])).
 
-    Reads the cache, returns the new rows beside the output.
+    Reads the cache, returns the output and the cache update.
     """
 
     config: CCAConfig
@@ -137,7 +143,7 @@ class CCA(nn.Module):
         row_length: Int[Array, "B T"],
         cache: TailedCache | Staged | Tile | None,
         mask: Mask,
-    ) -> tuple[Float[Array, "B T D"], TailedRows]:
+    ) -> tuple[Float[Array, "B T D"], TailedUpdate]:
         config = self.config
         if isinstance(cache, Tile):
             raise ValueError("attention with convolutions has no invariant mode: use a model with invariant=False")
@@ -146,16 +152,16 @@ class CCA(nn.Module):
         def project(name: str) -> Float[Array, "B T _"]:
             return linear(inputs, weight[name], weight.get(f"{name}_bias"))
 
-        bare = cache.cache if isinstance(cache, Staged) else cache
-        waiting = (cache.rows.columns, cache.position) if isinstance(cache, Staged) else None
-        # Without its bias, which the first token's delayed values have, too: what stands before it is zero.
+        committed = cache.cache if isinstance(cache, Staged) else cache
+        staged = (cache.update.columns, cache.position) if isinstance(cache, Staged) else None
+        # The bias is added later: the first token's delayed values are the bias, as the token before it is zero.
         delayed = linear(inputs, weight["delayed_value"])
         columns = jnp.concatenate([project("query"), project("key"), delayed], axis=2)
-        if bare is None:
+        if committed is None:
             tail = jnp.zeros((inputs.shape[0], config.width - 1, columns.shape[2]), columns.dtype)
         else:
-            tail = bare.tail
-        window = predecessors(columns, position, mask, tail, waiting)
+            tail = committed.tail
+        window = predecessors(columns, position, mask, tail, staged)
 
         query, key = _convolved(config, weight, window[..., : config.num_convolved])
         delayed = window[:, :, -2, config.num_convolved :]
@@ -169,22 +175,22 @@ class CCA(nn.Module):
         key, value = (jnp.moveaxis(heads, 1, 2) for heads in (rotate(key, cos, sin), value))
         if config.window is not None:
             mask = mask & Window(config.window)
-        seen = None if bare is None else bare.kv
+        kv_cache = None if committed is None else committed.kv
         if isinstance(cache, Staged):
-            seen = Staged(seen, cache.rows.kv, cache.position)
+            kv_cache = Staged(kv_cache, cache.update.kv, cache.position)
         options = {"scale": config.scale, "softcap": None, "execution": self.execution}
-        mixed = attend(query, key, value, position, mask, seen, **options)
-        flat, over_heads = mixed.reshape(*inputs.shape[:2], -1), {"letter": "N", "execution": self.execution}
-        output = linear_from_parts(flat, weight["out"], weight.get("out_bias"), **over_heads)
-        return output, TailedRows(KVRows(key, value), columns)
+        mixed = attend(query, key, value, position, mask, kv_cache, **options)
+        flat, over_heads = mixed.reshape(*inputs.shape[:2], -1), {"axis_name": "N", "execution": self.execution}
+        output = row_parallel_linear(flat, weight["out"], weight.get("out_bias"), **over_heads)
+        return output, TailedUpdate(KVUpdate(key, value), columns)
 
 
 def _convolved(
     config: CCAConfig, weight: dict[str, Array], window: Float[Array, "B T W I"]
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-    """Queries and keys of all heads, in float32 until they have their length: sqrt(H), for keys times a temperature.
+    """Queries and keys of all heads, in float32 until normalised to length sqrt(H), for keys times a temperature.
 
-    Where the convolution within heads reads what stands before a row's first token, the one per channel saw zeros.
+    Where the convolution within heads reads before a row's first token, the one per channel has read zeros.
     """
     dtype, tokens = window.dtype, window.shape[:2]
     by_head = (config.num_heads + config.num_kv_heads, config.head_size)
@@ -211,6 +217,6 @@ def _convolved(
 
 
 def _of_length_one(heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """Zero stays zero."""
+    """Each head normalised to length 1; zero stays zero."""
     square = jnp.sum(jnp.square(heads), axis=3, keepdims=True)
     return heads * jax.lax.rsqrt(jnp.maximum(square, jnp.finfo(jnp.float32).eps ** 2))

@@ -1,4 +1,4 @@
-"""The gated delta rule as a layer, as in Qwen3-Next: a state per head that replaces what it holds under a token's key.
+"""Implements the gated delta rule layer of Qwen3-Next: a state per head that replaces the value of a token's key.
 
 Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464.
 
@@ -18,29 +18,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.predecessors import predecessors
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import ACTIVATIONS
-from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
+from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.delta import delta_recurrence
-from decodax.layers.weight import Weight, fetch_own
+from decodax.layers.row_parallel import row_parallel_linear
 
 LENGTH_EPS = 1e-6  # added to the squared length of queries and keys
 
 
 @dataclass(frozen=True)
 class GatedDeltaConfig(RecurrentConfig):
-    """`num_key_heads` K of `key_size` channels serve `num_value_heads` N = K G of `value_size`; a state per value head.
+    """The config of a gated delta rule layer, with a state per value head.
 
-    convolution_width: W, tokens that the convolution reads, its own included. activation: behind it, a name of
-    ACTIVATIONS. scale: multiplies query x key.
+    num_key_heads: K.
+    num_value_heads: N = K G.
+    key_size: channels of a key.
+    value_size: channels of a value.
+    convolution_width: W, tokens that the convolution reads, its own included.
+    activation: after the convolution, a name of ACTIVATIONS.
+    scale: multiplies query x key.
+    norm: of the output.
     """
 
     num_key_heads: int
@@ -69,7 +76,7 @@ class GatedDeltaConfig(RecurrentConfig):
         return 2 * self.num_key_heads * self.key_size + self.num_value_heads * self.value_size
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
-        """Rows of `query_key_value_gate` and `beta_decay` lie key head by key head.
+        """Outputs of `query_key_value_gate` and `beta_decay` are ordered by key head.
 
         Each key head has its query, its key, then the values and then the gates of its G value heads; and G betas, then
         G decays.
@@ -77,13 +84,13 @@ class GatedDeltaConfig(RecurrentConfig):
         values = self.num_value_heads * self.value_size
         mixed, group = self.num_columns + values, self.num_value_heads // self.num_key_heads
         return {
-            "query_key_value_gate": Weight(("KH", "D"), (mixed, hidden_size), whole=mixed // self.num_key_heads),
-            "beta_decay": Weight(("KG", "D"), (2 * self.num_value_heads, hidden_size), whole=2 * group),
+            "query_key_value_gate": Weight(("KH", "D"), (mixed, hidden_size), block_size=mixed // self.num_key_heads),
+            "beta_decay": Weight(("KG", "D"), (2 * self.num_value_heads, hidden_size), block_size=2 * group),
             "convolution": Weight(("H", "W"), (self.num_columns, self.convolution_width)),
             "decay_rate": Weight(("N",), (self.num_value_heads,), "zeros"),
             "decay_bias": Weight(("N",), (self.num_value_heads,), "ones"),
             "norm": self.norm.weights(self.value_size, "H"),
-            "out": Weight(("D", "NH"), (hidden_size, values), whole=self.value_size),
+            "out": Weight(("D", "NH"), (hidden_size, values), block_size=self.value_size),
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
@@ -99,7 +106,7 @@ class GatedDeltaConfig(RecurrentConfig):
 
 
 class GatedDelta(nn.Module):
-    """out(norm(gated delta rule) * silu(z)); no positions but those that decay and convolution make."""
+    """out(norm(gated delta rule) * silu(z)); positions only from decay and convolution."""
 
     config: GatedDeltaConfig
     hidden_size: int
@@ -113,17 +120,17 @@ class GatedDelta(nn.Module):
         row_length: Int[Array, "B T"],
         cache: RecurrentCache | Staged | Tile | None,
         mask: Mask,
-    ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
+    ) -> tuple[Float[Array, "B T D"], RecurrentUpdate]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
-        inputs = self.execution.all_tokens(inputs)
+        inputs = self.execution.gathered_tokens(inputs)
         past = past_of(cache, config.empty_cache(inputs.shape[0], 0, inputs.dtype))
         projected = linear(inputs, weight["query_key_value_gate"])
-        # Over a mesh every device convolves all channels: the split is by heads, and the channels are all queries, then
-        # all keys. One gather is less than what the compiler sends to sort them.
-        *parts, gate = map(self.execution.all_tokens, _parts(config, projected))
-        parts = (self.execution.split(part, "B _ _ _").reshape(*inputs.shape[:2], -1) for part in parts)
-        columns = self.execution.split(jnp.concatenate(list(parts), axis=2), "B _ _")
+        # On a mesh every device convolves all channels: the split is by heads, and the channels are all queries, then
+        # all keys. One all-gather is less than what the compiler sends to sort them.
+        *to_convolve, gate = map(self.execution.gathered_tokens, _by_kind(config, projected))
+        flat = (self.execution.split(heads, "B _ _ _").reshape(*inputs.shape[:2], -1) for heads in to_convolve)
+        columns = self.execution.split(jnp.concatenate(list(flat), axis=2), "B _ _")
         gate = gate.reshape(*inputs.shape[:2], config.num_value_heads, config.value_size)
         beta, log_decay = _beta_and_decay(config, linear(inputs, weight["beta_decay"]), weight)
 
@@ -132,19 +139,19 @@ class GatedDelta(nn.Module):
         convolved = jnp.einsum("btwc,cw->btc", window, weight["convolution"], preferred_element_type=jnp.float32)
         convolved = ACTIVATIONS[config.activation](convolved).astype(inputs.dtype)
         keys = config.num_key_heads * config.key_size
-        parts = (self.execution.split(part, "B _ _") for part in jnp.split(convolved, (keys, 2 * keys), axis=2))
-        query, key, value = (self.execution.split(heads, "B _ N _") for heads in _heads(config, *parts))
+        by_kind = (self.execution.split(heads, "B _ _") for heads in jnp.split(convolved, (keys, 2 * keys), axis=2))
+        query, key, value = (self.execution.split(heads, "B _ N _") for heads in _heads(config, *by_kind))
         read, corrected = delta_recurrence(query, key, value, log_decay, beta, position, mask, past, scale=config.scale)
-        read, corrected = (self.execution.all_tokens(heads) for heads in (read, corrected))
+        read, corrected = (self.execution.gathered_tokens(heads) for heads in (read, corrected))
         normed = RMSNorm(config.norm, config.value_size, "H", name="norm")(read)
         gated = normed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
         flat = gated.astype(inputs.dtype).reshape(*inputs.shape[:2], -1)
-        output = linear_from_parts(flat, weight["out"], letter="N", execution=self.execution)
-        return output, RecurrentRows(key, corrected, log_decay, columns)
+        output = row_parallel_linear(flat, weight["out"], axis_name="N", execution=self.execution)
+        return output, RecurrentUpdate(key, corrected, log_decay, columns)
 
 
-def _parts(config: GatedDeltaConfig, projected: Float[Array, "B T features"]) -> list[Float[Array, "B T K _"]]:
-    """What belongs to each key head: its query, its key, and the values and the gates of its value heads."""
+def _by_kind(config: GatedDeltaConfig, projected: Float[Array, "B T features"]) -> list[Float[Array, "B T K _"]]:
+    """Of each key head: its query, its key, and the values and the gates of its value heads."""
     size, per_key_head = config.key_size, projected.reshape(*projected.shape[:2], config.num_key_heads, -1)
     values = config.num_value_heads // config.num_key_heads * config.value_size
     return jnp.split(per_key_head, (size, 2 * size, 2 * size + values), axis=3)
@@ -155,7 +162,7 @@ def _beta_and_decay(
 ) -> tuple[Float[Array, "B T N"], Float[Array, "B T N 1"]]:
     tokens = projected.shape[:2]
     per_key_head = projected.astype(jnp.float32).reshape(*tokens, config.num_key_heads, 2, -1)
-    beta, decay = (per_key_head[:, :, :, part].reshape(*tokens, -1) for part in range(2))
+    beta, decay = (per_key_head[:, :, :, index].reshape(*tokens, -1) for index in range(2))
     rate = jnp.exp(weight["decay_rate"].astype(jnp.float32))[None, None]
     bias = weight["decay_bias"].astype(jnp.float32)[None, None]
     return jax.nn.sigmoid(beta), (-rate * jax.nn.softplus(decay + bias))[..., None]

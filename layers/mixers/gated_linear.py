@@ -1,11 +1,11 @@
-"""Gated linear attention: a recurrent state per head, in which every channel of the keys forgets at its own rate.
+"""Implements gated linear attention: a recurrent state per head, in which every key channel has its own decay.
 
 Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635.
 
     S_t = diag(a_t) S_{t-1} + k_t^T v_t        a_t = sigmoid(up(down(x_t)) + bias)^(1 / temperature)
     out(norm(scale q_t S_t) * swish(gate(x_t)))
 
-The decay's gate has a low rank, the norm is one RMSNorm for all heads, over each head's channels. The paper has rank
+The decay's gate has a low rank; the norm is one RMSNorm for all heads, over each head's channels. The paper has rank
 16, temperature 16, keys half as wide as the model, values as wide as it, and scale = key_size^-0.5.
 """
 
@@ -17,24 +17,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
+from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.linear import linear_recurrence
-from decodax.layers.weight import Weight, fetch_own
+from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
 class GatedLinearConfig(RecurrentConfig):
-    """`key_size` and `value_size` are channels per head; `scale` multiplies query x key.
+    """The config of a gated linear attention layer.
 
-    gate_rank: R, inner size of the decay's gate. gate_temperature: divides its logarithm, so that decays start near 1.
+    num_heads: N.
+    key_size: channels of a key head.
+    value_size: channels of a value head.
+    gate_rank: R, inner size of the decay's gate.
+    gate_temperature: divides the gate's logarithm, so that decays start near 1.
+    scale: multiplies query x key.
+    norm: of the output.
     """
 
     num_heads: int
@@ -58,15 +65,15 @@ class GatedLinearConfig(RecurrentConfig):
     def weights(self, hidden_size: int) -> dict[str, Any]:
         keys, values = self.num_heads * self.key_size, self.num_heads * self.value_size
         return {
-            "query": Weight(("NH", "D"), (keys, hidden_size), whole=self.key_size),
-            "key": Weight(("NH", "D"), (keys, hidden_size), whole=self.key_size),
-            "value": Weight(("NH", "D"), (values, hidden_size), whole=self.value_size),
-            "gate": Weight(("NH", "D"), (values, hidden_size), whole=self.value_size),
+            "query": Weight(("NH", "D"), (keys, hidden_size), block_size=self.key_size),
+            "key": Weight(("NH", "D"), (keys, hidden_size), block_size=self.key_size),
+            "value": Weight(("NH", "D"), (values, hidden_size), block_size=self.value_size),
+            "gate": Weight(("NH", "D"), (values, hidden_size), block_size=self.value_size),
             "decay_down": Weight(("R", "D"), (self.gate_rank, hidden_size)),
-            "decay_up": Weight(("NH", "R"), (keys, self.gate_rank), whole=self.key_size),
-            "decay_bias": Weight(("NH",), (keys,), "zeros", whole=self.key_size),
+            "decay_up": Weight(("NH", "R"), (keys, self.gate_rank), block_size=self.key_size),
+            "decay_bias": Weight(("NH",), (keys,), "zeros", block_size=self.key_size),
             "norm": self.norm.weights(self.value_size, "H"),
-            "out": Weight(("D", "NH"), (hidden_size, values), whole=self.value_size),
+            "out": Weight(("D", "NH"), (hidden_size, values), block_size=self.value_size),
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
@@ -78,7 +85,7 @@ class GatedLinearConfig(RecurrentConfig):
 
 
 class GatedLinear(nn.Module):
-    """out(norm(linear attention with decay) * swish(gate(x))); no positions but those that decay makes."""
+    """out(norm(linear attention with decay) * swish(gate(x))); positions only from decay."""
 
     config: GatedLinearConfig
     hidden_size: int
@@ -92,10 +99,10 @@ class GatedLinear(nn.Module):
         row_length: Int[Array, "B T"],
         cache: RecurrentCache | Staged | Tile | None,
         mask: Mask,
-    ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
+    ) -> tuple[Float[Array, "B T D"], RecurrentUpdate]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
-        inputs = self.execution.all_tokens(inputs)
+        inputs = self.execution.gathered_tokens(inputs)
         batch, num_tokens, _ = inputs.shape
 
         def project(name: str, size: int) -> Float[Array, "B T N H"]:
@@ -113,5 +120,5 @@ class GatedLinear(nn.Module):
         )
         gated = RMSNorm(config.norm, config.value_size, "H", name="norm")(read) * jax.nn.silu(gate)
         flat = gated.reshape(batch, num_tokens, -1)
-        output = linear_from_parts(flat, weight["out"], letter="N", execution=self.execution)
-        return output, RecurrentRows(key, value, log_decay)
+        output = row_parallel_linear(flat, weight["out"], axis_name="N", execution=self.execution)
+        return output, RecurrentUpdate(key, value, log_decay)

@@ -1,8 +1,8 @@
-"""Softmax attention with grouped key-value heads, as in Llama, Mistral, Qwen and Gemma.
+"""Implements grouped-query attention (GQA), as in Llama, Mistral, Qwen and Gemma.
 
-GQA, arXiv 2305.13245. The options cover what those families differ in: biases, a norm on each head's query and key
-(Qwen 3) or on all heads at once (OLMoE), limits on the projections (OLMoE), a window (Mistral), the scale of the scores
-and a soft-cap on them (Gemma 2), sinks (gpt-oss), a gate on the output (Qwen3-Next).
+GQA, arXiv 2305.13245. The options cover the differences between families: biases, a norm on each head's query and key
+(Qwen 3) or on all heads at once (OLMoE), clipped projections (OLMoE), a window (Mistral), the scale of the scores and a
+soft-cap on them (Gemma 2), sinks (gpt-oss), a gate on the output (Qwen3-Next).
 """
 
 from dataclasses import dataclass
@@ -14,27 +14,37 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.attend_invariant import Tile, attend_invariant
 from decodax.layers.attention.mask import Mask, Window
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache._contract import Cache, CachePolicy
-from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.contract import Cache, CachePolicy
+from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
-from decodax.layers.weight import Weight, fetch_own
+from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
 class GQAConfig:
-    """`scale` multiplies query x key; `window` counts the tokens a query sees, itself included (None: all).
+    """The config of grouped-query attention.
 
-    head_norm: norms each head's query and key, or with `norm_across_heads` all heads' together.
-    clip: queries, keys and values are brought into -clip .. clip. sinks: one learned score per head.
-    output_gate: "query" also makes a gate for each head (its rows alternate: query, gate), whose sigmoid multiplies
-        what the head gives.
+    num_heads, num_kv_heads, head_size: N, K, H.
+    rope: rotary embedding of queries and keys.
+    scale: multiplies query x key.
+    qkv_bias: bias of the query, key and value projections.
+    out_bias: bias of the output projection.
+    head_norm: norm of each head's query and key.
+    window: tokens a query attends to, itself included (None: all).
+    softcap: soft-cap of the scores.
+    norm_across_heads: `head_norm` is one norm over all heads.
+    clip: queries, keys and values are clipped to -clip .. clip.
+    sinks: one learned score per head.
+    output_gate: "query" also makes a gate for each head (its outputs alternate: query, gate), whose sigmoid multiplies
+        the head's output.
     """
 
     num_heads: int
@@ -66,15 +76,15 @@ class GQAConfig:
         wide, narrow = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         per_head = self.query_size // self.num_heads
         weights: dict[str, Any] = {
-            "query": Weight(("NH", "D"), (self.query_size, hidden_size), whole=per_head),
-            "key": Weight(("KH", "D"), (narrow, hidden_size), whole=self.head_size),
-            "value": Weight(("KH", "D"), (narrow, hidden_size), whole=self.head_size),
-            "out": Weight(("D", "NH"), (hidden_size, wide), whole=self.head_size),
+            "query": Weight(("NH", "D"), (self.query_size, hidden_size), block_size=per_head),
+            "key": Weight(("KH", "D"), (narrow, hidden_size), block_size=self.head_size),
+            "value": Weight(("KH", "D"), (narrow, hidden_size), block_size=self.head_size),
+            "out": Weight(("D", "NH"), (hidden_size, wide), block_size=self.head_size),
         }
         if self.qkv_bias:
-            weights["query_bias"] = Weight(("NH",), (self.query_size,), "zeros", whole=per_head)
-            weights["key_bias"] = Weight(("KH",), (narrow,), "zeros", whole=self.head_size)
-            weights["value_bias"] = Weight(("KH",), (narrow,), "zeros", whole=self.head_size)
+            weights["query_bias"] = Weight(("NH",), (self.query_size,), "zeros", block_size=per_head)
+            weights["key_bias"] = Weight(("KH",), (narrow,), "zeros", block_size=self.head_size)
+            weights["value_bias"] = Weight(("KH",), (narrow,), "zeros", block_size=self.head_size)
         if self.out_bias:
             weights["out_bias"] = Weight(("D",), (hidden_size,), "zeros")
         if self.sinks:
@@ -86,11 +96,11 @@ class GQAConfig:
 
     @property
     def query_size(self) -> int:
-        """Outputs of the query's projection."""
+        """Outputs of the query projection."""
         return self.num_heads * self.head_size * (2 if self.output_gate else 1)
 
     def normed(self, name: str) -> tuple[int, str]:
-        """Over how many coordinates the norm of queries or keys goes, and the letters of that axis."""
+        """The number of coordinates of the norm of queries or keys, and their logical axes."""
         if not self.norm_across_heads:
             return self.head_size, "H"
         return (
@@ -103,12 +113,12 @@ class GQAConfig:
     def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Cache:
         return policy.empty(batch_size, self.num_kv_heads, capacity, self.head_size, dtype)
 
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> KVRows:
-        return KVRows.empty(batch_size, self.num_kv_heads, num_tokens, self.head_size, dtype)
+    def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> KVUpdate:
+        return KVUpdate.empty(batch_size, self.num_kv_heads, num_tokens, self.head_size, dtype)
 
 
 class GQA(nn.Module):
-    """out(attend(rope(query(x)), rope(key(x)), value(x))): reads the cache, returns the new rows beside the output."""
+    """out(attend(rope(query(x)), rope(key(x)), value(x))): reads the cache, returns the output and the cache update."""
 
     config: GQAConfig
     hidden_size: int
@@ -122,7 +132,7 @@ class GQA(nn.Module):
         row_length: Int[Array, "B T"],
         cache: Cache | Staged | Tile | None,
         mask: Mask,
-    ) -> tuple[Float[Array, "B T D"], KVRows]:
+    ) -> tuple[Float[Array, "B T D"], KVUpdate]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
 
@@ -155,5 +165,7 @@ class GQA(nn.Module):
             mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         flat = flat if gate is None else flat * jax.nn.sigmoid(gate)
-        output = linear_from_parts(flat, weight["out"], weight.get("out_bias"), letter="N", execution=self.execution)
-        return output, KVRows(key, value)
+        output = row_parallel_linear(
+            flat, weight["out"], weight.get("out_bias"), axis_name="N", execution=self.execution
+        )
+        return output, KVUpdate(key, value)

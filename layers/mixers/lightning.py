@@ -1,12 +1,12 @@
-"""Lightning attention: a recurrent state per head that forgets at a fixed rate, the head's slope.
+"""Implements lightning attention: a recurrent state per head with a fixed decay, the head's slope.
 
     S_t = exp(-slope) S_{t-1} + k_t^T v_t        out(norm(q_t S_t) * sigmoid(gate(x_t)))
 
 Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models, arXiv 2401.04658;
 TransNormerLLM: A Faster and Better Large Language Model with Improved TransNormer, arXiv 2307.14995; MiniMax-01:
 Scaling Foundation Models with Lightning Attention, arXiv 2501.08313. The layer is that of MiniMax: an activation on
-queries, keys and values, and one RMSNorm over all heads. TransNormerLLM's slopes are here; not its rotation of queries
-and keys (LRPE) in the first layer.
+queries, keys and values, and one RMSNorm over all heads. TransNormerLLM's slopes are implemented; its rotation of
+queries and keys (LRPE) in the first layer is not.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import ACTIVATIONS
-from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
+from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.linear import linear_recurrence
-from decodax.layers.weight import Weight, fetch_own
+from decodax.layers.row_parallel import row_parallel_linear
 
 
 def minimax_slopes(num_heads: int, layer: int, num_layers: int) -> tuple[float, ...]:
-    """MiniMax's slopes of a layer (0 .. num_layers - 1): ALiBi's, smaller the higher the layer stands.
+    """MiniMax's slopes of a layer (0 .. num_layers - 1): ALiBi's, smaller in later layers.
 
     >>> minimax_slopes(2, 0, 3)
     (0.062500625, 0.0039062890625)
@@ -42,7 +43,7 @@ def minimax_slopes(num_heads: int, layer: int, num_layers: int) -> tuple[float, 
 
 
 def transnormer_slopes(num_heads: int, layer: int, num_layers: int) -> tuple[float, ...]:
-    """The slopes in the text of TransNormerLLM: 8 h / N (1 - l / L); its first head never forgets.
+    """The slopes in the text of TransNormerLLM: 8 h / N (1 - l / L); its first head does not decay.
 
     >>> transnormer_slopes(4, 1, 2)
     (0.0, 1.0, 2.0, 3.0)
@@ -52,10 +53,14 @@ def transnormer_slopes(num_heads: int, layer: int, num_layers: int) -> tuple[flo
 
 @dataclass(frozen=True)
 class LightningConfig(RecurrentConfig):
-    """`head_size` of queries, keys and values alike; `scale` multiplies query x key.
+    """The config of a lightning attention layer.
 
-    slopes: one per head, at least 0: minus the logarithm of its decay per token. activation: on queries, keys and
-    values, a name of ACTIVATIONS (None: none).
+    num_heads: N.
+    head_size: of queries, keys and values.
+    slopes: one per head, at least 0: minus the logarithm of its decay per token.
+    activation: on queries, keys and values, a name of ACTIVATIONS (None: none).
+    scale: multiplies query x key.
+    norm: of the output.
     """
 
     num_heads: int
@@ -72,13 +77,13 @@ class LightningConfig(RecurrentConfig):
             raise ValueError(f"activation must be None or one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
-        """`query_key_value` holds a head's three parts one behind the other, head by head."""
+        """`query_key_value` holds query, key and value of a head one after the other, head by head."""
         wide = self.num_heads * self.head_size
         return {
-            "query_key_value": Weight(("NH", "D"), (3 * wide, hidden_size), whole=3 * self.head_size),
-            "gate": Weight(("NH", "D"), (wide, hidden_size), whole=self.head_size),
+            "query_key_value": Weight(("NH", "D"), (3 * wide, hidden_size), block_size=3 * self.head_size),
+            "gate": Weight(("NH", "D"), (wide, hidden_size), block_size=self.head_size),
             "norm": self.norm.weights(wide, "NH", self.head_size),
-            "out": Weight(("D", "NH"), (hidden_size, wide), whole=self.head_size),
+            "out": Weight(("D", "NH"), (hidden_size, wide), block_size=self.head_size),
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
@@ -90,7 +95,7 @@ class LightningConfig(RecurrentConfig):
 
 
 class Lightning(nn.Module):
-    """out(norm(linear attention with decay) * sigmoid(gate(x))); no positions but those that decay makes."""
+    """out(norm(linear attention with decay) * sigmoid(gate(x))); positions only from decay."""
 
     config: LightningConfig
     hidden_size: int
@@ -104,16 +109,16 @@ class Lightning(nn.Module):
         row_length: Int[Array, "B T"],
         cache: RecurrentCache | Staged | Tile | None,
         mask: Mask,
-    ) -> tuple[Float[Array, "B T D"], RecurrentRows]:
+    ) -> tuple[Float[Array, "B T D"], RecurrentUpdate]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
-        inputs = self.execution.all_tokens(inputs)
+        inputs = self.execution.gathered_tokens(inputs)
         batch, num_tokens, _ = inputs.shape
         heads = linear(inputs, weight["query_key_value"])
         if config.activation is not None:
             heads = ACTIVATIONS[config.activation](heads)
         heads = heads.reshape(batch, num_tokens, config.num_heads, 3, config.head_size)
-        query, key, value = (heads[:, :, :, part] for part in range(3))
+        query, key, value = (heads[:, :, :, index] for index in range(3))
         log_decay = -jnp.asarray(config.slopes, jnp.float32)[None, None, :, None]
         log_decay = jnp.broadcast_to(log_decay, (batch, num_tokens, config.num_heads, 1))
         past = past_of(cache, config.empty_cache(batch, 0, inputs.dtype))
@@ -123,5 +128,5 @@ class Lightning(nn.Module):
         flat = read.reshape(batch, num_tokens, -1)
         normed = RMSNorm(config.norm, flat.shape[2], "NH", name="norm")(flat)
         gated = jax.nn.sigmoid(linear(inputs, weight["gate"])) * normed
-        output = linear_from_parts(gated, weight["out"], letter="N", execution=self.execution)
-        return output, RecurrentRows(key, value, log_decay)
+        output = row_parallel_linear(gated, weight["out"], axis_name="N", execution=self.execution)
+        return output, RecurrentUpdate(key, value, log_decay)

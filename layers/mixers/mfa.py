@@ -1,8 +1,8 @@
-"""Many query heads made through a low rank, and one large key head and value head that all of them share.
+"""Implements multi-matrix factorization attention: low-rank query heads that share one large key and value head.
 
 Multi-matrix Factorization Attention, arXiv 2412.19255; Step-3 is Large yet Affordable: Model-system Co-design for
-Cost-effective Decoding, arXiv 2507.19427. The norm between the two matrices of the queries is Step-3's. The variant
-whose values are made from the keys (MFA-KR) is not built.
+Cost-effective Decoding, arXiv 2507.19427. The norm between the two query matrices is Step-3's. The variant that
+computes values from the keys (MFA-KR) is not implemented.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,30 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.attend_invariant import Tile, attend_invariant
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache._contract import Cache, CachePolicy
-from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.contract import Cache, CachePolicy
+from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
-from decodax.layers.weight import Weight, fetch_own
+from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
 class MFAConfig:
-    """query_rank: numbers that all heads' queries are made from, after `norm`. `scale` multiplies query x key."""
+    """The config of multi-matrix factorization attention.
+
+    num_heads, head_size: N, H.
+    query_rank: inner size of the query projection.
+    rope: rotary embedding of queries and keys.
+    scale: multiplies query x key.
+    norm: between the two query matrices.
+    """
 
     num_heads: int
     head_size: int
@@ -42,15 +50,15 @@ class MFAConfig:
             raise ValueError(f"rotary_size must be at most the head size {self.head_size}, got {self.rope.rotary_size}")
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
-        """Keys and values have one head, which every device that has some of the query heads needs whole."""
+        """Keys and values have one head, replicated on every device with query heads."""
         wide, size, rank = self.num_heads * self.head_size, self.head_size, self.query_rank
         return {
             "query_down": Weight(("R", "D"), (rank, hidden_size)),
             "query_norm": self.norm.weights(rank, "R"),
-            "query_up": Weight(("NH", "R"), (wide, rank), whole=size),
+            "query_up": Weight(("NH", "R"), (wide, rank), block_size=size),
             "key": Weight(("H", "D"), (size, hidden_size)),
             "value": Weight(("H", "D"), (size, hidden_size)),
-            "out": Weight(("D", "NH"), (hidden_size, wide), whole=size),
+            "out": Weight(("D", "NH"), (hidden_size, wide), block_size=size),
         }
 
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
@@ -59,14 +67,14 @@ class MFAConfig:
     def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Cache:
         return policy.empty(batch_size, 1, capacity, self.head_size, dtype)
 
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> KVRows:
-        return KVRows.empty(batch_size, 1, num_tokens, self.head_size, dtype)
+    def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> KVUpdate:
+        return KVUpdate.empty(batch_size, 1, num_tokens, self.head_size, dtype)
 
 
 class MFA(nn.Module):
-    """out(attend(rope(query_up(norm(query_down(x)))), rope(key(x)), value(x))): all heads read one key and one value.
+    """out(attend(rope(query_up(norm(query_down(x)))), rope(key(x)), value(x))): all heads share one key and one value.
 
-    Reads the cache, returns the new rows beside the output.
+    Reads the cache, returns the output and the cache update.
     """
 
     config: MFAConfig
@@ -81,7 +89,7 @@ class MFA(nn.Module):
         row_length: Int[Array, "B T"],
         cache: Cache | Staged | Tile | None,
         mask: Mask,
-    ) -> tuple[Float[Array, "B T D"], KVRows]:
+    ) -> tuple[Float[Array, "B T D"], KVUpdate]:
         config = self.config
         weight = fetch_own(self, config.weights(self.hidden_size))
 
@@ -98,4 +106,4 @@ class MFA(nn.Module):
         else:
             mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
-        return linear_from_parts(flat, weight["out"], letter="N", execution=self.execution), KVRows(key, value)
+        return row_parallel_linear(flat, weight["out"], axis_name="N", execution=self.execution), KVUpdate(key, value)

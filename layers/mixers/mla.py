@@ -1,8 +1,8 @@
-"""Multi-head latent attention: what the heads' keys and values are made from is one small vector per token, and cached.
+"""Implements multi-head latent attention (MLA): caches one latent per token, from which heads get keys and values.
 
 DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model, arXiv 2405.04434; DeepSeek-V3
 Technical Report, arXiv 2412.19437. Weights as in transformers' deepseek_v2 and deepseek_v3, but for `kv_b_proj`, which
-is split into the part that makes keys and the part that makes values.
+is split into `key_up` and `value_up`.
 """
 
 from dataclasses import dataclass
@@ -13,30 +13,39 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.new_tokens import MAX_NEW_TOKENS
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch_own
+from decodax.kernels_pallas.decode.new_tokens import MAX_NEW_TOKENS
 from decodax.layers.attention.attend_absorbed import attend_absorbed
-from decodax.layers.attention.attend_expanded import Expansion, attend_expanded
+from decodax.layers.attention.attend_expanded import attend_expanded
 from decodax.layers.attention.attend_invariant import Tile
+from decodax.layers.attention.expansion import Expansion
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache._contract import CachePolicy
+from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
-from decodax.layers.kv_cache.latent import LatentCache, LatentRows
-from decodax.layers.kv_cache.part import CachePart
+from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
+from decodax.layers.kv_cache.micro_batch import MicroBatchCache
 from decodax.layers.kv_cache.staged import Staged, unstaged
-from decodax.layers.linear import linear, linear_from_parts
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
-from decodax.layers.weight import Weight, fetch_own
+from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Sizes of a head: `nope_size` numbers of a key carry no position, rope.rotary_size do; a value has `value_size`.
+    """The config of multi-head latent attention.
 
-    latent_rank: numbers of a latent (R). query_rank: of what queries are made from, normed; None: from the input.
-    scale: multiplies query x key. norm: of latents and of what queries are made from. bias: of the projections to them
-        and of the one out. rope_interleaved: rotated pairs are neighbours in the weights' rows, as in DeepSeek's files.
+    num_heads: N.
+    nope_size: numbers of a head's key without position; rope.rotary_size numbers have one.
+    value_size: numbers of a head's value.
+    latent_rank: R, numbers of a latent.
+    query_rank: numbers of a query latent; None for queries from the input.
+    rope: rotary embedding of the rope numbers.
+    scale: multiplies query x key.
+    norm: of latents and query latents.
+    rope_interleaved: rotated pairs are neighbours in the weights, as in DeepSeek's files.
+    bias: of the projections to latents and of the output projection.
     """
 
     num_heads: int
@@ -56,10 +65,10 @@ class MLAConfig:
 
     @property
     def most_absorbed_tokens(self) -> int:
-        """How many new tokens behind a cache at most read the latents themselves (`attend_absorbed.py`).
+        """The most new tokens after a cache that attend to the latents themselves (`attend_absorbed.py`).
 
-        T tokens cost T (2 R + H) multiplications per head and cached token there, and T (I + H + J) + R (I + J) on keys
-        and values made anew; with DeepSeek-V3's sizes, up to T = 170 the first are fewer. The kernel for it takes 128.
+        T tokens cost T (2 R + H) multiplications per head and cached token there, and T (I + H + J) + R (I + J) with
+        expanded keys and values; with DeepSeek-V3's sizes, the first are fewer up to T = 170. Its kernel supports 128.
         """
         expanded_size = self.nope_size + self.value_size
         more_per_token = 2 * self.latent_rank - expanded_size
@@ -74,16 +83,16 @@ class MLAConfig:
         weights: dict[str, Any] = {
             "latent_down": Weight(("R", "D"), (rank + self.rope_size, hidden_size)),
             "latent_norm": self.norm.weights(rank, "R"),
-            "key_up": Weight(("NH", "R"), (keys, rank), whole=self.nope_size),
-            "value_up": Weight(("NH", "R"), (values, rank), whole=self.value_size),
-            "out": Weight(("D", "NH"), (hidden_size, values), whole=self.value_size),
+            "key_up": Weight(("NH", "R"), (keys, rank), block_size=self.nope_size),
+            "value_up": Weight(("NH", "R"), (values, rank), block_size=self.value_size),
+            "out": Weight(("D", "NH"), (hidden_size, values), block_size=self.value_size),
         }
         if self.query_rank is None:
-            weights["query"] = Weight(("NH", "D"), (query_size, hidden_size), whole=per_head)
+            weights["query"] = Weight(("NH", "D"), (query_size, hidden_size), block_size=per_head)
         else:
             weights["query_down"] = Weight(("R", "D"), (self.query_rank, hidden_size))
             weights["query_norm"] = self.norm.weights(self.query_rank, "R")
-            weights["query_up"] = Weight(("NH", "R"), (query_size, self.query_rank), whole=per_head)
+            weights["query_up"] = Weight(("NH", "R"), (query_size, self.query_rank), block_size=per_head)
         if self.bias:
             weights["latent_down_bias"] = Weight(("R",), (rank + self.rope_size,), "zeros")
             weights["out_bias"] = Weight(("D",), (hidden_size,), "zeros")
@@ -97,18 +106,18 @@ class MLAConfig:
     def empty_cache(
         self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
     ) -> LatentCache:
-        """Of the policies only MarkedCache makes a difference: there are no keys and values to keep in another form."""
+        """As in `Mixer.empty_cache`. Of the policies only MarkedCache has an effect: no keys and values are cached."""
         track_kept = policy is MarkedCache
         return LatentCache.empty(batch_size, capacity, self.latent_rank, self.rope_size, dtype, track_kept=track_kept)
 
-    def empty_rows(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> LatentRows:
-        return LatentRows.empty(batch_size, num_tokens, self.latent_rank, self.rope_size, dtype)
+    def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> LatentUpdate:
+        return LatentUpdate.empty(batch_size, num_tokens, self.latent_rank, self.rope_size, dtype)
 
 
 class MLA(nn.Module):
     """c = norm(W_dkv x), k_rope = rope(W_kr x); a head's key is [W_uk c; k_rope], its value W_uv c; then attention.
 
-    Reads the cache, returns the new rows beside the output.
+    Reads the cache, returns the output and the cache update.
     """
 
     config: MLAConfig
@@ -121,9 +130,9 @@ class MLA(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: LatentCache | CachePart | Staged | Tile | None,
+        cache: LatentCache | MicroBatchCache | Staged | Tile | None,
         mask: Mask,
-    ) -> tuple[Float[Array, "B T D"], LatentRows]:
+    ) -> tuple[Float[Array, "B T D"], LatentUpdate]:
         config = self.config
         if isinstance(cache, Tile):
             raise ValueError("latent attention has no invariant mode: use a model with invariant=False")
@@ -146,19 +155,19 @@ class MLA(nn.Module):
         latent = RMSNorm(config.norm, config.latent_rank, "R", name="latent_norm")(down[..., : config.latent_rank])
         shared_key = down[:, :, None, config.latent_rank :]
         rope_key = rotate(shared_key, cos, sin, interleaved=config.rope_interleaved)[:, :, 0]
-        rows = LatentRows(latent, rope_key)
+        update = LatentUpdate(latent, rope_key)
 
         key_up, value_up = weight["key_up"], weight["value_up"]
         options = {"scale": config.scale, "execution": self.execution}
         if cache is None or unstaged(cache) is None or inputs.shape[1] > config.most_absorbed_tokens:
             query = jnp.concatenate([query_nope, query_rope], axis=3)
             expand = Expansion(key_up, value_up, config.num_heads)
-            mixed = attend_expanded(query, rows, expand, position, mask, cache, **options)
+            mixed = attend_expanded(query, update, expand, position, mask, cache, **options)
         else:
             by_head = (config.num_heads, -1, config.latent_rank)
             query_latent = jnp.einsum("btni,nir->btnr", query_nope, key_up.reshape(by_head))
-            mixed = attend_absorbed(query_latent, query_rope, rows, position, mask, cache, **options)
+            mixed = attend_absorbed(query_latent, query_rope, update, position, mask, cache, **options)
             mixed = jnp.einsum("btnr,njr->btnj", mixed, value_up.reshape(by_head))
         flat = mixed.reshape(*inputs.shape[:2], -1)
         out, bias = weight["out"], weight.get("out_bias")
-        return linear_from_parts(flat, out, bias, letter="N", execution=self.execution), rows
+        return row_parallel_linear(flat, out, bias, axis_name="N", execution=self.execution), update

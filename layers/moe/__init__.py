@@ -1,9 +1,17 @@
-"""Mixtures of experts from parts that are data: a router says who goes where, a placement where experts are.
+"""Lists the feed-forward layers: a gated MLP, and a mixture of experts.
 
-`layer.py` is the layer, `routers/` choose experts for tokens, `experts/` are the ways to run them, all with one result.
+`layer.py` is the mixture of experts, `routers/` choose experts for tokens, `dispatch/` brings tokens to them,
+`placement.py` says where experts are.
 """
 
-from decodax.layers.feed_forward import FeedForward, GatedMLPConfig
-from decodax.layers.moe.layer import MoEConfig
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-METHODS: dict[str, type[FeedForward]] = {"gated_mlp": GatedMLPConfig, "mixture_of_experts": MoEConfig}
+from decodax.core.lazy import Methods
+
+if TYPE_CHECKING:
+    from decodax.layers.feed_forward import FeedForward
+
+METHODS: "Mapping[str, type[FeedForward]]" = Methods(
+    __name__, {"gated_mlp": "decodax.layers.feed_forward:GatedMLPConfig", "mixture_of_experts": "layer:MoEConfig"}
+)

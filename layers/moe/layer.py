@@ -1,11 +1,11 @@
-"""A mixture of experts as a feed-forward layer: each token goes through the experts that a router chooses for it.
+"""Implements a mixture of experts (MoE) layer: a router chooses the experts of each token.
 
 DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models, arXiv 2401.06066: many small
-experts, and shared ones that every token goes through, here one gated MLP of their joint width.
+experts, and shared experts for every token, here one gated MLP of their total width.
 
 DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training to Power Next-Generation AI Scale, arXiv 2201.05596:
-an MLP for all tokens beside one expert, their outputs mixed by learned shares (as its code has it; the paper adds them
-up), and more experts in deeper layers, which is another config for each block.
+an MLP for all tokens beside one expert, with outputs mixed by learned weights (as in its code; the paper adds them up),
+and more experts in later layers, which is another config for each block.
 """
 
 from dataclasses import dataclass, replace
@@ -16,25 +16,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from decodax.core.linear import linear
+from decodax.core.weight import Weight, fetch, fetch_own
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import Activation, GatedMLP, GatedMLPConfig, check_activation
-from decodax.layers.linear import linear
-from decodax.layers.moe.experts import Setting, choose_way
+from decodax.layers.moe.dispatch.contract import Setting
+from decodax.layers.moe.dispatch.selection import select_dispatch
 from decodax.layers.moe.placement import Placement
-from decodax.layers.moe.routers import Router
+from decodax.layers.moe.routers.contract import Router
 from decodax.layers.moe.routes import Routes
-from decodax.layers.weight import Weight, fetch, fetch_own
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """sum of the chosen experts, each times its gate, + shared(x).
 
-    intermediate_size: F of each expert. bias: adds one to each of an expert's three products.
-    shared: an MLP for all tokens. shared_gate: its output is multiplied with sigmoid(w x), one number per token
-    (Qwen2-MoE). residual_mix: experts and shared are mixed by softmax(W x + b), two numbers per token, in place of
-    being added (DeepSpeed-MoE).
-    placement: where experts are; the layer's weights are then in the order of its slots (`Placement.arrange`).
+    router: chooses the experts.
+    intermediate_size: F of each expert.
+    activation: of experts.
+    bias: adds one to each of an expert's three products.
+    shared: an MLP for all tokens.
+    shared_gate: multiplies the shared output by sigmoid(w x), one number per token (Qwen2-MoE).
+    residual_mix: experts and shared are mixed by softmax(W x + b), two numbers per token, instead of added
+        (DeepSpeed-MoE).
+    placement: the slots of experts; the layer's weights are then in the order of slots (`Placement.arrange`).
     """
 
     router: Router
@@ -49,7 +54,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         check_activation(self.activation)
         if self.shared is None and (self.shared_gate or self.residual_mix):
-            raise ValueError("shared_gate and residual_mix are about the shared MLP: give `shared`, or leave them out")
+            raise ValueError("shared_gate and residual_mix need the shared MLP: give `shared`, or leave them out")
         if self.shared_gate and self.residual_mix:
             raise ValueError("shared_gate and residual_mix both scale the shared MLP: choose one")
         placement = self.placement
@@ -107,7 +112,7 @@ class _Weights(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routes all tokens, runs their experts in the way of the execution, and adds what all tokens share."""
+    """Routes all tokens, runs their experts with the dispatch algorithm of `execution`, and adds the shared MLP."""
 
     config: MoEConfig
     hidden_size: int
@@ -123,11 +128,11 @@ class MoE(nn.Module):
             experts = _Weights(described["experts"], self.execution, name="experts")()
             tokens = inputs.reshape(-1, inputs.shape[-1])
             flat = replace(
-                routes, **{part: getattr(routes, part).reshape(len(tokens), -1) for part in ("expert", "gate")}
+                routes, **{name: getattr(routes, name).reshape(len(tokens), -1) for name in ("expert", "gate")}
             )
-            way = choose_way(self.execution, flat.expert.size)
+            dispatch = select_dispatch(self.execution, flat.expert.size)
             setting = Setting(config.activation, self.execution, config.placement)
-            output, num_overflowed = way.run(tokens, flat, experts, setting)
+            output, num_overflowed = dispatch.run(tokens, flat, experts, setting)
             output = output.reshape(inputs.shape)
         if config.shared is not None:
             with jax.named_scope("shared"):
@@ -135,7 +140,7 @@ class MoE(nn.Module):
         return output, replace(routes, num_overflowed=num_overflowed)
 
     def _routes(self, inputs: Float[Array, "B T D"], weights: dict[str, Array]) -> Routes:
-        """Every device routes the rows that it has: the compiler would gather all scores to find the largest."""
+        """Every device routes its own rows: the compiler would all-gather the scores for the top-k."""
 
         def route(tokens: Array, weights: dict[str, Array]) -> tuple[Array, Array]:
             routes = self.config.router.route(tokens, weights)
@@ -148,8 +153,8 @@ class MoE(nn.Module):
     ) -> Float[Array, "B T D"]:
         config = self.config
         assert config.shared is not None
-        whole_sums = replace(self.execution, scatter_norms=False)  # added up together with those of the experts
-        shared, _ = GatedMLP(config.shared, self.hidden_size, whole_sums, name="shared")(inputs)
+        all_reduced = replace(self.execution, sequence_parallel=False)  # summed together with the experts' results
+        shared, _ = GatedMLP(config.shared, self.hidden_size, all_reduced, name="shared")(inputs)
         if config.shared_gate:
             weight = fetch(self, "shared_gate", described["shared_gate"])
             share = jax.nn.sigmoid(linear(inputs, weight, output_dtype=jnp.float32))

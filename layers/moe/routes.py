@@ -1,20 +1,22 @@
-"""Which experts each token chose, and with what weight: all that the rest of a mixture of experts hears of its router.
+"""Defines the routes of tokens: the experts and gates that a router returns.
 
-What a layer hands back as its record is the same, with a count of what its exchange could not take at once.
+A layer returns its routes too, with a count of the choices that did not fit into the first round of its exchange.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
-from decodax.layers import pytree
+from decodax.core import pytree
 
 
 @pytree.dataclass
 class Routes:
-    """expert: of each choice, -1 where a token has fewer than X. gate: what the expert's output is multiplied with.
+    """The routes of tokens.
 
-    num_overflowed: choices that did not fit into the first round of an exchange between devices, and went with later
-    ones. None are left out. A choice of an expert that is cut into slices counts once for each.
+    expert: of each choice, -1 where a token has fewer than X.
+    gate: multiplies the expert's output.
+    num_overflowed: choices that did not fit into the first round of an exchange between devices, and were sent in later
+        rounds; none are dropped. A choice of an expert that is cut into slices counts once for each.
     """
 
     expert: Int[Array, "*batch X"]
@@ -23,5 +25,5 @@ class Routes:
 
     @classmethod
     def of(cls, expert: Int[Array, "*batch X"], gate: Float32[Array, "*batch X"]) -> "Routes":
-        """Routes fresh from a router."""
+        """The routes that a router returns."""
         return cls(expert.astype(jnp.int32), gate, jnp.zeros((), jnp.int32))

@@ -1,1 +1,1 @@
-"""The mathematics of layers with a recurrent state: over a chain of tokens chunk by chunk, over a tree all at once."""
+"""Holds the recurrences of layers with a state: over a chain of tokens in chunks, over a draft tree in one block."""

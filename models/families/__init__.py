@@ -1,41 +1,28 @@
-"""The model families that decodax reads; a new one is a file here and a line below."""
+"""Lists the model families that decodax reads, by the `model_type` of their configs; one per file of that name."""
 
-from decodax.models.families import (
-    deepseek_v2,
-    deepseek_v3,
-    gemma2,
-    gpt_oss,
-    granitemoe,
-    llama,
-    minimax,
-    mistral,
-    mixtral,
-    olmoe,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    qwen3_next,
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from decodax.core.lazy import Methods
+
+if TYPE_CHECKING:
+    from decodax.models.families.contract import Family
+
+_NAMES = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "gpt_oss",
+    "granitemoe",
+    "llama",
+    "minimax",
+    "mistral",
+    "mixtral",
+    "olmoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
 )
-from decodax.models.families._contract import Family
-
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (
-        deepseek_v2,
-        deepseek_v3,
-        gemma2,
-        gpt_oss,
-        granitemoe,
-        llama,
-        minimax,
-        mistral,
-        mixtral,
-        olmoe,
-        qwen2,
-        qwen2_moe,
-        qwen3,
-        qwen3_moe,
-        qwen3_next,
-    )
-}
+FAMILIES: "Mapping[str, Family]" = Methods(__name__, dict.fromkeys(_NAMES, "FAMILY"))

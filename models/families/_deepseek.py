@@ -1,4 +1,4 @@
-"""What DeepSeek-V2 and V3 share: latent attention, shared experts, and their tensors' names."""
+"""Builds what DeepSeek-V2 and V3 share: latent attention (MLA), shared experts, and their tensor names."""
 
 import math
 
@@ -7,15 +7,15 @@ from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.norm import RMSNormConfig
+from decodax.models.checkpoints.name_map import NameMaps, PeriodicSlice, TensorSlice
 from decodax.models.config import BlockConfig
-from decodax.models.families._contract import BlockTensors
 from decodax.models.families._experts import expert_tensors
-from decodax.models.families._layer import Layer
-from decodax.models.sources import Every, Layouts, Source
+from decodax.models.families.contract import BlockTensors
+from decodax.models.families.layer import Layer
 
 LATENT_NORM = RMSNormConfig(1e-6)  # transformers' own, whatever rms_norm_eps says
 
-# The fields of both, with the values that both leave out alike.
+# The fields of both, with their common defaults.
 DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -29,12 +29,12 @@ DEFAULTS = {
     "v_head_dim": 128,
 }
 FIXED = {"moe_layer_freq": 1}
-# Derived from the sizes of the parts of a head; for training; for another program's layout.
+# Derived from the sizes within a head; for training; for another program's parallelism.
 IGNORED = frozenset({"qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size", "num_key_value_heads"})
 
 
 def latent_attention(layer: Layer) -> MLAConfig:
-    """Latent attention; with yarn, `mscale_all_dim` scales the scores, too."""
+    """Latent attention; with YaRN, `mscale_all_dim` scales the scores, too."""
     fields = layer.fields
     scale = (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]) ** -0.5
     all_dims = layer.rope_settings.get("mscale_all_dim", 0)
@@ -56,7 +56,7 @@ def latent_attention(layer: Layer) -> MLAConfig:
 
 
 def experts(layer: Layer, router: TopK) -> MoEConfig:
-    """Routed experts beside shared ones, which are one MLP of their joint width."""
+    """Routed experts beside shared ones, which are one MLP of their summed width."""
     fields, size = layer.fields, layer.fields["moe_intermediate_size"]
     num_shared = fields["n_shared_experts"] or 0
     bias = layer.flag(layer.family.mlp_bias)
@@ -69,13 +69,13 @@ def is_sparse(layer: Layer) -> bool:
 
 
 def tensors(block: BlockConfig) -> BlockTensors:
-    """kv_b_proj holds each head's key and value parts one behind the other."""
+    """The tensor names; kv_b_proj holds each head's key weights, then its value weights."""
     mixer = block.mixer
     assert isinstance(mixer, MLAConfig)
     size = mixer.nope_size + mixer.value_size
 
-    def part(start: int, stop: int) -> Layouts:
-        return ((Source("self_attn.kv_b_proj.weight", part=Every(size, start, stop)),),)
+    def slice_of_head(start: int, stop: int) -> NameMaps:
+        return ((TensorSlice("self_attn.kv_b_proj.weight", part=PeriodicSlice(size, start, stop)),),)
 
     return {
         **expert_tensors(block),
@@ -86,6 +86,6 @@ def tensors(block: BlockConfig) -> BlockTensors:
         "mixer/latent_down": "self_attn.kv_a_proj_with_mqa.weight",
         "mixer/latent_down_bias": "self_attn.kv_a_proj_with_mqa.bias",
         "mixer/latent_norm/weight": "self_attn.kv_a_layernorm.weight",
-        "mixer/key_up": part(0, mixer.nope_size),
-        "mixer/value_up": part(mixer.nope_size, size),
+        "mixer/key_up": slice_of_head(0, mixer.nope_size),
+        "mixer/value_up": slice_of_head(mixer.nope_size, size),
     }

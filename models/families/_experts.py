@@ -1,22 +1,23 @@
-"""What the families with experts share: which layers have them, and what their tensors are called."""
+"""Builds what the families with experts share: their MoE layers, and the tensor names of experts."""
 
 from collections.abc import Callable
 
 from decodax.layers.feed_forward import FeedForward, GatedMLPConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
+from decodax.models.checkpoints.name_map import NameMaps, gated_experts, single_tensor
 from decodax.models.config import BlockConfig
-from decodax.models.families._contract import BLOCK_TENSORS, BlockTensors
-from decodax.models.families._layer import Layer, gated_mlp
-from decodax.models.sources import Layouts, gated_experts, whole
+from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors
+from decodax.models.families.layer import Layer, gated_mlp
 
 
 def softmax_top_k(
     layer: Layer, *, num_experts: str = "num_experts", renormalise: bool | str = "norm_topk_prob"
 ) -> TopK:
-    """The experts with the largest shares of a softmax over all; the shares of the chosen add up to 1 if renormalised.
+    """A softmax top-k router: the k most probable experts; their probabilities are scaled to sum to 1 if renormalised.
 
-    num_experts: the field with their number. renormalise: true, false, or the field that says so.
+    num_experts: the field with their number.
+    renormalise: true, false, or the name of the boolean field.
     """
     fields = layer.fields
     per_token = fields["num_experts_per_tok"]
@@ -32,7 +33,7 @@ def is_sparse(layer: Layer) -> bool:
 def where(
     is_sparse: Callable[[Layer], bool], experts: Callable[[Layer], FeedForward]
 ) -> Callable[[Layer], FeedForward]:
-    """Experts in the layers for which it is so, and a gated MLP in the others."""
+    """Experts in the layers that `is_sparse` selects, and a gated MLP in the others."""
     return lambda layer: experts(layer) if is_sparse(layer) else gated_mlp(layer)
 
 
@@ -42,21 +43,25 @@ def qwen_experts(layer: Layer) -> MoEConfig:
 
 
 def qwen_gated_shared_experts(layer: Layer) -> MoEConfig:
-    """The same, beside an MLP for all tokens that a sigmoid of the token scales."""
+    """`qwen_experts` plus a shared expert for all tokens, scaled by a sigmoid gate of the token."""
     fields, activation = layer.fields, layer.activation
     shared = GatedMLPConfig(fields["shared_expert_intermediate_size"], activation)
     router = softmax_top_k(layer)
     return MoEConfig(router, fields["moe_intermediate_size"], activation, shared=shared, shared_gate=True)
 
 
-def either(*names: str) -> Layouts:
-    """One tensor that programs have given several names."""
-    return tuple(layout for name in names for layout in whole(name))
+def either(*names: str) -> NameMaps:
+    """The name maps of one tensor that programs give several names."""
+    return tuple(name_map for name in names for name_map in single_tensor(name))
 
 
 def experts_at(config: MoEConfig, gate: str, up: str, down: str) -> BlockTensors:
-    """Where the experts are: one matrix each, by names with {} in the expert's place, or stacked by transformers."""
-    layouts = gated_experts(
+    """The experts' name maps: one matrix each, or stacked as transformers has them.
+
+    config: of the experts.
+    gate, up, down: names with {} for the expert.
+    """
+    name_maps = gated_experts(
         config.router.num_experts,
         config.intermediate_size,
         gate=gate,
@@ -65,11 +70,11 @@ def experts_at(config: MoEConfig, gate: str, up: str, down: str) -> BlockTensors
         stacked_gate_up="mlp.experts.gate_up_proj",
         stacked_down="mlp.experts.down_proj",
     )
-    return {f"feed_forward/experts/{name}": several for name, several in layouts.items()}
+    return {f"feed_forward/experts/{name}": several for name, several in name_maps.items()}
 
 
 def expert_tensors(block: BlockConfig) -> BlockTensors:
-    """The names of most families with experts, which began with Qwen2-MoE; also those of layers without."""
+    """The tensor names of most families with experts, from Qwen2-MoE on; also those of layers without experts."""
     if not isinstance(block.feed_forward, MoEConfig):
         return BLOCK_TENSORS
     names = (f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -87,7 +92,7 @@ def expert_tensors(block: BlockConfig) -> BlockTensors:
 
 
 def mixtral_tensors(block: BlockConfig) -> BlockTensors:
-    """Mixtral's names: w1, w3 and w2 for gate, up and down, in a `block_sparse_moe`."""
+    """Mixtral's tensor names: w1, w3 and w2 for gate, up and down, in a `block_sparse_moe`."""
     assert isinstance(block.feed_forward, MoEConfig)
     names = (f"block_sparse_moe.experts.{{}}.{name}.weight" for name in ("w1", "w3", "w2"))
     return {

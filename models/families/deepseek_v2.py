@@ -1,11 +1,10 @@
-"""DeepSeek-V2: latent attention, and experts chosen by softmax, in the largest models from a few groups of them only.
+"""Describes DeepSeek-V2: latent attention (MLA), softmax-routed experts, group-limited in the largest models.
 
 DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model, arXiv 2405.04434.
 """
 
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
-from decodax.models.families._contract import Family
 from decodax.models.families._deepseek import (
     DEFAULTS,
     FIXED,
@@ -16,7 +15,8 @@ from decodax.models.families._deepseek import (
     tensors,
 )
 from decodax.models.families._experts import where
-from decodax.models.families._layer import Layer, sizes
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import Layer, sizes
 
 
 def _experts(layer: Layer) -> MoEConfig:

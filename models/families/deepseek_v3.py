@@ -1,13 +1,12 @@
-"""DeepSeek-V3 and R1: V2 with experts chosen by sigmoid scores, and a bias that balances them.
+"""Describes DeepSeek-V3 and R1: V2 with experts routed by sigmoid scores, and a bias that balances them.
 
-DeepSeek-V3 Technical Report, arXiv 2412.19437. Its layer for predicting two tokens ahead is not a layer of the model:
-`models/next_layer.py` reads it, and `decoding/drafters/next_layer.py` drafts with it.
+DeepSeek-V3 Technical Report, arXiv 2412.19437. Its MTP head, which predicts two tokens ahead, is not a layer of the
+model: `models/mtp_head.py` reads it, and `decoding/drafters/mtp_head.py` drafts with it.
 """
 
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.models.config import ModelConfig
-from decodax.models.families._contract import Family, NextLayerNames
 from decodax.models.families._deepseek import (
     DEFAULTS,
     FIXED,
@@ -18,7 +17,8 @@ from decodax.models.families._deepseek import (
     tensors,
 )
 from decodax.models.families._experts import where
-from decodax.models.families._layer import Layer, sizes
+from decodax.models.families.contract import Family, MTPHeadNames
+from decodax.models.families.layer import Layer, sizes
 
 
 def _experts(layer: Layer) -> MoEConfig:
@@ -37,14 +37,14 @@ def _experts(layer: Layer) -> MoEConfig:
     return experts(layer, router)
 
 
-def _layers_behind(config: ModelConfig) -> str:
-    """Those that predict further tokens are numbered on."""
+def _mtp_layers(config: ModelConfig) -> str:
+    """The names of MTP heads, which are numbered after the model's layers."""
     return rf"model\.layers\.({'|'.join(str(config.num_layers + index) for index in range(8))})\..*"
 
 
-NEXT_LAYER = NextLayerNames(
+MTP_HEAD_NAMES = MTPHeadNames(
     prefix="model.layers.{}.",
-    parts={
+    tensors={
         "embedding_norm/weight": "enorm.weight",
         "hidden_norm/weight": "hnorm.weight",
         "join": "eh_proj.weight",
@@ -74,11 +74,11 @@ FAMILY = Family(
     aliases={"num_local_experts": "n_routed_experts"},
     ignored=IGNORED | {"num_nextn_predict_layers", "num_mtp_layers"},
     fixed={**FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    same_as={"head_dim": "qk_rope_head_dim"},  # transformers rotates so many coordinates where a file gives it
+    same_as={"head_dim": "qk_rope_head_dim"},  # transformers rotates head_dim coordinates if a file gives it
     rotary_size="qk_rope_head_dim",
     mixer=latent_attention,
     feed_forward=where(is_sparse, _experts),
     block_tensors=tensors,
-    elsewhere=_layers_behind,
-    next_layer=NEXT_LAYER,
+    elsewhere=_mtp_layers,
+    mtp_head=MTP_HEAD_NAMES,
 )

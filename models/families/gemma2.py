@@ -1,12 +1,12 @@
-"""Gemma 2: every second layer slides, scores and logits are soft-capped, and norms stand on both sides of each part.
+"""Describes Gemma 2: sliding window in every second layer, soft-capped scores and logits, pre- and post-norms.
 
 Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118.
 """
 
 import math
 
-from decodax.models.families._contract import BLOCK_TENSORS, Family
-from decodax.models.families._layer import sizes
+from decodax.models.families.contract import BLOCK_TENSORS, Family
+from decodax.models.families.layer import sizes
 
 FAMILY = Family(
     model_type="gemma2",

@@ -1,4 +1,4 @@
-"""gpt-oss: every second layer slides, each head has a sink, and all parts of router and experts have biases.
+"""Describes gpt-oss: sliding window in every second layer, a sink per head, biases in router and experts.
 
 gpt-oss-120b & gpt-oss-20b Model Card, arXiv 2508.10925.
 """
@@ -9,10 +9,10 @@ from decodax.layers.feed_forward import ClampedSwiGLU
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
+from decodax.models.checkpoints.name_map import NameMaps, PeriodicSlice, TensorSlice
 from decodax.models.config import BlockConfig
-from decodax.models.families._contract import BLOCK_TENSORS, BlockTensors, Family
-from decodax.models.families._layer import Layer, attention, sizes
-from decodax.models.sources import Every, Layouts, Source
+from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors, Family
+from decodax.models.families.layer import Layer, attention, sizes
 
 
 def _attention(layer: Layer) -> GQAConfig:
@@ -28,13 +28,13 @@ def _experts(layer: Layer) -> MoEConfig:
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:
-    """Gate and up alternate. Plain weights are stored [E, inputs, outputs], those in mxfp4 the other way round."""
+    """Gate and up alternate. Plain weights are stored [E, inputs, outputs], those in mxfp4 [E, outputs, inputs]."""
 
-    def alternating(first: int) -> dict[str, Layouts]:
-        part, name = Every(2, first, first + 1), "mlp.experts.gate_up_proj"
-        plain = Source(name, part=part, axis=2, transposed=True)
-        packed = Source(f"{name}_blocks", part=part, axis=1)
-        return {"": ((packed,), (plain,)), "_bias": ((Source(f"{name}_bias", part=part, axis=1),),)}
+    def alternating(first: int) -> dict[str, NameMaps]:
+        part, name = PeriodicSlice(2, first, first + 1), "mlp.experts.gate_up_proj"
+        plain = TensorSlice(name, part=part, axis=2, transposed=True)
+        packed = TensorSlice(f"{name}_blocks", part=part, axis=1)
+        return {"": ((packed,), (plain,)), "_bias": ((TensorSlice(f"{name}_bias", part=part, axis=1),),)}
 
     down = "mlp.experts.down_proj"
     return {
@@ -42,9 +42,9 @@ def _tensors(block: BlockConfig) -> BlockTensors:
         "mixer/sinks": "self_attn.sinks",
         "feed_forward/router/weight": "mlp.router.weight",
         "feed_forward/router/bias": "mlp.router.bias",
-        **{f"feed_forward/experts/gate{end}": layouts for end, layouts in alternating(0).items()},
-        **{f"feed_forward/experts/up{end}": layouts for end, layouts in alternating(1).items()},
-        "feed_forward/experts/down": ((Source(f"{down}_blocks"),), (Source(down, transposed=True),)),
+        **{f"feed_forward/experts/gate{end}": name_maps for end, name_maps in alternating(0).items()},
+        **{f"feed_forward/experts/up{end}": name_maps for end, name_maps in alternating(1).items()},
+        "feed_forward/experts/down": ((TensorSlice(f"{down}_blocks"),), (TensorSlice(down, transposed=True),)),
         "feed_forward/experts/down_bias": f"{down}_bias",
     }
 
@@ -69,7 +69,7 @@ FAMILY = Family(
     },
     nullable=frozenset({"sliding_window", "layer_types"}),
     aliases={"num_experts": "num_local_experts"},
-    # Said once more under another name: experts per token, and the length before yarn. The activation is fixed.
+    # Repeated under another name: experts per token, and the length before YaRN. The activation is fixed.
     ignored=frozenset({"experts_per_token", "initial_context_length", "hidden_act"}),
     layer_kind=lambda fields, index: "full_attention" if index % 2 else "sliding_attention",
     default_rope={

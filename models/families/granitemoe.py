@@ -1,4 +1,4 @@
-"""Granite 3 with experts: Mixtral with four numbers that scale embeddings, scores, residuals and logits.
+"""Describes Granite 3 with experts: Mixtral with four factors for embeddings, scores, residuals and logits.
 
 Granite 3.0 Language Models, IBM 2024. Power Scheduler, arXiv 2408.13359 (PowerMoE).
 """
@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.moe.layer import MoEConfig
+from decodax.models.checkpoints.name_map import NameMaps, PeriodicSlice, TensorSlice
 from decodax.models.config import BlockConfig, Residual
-from decodax.models.families._contract import BLOCK_TENSORS, BlockTensors, Family
 from decodax.models.families._experts import either, softmax_top_k
-from decodax.models.families._layer import Layer, attention, sizes
-from decodax.models.sources import Every, Layouts, Source
+from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors, Family
+from decodax.models.families.layer import Layer, attention, sizes
 
 
 def _attention(layer: Layer) -> GQAConfig:
@@ -29,20 +29,20 @@ def _residuals(layer: Layer) -> tuple[Residual, Residual]:
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:
-    """Always stacked, gate and up in one."""
+    """The tensor names; experts are always stacked, gate and up in one tensor."""
     config = block.feed_forward
     assert isinstance(config, MoEConfig)
     width = config.intermediate_size
 
-    def half(part: Every) -> Layouts:
+    def half(part: PeriodicSlice) -> NameMaps:
         names = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj")
-        return tuple((Source(name, part=part, axis=1),) for name in names)
+        return tuple((TensorSlice(name, part=part, axis=1),) for name in names)
 
     return {
         **BLOCK_TENSORS,
         "feed_forward/router/weight": either("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
-        "feed_forward/experts/gate": half(Every(2 * width, 0, width)),
-        "feed_forward/experts/up": half(Every(2 * width, width, 2 * width)),
+        "feed_forward/experts/gate": half(PeriodicSlice(2 * width, 0, width)),
+        "feed_forward/experts/up": half(PeriodicSlice(2 * width, width, 2 * width)),
         "feed_forward/experts/down": either(
             "block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"
         ),

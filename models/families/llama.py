@@ -1,10 +1,10 @@
-"""Llama 1 to 3.x and the many models that share its shape (SmolLM, TinyLlama, Yi, DeepSeek LLM, ...).
+"""Describes Llama 1 to 3.x and the many models of its architecture (SmolLM, TinyLlama, Yi, DeepSeek LLM, ...).
 
 LLaMA, arXiv 2302.13971; Llama 2, arXiv 2307.09288; The Llama 3 Herd of Models, arXiv 2407.21783.
 """
 
-from decodax.models.families._contract import Family
-from decodax.models.families._layer import sizes
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import sizes
 
 FAMILY = Family(
     model_type="llama",

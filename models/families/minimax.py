@@ -1,7 +1,7 @@
-"""MiniMax-Text-01: lightning attention in seven layers of eight, softmax attention in the eighth, experts in all.
+"""Describes MiniMax-Text-01: lightning attention in seven layers of eight, softmax in the eighth, experts in all.
 
-MiniMax-01: Scaling Foundation Models with Lightning Attention, arXiv 2501.08313. Both parts of a block add to the
-normed stream, each side with a factor of its own.
+MiniMax-01: Scaling Foundation Models with Lightning Attention, arXiv 2501.08313. Mixer and feed-forward add to the
+normed residual stream, each term with a factor of its own.
 """
 
 from dataclasses import replace
@@ -11,9 +11,9 @@ from decodax.layers.mixers.lightning import LightningConfig, minimax_slopes
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.models.config import BlockConfig, Residual
-from decodax.models.families._contract import BlockTensors, Family
 from decodax.models.families._experts import mixtral_tensors, softmax_top_k
-from decodax.models.families._layer import Fields, Layer, attention, sizes
+from decodax.models.families.contract import BlockTensors, Family
+from decodax.models.families.layer import Fields, Layer, attention, sizes
 
 LIGHTNING_NORM = RMSNormConfig(1e-6)  # transformers' own, whatever rms_norm_eps says
 FACTORS = ("full_attn_alpha_factor", "full_attn_beta_factor", "linear_attn_alpha_factor")
@@ -21,7 +21,7 @@ FACTORS += ("linear_attn_beta_factor", "mlp_alpha_factor", "mlp_beta_factor")
 
 
 def _layer_kind(fields: Fields, index: int) -> str:
-    """Without `layer_types`, attention and lightning attention alternate."""
+    """Without `layer_types`, softmax attention and lightning attention alternate."""
     return "linear_attention" if index % 2 else "full_attention"
 
 
@@ -51,7 +51,7 @@ def _residuals(layer: Layer) -> tuple[Residual, Residual]:
 
     def factors(name: str) -> Residual:
         keep, add = (float(layer.fields[f"{name}_{factor}_factor"]) for factor in ("alpha", "beta"))
-        return Residual(keep, add, behind_norm=True)
+        return Residual(keep, add, after_norm=True)
 
     return factors(mixer), factors("mlp")
 
@@ -88,7 +88,7 @@ FAMILY = Family(
     },
     nullable=frozenset({"sliding_window", "layer_types"}),
     aliases={"num_experts": "num_local_experts"},
-    ignored=frozenset({"block_size"}),  # in which transformers computes lightning attention
+    ignored=frozenset({"block_size"}),  # of transformers' lightning attention
     layer_kind=_layer_kind,
     kinds=frozenset({"full_attention", "linear_attention"}),
     mixer=_mixer,

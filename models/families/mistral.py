@@ -1,10 +1,10 @@
-"""Mistral 7B and its successors of that shape: Llama with a sliding window in every layer (or none at all).
+"""Describes Mistral 7B and its successors of that architecture: Llama with a sliding window in every layer, or none.
 
 Mistral 7B, arXiv 2310.06825.
 """
 
-from decodax.models.families._contract import Family
-from decodax.models.families._layer import sizes, slides_if_windowed
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import sizes, slides_if_windowed
 
 FAMILY = Family(
     model_type="mistral",

@@ -1,12 +1,12 @@
-"""Mixtral: Mistral with eight experts in place of each MLP, two for every token.
+"""Describes Mixtral: Mistral with eight experts in place of each MLP, two for every token.
 
 Mixtral of Experts, arXiv 2401.04088.
 """
 
 from decodax.layers.moe.layer import MoEConfig
-from decodax.models.families._contract import Family
 from decodax.models.families._experts import mixtral_tensors, softmax_top_k
-from decodax.models.families._layer import Layer, sizes, slides_if_windowed
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import Layer, sizes, slides_if_windowed
 
 
 def _experts(layer: Layer) -> MoEConfig:

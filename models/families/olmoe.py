@@ -1,4 +1,4 @@
-"""OLMoE: 64 small experts, eight for every token, and norms over the queries and keys of all heads at once.
+"""Describes OLMoE: 64 small experts, eight for every token, and norms over the queries and keys of all heads at once.
 
 OLMoE: Open Mixture-of-Experts Language Models, arXiv 2409.02060.
 """
@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.moe.layer import MoEConfig
-from decodax.models.families._contract import Family
 from decodax.models.families._experts import expert_tensors, softmax_top_k
-from decodax.models.families._layer import Layer, attention, sizes
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import Layer, attention, sizes
 
 
 def _attention(layer: Layer) -> GQAConfig:

@@ -1,10 +1,10 @@
-"""Qwen2 and Qwen2.5: biases on query, key and value; from `max_window_layers` on, layers may slide.
+"""Describes Qwen2 and Qwen2.5: biases on query, key and value; sliding window possible from `max_window_layers` on.
 
 Qwen2 Technical Report, arXiv 2407.10671; Qwen2.5 Technical Report, arXiv 2412.15115.
 """
 
-from decodax.models.families._contract import Family
-from decodax.models.families._layer import sizes, slides_from_max_window_layers
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import sizes, slides_from_max_window_layers
 
 FAMILY = Family(
     model_type="qwen2",

@@ -1,22 +1,22 @@
-"""Qwen1.5-MoE and Qwen2-MoE: 60 small experts, and one for all tokens that a gate scales.
+"""Describes Qwen1.5-MoE and Qwen2-MoE: 60 small experts, and a shared expert scaled by a gate.
 
 Qwen2 Technical Report, arXiv 2407.10671.
 """
 
 from decodax.models.config import BlockConfig
-from decodax.models.families._contract import BlockTensors, Family
 from decodax.models.families._experts import expert_tensors, is_sparse, qwen_gated_shared_experts, where
-from decodax.models.families._layer import Fields, sizes
+from decodax.models.families.contract import BlockTensors, Family
+from decodax.models.families.layer import Fields, sizes
 
 
 def _layer_kind(fields: Fields, index: int) -> str:
-    """With a window, every second layer before `max_window_layers` slides, the first one included."""
+    """With a window, every second layer before `max_window_layers`, from the first on, has sliding-window attention."""
     slides = fields["sliding_window"] is not None and index % 2 == 0 and index < fields["max_window_layers"]
     return "sliding_attention" if slides else "full_attention"
 
 
 def shared_expert_tensors(block: BlockConfig) -> BlockTensors:
-    """Qwen's name for the expert of all tokens, which has a gate."""
+    """The tensor names with Qwen's for the shared expert and its gate."""
     names = {f"feed_forward/shared/{name}": f"mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")}
     return {**expert_tensors(block), **names, "feed_forward/shared_gate": "mlp.shared_expert_gate.weight"}
 

@@ -1,10 +1,10 @@
-"""Qwen3 (dense): a norm on each head's query and key in place of Qwen2's biases, and a head size of its own.
+"""Describes Qwen3 (dense): a norm on each head's query and key in place of Qwen2's biases, and a separate head size.
 
 Qwen3 Technical Report, arXiv 2505.09388.
 """
 
-from decodax.models.families._contract import Family
-from decodax.models.families._layer import sizes, slides_from_max_window_layers
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import sizes, slides_from_max_window_layers
 
 FAMILY = Family(
     model_type="qwen3",

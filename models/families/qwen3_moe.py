@@ -1,11 +1,11 @@
-"""Qwen3 with experts: 128 of them, eight for every token, none for all.
+"""Describes Qwen3 with experts: 128 of them, eight for every token, no shared one.
 
 Qwen3 Technical Report, arXiv 2505.09388.
 """
 
-from decodax.models.families._contract import Family
 from decodax.models.families._experts import expert_tensors, is_sparse, qwen_experts, where
-from decodax.models.families._layer import sizes, slides_if_windowed
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import sizes, slides_if_windowed
 
 FAMILY = Family(
     model_type="qwen3_moe",

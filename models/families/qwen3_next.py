@@ -1,4 +1,4 @@
-"""Qwen3-Next: the gated delta rule in three layers of four, gated attention in the fourth, experts in all.
+"""Describes Qwen3-Next: the gated delta rule in three layers of four, gated attention in the fourth, experts in all.
 
 Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464; Gated Attention for Large Language Models,
 arXiv 2505.06708.
@@ -9,16 +9,16 @@ from dataclasses import replace
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
+from decodax.models.checkpoints.name_map import TensorSlice
 from decodax.models.config import BlockConfig
-from decodax.models.families._contract import BlockTensors, Family
 from decodax.models.families._experts import is_sparse, qwen_gated_shared_experts, where
-from decodax.models.families._layer import Fields, Layer, attention, sizes
+from decodax.models.families.contract import BlockTensors, Family
+from decodax.models.families.layer import Fields, Layer, attention, sizes
 from decodax.models.families.qwen2_moe import shared_expert_tensors
-from decodax.models.sources import Source
 
 
 def _layer_kind(fields: Fields, index: int) -> str:
-    """Without `layer_types`, every `full_attention_interval`-th layer is attention."""
+    """Without `layer_types`, every `full_attention_interval`-th layer has softmax attention."""
     return "linear_attention" if (index + 1) % fields["full_attention_interval"] else "full_attention"
 
 
@@ -43,7 +43,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
     mixer = block.mixer
     if not isinstance(mixer, GatedDeltaConfig):
         return tensors
-    convolution = Source("linear_attn.conv1d.weight", shape=(mixer.num_columns, 1, mixer.convolution_width))
+    convolution = TensorSlice("linear_attn.conv1d.weight", shape=(mixer.num_columns, 1, mixer.convolution_width))
     return {
         **tensors,
         "mixer/query_key_value_gate": "linear_attn.in_proj_qkvz.weight",
@@ -94,5 +94,5 @@ FAMILY = Family(
     mixer=_mixer,
     feed_forward=where(is_sparse, qwen_gated_shared_experts),
     block_tensors=_tensors,
-    elsewhere=lambda config: r"(model\.)?mtp\..*",  # layers for further tokens, which are not layers of the model
+    elsewhere=lambda config: r"(model\.)?mtp\..*",  # MTP heads, which are not layers of the model
 )

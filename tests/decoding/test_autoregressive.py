@@ -1,4 +1,4 @@
-"""The compiled loop gives what running the model on the whole text at every token gives, row by row."""
+"""The compiled loop gives the tokens of full forwards over the whole text at every token, row by row."""
 
 from functools import cache
 
@@ -9,8 +9,7 @@ import pytest
 
 from decodax import decoding
 from decodax.decoding import programs
-from decodax.decoding import state as decode_state
-from decodax.decoding.depth import FullDepth
+from decodax.decoding.early_exit import AllLayers
 from decodax.decoding.sizes import bucket
 from tests.tiny import tiny_model
 
@@ -43,7 +42,7 @@ def greedy(row):
 
 def start(rows=slice(None), new=NEW, params=PARAMS, **options):
     seed = np.arange(3)[rows]
-    return decoding.init(MODEL, params, PROMPTS[rows], LENGTHS[rows], new, seed, **options)
+    return decoding.prefill(MODEL, params, PROMPTS[rows], LENGTHS[rows], new, seed, **options)
 
 
 def new_tokens(state, rows=(0, 1, 2)):
@@ -78,9 +77,9 @@ def test_blocks_of_steps_give_the_same():
 
 
 def test_prompt_of_several_chunks(monkeypatch):
-    monkeypatch.setattr(decode_state, "MAX_CHUNK_TOKENS", 5)
+    monkeypatch.setattr("decodax.decoding.chunked_prefill.MAX_CHUNK_TOKENS", 5)
     state = decode(PARAMS, start())
-    assert int(state.num_target_forwards) == NEW + 3  # 12 tokens before the pending one, 5 at a time
+    assert int(state.num_target_forwards) == NEW + 3  # 12 tokens before the last one, 5 at a time
     for row, tokens in enumerate(new_tokens(state)):
         np.testing.assert_array_equal(tokens, greedy(row)[0])
 
@@ -95,12 +94,12 @@ def test_stop_tokens_and_limits_end_rows_by_themselves():
         np.testing.assert_array_equal(tokens, want[: hits[0] + 1] if hits.size else want)
 
 
-def test_cache_holds_all_tokens_but_the_pending_one():
+def test_cache_holds_all_tokens_but_the_last_one():
     state = decode(PARAMS, start())
     text = np.asarray(state.tokens)
     position = jnp.broadcast_to(jnp.arange(text.shape[1], dtype=jnp.int32), text.shape)
-    rows = MODEL.apply(PARAMS, jnp.asarray(text), position).rows
-    for cache_, want in zip(state.caches, rows, strict=True):
+    updates = MODEL.apply(PARAMS, jnp.asarray(text), position).cache_updates
+    for cache_, want in zip(state.caches, updates, strict=True):
         np.testing.assert_array_equal(cache_.length, LENGTHS + NEW - 1)
         for row, length in enumerate(LENGTHS + NEW - 1):
             np.testing.assert_allclose(cache_.key[row, :, :length], want.key[row, :, :length], atol=1e-5)
@@ -108,14 +107,14 @@ def test_cache_holds_all_tokens_but_the_pending_one():
 
 
 @pytest.mark.parametrize("where", ["prefill", "loop"])
-def test_a_row_with_broken_logits_fails_alone(where):
-    """NaN in the embedding of one token: the row that meets it is marked, keeps what it had, and harms no other."""
+def test_a_row_with_nonfinite_logits_fails_alone(where):
+    """NaN in the embedding of one token: the row that emits it fails, keeps its tokens, and changes no other."""
     met_by_others = {*PROMPTS[1, :13], *greedy(1)[0], *PROMPTS[2, :1], *greedy(2)[0]}
     bad = min(set(range(37)) - met_by_others)
     prompts = PROMPTS.copy()
-    prompts[0, 2 if where == "prefill" else 4] = bad  # of five tokens the last one is read in the loop
+    prompts[0, 2 if where == "prefill" else 4] = bad  # of five tokens the last one is run in the loop
     params = {**PARAMS, "embedding": PARAMS["embedding"].at[bad].set(jnp.nan)}
-    state = decode(params, decoding.init(MODEL, params, prompts, LENGTHS, NEW, np.arange(3)))
+    state = decode(params, decoding.prefill(MODEL, params, prompts, LENGTHS, NEW, np.arange(3)))
     np.testing.assert_array_equal(state.failed, [True, False, False])
     assert not new_tokens(state)[0].size
     for row in (1, 2):
@@ -133,16 +132,16 @@ def test_one_compile_per_bucket(monkeypatch):
     run = jax.jit(counted, donate_argnums=1)
     for length, new in ((9, 12), (12, 12), (10, 11), (11, 13)):  # all within a buffer of 24 and a chunk of 16
         tokens = np.random.default_rng(length).integers(0, 37, (2, length))
-        run(PARAMS, decoding.init(MODEL, PARAMS, tokens, np.full(2, length), new, np.zeros(2, int)))
+        run(PARAMS, decoding.prefill(MODEL, PARAMS, tokens, np.full(2, length), new, np.zeros(2, int)))
     assert traces == [(2, 24)]
     assert programs.num_programs() == 2  # the empty state, and the chunk of the prompt
 
 
-def test_all_layers_read_a_prompt_with_the_same_compiled_code(monkeypatch):
+def test_all_layers_prefill_with_the_same_compiled_code(monkeypatch):
     monkeypatch.setattr(programs, "_programs", type(programs._programs)())
     start()
     compiled = programs.num_programs()
-    start(depth=FullDepth())
+    start(layer_policy=AllLayers())
     assert programs.num_programs() == compiled
 
 
@@ -172,10 +171,10 @@ def test_buckets_waste_at_most_a_quarter():
 def test_bad_prompts(change, message):
     good = {"tokens": PROMPTS, "length": LENGTHS, "max_new_tokens": NEW, "seed": np.arange(3)}
     with pytest.raises(ValueError, match=message):
-        decoding.init(MODEL, PARAMS, **{**good, **change})
+        decoding.prefill(MODEL, PARAMS, **{**good, **change})
 
 
-def test_a_cache_that_does_not_fit_says_what_would(monkeypatch):
+def test_the_error_for_a_cache_that_does_not_fit_says_what_would(monkeypatch):
     per_token = 2 * 4 * 8 * (2 + 3) + 2 * 4  # keys and values of both layers in float32, and their lengths
     monkeypatch.setattr(decoding.sizes, "free_bytes", lambda: 3 * 20 * per_token)
     with pytest.raises(MemoryError, match=rf"needs {3 * (24 * 320 + 8):,} bytes.* holds 20 tokens .* or 2 rows of 24"):

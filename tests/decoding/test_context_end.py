@@ -1,4 +1,4 @@
-"""Rows end exactly where the model's context ends, whatever finds the tokens."""
+"""Rows end exactly where the model's context ends, under every strategy."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ import pytest
 
 import decodax
 from decodax.decoding.strategies import METHODS
-from decodax.decoding.strategies._contract import Strategy
+from decodax.decoding.strategies.contract import Strategy
 from tests.decoding.test_generation import LM
 
 CONTEXT = 61

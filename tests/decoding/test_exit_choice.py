@@ -1,4 +1,4 @@
-"""The choice of an exit layer and a draft length, against counting with NumPy."""
+"""The chosen exit layer and draft length are those of an enumeration in NumPy."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from decodax.decoding.exit_choice import best_exit, tokens_per_layer
 
 
 def expected(agreement, num_layers, layer, length):
-    """Tokens of a round by enumerating after how many right tokens it ends, over the layers that it runs."""
+    """Expected tokens of a round, enumerated over the number of right draft tokens, per layer that it runs."""
     chances = [agreement**right * (1 - agreement) for right in range(length)] + [agreement**length]
     tokens = sum((right + 1) * chance for right, chance in enumerate(chances))
-    shallow = layer * (1 + length)  # the pending token and every drafted one
+    shallow = layer * (1 + length)  # the last token and every draft token
     return tokens / (shallow + num_layers - layer)
 
 
@@ -31,6 +31,6 @@ def test_against_enumeration(seed):
     ("agreement", "wanted"),
     [([0.0, 0.0, 0.0], (1, 0)), ([1.0, 1.0, 1.0], (1, 9)), ([0.2, 0.1, 0.0], (1, 0)), ([0.0, 1.0, 1.0], (2, 9))],
 )
-def test_the_ends(agreement, wanted):
+def test_extreme_agreements(agreement, wanted):
     """No draft where none pays; the first of equal exits; the longest draft of one that is never wrong."""
     assert tuple(map(int, best_exit(np.array(agreement), 4, 9))) == wanted

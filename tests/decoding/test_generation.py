@@ -1,4 +1,4 @@
-"""`decodax.generate` from prompts to text: options, stops, streaming, reasons, and clear errors for bad input."""
+"""`decodax.generate` goes from prompts to text: options, stops, streaming, finish reasons, errors for bad input."""
 
 import dataclasses
 import inspect
@@ -15,7 +15,7 @@ import tokenizers
 import decodax
 from decodax.decoding import generation, pace
 from decodax.models.load import LanguageModel
-from decodax.models.tokenizer import Tokenizer
+from decodax.models.tokenizers.tokenizer import Tokenizer
 from tests.tiny import tiny_model
 
 MODEL, PARAMS = tiny_model()
@@ -23,7 +23,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 "
 
 
 def letter_tokenizer():
-    """One token per letter, written together without spaces."""
+    """One token per letter, decoded without spaces."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
@@ -129,7 +129,7 @@ def test_stop_string_with_a_special_token(plain, strategy):
 
 
 def byte_tokenizer():
-    """Bytes of some characters in no order, and a few words: the model writes whole characters and wrong ones."""
+    """Bytes of some characters in no order, and a few words: the model writes valid characters and invalid bytes."""
     values = list(dict.fromkeys("한글😀éคद".encode()))
     words = [*(f"<0x{value:02X}>" for value in values), "▁a", "▁", "s", "</s>"]
     words += [f"<0x{value:02X}>" for value in range(97, 97 + 37 - len(words))]
@@ -142,7 +142,7 @@ def byte_tokenizer():
 
 
 @pytest.mark.parametrize("strategy", [None, "prompt_lookup"])
-def test_text_is_what_the_tokens_add_to_a_prompt_of_bytes(strategy):
+def test_text_is_what_the_tokens_add_to_a_byte_level_prompt(strategy):
     tokenizer = byte_tokenizer()
     lm = dataclasses.replace(LM, tokenizer=tokenizer)
     words = tokenizer.backend.get_vocab()
@@ -162,7 +162,7 @@ def test_text_is_what_the_tokens_add_to_a_prompt_of_bytes(strategy):
         assert pieces == result.text
 
 
-def test_a_text_with_a_token_that_the_model_lacks():
+def test_a_prompt_token_outside_the_model_s_vocabulary_is_refused():
     backend = letter_tokenizer().backend
     backend.add_special_tokens(["<|im_start|>"])  # 37, and the model's vocabulary ends at 36
     lm = dataclasses.replace(LM, tokenizer=Tokenizer(backend))
@@ -258,7 +258,7 @@ def test_text_needs_a_tokenizer():
         decodax.generate(bare, [1, 2], stop="x")
 
 
-def test_a_vocabulary_that_is_not_read_is_named(tmp_path):
+def test_an_unsupported_tokenizer_file_is_named(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"")
     bare = LanguageModel(MODEL, MODEL.config, PARAMS, None, tmp_path, ())
     for prompt, options in (("abc", {}), ([1, 2], {"stop": "x"})):
@@ -278,12 +278,12 @@ def test_logits_of_whole_rows(plain):
     np.testing.assert_array_equal(logits[0, 2:-1].argmax(-1), plain.tokens[0])
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(logprobs[0, 2:-1].max(-1), plain.logprobs[0], atol=2e-5)
-    logits = inspect.unwrap(decodax.logits)  # as users have it: without this session's check of shapes before its own
+    logits = inspect.unwrap(decodax.logits)  # as for users: without this session's shape checks
     np.testing.assert_array_equal(logits(LM, rows.tolist()), logits(LM, rows))
     for bad, message in (
         ([1, 2], "shape"),
         ([[99]], r"0\.\.36, got 99"),
-        ([[0] * 513], "context is 512"),
+        ([[0] * 513], "at most 512 tokens"),
         ([[1, 2], [3]], r"tokens must be whole numbers of shape \[B, T\], got \[\[1, 2\], \[3\]\]"),
         ([[0.5]], "tokens must be whole numbers"),
         ([[True]], "tokens must be whole numbers"),
@@ -325,12 +325,12 @@ def test_where_the_loop_is_cut_changes_nothing(options, monkeypatch):
     np.testing.assert_array_equal(cut.tokens, whole.tokens)
     np.testing.assert_array_equal(cut.logprobs, whole.logprobs)
     assert (cut.text, cut.finish_reasons) == (whole.text, whole.finish_reasons)
-    for name in ("target_forwards", "accepted_lengths", "offered", "accepted", "row_layers", "num_new_tokens"):
+    for name in ("target_forwards", "accepted_lengths", "proposed", "accepted", "row_layers", "num_new_tokens"):
         assert getattr(cut.stats, name) == getattr(whole.stats, name), name
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e6])
-def test_the_text_is_looked_at_after_the_same_tokens_wherever_the_loop_is_cut(seconds, monkeypatch):
+def test_stop_strings_are_checked_after_the_same_tokens_wherever_the_loop_is_cut(seconds, monkeypatch):
     Calls(monkeypatch, seconds)
     pieces = []
     generate(["abc"], on_text=lambda row, piece: pieces.append(len(piece)), block_tokens=5)

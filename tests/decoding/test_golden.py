@@ -1,4 +1,4 @@
-"""From a folder to tokens: `load` and `generate` give what transformers gave, for every family and rope scaling."""
+"""`load` and `generate` give the tokens and logits of transformers, for every family and rope scaling."""
 
 from dataclasses import replace
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import decodax
-from decodax.decoding import state as decode_state
 from tests.golden_files import golden_cases, load_golden
 
 
@@ -30,8 +29,8 @@ def test_same_tokens_and_logits_as_transformers(name):
 
 @pytest.mark.parametrize("name", ["llama_dynamic", "llama_longrope", "mistral"])
 def test_row_alone_in_chunks(name, monkeypatch):
-    """Scalings that depend on the row's length, and windows, do not notice how the prompt was cut."""
-    monkeypatch.setattr(decode_state, "MAX_CHUNK_TOKENS", 5)
+    """Scalings that depend on the row's length, and windows, do not depend on how the prompt was cut."""
+    monkeypatch.setattr("decodax.decoding.chunked_prefill.MAX_CHUNK_TOKENS", 5)
     golden = load_golden(name)
     lm = load(golden)
     for row, length, want in zip(golden.tokens, golden.length, golden.generated, strict=True):

@@ -1,4 +1,4 @@
-"""Every logits processor against a float64 oracle, row by row, at its edges, and refusing what has no meaning."""
+"""Every logits processor equals a float64 oracle, row by row and at its edges, and refuses meaningless values."""
 
 import dataclasses
 from pathlib import Path
@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 import decodax.decoding.logits_processors as package
-from decodax.decoding.logits_processors import METHODS, History
-from decodax.decoding.logits_processors._largest import largest_token
-from decodax.decoding.logits_processors._options import per_row
+from decodax.decoding.logits_processors import METHODS, Batch, History
 from decodax.decoding.logits_processors._threshold import cut_threshold
+from decodax.decoding.option_values import per_row
+from decodax.decoding.top_tokens import argmax_token
 from tests.oracles import logits_processors as oracle
 
 ROWS, VOCABULARY, NODES = 5, 13, 3
 END_TOKENS = (1, 12)
 PROMPTS = [[0, 3, 3], [4], [12, 12, 5, 1, 0], [], [7, 2]]
 OUTPUTS = [[3, 8, 8, 8], [], [0], [9, 10, 9], [7, 7, 1, 0, 11]]
-# One value per row, the third always off, so that rows with and without the option stand side by side.
+# One value per row, the third always off, so that rows with and without the option are in one batch.
 VALUES = {
     "repetition_penalty": [1.3, 0.5, 1.0, 4.0, 1.1],
     "presence_penalty": [0.5, -1.5, 0.0, 2.0, 0.1],
@@ -35,7 +35,7 @@ VALUES = {
 
 
 def make_logits(seed, *leading):
-    """float32 logits with ties, and with tokens that the model itself forbids."""
+    """float32 logits with ties, and with tokens at -inf."""
     generator = np.random.default_rng(seed)
     logits = np.round(generator.normal(0, 2, (*leading, VOCABULARY)) * 4) / 4  # quarters, so that some are equal
     logits[generator.random(logits.shape) < 0.1] = -np.inf
@@ -58,10 +58,7 @@ HISTORY = make_history()
 
 
 def create(name, option, batch_size=ROWS):
-    extra = {"end_token_ids": END_TOKENS} if name == "min_new_tokens" else {}
-    if name in ("logit_bias", "min_new_tokens", "top_k"):
-        extra["vocab_size"] = VOCABULARY
-    return METHODS[name].create(option, batch_size=batch_size, **extra)
+    return METHODS[name].create(option, Batch(batch_size, VOCABULARY, END_TOKENS))
 
 
 def expected_of(name, row, logits):
@@ -80,7 +77,7 @@ def apply(processor, logits, history):
     return processor(logits, history)
 
 
-def assert_same_law(actual, expected):
+def assert_same_distribution(actual, expected):
     """Equal up to a constant per row, which no probability depends on; -inf exactly where expected.
 
     A processor makes at most about 16 roundings of a float32 no larger than the largest logit before or after it.
@@ -95,12 +92,34 @@ def assert_same_law(actual, expected):
 
 
 def test_the_catalogue_is_the_folder():
-    files = {path.stem for path in Path(package.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
+    files = {p.stem for p in Path(package.__file__).parent.glob("*.py") if not p.stem.startswith("_")} - {"contract"}
     assert set(METHODS) == files == set(VALUES)
     for name, method in METHODS.items():
         assert method.__module__.endswith("." + name)
         assert method.__name__ == "".join(word.capitalize() for word in name.split("_"))
     assert [method.__name__ for method in oracle.ORDER] == list(METHODS)
+
+
+def test_options_that_only_shape_a_draw_leave_every_argmax_and_the_others_do_not():
+    """`only_sampling` of each processor is right, on rows without ties."""
+    logits = jnp.asarray(
+        np.random.default_rng(3).permuted(np.tile(np.arange(VOCABULARY), (ROWS, 1)), axis=1), jnp.float32
+    )
+    for name, method in METHODS.items():
+        if name == "typical_p":  # may cut the most probable token, so greedy rows must not run it
+            continue
+        moves = [{int(best): -100.0} for best in np.argmax(logits, axis=1)] if name == "logit_bias" else VALUES[name]
+        changed = apply(create(name, moves), logits, HISTORY)
+        if method.only_sampling:
+            np.testing.assert_array_equal(np.argmax(changed, axis=1), np.argmax(logits, axis=1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_values_that_are_off_and_none_leave_no_processor(name):
+    for off in (None, *METHODS[name].off):
+        if name != "temperature":  # 0 is greedy, which is a processor
+            assert create(name, off) is None and create(name, [off] * ROWS) is None
+    assert METHODS[name].help.endswith(".") and len(METHODS[name].help) < 100
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -111,7 +130,7 @@ def test_equals_the_oracle(name):
         for changed in (apply(processor, jnp.asarray(logits), HISTORY), processor(jnp.asarray(logits), HISTORY)):
             assert changed.dtype == jnp.float32
             for row in range(ROWS):
-                assert_same_law(changed[row], expected_of(name, row, logits[row]))
+                assert_same_distribution(changed[row], expected_of(name, row, logits[row]))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -176,11 +195,8 @@ def test_never_forbids_every_token(name):
 
 
 def changed_row(name, option, logits, prompt=(), output=()):
-    """One row through one processor; every vocabulary is its own, so nothing here is shared with the tests above."""
-    method = METHODS[name]
-    extra = {"vocab_size": len(logits)} if name in ("logit_bias", "min_new_tokens", "top_k") else {}
-    if name == "min_new_tokens":
-        extra["end_token_ids"] = (0,)
+    """One row through one processor, with a vocabulary of its own."""
+    processor = METHODS[name].create(option, Batch(1, len(logits), end_token_ids=(0,)))
     history = History.start(
         jnp.array([list(prompt)], jnp.int32).reshape(1, -1),
         jnp.array([len(prompt)]),
@@ -189,7 +205,7 @@ def changed_row(name, option, logits, prompt=(), output=()):
     )
     for token in output:
         history = history.record(jnp.array([[token]]), jnp.array([1]))
-    return np.asarray(method.create(option, batch_size=1, **extra)(jnp.array([logits], jnp.float32), history))[0]
+    return np.asarray(processor(jnp.array([logits], jnp.float32), history))[0]
 
 
 def kept(name, option, probability):
@@ -248,7 +264,7 @@ def test_nucleus_of_a_large_vocabulary():
     generator = np.random.default_rng(1)
     logits = generator.normal(0, 3, (3, 10_007)).astype(np.float32)
     top_p = [0.5, 0.9, 0.99]
-    processor = METHODS["top_p"].create(top_p, batch_size=3)
+    processor = METHODS["top_p"].create(top_p, Batch(3, VOCABULARY))
     changed = np.asarray(processor(jnp.asarray(logits), History(None, None, jnp.zeros(3, jnp.int32))))
     for row in range(3):
         probability = oracle.softmax(logits[row].astype(np.float64))
@@ -264,7 +280,7 @@ def test_largest_token_is_argmax():
     logits = make_logits(3, 101)
     logits[7], logits[8] = 0.0, np.where(np.arange(VOCABULARY) < 9, -np.inf, -5.0)
     logits[9, [4, 11]] = 50.0
-    np.testing.assert_array_equal(jax.jit(largest_token)(jnp.asarray(logits)), np.argmax(logits, axis=1))
+    np.testing.assert_array_equal(jax.jit(argmax_token)(jnp.asarray(logits)), np.argmax(logits, axis=1))
 
 
 def test_history_counts_prompt_and_output():
@@ -274,7 +290,7 @@ def test_history_counts_prompt_and_output():
     np.testing.assert_array_equal(HISTORY.num_new_tokens, [len(output) for output in OUTPUTS])
 
 
-def test_history_without_counts_keeps_none_and_says_so_when_they_are_needed():
+def test_history_without_counts_raises_where_counts_are_needed():
     tokens, length = jnp.zeros((ROWS, 2), jnp.int32), jnp.full(ROWS, 2)
     history = History.start(tokens, length, vocab_size=VOCABULARY, with_counts=False)
     history = history.record(jnp.zeros((ROWS, 1), jnp.int32), (jnp.arange(ROWS) < 3).astype(jnp.int32))
@@ -344,13 +360,13 @@ NAN, INF = float("nan"), float("inf")
         ("logit_bias", [{1: 1.0}], r"logit_bias must be one mapping, or one per row \(5 rows\), got 1$"),
     ],
 )
-def test_refuses_what_has_no_meaning(name, option, message):
+def test_refuses_meaningless_values(name, option, message):
     with pytest.raises(ValueError, match=message):
         create(name, option)
 
 
 @pytest.mark.parametrize("option", ["hot", True, np.True_, [0.5, "x", 0.5], {"a": 1}, [[1.0], [1.0], [1.0]], 1j])
-def test_refuses_what_is_no_number(option):
+def test_refuses_values_that_are_not_numbers(option):
     with pytest.raises(ValueError, match=r"heat must be a number, got"):
         per_row("heat", option, batch_size=3, neutral=1.0, is_valid=np.isfinite, expected="a number")
 
@@ -360,7 +376,7 @@ def test_refuses_end_tokens_outside_the_vocabulary(token):
     with pytest.raises(
         ValueError, match=rf"end_token_ids must be token ids in 0\.\.12 \(the vocabulary\), got {token}"
     ):
-        METHODS["min_new_tokens"].create(0, end_token_ids=[1, token], batch_size=ROWS, vocab_size=VOCABULARY)
+        METHODS["min_new_tokens"].create(0, Batch(ROWS, VOCABULARY, [1, token]))
 
 
 def test_a_temperature_that_is_not_given_is_greedy():

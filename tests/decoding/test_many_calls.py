@@ -1,4 +1,4 @@
-"""Many calls of different shapes and options in one process: the programs it holds, and its memory, level off."""
+"""Many calls of different shapes and options in one process: compiled programs and memory level off."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 NUM_CALLS = 200
 
-# In a process of its own, with the compiler's flags that users have.
+# In a process of its own, with the compiler flags of users.
 SCRIPT = f"""
 import gc, json, warnings
 import jax, numpy as np

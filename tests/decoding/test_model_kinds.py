@@ -1,7 +1,7 @@
-"""Every scheme on every kind of model: experts, latent attention, layers with a recurrent state.
+"""Every decoding scheme runs on every kind of model: experts, latent attention, recurrent layers.
 
-A scheme that claims to be lossless has the tokens, logprobs and caches of plain decoding, whose own are held against
-full forwards. What a rejected node had left in a recurrent state would stay there, and show in all of these.
+A scheme that claims to be lossless has the tokens, logprobs and caches of plain decoding, which
+are tested against full forwards. A rejected node that changed a recurrent state would change all of these.
 """
 
 import dataclasses
@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 from decodax import decoding
-from decodax.decoding.depth import FullDepth, RoutedLayers, SkipDecode, SpeculativeExit
-from decodax.decoding.depth._stack import run_stack
 from decodax.decoding.drafters import (
     DraftModel,
     DynamicExit,
@@ -30,6 +28,8 @@ from decodax.decoding.drafters import (
     Replay,
 )
 from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
+from decodax.decoding.early_exit import AllLayers, RoutedLayers, SkipDecode, SpeculativeExit
+from decodax.decoding.early_exit.layer_stack import run_stack
 from decodax.decoding.prompt_tree import dynamic_trees
 from decodax.decoding.training.kangaroo import initial_adapter
 from decodax.decoding.training.prompt_tokens import _logits as prompt_token_logits
@@ -53,18 +53,18 @@ from tests.model_kinds import (
 from tests.odd_drafters import RandomTrees
 from tests.speculation import TOLERANCE, assert_same, assert_same_caches
 
-FULL_DEPTH = FullDepth()
+ALL_LAYERS = AllLayers()
 TREES = dynamic_trees([[0.5, 0.2, 0.1], [0.4, 0.2, 0.1]], 12)
-CONFIDENCE = 0.2  # the adapters are surer than this of about half of their tokens
+CONFIDENCE = 0.2  # the adapters are more confident than this of about half of their tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scheme:
-    """A drafter with its parameters; params: of the target where not the kind's own."""
+    """A drafter with its parameters; params: the target's, where they are not the kind's own."""
 
     drafter: decoding.drafters.Drafter
     draft_params: object = None
-    depth: object = FULL_DEPTH
+    layer_policy: object = ALL_LAYERS
     params: dict | None = None
 
 
@@ -98,7 +98,7 @@ def nested(kind):
 
 
 def specee(kind, *, exits=False):
-    """Predictors that always fire or never do, whatever they read; all tokens are likely ones, so that all may exit."""
+    """Predictors that always or never fire, whatever their input; all tokens are likely ones, so that all may exit."""
     count = len(LAYERS[kind]) - 1
     hidden, out = jnp.zeros((count, 3 * VOCABULARY, 2)), jnp.zeros((count, 2))
     bias = jnp.full(count, 9.0 if exits else -9.0, jnp.float32)
@@ -110,21 +110,21 @@ def specee(kind, *, exits=False):
 def routed(kind, weight=0.0, bias=-99.0, drafter=None):
     count = len(LAYERS[kind])
     weights = weight * jax.random.normal(jax.random.key(8), (count, WIDTH))
-    routers = {"weight": weights, "bias": jnp.full(count, bias, jnp.float32)}
+    layer_gates = {"weight": weights, "bias": jnp.full(count, bias, jnp.float32)}
     drafter = RandomTrees(model=model_of(kind)) if drafter is None else drafter
-    params = params_of(kind) | {"routers": routers}
+    params = params_of(kind) | {"layer_gates": layer_gates}
     return Scheme(drafter, recorded(kind), RoutedLayers(kept_first=0, kept_last=0), params)
 
 
 def skip_decode(kind):
-    """A schedule that begins to fall behind the end of the texts."""
-    depth = SkipDecode(len(LAYERS[kind]), 1, decay_tokens=1000, warmup=0)
-    return Scheme(RandomTrees(model=model_of(kind)), recorded(kind), depth)
+    """A schedule that begins to fall after the end of the texts."""
+    layer_policy = SkipDecode(len(LAYERS[kind]), 1, decay_tokens=1000, warmup=0)
+    return Scheme(RandomTrees(model=model_of(kind)), recorded(kind), layer_policy)
 
 
 SCHEMES = {
     "draft chain": lambda kind: Scheme(DraftModel.chain(model_of(kind), 3), draft_of(kind)),
-    "draft tree": lambda kind: Scheme(DraftModel.likeliest(model_of(kind), (-1, 0, 0, 1, 1, 2)), draft_of(kind)),
+    "draft tree": lambda kind: Scheme(DraftModel.top_k(model_of(kind), (-1, 0, 0, 1, 1, 2)), draft_of(kind)),
     "random trees": lambda kind: Scheme(RandomTrees(model=model_of(kind)), recorded(kind)),
     "replay": lambda kind: Scheme(Replay(4, VOCABULARY), Recording.create(recorded(kind), wrong_rate=0.2)),
     "early layers": lambda kind: Scheme(EarlyLayers(model_of(kind), exit_layer(kind), 3)),
@@ -138,8 +138,8 @@ SCHEMES = {
     "first with all layers": routed,
     "skip_decode at full depth": skip_decode,
 }
-# Those that treat layers in a way of their own; the others, and the same for other kinds, are slow, as compiling takes
-# the time.
+# Schemes with their own handling of layers; the others, and the same for other kinds, are slow, because of
+# compiling.
 FAST = {
     "hybrid": {"draft tree", "random trees", "del", "nested", "first with all layers"},
     "recurrent": {"kangaroo", "specee without exits"},
@@ -154,18 +154,18 @@ CASES = [
 
 
 @cache
-def compiled(kind, drafter, depth):
-    return jax.jit(decoding.speculative(model_of(kind), drafter, ExactMatch(), depth))
+def compiled(kind, drafter, layer_policy):
+    return jax.jit(decoding.speculative(model_of(kind), drafter, ExactMatch(), layer_policy))
 
 
 def run(kind, scheme, begun=None):
     params = params_of(kind) if scheme.params is None else scheme.params
-    begun = start(kind, params, depth=scheme.depth) if begun is None else begun
-    return compiled(kind, scheme.drafter, scheme.depth)(params, scheme.draft_params, begun)
+    begun = start(kind, params, layer_policy=scheme.layer_policy) if begun is None else begun
+    return compiled(kind, scheme.drafter, scheme.layer_policy)(params, scheme.draft_params, begun)
 
 
 def caches_of(kind, params, tokens, count):
-    """Caches into which the first `count[b]` tokens of texts were read at once."""
+    """Caches filled with the first `count[b]` tokens of texts in one forward."""
     rows, _ = full_forward(kind)(params, tokens)
     return committed(model_of(kind).empty_cache(*tokens.shape, jnp.float32), rows, count)
 
@@ -177,13 +177,13 @@ committed = jax.jit(commit)
 def test_plain_decoding_is_that_of_full_forwards(kind):
     state = plain(kind)
     _, logits = full_forward(kind)(params_of(kind), state.tokens)
-    law = jax.nn.log_softmax(np.asarray(logits, np.float64), axis=2)
+    probs = jax.nn.log_softmax(np.asarray(logits, np.float64), axis=2)
     for row, (length, new) in enumerate(zip(LENGTHS, NEW, strict=True)):
         place = np.arange(length, length + new)
         token = np.asarray(state.tokens[row])[place]
-        np.testing.assert_allclose(state.logprobs[row][place], law[row, place - 1, token], atol=TOLERANCE)
+        np.testing.assert_allclose(state.logprobs[row][place], probs[row, place - 1, token], atol=TOLERANCE)
         if row == 0:
-            np.testing.assert_array_equal(token, np.argmax(law[row, place - 1], axis=1))
+            np.testing.assert_array_equal(token, np.argmax(probs[row, place - 1], axis=1))
     assert len(set(np.asarray(state.tokens[0])[LENGTHS[0] : LENGTHS[0] + NEW[0]])) > 2
     read = caches_of(kind, params_of(kind), state.tokens, state.length - 1)
     assert_same_caches(state.caches, read)
@@ -194,37 +194,37 @@ def test_equals_plain_decoding(kind, name):
     scheme = SCHEMES[name](kind)
     state = run(kind, scheme)
     assert_same(state, plain(kind))
-    accepted, offered = int(state.counts.accepted.sum()), int(state.counts.offered.sum())
-    assert 2 < accepted < offered  # otherwise nothing was tested
+    accepted, proposed = int(state.counts.accepted.sum()), int(state.counts.proposed.sum())
+    assert 2 < accepted < proposed  # otherwise nothing was tested
     check = DRAFT_CACHES.get(name)
     if check is not None:
         check(kind, scheme, state)
 
 
 def check_draft_model(kind, scheme, state):
-    """The draft's own caches hold the first tokens of the text, and nothing that the target refused."""
+    """The draft's own caches hold the first tokens of the text, and nothing that the target rejected."""
     count = state.draft[0].length
     assert np.all((np.asarray(count) < state.length) & (np.asarray(count) > state.length - 4))
     assert_same_caches(state.draft, caches_of(kind, draft_of(kind), state.tokens, count))
 
 
 def check_adapter(kind, scheme, state):
-    """It holds every token of a text but the pending one."""
+    """It holds every token of a text but the last one."""
     adapter, layers = scheme.drafter.adapter, (0, exit_layer(kind))
 
     @jax.jit
-    def read(params, part, tokens):
+    def read(params, weights, tokens):
         position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         out = model_of(kind).apply(params, tokens, position, layers=layers)
-        return adapter.apply(part, out.hidden, position)[1]
+        return adapter.apply(weights, out.hidden, position)[1]
 
-    rows = read(params_of(kind), scheme.draft_params["adapter"], state.tokens)
+    update = read(params_of(kind), scheme.draft_params["adapter"], state.tokens)
     empty = adapter.empty_cache(*state.tokens.shape, jnp.float32)
-    assert_same_caches((state.draft,), committed((empty,), (rows,), state.length - 1))
+    assert_same_caches((state.draft,), committed((empty,), (update,), state.length - 1))
 
 
 def check_nested(kind, scheme, state):
-    """States that cannot be rewound hold every token of the text but the pending one."""
+    """States that cannot be rolled back hold every token of the text but the last one."""
     caches = state.draft.caches
     read = caches_of(kind, draft_of(kind), state.tokens, state.length - 1)
     pairs = [pair for pair in zip(caches, read, strict=True) if isinstance(pair[0], RecurrentCache)]
@@ -241,13 +241,13 @@ DRAFT_CACHES["nested"] = check_nested
     "kind", [pytest.param(kind, marks=() if kind in ("recurrent", "mla") else pytest.mark.slow) for kind in LAYERS]
 )
 def test_tokens_that_exit_leave_deeper_layers_as_they_were(kind):
-    """Every token exits after the first layer: tokens of a model of one layer, states as the prompts left them.
+    """Every token exits after the first layer: tokens of a one-layer model, states as after the prefill.
 
-    Of the rows that are sampled: in a greedy one a single token is likely.
+    For sampled rows: in a greedy row a single token is likely.
     """
     rows = np.array([1, 2])
     scheme = specee(kind, exits=True)
-    begun = start(kind, scheme.params, depth=scheme.depth)
+    begun = start(kind, scheme.params, layer_policy=scheme.layer_policy)
     state = run(kind, scheme, begun)
     one_layer = Model(dataclasses.replace(model_of(kind).config, blocks=model_of(kind).config.blocks[:1]))
     alone = dataclasses.replace(start(kind), caches=begun.caches[:1])
@@ -265,10 +265,10 @@ def test_tokens_that_exit_leave_deeper_layers_as_they_were(kind):
 
 @pytest.mark.parametrize("kind", ["hybrid", pytest.param("recurrent", marks=pytest.mark.slow)])
 def test_layers_that_a_row_leaves_out_stay_empty(kind):
-    """Whole rows skip layers: their states never change, and drafts change nothing of what is decoded."""
+    """Rows skip layers entirely: their states never change, and drafts change nothing of what is decoded."""
     scheme = routed(kind, 2.0, 0.0)
-    begun = start(kind, scheme.params, depth=scheme.depth)
-    runs = np.asarray(begun.depth)
+    begun = start(kind, scheme.params, layer_policy=scheme.layer_policy)
+    runs = np.asarray(begun.layer_policy)
     assert runs[2].all() and not runs[:2].all()  # a prompt of one token decides nothing
     state = run(kind, scheme, begun)
     alone = run(kind, dataclasses.replace(scheme, drafter=NoDraft(), draft_params=None), begun)
@@ -284,7 +284,7 @@ def test_layers_that_a_row_leaves_out_stay_empty(kind):
 
 @pytest.mark.parametrize("kind", ["hybrid", "recurrent"])
 def test_tokens_that_leave_out_a_layer_change_no_state(kind):
-    """Of five tokens some rows run fewer, one after the other: states are those of the tokens that ran."""
+    """Some rows run fewer than five tokens, one at a time: states are those of the tokens that ran."""
     model, count = model_of(kind), jnp.array([5, 2, 0], jnp.int32)
     position = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (3, 5))
     empty = model.empty_cache(3, 8, jnp.float32)
@@ -294,7 +294,11 @@ def test_tokens_that_leave_out_a_layer_change_no_state(kind):
     def caches(params, hidden, count):
         out = run_stack(model, params, hidden, position, empty, lambda index, hidden: position < count[:, None])
         nothing = run_stack(model, params, hidden, position, empty, lambda index, hidden: False)
-        return commit(empty, out.forward.rows, all_of), commit(empty, out.forward.rows, count), nothing.forward.rows
+        return (
+            commit(empty, out.forward.cache_updates, all_of),
+            commit(empty, out.forward.cache_updates, count),
+            nothing.forward.cache_updates,
+        )
 
     hidden = jax.random.normal(jax.random.key(5), (3, 5, WIDTH))
     whole, ran, nothing = caches(params_of(kind), hidden, count)
@@ -310,7 +314,7 @@ def test_tokens_that_leave_out_a_layer_change_no_state(kind):
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "recurrent"])
-def test_nothing_is_known_of_exits_where_the_prompts_cannot_be_read_again(kind):
+def test_exit_counts_start_empty_where_the_prompts_cannot_be_run_again(kind):
     begun = DynamicExit(model_of(kind), 3).start(params_of(kind), None, start(kind))
     assert not any(map(np.any, jax.tree.leaves(begun)))
 
@@ -323,18 +327,18 @@ def test_the_invariant_mode_is_refused(kind):
 
 
 @pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("moe", "mla")), "hybrid"])
-def test_prompt_tokens_train_on_what_the_model_says_behind_each_cut(kind):
-    """Against forwards over whole texts: the model's own continuation at every cut, and the prompt tokens behind it."""
+def test_prompt_tokens_train_on_the_model_s_continuation_at_each_cut(kind):
+    """Against forwards over whole texts: the model's own continuation at every cut, and the prompt tokens after it."""
     model, params, distances, size = model_of(kind), params_of(kind), 2, 12
     embedding = prompt_embeddings()["embedding"]
     tokens, cut = plain(kind).tokens[:2, :size], np.array([[0, 4, 11], [2, 2, 7]])
-    target, guessed = jax.jit(prompt_token_logits, static_argnums=0)(
+    target, predicted = jax.jit(prompt_token_logits, static_argnums=0)(
         model, params, embedding, tokens, jnp.asarray(cut, jnp.int32)
     )
 
     @jax.jit
-    def behind(tokens, place):
-        """Logits of a text that goes on with the prompt tokens from `place` on."""
+    def continued(tokens, place):
+        """Logits of a text that continues with the prompt tokens from `place` on."""
         position = jnp.arange(size + distances, dtype=jnp.int32)[None]
         vectors = jax.lax.dynamic_update_slice(model.embed(params, tokens), embedding[None, :, 0], (0, place, 0))
         return model.logits(params, model.apply(params, vectors, position).hidden)[0]
@@ -343,8 +347,8 @@ def test_prompt_tokens_train_on_what_the_model_says_behind_each_cut(kind):
         place = int(cut[row, number]) + 1
         text = np.zeros((3, plain(kind).tokens.shape[1]), np.int32)
         text[:, :place] = tokens[row, :place]
-        got = behind(jnp.asarray(text[:1, : size + distances]), place)[place : place + distances]
-        np.testing.assert_allclose(guessed[row, number], got, atol=TOLERANCE)
+        got = continued(jnp.asarray(text[:1, : size + distances]), place)[place : place + distances]
+        np.testing.assert_allclose(predicted[row, number], got, atol=TOLERANCE)
         for step in range(distances + 1):
             _, logits = full_forward(kind)(params, jnp.asarray(text))
             said = logits[0, place - 1 + step]

@@ -1,4 +1,4 @@
-"""Options of `generate` as programs pass them: None for "not given", values of NumPy and JAX, refusals by name."""
+"""`generate` takes options as programs pass them: None for "not given", values of NumPy and JAX; errors name them."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ NAMES = [field.name for field in dataclasses.fields(GenerateOptions)]
 def test_none_is_not_given():
     assert GenerateOptions(**dict.fromkeys(NAMES)) == DEFAULTS
     sampling = GenerateOptions(**dict.fromkeys(NAMES)).sampling(3, 37, ())
-    assert sampling.processors == () and not sampling.draws
+    assert sampling.processors == () and not sampling.do_sample
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,6 @@ def test_one_prompt():
         (["abc", "\ud800"], r"prompt 1 must be text, and its character 0 is the lone surrogate '\\ud800'"),
     ],
 )
-def test_what_is_no_prompt(prompts, message):
+def test_bad_prompts_are_refused(prompts, message):
     with pytest.raises(ValueError, match=message):
         encode_prompts(LM, prompts)

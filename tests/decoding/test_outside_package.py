@@ -1,6 +1,6 @@
-"""A package from outside brings a drafter, a verifier and a cache policy; installed here with pip, it just works.
+"""A package from outside, installed with pip, provides a drafter, a verifier and a cache policy that work.
 
-Its source stands in `outside/`. Nothing of decodax is changed or registered for it.
+Its source is in `outside/`. Nothing of decodax is changed or registered for it.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from decodax import decoding
+from decodax.core import pytree
 from decodax.decoding.drafters import Drafter, Recording, Replay, fixed_proposal
 from decodax.decoding.verifiers import ExactMatch
-from decodax.layers import pytree
-from decodax.layers.kv_cache._contract import Cache, CachePolicy
+from decodax.layers.kv_cache.contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 from tests.speculation import CAPACITY, MODEL, PARAMS, VOCABULARY, plain, plain_decode, start, texts
 
@@ -49,7 +49,7 @@ def run(drafter, verifier, draft_params=None, **options):
 
 
 def test_the_drafter(plugin):
-    """Output is plain decoding's, drafts are accepted, and its own state is what the whole text says."""
+    """Output is plain decoding's, drafts are accepted, and its own state follows from the whole text."""
     state = run(plugin.LastSuccessor(3, VOCABULARY), ExactMatch())
     np.testing.assert_array_equal(state.tokens, plain().tokens)
     np.testing.assert_allclose(state.logprobs, plain().logprobs, atol=2e-5)
@@ -62,25 +62,25 @@ def test_the_drafter(plugin):
 
 
 def test_the_verifier(plugin):
-    """What it lets through is at least what exact matching does; with one token it is exact matching."""
+    """It accepts at least what exact matching does; with one token it is exact matching."""
     recording = Recording.create(np.asarray(plain().tokens), wrong_rate=0.0)
-    # The likeliest token but one, in turns with the likeliest: half of the drafts are not what plain decoding emits.
+    # The second most probable token, in turns with the most probable: half of the drafts differ from plain decoding.
     recording = dataclasses.replace(recording, is_wrong=jnp.asarray(np.arange(CAPACITY)[None, :] % 2 == [[0]] * 3))
     exact, one, all_ = (
         run(Replay(4, VOCABULARY), verifier, recording)
-        for verifier in (ExactMatch(), plugin.AmongLikeliest(1), plugin.AmongLikeliest(VOCABULARY))
+        for verifier in (ExactMatch(), plugin.AmongTopTokens(1), plugin.AmongTopTokens(VOCABULARY))
     )
     for got, want in zip(jax.tree.leaves(one), jax.tree.leaves(exact), strict=True):
         np.testing.assert_array_equal(got, want)
     assert int(all_.num_target_forwards) < int(exact.num_target_forwards)
-    np.testing.assert_array_equal(all_.counts.accepted, all_.counts.offered)
+    np.testing.assert_array_equal(all_.counts.accepted, all_.counts.proposed)
     assert (np.asarray(all_.tokens) != np.asarray(exact.tokens)).any()  # lossy
     assert not np.asarray(all_.failed).any()
 
 
-def test_the_verifier_refuses_what_it_cannot_honour(plugin):
+def test_the_verifier_refuses_sampled_rows(plugin):
     with pytest.raises(ValueError, match="got a temperature above 0: set it to 0"):
-        run(Replay(0, VOCABULARY), plugin.AmongLikeliest(3), recording_of_plain(), options="sampled")
+        run(Replay(0, VOCABULARY), plugin.AmongTopTokens(3), recording_of_plain(), options="sampled")
 
 
 def recording_of_plain(wrong_rate=0.3):
@@ -88,9 +88,9 @@ def recording_of_plain(wrong_rate=0.3):
 
 
 def watched(plugin):
-    """A policy whose cache is the plugin's, with two more beside it that are written by the same commits.
+    """A policy whose cache is the plugin's, with two more beside it, written by the same commits.
 
-    One keeps the rows as they came, the other is recurrent: its state is DECAY x itself + key, token by token.
+    One keeps keys and values unchanged, the other is recurrent: its state is DECAY x itself + key, token by token.
     """
 
     @pytree.dataclass
@@ -126,7 +126,7 @@ def watched(plugin):
 
 @dataclasses.dataclass(frozen=True)
 class Forked(Drafter):
-    """A chain as a tree, in which every node has an elder sibling that is another token."""
+    """A chain as a tree, in which every node has an earlier sibling with another token."""
 
     chain: Replay
     num_nodes = property(lambda self: 2 * self.chain.num_tokens + 1)
@@ -142,20 +142,20 @@ class Forked(Drafter):
 
 @pytest.mark.parametrize("drafter", [Replay(4, VOCABULARY), Forked(Replay(3, VOCABULARY))], ids=["chain", "tree"])
 def test_the_cache_policy(plugin, drafter):
-    """Nothing of a rejected node gets into the small cache, to the last bit, nor into a recurrent state.
+    """Nothing of a rejected node reaches the small cache or a recurrent state, bit for bit.
 
-    Every layer's small cache is, bit for bit, what quantising the accepted rows gives; and the rows, where they depend
-    on the tokens alone (the first layer), are plain decoding's. Rows of later layers are not: a draft token reads those
-    drafted before it as they are made, where plain decoding reads them quantised.
+    Every layer's small cache holds, bit for bit, the quantised keys and values of accepted tokens. These are plain
+    decoding's where they depend on the tokens alone (the first layer), and not in later layers: a draft token attends
+    to earlier draft tokens unquantised, where plain decoding reads them quantised.
     """
     assert isinstance(plugin.Int8Cache, CachePolicy)
     policy = watched(plugin)
     want = plain_decode(PARAMS, start(cache_policy=policy))
     got = run(drafter, ExactMatch(), recording_of_plain(), cache_policy=policy)
     assert isinstance(got.caches[0].small, Cache)
-    np.testing.assert_array_equal(got.tokens, want.tokens)  # not promised with a lossy cache, but so it is here
+    np.testing.assert_array_equal(got.tokens, want.tokens)  # not guaranteed with a lossy cache, but true here
     assert int(got.num_target_forwards) < int(want.num_target_forwards)
-    rejected = int(got.counts.offered.sum()) - int(got.counts.accepted.sum())
+    rejected = int(got.counts.proposed.sum()) - int(got.counts.accepted.sum())
     assert rejected > 10
     quantise = jax.jit(plugin.quantised)
     for cache in got.caches:

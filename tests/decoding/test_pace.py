@@ -1,4 +1,4 @@
-"""How long a call of the compiled loop is: about half a second, by what calls took, and the same in every process."""
+"""A call of the compiled loop takes about half a second, by measured times, and the same tokens in every process."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from decodax.decoding import pace
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass only when told to, and those of them that went into compiling."""
+    """A clock that moves only on request, with the share of seconds spent compiling."""
     now = {"time": 100.0, "compiling": 7.0}
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now["time"])
     monkeypatch.setattr(pace, "compile_seconds", lambda: now["compiling"])
@@ -36,13 +36,13 @@ def test_compiling_does_not_count(clock):
     assert [call(paced, clock, 0.01, compiling=60.0), call(paced, clock, 0.01)] == [2, 32]
 
 
-def test_no_more_than_asked_for(clock):
+def test_no_more_than_requested(clock):
     paced = pace.Pace(None, 0.01)
     assert [call(paced, clock, 0.01, most=7) for _ in range(3)] == [7, 7, 7]
     assert call(paced, clock, 0.01) == 50
 
 
-def test_nothing_that_takes_no_time_is_divided_by(clock):
+def test_calls_that_take_no_time_do_not_divide_by_zero(clock):
     assert call(pace.Pace(None, 0.0), clock, 0.0) >= 1
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs are kept up to a bound, in the order of use, and those that are forgotten free their memory."""
+"""Compiled programs are kept up to a bound, least recently used first out, and evicted ones free their memory."""
 
 import gc
 
@@ -13,7 +13,7 @@ from decodax.decoding.programs import bounded_jit, num_programs
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """No program of another test is in the way."""
+    """Starts without programs of other tests."""
     monkeypatch.setattr(programs, "_programs", type(programs._programs)())
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 3)
 
@@ -39,7 +39,7 @@ def test_one_program_per_signature():
     assert len(traced) == 4
 
 
-def test_forgets_the_program_that_was_not_used_for_longest():
+def test_evicts_the_least_recently_used_program():
     double, traced = counted()
     for size in (1, 2, 3, 1, 4, 1, 2):  # 4 takes the place of 2, which then takes that of 3
         double(2.0, np.ones(size, np.float32))
@@ -52,7 +52,7 @@ def live_programs():
     return len(jax.devices()[0].client.live_executables())
 
 
-def test_what_is_forgotten_frees_its_memory():
+def test_evicted_programs_free_their_memory():
     double, traced = counted()
     sizes = []
     for size in range(1, 12):
@@ -62,7 +62,7 @@ def test_what_is_forgotten_frees_its_memory():
     assert sizes[10] == sizes[2], f"the number of programs must level off at the bound, got {sizes}"
 
 
-def test_forgets_several_where_memory_maps_run_short(monkeypatch):
+def test_evicts_several_where_memory_maps_run_short(monkeypatch):
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 100)
     double, _ = counted()
     for size in range(1, 9):
@@ -94,10 +94,10 @@ def test_donates():
     assert x.is_deleted()
 
 
-def test_options_share_the_program_that_reads_prompts(monkeypatch):
+def test_options_share_the_prefill_program(monkeypatch):
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 100)
     lm, prompt = decodax.load(), list(range(40, 60))
     decodax.generate(lm, [prompt], max_new_tokens=2)
     before = num_programs()
     decodax.generate(lm, [prompt], max_new_tokens=2, temperature=0.7, presence_penalty=0.5)
-    assert num_programs() == before + 2  # an empty state and a loop, but no other way to read the prompt
+    assert num_programs() == before + 2  # an empty state and a loop, but no other prefill

@@ -1,4 +1,4 @@
-"""Prompt trees against a simulation of the rounds, and against every way of dealing out prompt tokens."""
+"""Prompt trees equal a simulation of the rounds, and beat every other distribution of prompt tokens over nodes."""
 
 import itertools
 
@@ -11,14 +11,14 @@ from decodax.decoding.prompt_tree import (
     expected_tokens,
     node_probabilities,
     static_tree,
-    stationary_law,
+    stationary_distribution,
 )
 
 ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.15, 0.1], [0.3, 0.1, 0.05]]
 
 
 def simulate(trees, rounds=40_000, seed=0):
-    """Tokens per round and the share of each state, guesses being right as the table says, independently."""
+    """Tokens per round and the share of each state, with draft tokens independently right as the table says."""
     random, state, tokens, seen = np.random.default_rng(seed), len(trees), 0, np.zeros(len(trees))
     for _ in range(rounds):
         tree = trees[state - 1]
@@ -40,14 +40,14 @@ def test_expected_tokens_and_states_are_those_of_a_simulation(num_nodes):
     trees = dynamic_trees(ACCURACY, num_nodes)
     tokens, states = simulate(trees)
     assert expected_tokens(ACCURACY, trees) == pytest.approx(tokens, abs=0.02)  # four standard errors
-    np.testing.assert_allclose(stationary_law(ACCURACY, trees), states, atol=0.015)
+    np.testing.assert_allclose(stationary_distribution(ACCURACY, trees), states, atol=0.015)
 
 
 def test_probabilities_of_nodes():
     accepted, ends = node_probabilities(ACCURACY, (-1, 0, 0, 1, 3))
     np.testing.assert_allclose(accepted, [1, 0.5, 0.2, 0.2, 0.06])
     np.testing.assert_allclose(ends, [0.3, 0.3, 0.2, 0.14, 0.06])
-    assert node_probabilities(ACCURACY, (-1, 0, 0, 0, 0))[0][4] == 0  # a fourth guess, of which nothing is known
+    assert node_probabilities(ACCURACY, (-1, 0, 0, 0, 0))[0][4] == 0  # a fourth draft token, of which nothing is known
 
 
 @pytest.mark.parametrize("num_nodes", [8, 12, 24, 40])
@@ -60,8 +60,8 @@ def test_dynamic_trees_are_at_least_as_good_as_static_ones(num_nodes):
 
 
 @pytest.mark.parametrize(("num_nodes", "ways"), [(12, 10), (14, 23), (15, 26 * 6 * 6)])
-def test_no_other_way_to_deal_out_the_prompt_tokens_is_better(num_nodes, ways):
-    """All ways, on the trees' own candidates: with these accuracies, taking the least loss each time is the best."""
+def test_no_other_distribution_of_the_prompt_tokens_is_better(num_nodes, ways):
+    """All distributions over the trees' own candidates: with these accuracies the greedy choice is the best."""
     trees, options = dynamic_trees(ACCURACY, num_nodes), []
     for tree in trees:
         room = num_nodes - len(tree.parents)
@@ -73,19 +73,19 @@ def test_no_other_way_to_deal_out_the_prompt_tokens_is_better(num_nodes, ways):
     assert expected_tokens(ACCURACY, trees) == pytest.approx(best, rel=1e-12)  # least squares in float64
 
 
-def test_guesses_that_were_never_right_do_not_make_a_tree_deeper():
+def test_draft_tokens_that_were_never_right_do_not_make_a_tree_deeper():
     never = [[0.3, 0.0], [0.0, 0.0], [0.0, 0.0]]
     trees = dynamic_trees(never, 32)
     assert [tree.depth <= state for state, tree in enumerate(trees, start=1)] == [True] * 3
     assert expected_tokens(never, trees) == pytest.approx(1.3)
 
 
-def test_an_ensemble_takes_room():
+def test_an_ensemble_needs_more_nodes():
     for tree in dynamic_trees(ACCURACY, 30, ensemble=2):
         assert tree.num_nodes(2) <= 30 and tree.num_nodes(2) == len(tree.parents) + 2 * sum(tree.prompts)
 
 
-def test_what_cannot_be_is_refused():
+def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"3 distances needs at least 6 nodes, got 5: raise draft_tokens"):
         dynamic_trees(ACCURACY, 5)
     with pytest.raises(ValueError, match="at least 1 prompt token and the root the most"):

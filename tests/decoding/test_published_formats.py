@@ -1,4 +1,4 @@
-"""Files laid out as FasterDecoding/Medusa and hmarkc/parallel-prompt-decoding write them are read, or refused."""
+"""Files as FasterDecoding/Medusa and hmarkc/parallel-prompt-decoding write them are loaded, or refused."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import decodax
+from decodax.decoding.auxiliary_weights import read_auxiliary_weights, write_auxiliary_weights
 from decodax.decoding.drafters.medusa_heads import head_logits
 from decodax.decoding.published_formats import PUBLISHED_ACCURACY, load_medusa, load_prompt_tokens
-from decodax.decoding.trained_part import read_part, write_part
 from tests.decoding.test_generation import LM
 
 WIDTH, VOCABULARY = LM.config.hidden_size, LM.config.vocab_size
@@ -61,13 +61,13 @@ def prompt_folder(path, embedding=None, **config):
 
 
 def test_medusa_heads(tmp_path):
-    """Every tensor stands where the published model has it: x + SiLU(linear(x)) per block, then the output matrix."""
+    """Every tensor is where the published model has it: x + SiLU(linear(x)) per block, then the output matrix."""
     tensors = medusa_tensors()
-    part = load_medusa(medusa_folder(tmp_path / "heads", tensors), LM)
-    assert part.kind == "medusa" and part.shape == {"heads": HEADS, "blocks": BLOCKS, "tied": False}
-    assert part.facts["published_for"] == "someone/tiny" and part.name == "heads"
+    loaded = load_medusa(medusa_folder(tmp_path / "heads", tensors), LM)
+    assert loaded.kind == "medusa" and loaded.shape == {"heads": HEADS, "blocks": BLOCKS, "tied": False}
+    assert loaded.facts["published_for"] == "someone/tiny" and loaded.name == "heads"
     state = RANDOM.normal(size=(2, WIDTH))
-    found = head_logits(LM.model, LM.params, part.params["heads"], jnp.asarray(state[:, None], jnp.float32), HEADS)
+    found = head_logits(LM.model, LM.params, loaded.params["heads"], jnp.asarray(state[:, None], jnp.float32), HEADS)
     for head in range(HEADS):
         inside = state
         for block in range(BLOCKS):
@@ -79,20 +79,20 @@ def test_medusa_heads(tmp_path):
 
 def test_all_heads_of_the_file_are_read(tmp_path):
     """The published Vicuna configs name two heads, their files hold five."""
-    part = load_medusa(medusa_folder(tmp_path, medusa_tensors(), medusa_num_heads=2), LM)
-    assert len(part.params["heads"]) == HEADS
+    loaded = load_medusa(medusa_folder(tmp_path, medusa_tensors(), medusa_num_heads=2), LM)
+    assert len(loaded.params["heads"]) == HEADS
     with pytest.raises(ValueError, match=r"names 4 heads in config\.json, and its weights hold 3"):
         load_medusa(medusa_folder(tmp_path, medusa_tensors(), medusa_num_heads=4), LM)
 
 
-def test_a_published_part_decodes_and_is_kept(tmp_path):
-    part = load_medusa(medusa_folder(tmp_path / "published", medusa_tensors()), LM)
-    found = decodax.generate(LM, "abc", max_new_tokens=12, strategy="medusa", draft=part, draft_tokens=5)
+def test_published_heads_decode_and_are_written_again(tmp_path):
+    loaded = load_medusa(medusa_folder(tmp_path / "published", medusa_tensors()), LM)
+    found = decodax.generate(LM, "abc", max_new_tokens=12, strategy="medusa", draft=loaded, draft_tokens=5)
     np.testing.assert_array_equal(found.tokens, decodax.generate(LM, "abc", max_new_tokens=12).tokens)
-    write_part(tmp_path / "kept", part, "float32")
-    again = read_part(tmp_path / "kept", "float32")
-    np.testing.assert_array_equal(again.params["heads"]["head_2"]["out"], part.params["heads"]["head_2"]["out"])
-    assert again.rank_accuracy == part.rank_accuracy == [list(row) for row in PUBLISHED_ACCURACY]
+    write_auxiliary_weights(tmp_path / "kept", loaded, "float32")
+    again = read_auxiliary_weights(tmp_path / "kept", "float32")
+    np.testing.assert_array_equal(again.params["heads"]["head_2"]["out"], loaded.params["heads"]["head_2"]["out"])
+    assert again.rank_accuracy == loaded.rank_accuracy == [list(row) for row in PUBLISHED_ACCURACY]
 
 
 def test_accuracies_may_be_given(tmp_path):
@@ -104,29 +104,29 @@ def test_accuracies_may_be_given(tmp_path):
 
 
 def test_prompt_tokens(tmp_path):
-    """The members of an ensemble stand one after the other, distance by distance."""
+    """The members of an ensemble follow one another, distance by distance."""
     embedding = RANDOM.normal(size=(DISTANCES * ENSEMBLE, WIDTH)).astype(np.float32)
-    part = load_prompt_tokens(prompt_folder(tmp_path, embedding), LM)
-    assert part.kind == "ppd" and part.shape == {"distances": DISTANCES, "ensemble": ENSEMBLE}
+    loaded = load_prompt_tokens(prompt_folder(tmp_path, embedding), LM)
+    assert loaded.kind == "ppd" and loaded.shape == {"distances": DISTANCES, "ensemble": ENSEMBLE}
     for distance in range(DISTANCES):
         for member in range(ENSEMBLE):
             want = embedding[ENSEMBLE * distance + member]
-            np.testing.assert_array_equal(part.params["embedding"][distance, member], want)
+            np.testing.assert_array_equal(loaded.params["embedding"][distance, member], want)
 
 
 def test_a_file_of_prompt_tokens_alone(tmp_path):
     embedding = RANDOM.normal(size=(4, WIDTH)).astype(np.float32)
     save_file({"prompt_embeddings": embedding}, tmp_path / "prompts.safetensors")
-    part = load_prompt_tokens(tmp_path / "prompts.safetensors", LM)
-    assert part.shape == {"distances": 4, "ensemble": 1}
-    np.testing.assert_array_equal(part.params["embedding"][:, 0], embedding)
-    assert part.rank_accuracy[3] == part.rank_accuracy[2] == list(PUBLISHED_ACCURACY[2])
-    found = decodax.generate(LM, "abc", max_new_tokens=12, strategy="ppd", draft=part, draft_tokens=12)
+    loaded = load_prompt_tokens(tmp_path / "prompts.safetensors", LM)
+    assert loaded.shape == {"distances": 4, "ensemble": 1}
+    np.testing.assert_array_equal(loaded.params["embedding"][:, 0], embedding)
+    assert loaded.rank_accuracy[3] == loaded.rank_accuracy[2] == list(PUBLISHED_ACCURACY[2])
+    found = decodax.generate(LM, "abc", max_new_tokens=12, strategy="ppd", draft=loaded, draft_tokens=12)
     np.testing.assert_array_equal(found.tokens, decodax.generate(LM, "abc", max_new_tokens=12).tokens)
 
 
 class Tensor:
-    """What the loader asks of PyTorch's tensors."""
+    """The methods of PyTorch tensors that the loader uses."""
 
     def __init__(self, array):
         self.array = array
@@ -139,7 +139,7 @@ class Tensor:
 
 
 class Torch:
-    """What it asks of PyTorch; remembers how it was asked."""
+    """The functions of PyTorch that the loader uses; records their arguments."""
 
     def __init__(self, tensors):
         self.tensors, self.asked = tensors, []
@@ -156,10 +156,10 @@ def test_pickled_files_are_opened_as_tensors_only(tmp_path, monkeypatch):
     (folder / "medusa_lm_head.safetensors").rename(folder / "medusa_lm_head.pt")
     torch = Torch(tensors)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    part = load_medusa(folder, LM)
+    loaded = load_medusa(folder, LM)
     assert torch.asked == [("medusa_lm_head.pt", {"map_location": "cpu", "weights_only": True})]
     want = tensors["1.0.linear.bias"].astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(part.params["heads"]["head_1"]["block_0"]["bias"], want)
+    np.testing.assert_array_equal(loaded.params["heads"]["head_1"]["block_0"]["bias"], want)
     monkeypatch.setitem(sys.modules, "torch", Torch(None))
     with pytest.raises(ValueError, match="cannot be read as tensors alone: Weights only load failed"):
         load_medusa(folder, LM)

@@ -1,4 +1,4 @@
-"""Random draws depend on the row's seed, the position and the kind, and on nothing else; Gumbel noise is Gumbel."""
+"""Random draws depend only on the row's seed, the position and the kind; Gumbel noise has its distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -52,17 +52,17 @@ def test_a_key_is_seed_then_position_then_kind():
     assert len(set(expected)) == len(expected)
 
 
-def test_the_number_of_a_kind_never_changes():
+def test_the_numbers_of_kinds_are_fixed():
     assert {kind.name: kind.value for kind in Draw} == {"TOKEN": 0, "DRAFT": 1, "ACCEPT": 2}
 
 
-def test_a_seed_means_the_same_whatever_generator_is_the_default():
+def test_a_seed_gives_the_same_draws_whatever_the_default_generator():
     expected = jax.random.key_data(keys_of(SEED, POSITION))
     with jax.default_prng_impl("rbg"):
         np.testing.assert_array_equal(jax.random.key_data(keys_of(SEED, POSITION)), expected)
 
 
-def test_gumbel_noise_is_the_formula_of_the_words():
+def test_gumbel_noise_is_the_formula_of_random_words():
     expected = [
         expected_gumbel(expected_key(seed, position, 0), VOCABULARY)
         for seed, position in zip(SEED, POSITION, strict=True)
@@ -78,13 +78,13 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
         np.testing.assert_array_equal(noise_of(SEED[row : row + 1], POSITION[row : row + 1])[0], together[row])
 
 
-def test_gumbel_has_the_shape_asked_for_and_every_entry_its_own_word():
+def test_gumbel_has_the_requested_shape_and_an_own_word_per_entry():
     noise = np.asarray(gumbel(keys_of(SEED, POSITION), (3, 11)))
     assert noise.shape == (5, 3, 11) and noise.dtype == np.float32
     assert len(np.unique(noise)) == noise.size
 
 
-def test_gumbel_follows_its_law_over_seeds_over_positions_and_over_tokens():
+def test_gumbel_follows_its_distribution_over_seeds_over_positions_and_over_tokens():
     count = 30_011
     index = np.arange(count)
     zeros = np.zeros(count)

@@ -1,4 +1,4 @@
-"""Traces of which experts tokens chose: what the model chooses, in pieces or whole; files; counts; the picture."""
+"""Routing traces record the experts that the model chooses, in pieces or at once; files, counts, the picture."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def trace(lm):
     return record_routes(lm, TEXTS, PROMPTS)
 
 
-def test_records_what_the_model_chooses(lm, trace):
+def test_records_the_experts_that_the_model_chooses(lm, trace):
     assert trace.expert.shape == (1, 52, 3) and trace.expert.dtype == np.int16
     np.testing.assert_array_equal(trace.layer, [1])
     np.testing.assert_array_equal(trace.num_experts, [7])
@@ -43,7 +43,7 @@ def test_records_what_the_model_chooses(lm, trace):
         np.testing.assert_allclose(trace.gate[0, own], routes[1].gate[0], atol=1e-5)  # float32, sums of 30 terms
 
 
-def test_pieces_are_the_whole(lm, trace, monkeypatch):
+def test_a_trace_in_pieces_is_the_trace_at_once(lm, trace, monkeypatch):
     monkeypatch.setattr(routing_trace, "CHUNK_TOKENS", 16)
     seen = []
     pieces = record_routes(lm, TEXTS, PROMPTS, lambda done, total: seen.append((done, total)))

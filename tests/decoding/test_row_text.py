@@ -1,4 +1,4 @@
-"""A row's text up to a stop string: special tokens in stop strings, any script, however the tokens come."""
+"""A row's text ends at a stop string: special tokens in stop strings, any script, any split of the tokens."""
 
 import random
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 
 from decodax.decoding.row_text import RowText
-from decodax.models.tokenizer import Tokenizer
+from decodax.models.tokenizers.tokenizer import Tokenizer
 from tests.small_tokenizers import KINDS, SPECIAL
 
 TOKENIZERS = {name: Tokenizer(make()) for name, make in KINDS.items()}
@@ -19,7 +19,7 @@ def ids(kind, text):
 
 
 def read(kind, tokens, stops, prompt=(), split=None):
-    """(text, number of tokens kept) after these tokens, read in pieces of random sizes."""
+    """(text, number of tokens kept) after these tokens, pushed in pieces of random sizes."""
     row = RowText(TOKENIZERS[kind], list(prompt), stops)
     generator = random.Random(split)
     while tokens:
@@ -44,7 +44,7 @@ def read(kind, tokens, stops, prompt=(), split=None):
         (["</s>"], ("w5 w6 w7", 5)),
         (["w7 w8"], ("w5 w6 ", 6)),  # what the text shows
         ([f"w6 w7 {END}"], ("w5 w6 w7 w8 w9", None)),  # another order than that of the tokens
-        (["im_end"], ("w5 w6 w7 w8 w9", None)),  # a part of a special token, which the text does not show
+        (["im_end"], ("w5 w6 w7 w8 w9", None)),  # a substring of a special token, which the text does not show
         ([f"w9 {END}", "w6"], ("w5 ", 2)),
     ],
 )
@@ -53,7 +53,7 @@ def test_special_tokens_in_stop_strings(stops, expected, split):
     assert read("whole_words", tokens, stops, prompt=[1], split=split) == expected
 
 
-def test_where_a_special_token_takes_the_first_space():
+def test_a_special_token_that_absorbs_the_first_space():
     tokens = ids("whole_words", f"{END} w7 </s>")
     assert read("whole_words", tokens, ["w7 </s>"], prompt=[1]) == ("", 3)
 

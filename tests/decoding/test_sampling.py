@@ -1,4 +1,4 @@
-"""Tokens are drawn from the law the options define, row by row, alone or in a batch, and without recompiling."""
+"""Tokens are drawn from the distribution that the options define, row by row, in any batch, without recompiling."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ import scipy.stats
 
 from decodax.decoding.logits_processors import METHODS, History
 from decodax.decoding.sampling import Sampling, choose, processed, processed_logits, token_logprob
-from tests.oracles.logits_processors import law
+from tests.oracles.logits_processors import probs
 
 VOCABULARY = 11
 END_TOKENS = (1, 8)
 PROMPT, OUTPUT = [0, 3, 3, 5], [3, 2, 2]
-# One row each: every option alone, some together, greedy with and without. Left out is off.
+# One row each: every option alone, some together, greedy with and without. Options left out are off.
 CASES = {
     "plain": {},
     "greedy": {"temperature": 0.0},
@@ -75,8 +75,8 @@ def make_history(num_rows):
     return history
 
 
-def expected_law(logits, case):
-    return law(logits, PROMPT, OUTPUT, end_token_ids=END_TOKENS, **case)
+def expected_distribution(logits, case):
+    return probs(logits, PROMPT, OUTPUT, end_token_ids=END_TOKENS, **case)
 
 
 LOGITS = make_logits(NUM_CASES)
@@ -90,7 +90,7 @@ def same_seed_and_position(count):
     return jnp.asarray(SEED[:count]), jnp.asarray(POSITION[:count])
 
 
-def assert_law(log_probability, expected):
+def assert_distribution(log_probability, expected):
     """Probabilities to 1e-5: a logit below 10 in float32 is good to 6e-7, over a temperature of 0.6 and a few steps."""
     assert log_probability.dtype == jnp.float32
     probability = np.exp(np.asarray(log_probability, np.float64))
@@ -98,24 +98,24 @@ def assert_law(log_probability, expected):
     np.testing.assert_allclose(probability, expected, rtol=1e-5)
 
 
-def test_the_law_of_rows_with_different_options_in_one_batch():
+def test_the_distribution_of_rows_with_different_options_in_one_batch():
     sampling = create(list(CASES.values()))
-    assert len(sampling.processors) == len(METHODS) and sampling.draws and sampling.needs_counts
+    assert len(sampling.processors) == len(METHODS) and sampling.do_sample and sampling.needs_counts
     logits, history = jnp.asarray(LOGITS), make_history(NUM_CASES)
     for log_probability in (jit_processed(sampling, logits, history), processed(sampling, logits, history)):
         for row, case in enumerate(CASES.values()):
-            assert_law(log_probability[row], expected_law(LOGITS[row], case))
+            assert_distribution(log_probability[row], expected_distribution(LOGITS[row], case))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_law_of_a_row_alone(name):
+def test_the_distribution_of_a_row_alone(name):
     sampling, logits = create([CASES[name]]), make_logits(1, seed=5)
-    assert sampling.draws == (CASES[name].get("temperature") != 0)
+    assert sampling.do_sample == (CASES[name].get("temperature") != 0)
     log_probability = jit_processed(sampling, jnp.asarray(logits), make_history(1))
-    assert_law(log_probability[0], expected_law(logits[0], CASES[name]))
+    assert_distribution(log_probability[0], expected_distribution(logits[0], CASES[name]))
 
 
-def test_draws_follow_the_law_over_positions_and_over_seeds():
+def test_draws_follow_the_distribution_over_positions_and_over_seeds():
     count = 20_011
     sampling, logits, history = create(list(CASES.values())), jnp.asarray(LOGITS), make_history(NUM_CASES)
     draw = jax.jit(jax.vmap(choose, in_axes=(None, None, None, 1, 1), out_axes=1))
@@ -124,7 +124,7 @@ def test_draws_follow_the_law_over_positions_and_over_seeds():
     over_seeds = draw(sampling, logits, history, jnp.asarray(moving, jnp.uint32), jnp.asarray(fixed, jnp.int32))
     for tokens in (np.asarray(over_positions), np.asarray(over_seeds)):
         for row, (name, case) in enumerate(CASES.items()):
-            expected = expected_law(LOGITS[row], case) * count
+            expected = expected_distribution(LOGITS[row], case) * count
             counts = np.bincount(tokens[row], minlength=VOCABULARY)
             possible = expected > 0
             assert counts[~possible].sum() == 0, name
@@ -146,7 +146,7 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
     seed, position = np.arange(len(rows)).astype(np.uint32), np.arange(len(rows)).astype(np.int32) + 9
     batch, history = create(cases), make_history(len(rows))
     tokens = jit_choose(batch, jnp.asarray(logits), history, jnp.asarray(seed), jnp.asarray(position))
-    laws = np.asarray(jit_processed(batch, jnp.asarray(logits), history))
+    distributions = np.asarray(jit_processed(batch, jnp.asarray(logits), history))
     for row, case in enumerate(cases):
         one = slice(row, row + 1)
         arguments = (jnp.asarray(logits[one]), make_history(1))
@@ -155,7 +155,7 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
         assert jit_choose(create([case]), *arguments, *draw)[0] == tokens[row]
         same = jax.tree.map(lambda leaf, one=one: leaf if leaf.shape == (len(END_TOKENS),) else leaf[one], batch)
         assert jit_choose(same, *arguments, *draw)[0] == tokens[row]
-        np.testing.assert_array_equal(jit_processed(same, *arguments)[0], laws[row])
+        np.testing.assert_array_equal(jit_processed(same, *arguments)[0], distributions[row])
 
 
 def test_eager_and_jitted_choose_the_same():
@@ -172,16 +172,16 @@ def test_greedy_is_the_largest_penalised_logit_whatever_the_neighbours_do():
     greedy = {"temperature": 0.0, **penalties}
     logits = make_logits(3, seed=11)
     logits[2] = np.float32(1.5)  # all tied
-    logits[2, [0, 2, 3, 5]] = -4.0  # and what was read or written lower
+    logits[2, [0, 2, 3, 5]] = -4.0  # and tokens of prompt and output lower
     history, draw = make_history(3), same_seed_and_position(3)
     expected = []
     for row in range(3):
-        probability = expected_law(logits[row], greedy)
+        probability = expected_distribution(logits[row], greedy)
         assert probability.max() == 1.0
         expected.append(np.argmax(probability))
     assert expected[2] == 9  # the bias; without it the lowest id of the tie, below
     for cases in ([greedy] * 3, [greedy | cuts] * 3, [greedy, greedy | cuts, greedy]):
-        assert not create(cases).draws
+        assert not create(cases).do_sample
         np.testing.assert_array_equal(jit_choose(create(cases), jnp.asarray(logits), history, *draw), expected)
     for row in range(3):
         cases = [cuts | penalties | {"temperature": 5.0}] * 3
@@ -210,7 +210,7 @@ def test_values_do_not_recompile_and_options_do():
     call(seed=5, position=8, **CASES["all"])
     call(**CASES["all"] | {"top_k": [10], "min_p": np.float64(0.5)})
     assert traces == [len(METHODS)]
-    # Another option of the same shape must not find the code of the first.
+    # Another option of the same shape must not reuse the code of the first.
     for step, name in enumerate(("top_p", "min_p", "typical_p"), start=2):
         call(temperature=1.0, **{name: 0.5})
         call(temperature=1.0, **{name: 0.3})
@@ -243,7 +243,7 @@ def test_options_that_are_off_leave_no_processor():
     assert active(top_k=3, top_p=0.5, min_p=0.1, typical_p=0.5) == []  # greedy, by default
     assert active(min_new_tokens=3) == []  # without end tokens there is nothing to forbid
     assert active(min_new_tokens=3, end_token_ids=[2]) == ["MinNewTokens"]
-    assert not Sampling.create(2, VOCABULARY).draws and Sampling.create(2, VOCABULARY, temperature=[0, 1]).draws
+    assert not Sampling.create(2, VOCABULARY).do_sample and Sampling.create(2, VOCABULARY, temperature=[0, 1]).do_sample
     assert not Sampling.create(2, VOCABULARY, logit_bias={1: 1.0}, top_p=0.5).needs_counts
     assert Sampling.create(2, VOCABULARY, presence_penalty=0.5).needs_counts
     everything = Sampling.create(2, VOCABULARY, end_token_ids=END_TOKENS, **CASES["all"])
@@ -260,7 +260,7 @@ def test_half_precision_logits_are_read_as_float32():
 
 
 @pytest.mark.parametrize("leading", [(5,), (2, 3), ()])
-def test_token_logprob_is_under_the_models_own_law(leading):
+def test_token_logprob_is_under_the_models_own_distribution(leading):
     generator = np.random.default_rng(4)
     logits = generator.normal(0, 20, (*leading, VOCABULARY)).astype(np.float32) + 300
     token = generator.integers(0, VOCABULARY, leading).astype(np.int32)

@@ -1,7 +1,7 @@
-"""The engine: whatever is drafted, the output, its logprobs and the caches are those of plain decoding.
+"""The speculative loop gives plain decoding's output, logprobs and caches, whatever is drafted.
 
-Every kind of drafter runs here with exact matching. Plain decoding itself is held against full forwards in
-test_autoregressive.py, the rules that reject are tested with the verifiers.
+Every kind of drafter runs here with exact matching. Plain decoding itself is tested against full forwards in
+test_autoregressive.py, rejection rules are tested with the verifiers.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ SHALLOW = Model(dataclasses.replace(MODEL.config, blocks=MODEL.config.blocks[:1]
 
 
 def recorded_tokens(options="greedy"):
-    """Plain decoding's own texts; 1 token behind them, so that drafts reach over the end."""
+    """Plain decoding's own texts, with 1 token after them, so that drafts reach beyond the end."""
     return jnp.pad(plain(options).tokens, ((0, 0), (0, 1)))
 
 
@@ -56,7 +56,7 @@ DRAFTERS = {
     "tree": (DraftModel(MODEL, (-1, 0, 0, 1, 1, 2), Children.CHOSEN), lambda options: DRAFT_PARAMS),
     "drawn chain": (DraftModel.chain(SHALLOW, 3), lambda options: PARAMS),
 }
-# Each kind once, as compiling takes the time; more of the drafters that draw in drafters/test_draft_model.py.
+# Each kind once, as compiling is slow; more of the drafters that sample in drafters/test_draft_model.py.
 CASES = [
     ("prompt lookup", "greedy"),
     ("replay", "greedy"),
@@ -109,14 +109,14 @@ def test_equals_plain_decoding(kind, options):
 def test_counts_add_up(kind, options):
     state = ended(kind, options)
     counts = jax.tree.map(np.asarray, state.counts)
-    lengths, depth = counts.accepted_lengths, np.arange(len(counts.offered))
+    lengths, depth = counts.accepted_lengths, np.arange(len(counts.proposed))
     new_tokens = (np.asarray(state.length) - LENGTHS).sum()
     assert ((np.arange(len(lengths)) + 1) * lengths).sum() == new_tokens == NEW.sum()
     prefills, rounds = 1, int(state.num_target_forwards) - 1
     assert rounds <= lengths.sum() <= 3 * rounds and prefills + rounds == int(state.num_target_forwards)
-    assert (counts.accepted <= counts.offered).all()
-    assert (counts.offered[1:] <= counts.accepted[:-1]).all()
-    # The last round of a row may be cut short by its limit; every other went as far as its count says.
+    assert (counts.accepted <= counts.proposed).all()
+    assert (counts.proposed[1:] <= counts.accepted[:-1]).all()
+    # The last round of a row may be cut short by its limit; every other emitted as many tokens as its count says.
     gained = np.array([lengths[one + 1 :].sum() for one in depth], int)
     assert (gained <= counts.accepted).all() and (counts.accepted - gained <= 3).all()
     # A forward per level that has children, and one more where some row's last token was a leaf.
@@ -125,7 +125,7 @@ def test_counts_add_up(kind, options):
 
 
 def inside_a_block(row):
-    """A token that this row alone emits, when it stands inside a block of a draft of 4 that is right; and its place."""
+    """A token that this row alone emits, inside a right draft of 4; and its place."""
     output = [text[length:] for text, length in zip(texts(plain()), LENGTHS, strict=True)]
     elsewhere = {*np.concatenate([prompt[:length] for prompt, length in zip(PROMPTS, LENGTHS, strict=True)])}
     elsewhere |= {token for other in range(3) if other != row for token in output[other]}
@@ -135,16 +135,16 @@ def inside_a_block(row):
 
 def replayed(output, is_wrong, num_tokens, stops, limit):
     """One row of the replay drafter in plain Python: emitted tokens and counts, round by round."""
-    lengths, offered, accepted = np.zeros(num_tokens + 1, int), np.zeros(num_tokens, int), np.zeros(num_tokens, int)
+    lengths, proposed, accepted = np.zeros(num_tokens + 1, int), np.zeros(num_tokens, int), np.zeros(num_tokens, int)
     emitted = []
     while not emitted or (emitted[-1] not in stops and len(emitted) < limit):
         at, run = len(emitted), 0
         while run < num_tokens and not is_wrong[at + run]:
-            offered[run] += 1
+            proposed[run] += 1
             accepted[run] += 1
             run += 1
         if run < num_tokens:
-            offered[run] += 1
+            proposed[run] += 1
         block = output[at : at + run + 1][: limit - at]
         for index, token in enumerate(block):
             if token in stops:
@@ -152,12 +152,12 @@ def replayed(output, is_wrong, num_tokens, stops, limit):
                 break
         emitted += list(block)
         lengths[len(block) - 1] += 1
-    return emitted, (lengths, offered, accepted), int(lengths.sum())
+    return emitted, (lengths, proposed, accepted), int(lengths.sum())
 
 
 @pytest.mark.parametrize("wrong_rate", [0.0, 0.3])
 def test_stops_and_limits_inside_an_accepted_block(wrong_rate):
-    """Tokens behind a stop or a limit are dropped, their rows not committed; counted exactly."""
+    """Tokens after a stop or a limit are dropped and not committed; counted exactly."""
     output = [text[length:] for text, length in zip(texts(plain()), LENGTHS, strict=True)]
     (place, stop), (other_place, other_stop) = (inside_a_block(row) for row in (1, 2))
     stops, limits = (stop, other_stop), np.array([13, 24, 33])
@@ -173,7 +173,7 @@ def test_stops_and_limits_inside_an_accepted_block(wrong_rate):
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
         rounds.append(num_rounds)
     np.testing.assert_array_equal(got.counts.accepted_lengths, totals[0])
-    np.testing.assert_array_equal(got.counts.offered, totals[1])
+    np.testing.assert_array_equal(got.counts.proposed, totals[1])
     np.testing.assert_array_equal(got.counts.accepted, totals[2])
     assert int(got.num_target_forwards) == max(rounds) + 1
     ends = [13, place + 1, other_place + 1]
@@ -198,7 +198,7 @@ def test_blocks_give_the_same(kind, options):
 
 
 def test_blocks_end_after_max_tokens():
-    """At the first round in which some row has gained as many, with what that round emitted."""
+    """At the first round in which some row has reached as many, with what that round emitted."""
     recording = Recording.create(recorded_tokens(), wrong_rate=0)
     for max_tokens, gained in ((1, 5), (5, 5), (6, 10)):
         state = run("replay", draft_params=recording, blocks=(max_tokens,))
@@ -215,7 +215,7 @@ def test_jitted_equals_eager():
 
 
 def test_logits_at_tree_nodes_are_those_of_the_path_alone():
-    """Random topologies, another in every row and round; and `update` is told what happened."""
+    """Random topologies, another in every row and round; and `update` gets the outcome."""
     state, draft_params = begin("random trees", "every option")
     branched = 0
     for _ in range(3):
@@ -246,19 +246,19 @@ def test_logits_at_tree_nodes_are_those_of_the_path_alone():
     assert branched >= 6
 
 
-def broken_at(token):
+def nonfinite_at(token):
     return {**PARAMS, "embedding": PARAMS["embedding"].at[token].set(jnp.nan)}
 
 
 @pytest.mark.parametrize("end", ["fails", "stops", "limit"])
-def test_a_row_that_breaks_inside_a_draft_fails_alone(end):
+def test_a_row_that_becomes_nonfinite_inside_a_draft_fails_alone(end):
     """One token's embedding is NaN. The row that drafts and emits it keeps what plain decoding keeps: that token too.
 
-    Where the row ends with that very token it has not failed, whatever its draft went on with.
+    Where the row ends with that very token it has not failed, whatever followed in its draft.
     """
     row = 1
     place, bad = inside_a_block(row)
-    params, new = broken_at(bad), NEW.copy()
+    params, new = nonfinite_at(bad), NEW.copy()
     new[row] = place + 1 if end == "limit" else NEW[row]
     stops = (bad, -1) if end == "stops" else (-1, -1)
     want = plain_decode(params, start(params=params, new=new, stop_token_ids=stops))
@@ -269,22 +269,22 @@ def test_a_row_that_breaks_inside_a_draft_fails_alone(end):
     assert_same(got, want)
 
 
-def test_a_broken_token_that_is_only_drafted_harms_nobody():
+def test_a_nonfinite_token_that_is_only_drafted_changes_no_row():
     bad = next(token for token in range(VOCABULARY) if not any(token in text for text in texts(plain())))
-    params = broken_at(bad)
+    params = nonfinite_at(bad)
     recording = Recording(jnp.full((3, CAPACITY), bad), jnp.zeros((3, CAPACITY), bool))
     assert_same(run("replay", draft_params=recording, params=params), plain_decode(params, start(params=params)))
 
 
-@pytest.mark.parametrize("broken", ["everywhere", "at one token"])
+@pytest.mark.parametrize("nonfinite", ["everywhere", "at one token"])
 @pytest.mark.parametrize("kind", ["tree", "drawn chain"])
-def test_a_broken_draft_harms_nobody(kind, broken):
+def test_a_nonfinite_draft_model_changes_no_row(kind, nonfinite):
     options = dict(CASES)[kind]
     token = int(texts(plain(options))[1][20])
-    sound = DRAFTERS[kind][1](options)
-    embedding = sound["embedding"]
-    embedding = jnp.full_like(embedding, jnp.nan) if broken == "everywhere" else embedding.at[token].set(jnp.nan)
-    got = run(kind, options, draft_params={**sound, "embedding": embedding})
+    finite = DRAFTERS[kind][1](options)
+    embedding = finite["embedding"]
+    embedding = jnp.full_like(embedding, jnp.nan) if nonfinite == "everywhere" else embedding.at[token].set(jnp.nan)
+    got = run(kind, options, draft_params={**finite, "embedding": embedding})
     assert_same(got, plain(options))
 
 
@@ -301,7 +301,7 @@ def test_one_compile_per_bucket():
     for length, new, temperature in ((9, 12, 0.5), (12, 12, 1.0), (10, 11, 0.7), (11, 13, 0.9)):
         tokens = np.random.default_rng(length).integers(0, VOCABULARY, (2, length))
         sampling = decoding.Sampling.create(2, VOCABULARY, temperature=[temperature, 0.3])
-        state = decoding.init(
+        state = decoding.prefill(
             MODEL, PARAMS, tokens, np.full(2, length), new, np.zeros(2, int), sampling=sampling, stop_token_ids=(3,)
         )
         recording = Recording.create(np.zeros((2, 24), int), wrong_rate=0.5, seed=length)
@@ -318,7 +318,7 @@ def test_one_compile_per_bucket():
     ids=["chain", "tree"],
 )
 def test_a_draft_may_be_larger_than_the_buffers(drafter, draft_params):
-    """As the default draft of a strategy is, where a few tokens are asked for."""
+    """Like the default draft of a strategy, where few tokens are requested."""
     assert drafter.num_nodes > CAPACITY
     state = jax.jit(decoding.speculative(MODEL, drafter, ExactMatch()))(PARAMS, draft_params, start())
     assert_same(state, plain())

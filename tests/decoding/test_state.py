@@ -1,4 +1,4 @@
-"""Appending a block of tokens to every row, against a loop in plain Python."""
+"""Appending a block of tokens to every row gives what a loop in plain Python gives."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_append(append):
     np.testing.assert_array_equal(after.history.num_new_tokens, taken)
     np.testing.assert_array_equal(after.history.prompt_counts, state.history.prompt_counts)
     last = tokens[np.arange(ROWS), length - 1]
-    np.testing.assert_array_equal(after.pending(), last)
+    np.testing.assert_array_equal(after.last_token(), last)
 
 
 def test_append_without_counts():

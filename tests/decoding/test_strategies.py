@@ -1,8 +1,12 @@
-"""Strategies by name give plain decoding's tokens, find their trained part, count right, and refuse what cannot be."""
+"""Strategies by name give plain decoding's tokens, find their auxiliary weights, count right, refuse bad input."""
 
 import dataclasses
+import itertools
 import json
+import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +17,17 @@ import tokenizers
 import decodax
 from decodax import decoding
 from decodax.decoding import draft_length, programs, strategies
+from decodax.decoding.auxiliary_weights import AuxiliaryWeights
 from decodax.decoding.drafters import DraftModel, PromptLookup
 from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
+from decodax.decoding.find_draft import find_draft
 from decodax.decoding.prompt_tree import dynamic_trees
 from decodax.decoding.prompt_tree import expected_tokens as expected_of_prompts
-from decodax.decoding.strategies import Speculation, draft_model, medusa, ppd
-from decodax.decoding.trained_part import TrainedPart
+from decodax.decoding.strategies import Speculation, medusa, ppd
 from decodax.decoding.tree_choice import best_tree
 from decodax.decoding.tree_choice import expected_tokens as expected_of_tree
 from decodax.decoding.verifiers import ExactMatch
-from decodax.models.load import LanguageModel
+from decodax.models.load import LanguageModel, load
 from tests.decoding.test_generation import LETTERS, LM, PROMPTS, letter_tokenizer
 from tests.tiny import tiny_model
 
@@ -56,19 +61,19 @@ def test_stats_add_up(plain):
     stats = generate(strategy="draft_model", draft=DRAFT, draft_tokens=3).stats
     assert stats.strategy == "draft_model" and stats.fallback is None
     lengths = stats.accepted_lengths
-    assert len(lengths) == 4 and len(stats.offered) == len(stats.accepted) == 3
+    assert len(lengths) == 4 and len(stats.proposed) == len(stats.accepted) == 3
     assert stats.num_new_tokens == 3 * NEW == sum((n + 1) * times for n, times in enumerate(lengths))
     assert stats.tokens_per_forward == 3 * NEW / sum(lengths) > 1.3
     assert max(sum(lengths) / 3, 1) <= stats.target_forwards < NEW
     assert 3 * stats.target_forwards <= stats.draft_forwards <= 4 * stats.target_forwards
-    assert stats.acceptance_per_position == tuple(a / o for a, o in zip(stats.accepted, stats.offered, strict=True))
-    assert all(o <= sum(lengths) and a <= o for a, o in zip(stats.accepted, stats.offered, strict=True))
-    assert stats.offered[1:] == stats.accepted[:-1]  # in a chain, what is accepted leads to the next one
+    assert stats.acceptance_per_position == tuple(a / o for a, o in zip(stats.accepted, stats.proposed, strict=True))
+    assert all(o <= sum(lengths) and a <= o for a, o in zip(stats.accepted, stats.proposed, strict=True))
+    assert stats.proposed[1:] == stats.accepted[:-1]  # in a chain, each accepted token proposes the next one
     none = plain.stats
     assert none.strategy == "autoregressive" and none.tokens_per_forward == 1 and none.acceptance_per_position == ()
 
 
-def test_an_exact_draft_is_accepted_whole():
+def test_an_exact_draft_is_fully_accepted():
     stats = generate(strategy="draft_model", draft=LM, draft_tokens=3).stats
     assert stats.accepted_lengths == (0, 0, 0, 3 * NEW // 4) and stats.acceptance_per_position == (1, 1, 1)
     sampled = generate(strategy="draft_model", draft=LM, draft_tokens=3, temperature=1.0, seed=[1, 2, 3]).stats
@@ -98,7 +103,7 @@ def test_streaming_and_stop_strings(plain):
 
 
 def test_a_strategy_made_by_hand(plain):
-    made = decoding.Speculation(DraftModel.likeliest(LM.model, (-1, 0, 0, 1)), ExactMatch(), DRAFT.params)
+    made = decoding.Speculation(DraftModel.top_k(LM.model, (-1, 0, 0, 1)), ExactMatch(), DRAFT.params)
     out = generate(strategy=made)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     assert out.stats.strategy == "DraftModel + ExactMatch"
@@ -126,22 +131,47 @@ def test_the_embedded_model_brings_its_draft():
     assert facts["num_parameters"] < 800_000
 
 
-def test_the_length_is_chosen_from_measured_times(monkeypatch, plain):
-    known = strategies._drafts.Draft(DRAFT, 0.9, (0.9, 0.05))
-    monkeypatch.setattr(draft_model, "find_draft", lambda *_: known)
-    seconds = {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3, 5: 1.4, 6: 1.5, 7: 1.6, 9: 1.8}
-    monkeypatch.setattr(draft_length, "latency_curve", lambda model, params, sizes: {n: seconds[n] for n in sizes})
+@pytest.fixture
+def takes(monkeypatch):
+    """Sets how long forwards take, by a clock that only they move: the measuring itself is the library's.
+
+    takes(seconds): seconds(params, N) are those of a forward over N tokens with these weights. Now and then one takes
+    100 times as long, as on a machine with other work.
+    """
+    now, count = [0.0], itertools.count()
+
+    def set_to(seconds):
+        def forwards(model, params, caches, cached_tokens, num_tokens):
+            def run(size):
+                now[0] += seconds(params, size) * (100 if next(count) % 11 == 5 else 1)
+
+            return {size: partial(run, size) for size in num_tokens}
+
+        monkeypatch.setattr(draft_length, "forwards", forwards)
+
+    monkeypatch.setattr(draft_length, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return set_to
+
+
+def test_the_length_is_chosen_from_measured_times(takes, plain, tmp_path):
+    """The draft is as slow as the model; then it costs next to nothing, and the longest draft is the fastest."""
+    facts = {"heldout": {"greedy": 0.9, "rank_acceptance": [0.9, 0.05]}}
+    (tmp_path / "draft.json").write_text(json.dumps(facts), encoding="utf-8")
+    draft = dataclasses.replace(DRAFT, path=tmp_path)
+    takes(lambda params, size: 0.9 + 0.1 * size)
     with pytest.warns(UserWarning, match="falls back to plain decoding: plain decoding is faster than any draft"):
-        out = generate(strategy="draft_model", draft_tokens="auto")  # the draft is as slow as the model
+        out = generate(strategy="draft_model", draft=draft, draft_tokens="auto")
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     assert out.stats.fallback is not None and out.stats.accepted_lengths == ()
-    # With a draft that costs next to nothing, tokens per second rise up to the longest draft.
-    monkeypatch.setattr(
-        draft_length, "latency_curve", lambda model, params, sizes: seconds if len(sizes) > 1 else {1: 0.01}
-    )
-    out = generate(strategy="draft_model", draft_tokens="auto")
+    takes(lambda params, size: 0.01 if params is DRAFT.params else 0.9 + 0.1 * size)
+    out = generate(strategy="draft_model", draft=draft, draft_tokens="auto")
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     assert out.stats.fallback is None and len(out.stats.accepted_lengths) == 8 + 1
+    # A draft token takes a quarter of a forward of any size: 1.9 / 1.25, 2.71 / 1.5, ... the best lies between.
+    takes(lambda params, size: 0.25 if params is DRAFT.params else 1.0)
+    made = strategies.METHODS["draft_model"].build(LM, draft, "auto")
+    rates = {length: sum(0.9**i for i in range(length + 1)) / (1 + 0.25 * length) for length in draft_length.LENGTHS}
+    assert made.drafter.max_depth == max(rates, key=rates.get) not in (1, 8)
 
 
 def test_choice_of_the_length():
@@ -169,16 +199,61 @@ def test_choice_of_the_size_of_a_tree():
     assert (none.num_tokens, none.speed_up) == (0, 1.0) and "plain decoding is faster" in none.reason
 
 
-RANKS = [[share * 0.5**rank for rank in range(10)] for share in (0.4, 0.3, 0.25)]  # of guesses 1, 2 and 3 tokens ahead
+@pytest.fixture(scope="module")
+def with_weights():
+    """Models with the auxiliary weights that some strategies need, and the embedded one, which has all others."""
+    embedded = decodax.load(dtype="float32")
+    early = [embedded, decodax.load(dtype="float32", adapter="layer_skip")]
+    with_head = load(Path(__file__).parents[1] / "golden" / "deepseek_v3_mtp", dtype="float32")
+    return {"layer_skip": early, "del": early, "mtp": [with_head]}, embedded
 
 
-def part_of(kind, params, **shape):
-    return TrainedPart(kind, params, {"about": {"shape": shape}, "heldout": {"rank_accuracy": RANKS}}, kind)
+@pytest.mark.parametrize("name", sorted(set(strategies.METHODS) - {"autoregressive"}))
+def test_a_draft_has_the_number_of_tokens_asked_for(name, with_weights):
+    models, embedded = with_weights
+    build = strategies.METHODS[name].build
+    for lm in models.get(name, [embedded]):
+        if build(lm, None, None).drafter.max_depth == 0:
+            with pytest.raises(ValueError, match=r"drafts no(thing| tokens)"):
+                build(lm, None, 1)
+            continue
+        least = 1
+        if name == "ppd":  # prompt tokens need room, too
+            with pytest.raises(ValueError, match="draft_tokens must be at least") as refused:
+                build(lm, None, 1)
+            least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+            with pytest.raises(ValueError, match="draft_tokens must be at least"):
+                build(lm, None, least - 1)
+        for number in (least, least + 2, least + 4):
+            drafter = build(lm, None, number).drafter
+            assert drafter.num_nodes == number + 1 and 1 <= drafter.max_depth <= number
 
 
-PROMPT_TOKENS = part_of("ppd", {"embedding": jax.random.normal(jax.random.key(3), (3, 2, LM.config.hidden_size))})
-HEADS = part_of("medusa", {"heads": initial_heads(LM.params, MedusaShape(3))})
-# The module in which a curve is measured, the part, and what a forward over so many tokens is expected to give.
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_drafts_of_a_number_of_tokens_are_counted(plain, number):
+    """A chain has as many positions; a tree has one for each level, all accepted where the draft model is exact."""
+    early = generate(strategy="layer_skip", draft_tokens=number)
+    np.testing.assert_array_equal(early.tokens, plain.tokens)
+    assert len(early.stats.proposed) == number == len(early.stats.accepted_lengths) - 1
+    assert early.stats.draft_forwards == (number + 1) * early.stats.target_forwards
+    tree = generate(strategy="draft_tree", draft=LM, draft_tokens=number)
+    np.testing.assert_array_equal(tree.tokens, plain.tokens)
+    depth = len(tree.stats.proposed)
+    assert 1 <= depth <= number and tree.stats.accepted == tree.stats.proposed
+    assert tree.stats.accepted_lengths[-1] * (depth + 1) > 3 * NEW // 2
+
+
+# Of draft tokens at distances 1, 2 and 3.
+RANKS = [[share * 0.5**rank for rank in range(10)] for share in (0.4, 0.3, 0.25)]
+
+
+def weights_of(kind, params, **shape):
+    return AuxiliaryWeights(kind, params, {"about": {"shape": shape}, "heldout": {"rank_accuracy": RANKS}}, kind)
+
+
+PROMPT_TOKENS = weights_of("ppd", {"embedding": jax.random.normal(jax.random.key(3), (3, 2, LM.config.hidden_size))})
+HEADS = weights_of("medusa", {"heads": initial_heads(LM.params, MedusaShape(3))})
+# Module with the sizes that are tried, auxiliary weights, and expected tokens of a forward over as many nodes.
 OWN_TREES = {
     "ppd": (ppd, PROMPT_TOKENS, lambda size: expected_of_prompts(RANKS, dynamic_trees(RANKS, size, 2))),
     "medusa": (
@@ -190,32 +265,32 @@ OWN_TREES = {
 
 
 @pytest.mark.parametrize("name", OWN_TREES)
-def test_the_size_of_a_tree_is_chosen_from_measured_times(monkeypatch, plain, name):
-    module, part, expected = OWN_TREES[name]
+def test_the_size_of_a_tree_is_chosen_from_measured_times(takes, plain, name):
+    module, weights, expected = OWN_TREES[name]
     sizes = [size for size in module.SIZES if size >= 10 or name == "medusa"]  # 3 x 2 prompt tokens, 1 + 1 + 2 nodes
 
     def choose(seconds):
-        monkeypatch.setattr(module, "latency_curve", lambda model, params, wanted: {n: seconds(n) for n in wanted})
-        return strategies.METHODS[name].build(LM, part, "auto")
+        takes(lambda params, size: seconds(size))
+        return strategies.METHODS[name].build(LM, weights, "auto")
 
     flat = choose(lambda size: 0.3).drafter
-    assert sizes[-1] - 3 <= flat.num_nodes <= sizes[-1] == 128  # what is left has no room for another guess
+    assert sizes[-1] - 3 <= flat.num_nodes <= sizes[-1] == 128  # what is left has no room for another draft token
     rising = choose(lambda size: 1 + size / 50).drafter
     wanted = max(sizes, key=lambda size: expected(size) / (1 + size / 50))
     assert sizes[0] < wanted < sizes[-1] / 2 and wanted - 3 <= rising.num_nodes <= wanted
-    monkeypatch.setattr(module, "latency_curve", lambda model, params, wanted: {n: float(n) for n in wanted})
+    takes(lambda params, size: float(size))
     with pytest.warns(UserWarning, match=f"{name} falls back to plain decoding: plain decoding is faster than any"):
-        out = generate(strategy=name, draft=part, draft_tokens="auto")
+        out = generate(strategy=name, draft=weights, draft_tokens="auto")
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     assert out.stats.fallback is not None and out.stats.accepted_lengths == ()
 
 
-def test_the_change_that_heads_bring_has_the_scale_that_their_part_says():
+def test_the_low_rank_change_of_medusa_heads_has_the_scale_of_their_facts():
     draw, (outputs, inputs) = np.random.default_rng(0), LM.params["blocks_1"]["mixer"]["key"].shape
     change = {"down": draw.normal(size=(2, inputs)), "up": draw.normal(size=(outputs, 2))}
     low_rank = jax.tree.map(np.float32, {"blocks_1": {"mixer": {"key": change}}})
-    part = part_of("medusa", HEADS.params | {"low_rank": low_rank}, change_scale=0.375)
-    made = strategies.METHODS["medusa"].build(LM, part, None)
+    weights = weights_of("medusa", HEADS.params | {"low_rank": low_rank}, change_scale=0.375)
+    made = strategies.METHODS["medusa"].build(LM, weights, None)
     key = np.asarray(LM.params["blocks_1"]["mixer"]["key"], np.float64) + 0.375 * change["up"] @ change["down"]
     np.testing.assert_allclose(made.params["blocks_1"]["mixer"]["key"], key, atol=1e-5)  # float32 numbers of order 1
     same = made.params | {"blocks_1": made.params["blocks_1"] | {"mixer": LM.params["blocks_1"]["mixer"]}}
@@ -227,7 +302,7 @@ def test_an_ensemble_of_prompt_tokens_by_name(plain):
     assert drafter.ensemble == 2 and drafter.trees == dynamic_trees(RANKS, 20, 2)
     out = generate(strategy="ppd", draft=PROMPT_TOKENS, draft_tokens=19)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
-    assert out.stats.strategy == "ppd" and sum(out.stats.offered) > 0 == out.stats.draft_forwards
+    assert out.stats.strategy == "ppd" and sum(out.stats.proposed) > 0 == out.stats.draft_forwards
 
 
 def test_latency_curve_has_a_time_for_every_size():
@@ -256,7 +331,7 @@ def other_vocabulary():
         ),
         ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "auto"}, "needs the acceptance"),
         ({"strategy": "ppd", "draft": PROMPT_TOKENS, "draft_tokens": 8}, "draft_tokens must be at least 9 for ppd"),
-        ({"strategy": "prompt_lookup", "draft": DRAFT}, "needs no trained part"),
+        ({"strategy": "prompt_lookup", "draft": DRAFT}, "needs no auxiliary weights"),
         ({"strategy": "prompt_lookup", "draft_tokens": "auto"}, "give draft_tokens a number"),
         (
             {"strategy": "autoregressive", "draft_tokens": 3},
@@ -270,7 +345,7 @@ def test_bad_input(options, message):
 
 
 @pytest.mark.parametrize("name", sorted(set(strategies.METHODS) - {"autoregressive"}))
-def test_an_absurd_draft_is_refused_before_anything_is_built(name):
+def test_a_draft_that_is_too_large_is_refused_before_anything_is_built(name):
     for size in (512, 100_000, 10**6, 10**400):
         with pytest.raises(ValueError, match="draft_tokens must be at most 511, as the model's context is 512, got "):
             generate(strategy=name, draft_tokens=size)
@@ -286,7 +361,7 @@ def test_a_strategy_is_a_name_a_speculation_or_a_function():
         generate(strategy=lambda model: lambda params, state, max_tokens: 5)
 
 
-def test_a_speculation_of_parts_that_cannot_be_kept():
+def test_a_speculation_that_cannot_be_hashed_is_refused():
     class Listed(PromptLookup):
         __hash__ = None
 
@@ -304,13 +379,13 @@ def test_a_speculation_of_parts_that_cannot_be_kept():
     ("params", "found"),
     [({}, "nothing"), ({"a": 1}, "nothing"), (LM.params | {"embedding": np.zeros(3)}, r"shape \[3\]")],
 )
-def test_a_speculation_whose_weights_are_not_the_models(params, found):
+def test_a_speculation_with_other_weights_than_the_model_s_is_refused(params, found):
     with pytest.raises(ValueError, match=rf"params of a Speculation must hold all weights .*shape \[.*, got {found}$"):
         generate(strategy=Speculation(PromptLookup(3), ExactMatch(), params=params))
 
 
 @pytest.mark.parametrize("name", sorted(set(strategies.METHODS) - {"autoregressive"}))
-def test_what_is_no_draft_is_refused_by_name(name):
+def test_a_bad_draft_is_refused_by_name(name):
     for wrong in (3, b"folder", ["folder"], True, 0.5):
         with pytest.raises(ValueError, match=r"draft must be .*got |got draft=|pass draft=FOLDER or none, got "):
             strategies.METHODS[name].build(LM, wrong, None)
@@ -320,7 +395,7 @@ def test_what_is_no_draft_is_refused_by_name(name):
 
 
 def resized(lm, size):
-    """The same model with its vocabulary cut to `size`, or filled up with tokens likelier than any other."""
+    """The same model with its vocabulary cut to `size`, or padded with tokens more probable than any other."""
     extra = ((0, max(0, size - lm.config.vocab_size)), (0, 0))
     model = dataclasses.replace(lm.model, config=dataclasses.replace(lm.config, vocab_size=size))
     tables = {name: jnp.pad(lm.params[name][:size], extra, constant_values=9.0) for name in ("embedding", "head")}
@@ -340,7 +415,7 @@ def resized(lm, size):
 def test_a_draft_whose_vocabulary_has_another_size(plain, name, size):
     out = generate(strategy=name, draft=resized(DRAFT, size))
     np.testing.assert_array_equal(out.tokens, plain.tokens)
-    assert max(map(max, out.tokens)) > 31  # tokens that the smaller draft cannot read
+    assert max(map(max, out.tokens)) > 31  # tokens outside the smaller draft's vocabulary
     assert out.stats.tokens_per_forward > {31: 1.1, 41: 1.3}[size]
 
 
@@ -350,7 +425,7 @@ def test_ids_that_only_one_tokenizer_uses_make_no_difference():
     tokenizer.backend.model = tokenizers.models.WordLevel(words)
     draft = dataclasses.replace(resized(DRAFT, 41), tokenizer=tokenizer)
     for lm in (LM, resized(LM, 43)):
-        assert strategies._drafts.find_draft("draft_model", lm, draft).lm.model.vocab_size == lm.config.vocab_size
+        assert find_draft("draft_model", lm, draft).lm.model.vocab_size == lm.config.vocab_size
 
 
 def test_another_tokenizer_is_refused():

@@ -1,4 +1,4 @@
-"""Trees against walking from parent to parent in plain Python."""
+"""Draft trees equal a walk from parent to parent in plain Python."""
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def test_expansion_numbers_level_by_level():
 
 
 def test_path_to_a_node():
-    """The nodes on the way, one per depth, and zeros behind; a row's own tree or one for all."""
+    """The nodes on the path, one per depth, then zeros; a tree per row or one for all."""
     parents, node = random_parents(), np.random.default_rng(1).integers(0, NODES, 23)
     grown = Tree.grown(jnp.asarray(parents)).path_to(jnp.asarray(node), NODES - 1)
     for row in range(23):
@@ -100,7 +100,7 @@ def test_the_deepest_accepted_path(share):
         ([-1, 0, -1], "node 2 needs one in .*, got -1"),
     ],
 )
-def test_what_is_no_tree(parents, message):
+def test_bad_trees_are_refused(parents, message):
     with pytest.raises(ValueError, match=message):
         Tree.fixed(parents)
 

@@ -1,4 +1,4 @@
-"""The tree chosen for given acceptances is the best of all trees of its size, by trying them all."""
+"""The tree chosen for given acceptance rates is the best of all trees of its size, by enumeration."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def test_nodes_are_numbered_level_by_level_and_siblings_by_rank():
     assert best_tree([0.5, 0.3, 0.1], 7) == (-1, 0, 0, 0, 1, 1, 2, 4)
 
 
-def test_no_second_guess_gives_a_chain():
+def test_no_second_draft_token_gives_a_chain():
     assert best_tree([0.7], 4) == (-1, 0, 1, 2, 3)
 
 

@@ -1,4 +1,4 @@
-"""Runs single cases again and shows what they raise: python -m tests.fuzz.again NAME... (a part of a name will do)."""
+"""Reruns single cases and shows what they raise: python -m tests.fuzz.again NAME... (a substring is enough)."""
 
 import sys
 import tempfile

@@ -1,7 +1,7 @@
-"""Damages what a file holds: JSON values, JSON texts and bytes. Pure functions; what they draw, they draw from a seed.
+"""Damages file contents: JSON values, JSON texts and bytes. Pure functions; random damage is drawn from a seed.
 
-A `Damage` says what was done, what is left, and what a reader may make of it. Subjects (`tests/fuzz/subjects`) put it
-where the model's file stood.
+A `Damage` says what was done, the damaged content, and which outcomes are allowed. Subjects (`tests/fuzz/subjects`)
+put it in place of the model's file.
 """
 
 import copy
@@ -18,10 +18,12 @@ Path = tuple[str | int, ...]  # the keys and indices that lead to a value
 
 
 class Allowed(enum.Enum):
-    """What may come of a damaged file, beside the case that it is refused with a clear message.
+    """Outcomes that a damaged file may have, besides a refusal with a clear message.
 
-    HARMLESS: nothing was damaged; it must load, and as before. SAME: it may load, as before. OTHER: it may load as
-    another model, because it describes another one. NOTHING: it must be refused.
+    HARMLESS: nothing was damaged; it must load, unchanged.
+    SAME: it may load, unchanged.
+    OTHER: it may load as another model, because it describes another one.
+    NOTHING: it must be refused.
     """
 
     HARMLESS = "harmless"
@@ -32,7 +34,10 @@ class Allowed(enum.Enum):
 
 @dataclass(frozen=True)
 class Damage:
-    """kind: what was done, with all that it takes to do it again. content: what is left."""
+    """One damage.
+
+    kind: what was done, with all that is needed to repeat it.
+    content: the damaged content."""
 
     kind: str
     content: Any
@@ -40,13 +45,13 @@ class Damage:
 
 
 def huge_numbers(value: float) -> dict[str, Json]:
-    """What stands for a number that somebody has typed or written far too large."""
+    """Values in place of a number that was typed or written far too large."""
     whole: dict[str, Json] = {"1e6": 10**6, "1e9": 10**9, "2^63": 2**63, "1e40": 10**40, "400 digits": 10**400}
     return whole if isinstance(value, int) else whole | {"1e300": 1e300, "infinity": float("inf"), "nan": float("nan")}
 
 
 def retyped(value: Json) -> dict[str, Json]:
-    """The same value as another type of JSON would hold it, and values of types that nobody expects."""
+    """The same value in other JSON types, and values of unexpected types."""
     as_text = value if isinstance(value, str) else json.dumps(value)
     forms: dict[str, Json] = {"list": [value], "object": {"value": value}, "empty object": {}, "empty list": []}
     if isinstance(value, str):
@@ -62,7 +67,7 @@ def retyped(value: Json) -> dict[str, Json]:
 
 
 def field_damages(value: Json) -> Iterator[Damage]:
-    """Every damage of one field's value: nulled, retyped, negated, made zero and huge; all but dropping it."""
+    """Every damage of one field's value but dropping it: null, other types, negated, zero, huge."""
     if value is not None:
         yield Damage("null", None)
     for kind, new in retyped(value).items():
@@ -83,7 +88,7 @@ def field_damages(value: Json) -> Iterator[Damage]:
 
 
 def paths(value: Json, prefix: Path = ()) -> Iterator[Path]:
-    """Where every value within a JSON value stands, itself left out."""
+    """The path of every value within a JSON value, without itself."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
         yield (*prefix, key)
@@ -91,14 +96,14 @@ def paths(value: Json, prefix: Path = ()) -> Iterator[Path]:
 
 
 def at(value: Json, path: Path) -> Json:
-    """What stands there."""
+    """The value at a path."""
     for key in path:
         value = value[key]
     return value
 
 
 def replaced(value: Json, path: Path, new: Json) -> Json:
-    """A copy with `new` in that place."""
+    """A copy with `new` at a path."""
     if not path:
         return new
     changed = copy.copy(value)
@@ -107,7 +112,7 @@ def replaced(value: Json, path: Path, new: Json) -> Json:
 
 
 def dropped(value: Json, path: Path) -> Json:
-    """A copy without what stands there."""
+    """A copy without the value at a path."""
     *parents, last = path
     parent = copy.copy(at(value, tuple(parents)))
     del parent[last]
@@ -136,7 +141,7 @@ def _is_amid(parent: Json, key: str | int) -> bool:
 
 
 def text_damages(content: bytes) -> Iterator[Damage]:
-    """What may have happened to a whole file of JSON, an object, whatever it says."""
+    """Damages of a whole file that holds a JSON object, whatever its content."""
     yield Damage("byte order mark", b"\xef\xbb\xbf" + content)
     yield Damage("spaces", b" \n\t" + content + b"\r\n ", Allowed.HARMLESS)
     yield Damage("empty", b"", Allowed.NOTHING)

@@ -1,7 +1,7 @@
-"""Model folders to be damaged: copies of the golden ones, and whether what loads is still the same model.
+"""Copies golden model folders for damaging, and checks whether what loads is still the same model.
 
-Two models with equal configs and weights that are equal to the last bit have equal logits, so nothing is compiled for
-the cases; that a golden folder itself gives the right logits is what `tests/decoding/test_golden.py` shows.
+Two models with equal configs and bit-identical weights have equal logits, so the cases compile nothing;
+`tests/decoding/test_golden.py` shows that a golden folder itself gives the right logits.
 """
 
 import json
@@ -54,7 +54,7 @@ def golden_model(base: str) -> LanguageModel:
 
 
 def differences(model: LanguageModel, other: LanguageModel) -> list[str]:
-    """In what two loaded models differ: fields of their configs, and weights."""
+    """Differences of two loaded models: fields of their configs, and weights."""
     found = []
     if model.config != other.config:
         fields = [name for name in vars(model.config) if getattr(model.config, name) != getattr(other.config, name)]
@@ -69,13 +69,13 @@ def differences(model: LanguageModel, other: LanguageModel) -> list[str]:
 
 
 def same_bits(array: Any, other: Any) -> bool:
-    """Whether two arrays are equal to the last bit."""
+    """Whether two arrays are bit-identical."""
     first, second = np.asarray(array), np.asarray(other)
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
 def check_loads(folder: Path, right: LanguageModel, allowed: Allowed) -> LanguageModel:
-    """Loads a damaged folder; raises WrongResult for what `allowed` does not allow, beside the errors of `load`."""
+    """Loads a damaged folder; raises WrongResult for what `allowed` does not allow, besides the errors of `load`."""
     try:
         loaded = load(folder)
     except Exception as error:
@@ -90,13 +90,13 @@ def check_loads(folder: Path, right: LanguageModel, allowed: Allowed) -> Languag
 
 
 def read_safetensors(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file, and the bytes behind it."""
+    """The header of a safetensors file, and the bytes after it."""
     size = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
 def write_safetensors(header: Mapping[str, Any] | bytes, data: bytes) -> bytes:
-    """The other way round; the header is padded to a whole number of eight bytes, as the format asks."""
+    """The inverse; the header is padded to a multiple of eight bytes, as the format requires."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data

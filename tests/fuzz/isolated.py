@@ -1,7 +1,7 @@
-"""Runs cases in a process of its own, so that one that ends or blocks the process is seen and named.
+"""Runs cases in a process of their own, so that a case that ends or blocks the process is named.
 
-The process says each case's name before it runs it and the verdict after it. Where it dies or falls silent, the case
-last named is the one, and a new process goes on behind it.
+The process prints each case's name before it runs it and the verdict after it. Where it dies or stays silent, the
+last named case is to blame, and a new process continues after it.
 """
 
 import json
@@ -66,7 +66,7 @@ def _one_process(subject: str, names: Sequence[str]) -> list[Verdict]:
 
 
 def _end_of(process: subprocess.Popen[bytes]) -> str:
-    """How it ended, or that it did not."""
+    """How the process ended, or that it did not."""
     try:
         return f"ended the process with code {process.wait(1)}"
     except subprocess.TimeoutExpired:
@@ -74,7 +74,7 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[str]:
-    """What a process says, until it ends or says nothing for too long."""
+    """Lines that a process prints, until it ends or prints nothing for too long."""
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)

@@ -1,4 +1,4 @@
-"""What must hold of every generation, whatever the model: relations between its parts, and between two generations.
+"""Checks relations that hold for every generation of any model: within one result, and between two.
 
 `check_generation` looks at one result; `check_rows_alone` at rows generated without their neighbours;
 `check_logprobs` compares with the logits of one forward over all tokens. They raise WrongResult.
@@ -14,7 +14,7 @@ import decodax
 from decodax.decoding.prompts import encode_prompts
 from tests.fuzz.verdict import WrongResult
 
-# float32 sums in blocks of other sizes; of log-probabilities down to -20.
+# float32 sums in blocks of other sizes; log-probabilities down to -20.
 _TOLERANCE = 1e-4
 # Options that may hold one value per row.
 _PER_ROW = [
@@ -46,9 +46,9 @@ def check_generation(lm: Any, result: Any, prompts: Any, options: Mapping[str, A
     ends = options.get("stop_token_ids")
     ends = set(lm.end_token_ids if ends is None else _listed(ends))
     stops = [stop for stop in _listed(options.get("stop") or ()) if stop]
-    parts = (result.tokens, result.logprobs, result.finish_reasons, result.text or [""] * num_rows)
-    _require({len(part) for part in parts} == {num_rows}, "not one entry per prompt")
-    for row, (tokens, logprobs, reason, text) in enumerate(zip(*parts, strict=True)):
+    per_row = (result.tokens, result.logprobs, result.finish_reasons, result.text or [""] * num_rows)
+    _require({len(entries) for entries in per_row} == {num_rows}, "not one entry per prompt")
+    for row, (tokens, logprobs, reason, text) in enumerate(zip(*per_row, strict=True)):
         where, limit = f"row {row}: ", min(most, context - lengths[row])
         _require(len(tokens) == len(logprobs), where + f"{len(tokens)} tokens and {len(logprobs)} logprobs")
         _require(1 <= len(tokens) <= limit, where + f"{len(tokens)} tokens of at most {limit}")
@@ -114,7 +114,7 @@ def check_logprobs(lm: Any, prompts: Sequence[Sequence[int]], result: Any, rows:
         _require(off < _TOLERANCE, f"row {row}: log-probabilities off by {off:.1e}")
 
 
-def check_same(result: Any, other: Any, what: str) -> None:
+def assert_same_on_all_processes(result: Any, other: Any, what: str) -> None:
     """Two generations of the same prompts have the same tokens, text and reasons."""
     mine, yours = ([tokens.tolist() for tokens in one.tokens] for one in (result, other))
     _require(mine == yours, f"{what}: tokens {mine} and {yours}")

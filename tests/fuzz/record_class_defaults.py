@@ -1,9 +1,9 @@
-"""Records what transformers makes of the golden configs when one field is absent or null: `class_defaults.json`.
+"""Records the values transformers gives to absent and null fields of the golden configs: `class_defaults.json`.
 
     python -m tests.fuzz.record_class_defaults        (needs transformers; the tests only read what it wrote)
 
-For each golden folder and field: "absent" is the value that transformers' class then has, "null" the value that it has
-for null; a field is left out where transformers refuses the file.
+For each golden folder and field: "absent" is the value in transformers' class without the field, "null" the value for
+null; a field is left out where transformers refuses the file.
 """
 
 import copy
@@ -20,7 +20,7 @@ def _read(raw: dict[str, Any], field: str) -> Any:
     """The field's value as transformers reads the file; raises where it refuses."""
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))  # it writes into rope_scaling
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))  # transformers writes into rope_scaling
     if field == "rope_theta":
         return config.rope_parameters["rope_theta"]
     if field == "partial_rotary_factor":

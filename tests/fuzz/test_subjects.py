@@ -1,4 +1,4 @@
-"""Damage of every kind ends in a clear message, or loads and gives the right model; the counts are printed.
+"""Damage of every kind ends in a clear message, or loads the right model; the counts are printed.
 
 The quick tests run some hundred cases in this process, chosen so that every kind of damage is among them; the slow
 ones run all cases in processes of their own, with those that may end or block a process.
@@ -16,11 +16,11 @@ from tests.fuzz.subjects import SUBJECTS
 from tests.fuzz.verdict import Case, Report, judge_all
 
 # How many of each subject's cases run quickly: about a second's worth.
-_QUICK = dict.fromkeys(SUBJECTS, 60) | {"config": 90, "trained_part": 50, "tokenizer": 70, "options": 45}
+_QUICK = dict.fromkeys(SUBJECTS, 60) | {"config": 90, "auxiliary_weights": 50, "tokenizer": 70, "options": 45}
 
 
 def _sample(cases: list[Case], count: int) -> list[Case]:
-    """So many cases, the same ones every time, of all kinds of damage in turn."""
+    """`count` cases, the same ones every time, of all kinds of damage in turn."""
     kinds = defaultdict(list)
     for index in np.random.default_rng(0).permutation(len(cases)):
         case = cases[index]

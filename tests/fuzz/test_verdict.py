@@ -1,4 +1,4 @@
-"""The judge itself: each kind of failure that the suite looks for is found where it is planted."""
+"""The judge of the fuzz tests finds each kind of failure where it is planted."""
 
 import time
 import warnings
@@ -45,13 +45,13 @@ def test_a_clear_refusal_and_a_right_result():
         (WrongResult("another model"), "another model"),
     ],
 )
-def test_what_is_not_clear(error, why):
+def test_unclear_messages_are_found(error, why):
     found = _verdict(lambda: _raise(error))
     assert found.outcome is Outcome.WRONG
     assert why in found.said
 
 
-def test_words_that_were_given_may_be_repeated():
+def test_words_of_the_input_may_be_quoted():
     error = ValueError("config.json: head_dim: num_kept_groups_inside is not understood")
     assert _verdict(lambda: _raise(error), given=b'{"num_kept_groups_inside": 1}').outcome is Outcome.REFUSED
 
@@ -112,7 +112,7 @@ def test_every_value_of_a_tree_is_damaged_and_the_tree_itself_stays():
 
 
 def test_a_case_that_ends_or_blocks_its_process_is_named(monkeypatch):
-    """With a stand-in for the process, which says what the real one would."""
+    """With a stand-in for the process, which prints what the real one would."""
     script = (
         "import json, os, sys, time\n"
         "for name in json.load(open(sys.argv[2])):\n"

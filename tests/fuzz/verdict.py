@@ -1,10 +1,10 @@
 """Runs a case and judges it: right, refused with a clear message, or wrong, and then why.
 
-A clear message is that of an error which the library promises: one line (or a line and a list), printable, which names
-the file and the field or option that the user gave, and no name that only the code has. Everything else is wrong:
+A clear message belongs to an error that the library promises: one line (or a line and a list), printable, which names
+the file and the field or option that the user gave, and no name internal to the code. Everything else is wrong:
 another kind of error, a loaded model that is not the one described, more time or memory than a bound.
 
-Cases run without the session's checks of annotations, which would stand in front of the library's own.
+Cases run without the session's checks of annotations, which would run before the library's own.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from typing import NoReturn
 import jax
 import jaxtyping
 
-from decodax.models.model_files import UnreasonableFileError
+from decodax.models.checkpoints.model_files import UnreasonableFileError
 
 SECONDS = 5.0  # of the processor for one case; a tiny model loads in less than 0.1
-WALL_FACTOR = 4  # so many seconds of the clock for each of those, since the machine may be busy
+WALL_FACTOR = 4  # wall-clock seconds per second of processor time, since the machine may be busy
 MAX_GROWTH_BYTES = 2**28  # of the process's memory in one case; a tiny checkpoint has less than a megabyte
 ADDRESS_SPACE_BYTES = (
     2**30
@@ -40,13 +40,13 @@ PROMISED = (
     *(ValueError, UnreasonableFileError, NotImplementedError),
     *(FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError),
 )
-# What an error of Python, of a library or of the code within says, and no message for users does.
+# Phrases of errors of Python, of libraries or of internal code, which no message for users has.
 _INNER = re.compile(
     r"object at 0x|<class '|NoneType|unhashable|not subscriptable|has no attribute|not iterable|unsupported operand"
     r"|Error\(|Traceback|Errno|jaxtyping|0x7f|site-packages|\.py\b"
 )
 _TESTS = Path(__file__).parents[1]
-_WORD = re.compile(r"(?<![\\\w])[A-Za-z]\w*")  # not what is left of an escape
+_WORD = re.compile(r"(?<![\\\w])[A-Za-z]\w*")  # not the rest of an escape
 # Words of the formats: transformers' activations, safetensors' types of numbers and its index, tokenizer files.
 _OF_FORMATS = frozenset(
     [
@@ -84,7 +84,7 @@ _OF_FORMATS = frozenset(
 
 
 class WrongResult(AssertionError):  # noqa: N818 (what it says is the verdict)
-    """Something was accepted that should not have been, or came out wrong."""
+    """Something was accepted that should not have been, or has a wrong result."""
 
 
 class TimeUp(BaseException):
@@ -101,13 +101,13 @@ class Outcome(enum.Enum):
 class Case:
     """One try.
 
-    name: what it is, subject first; it holds all that it takes to make the case again.
-    act: does it; raises WrongResult where what comes is not right, and lets every other error pass.
+    name: subject first, then all that is needed to make the case again.
+    act: runs it; raises WrongResult where the result is wrong, and lets every other error pass.
     named: what the message of a refusal must name, one word of each group.
     may_kill: it could end or block the process if it is not handled, so it runs in a process of its own.
     promised: the kinds of errors that a refusal may have.
-    given: what the user gave, whose words a message may repeat; a function of it where it is long to make.
-    seconds: of the processor; it has WALL_FACTOR times as many by the clock.
+    given: what the user gave, whose words a message may quote; a function that makes it where that is slow.
+    seconds: of processor time; by the clock it has WALL_FACTOR times as many.
     """
 
     name: str
@@ -180,7 +180,7 @@ def faults_of(error: BaseException, case: Case) -> list[str]:
 
 
 def form_faults(message: str, given: str = "") -> list[str]:
-    """What is wrong with the form of a message for users, whatever it says; what they gave it may repeat."""
+    """Faults in the form of a message for users, whatever its content; it may quote their input."""
     first, *rest = message.split("\n")
     is_list = first.endswith(":") and all(line.startswith("  - ") for line in rest)
     faults = []
@@ -198,7 +198,7 @@ def form_faults(message: str, given: str = "") -> list[str]:
 def inner_words(message: str, case: Case) -> list[str]:
     """Words of code (with an underscore) in a message that are neither the user's nor the formats' nor in the files.
 
-    A word of the user's may be cut where the message is.
+    A word of the user may be cut where the message is.
     """
     given = f"{case.name} {case.given_text}"
     without_paths = re.sub(r"(?<!\S)[/~]\S+", "", message)
@@ -208,7 +208,7 @@ def inner_words(message: str, case: Case) -> list[str]:
 
 @cache
 def _public_words() -> frozenset[str]:
-    """What a user can know: the words of the README, of the checkpoints' own files and of transformers' configs."""
+    """Words known to users: those of the README, of the checkpoints' files and of transformers' configs."""
     files = [_TESTS.parent / "README.md", *(_TESTS / "golden").glob("*/config.json")]
     files += [*(_TESTS.parent / "models" / "demo").rglob("*.json"), Path(__file__).with_name("class_defaults.json")]
     words = {word for file in files for word in _WORD.findall(file.read_text(encoding="utf-8"))}
@@ -231,7 +231,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     )
     previous = {number: signal.signal(number, ring) for number, _, _ in timers}
     for _, timer, after in timers:
-        signal.setitimer(timer, after, 1.0)  # again and again: what is raised in a callback is lost
+        signal.setitimer(timer, after, 1.0)  # repeatedly: an exception raised in a callback is lost
     try:
         yield
     finally:
@@ -258,7 +258,7 @@ def _as_users_run() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_limit(more_bytes: int) -> Iterator[None]:
-    """No more address space than now and so many bytes: what asks for more fails, instead of filling the machine."""
+    """Limits address space to the present use and `more_bytes`: larger requests fail instead of filling the machine."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     statm = Path("/proc/self/statm")
     if statm.exists():  # not on macOS, where the limit has no effect
@@ -294,7 +294,7 @@ class Report:
         return f"{len(self.verdicts)} cases: " + ", ".join(f"{self.counts[one.value]} {one.value}" for one in Outcome)
 
     def failures(self, most: int = 40) -> str:
-        """What is wrong, and how to see one of them again."""
+        """The failures, and how to rerun one of them."""
         lines = [f"{verdict.name}\n    {verdict.said}" for verdict in self.wrong[:most]]
         again = "see one again with: python -m tests.fuzz.again 'NAME'"
         return "\n".join([self.summary(), again, *lines, f"... of {len(self.wrong)}"])

@@ -1,4 +1,4 @@
-"""Compiles for a TPU that is not there (libtpu does it without one); a test is skipped where libtpu is missing."""
+"""Compiles for an absent TPU (libtpu does it without one); a test is skipped where libtpu is missing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from jax.sharding import Mesh
 
-from decodax.scripts import _ahead_of_time
-from decodax.scripts._ahead_of_time import CHIPS, count_kernels
+from benchmarks import _ahead_of_time
+from benchmarks._ahead_of_time import CHIPS, count_kernels
 
 __all__ = ["CHIPS", "compile_for_tpu", "count_kernels", "tpu_mesh"]
 

@@ -1,4 +1,4 @@
-"""Kernels for GPUs in the interpreter of JAX 0.10 count as slow: it compiles a body for every program.
+"""Marks interpreted GPU kernels as slow under JAX 0.10, whose interpreter compiles a body for every program.
 
 The interpreter of JAX 0.12 does not, and there they run with the rest (`.ci/run` does so).
 """
@@ -12,7 +12,7 @@ FOLDER, INTERPRETED = Path(__file__).parent, "gpu_interpreted"
 ALL_INTERPRETED = "test_decode_kernels_gpu.py"
 
 
-@pytest.hookimpl(tryfirst=True)  # before those that are not to run are sorted out
+@pytest.hookimpl(tryfirst=True)  # before deselection by marks
 def pytest_collection_modifyitems(items):
     if jax.__version_info__ >= (0, 11):
         return

@@ -1,4 +1,4 @@
-"""Block-sparse attention in NumPy float64, query by query: shares nothing with the library."""
+"""Computes block-sparse attention in NumPy float64, query by query; imports nothing from the project."""
 
 import numpy as np
 

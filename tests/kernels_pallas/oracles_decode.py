@@ -1,10 +1,10 @@
-"""What the decode kernels must give, in NumPy float64 and plain loops: softmax over a list of keys for each query."""
+"""Computes decode attention in NumPy float64 and plain loops: softmax over a list of keys for each query."""
 
 import numpy as np
 
 
 def attend(query, keys, values, *, scale, softcap, sink_logit):
-    """One query [H], the keys [M, H] and values [M, I] that it reads: output [I] and log-sum-exp."""
+    """One query [H], the keys [M, H] and values [M, I] that it attends to: output [I] and log-sum-exp."""
     scores = scale * keys @ query
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
@@ -17,7 +17,7 @@ def attend(query, keys, values, *, scale, softcap, sink_logit):
 
 
 def decode(query, cached, new, *, scale, softcap=None, sink_logits=None):
-    """query [B, T, N, H]; cached(b, t, n): keys and values of the cached tokens that query t of row b and head n reads.
+    """query [B, T, N, H]; cached(b, t, n): cached keys and values that query t of row b and head n attends to.
 
     new: keys and values [B, K, U, ...] and allowed [B, T, U], or None.
     """

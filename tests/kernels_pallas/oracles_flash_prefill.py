@@ -1,4 +1,4 @@
-"""Attention of a prompt, by its definition: NumPy, float64, one query at a time; imports nothing from the project."""
+"""Computes prefill attention by definition: NumPy float64, one query at a time; imports nothing from the project."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def is_read(key, at, *, length, causal, window, num_sink_tokens):
-    """Whether a query that stands at index `at` among the keys reads this key."""
+    """Whether a query at index `at` among the keys attends to this key."""
     if key >= length or (causal and key > at):
         return False
     return window is None or at - key < window or key < num_sink_tokens

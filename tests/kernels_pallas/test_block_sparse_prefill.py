@@ -1,4 +1,4 @@
-"""Block-sparse prefill: the kernels and their XLA path against NumPy, and compiled for chips that are not there."""
+"""Block-sparse prefill: kernels and the XLA path equal NumPy, and the kernels compile for absent chips."""
 
 import dataclasses
 import functools
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decodax.kernels_pallas import choice
+from decodax.kernels_pallas import selection
 from decodax.kernels_pallas.block_sparse_prefill import (
     BlockLists,
     block_sparse_prefill,
-    choose_block_sparse_prefill,
+    select_block_sparse_prefill,
 )
 from decodax.kernels_pallas.block_sparse_prefill.shapes import SHAPES
 from tests.kernels_pallas import oracles_block_sparse_prefill as oracle
@@ -23,7 +23,7 @@ IMPLEMENTATIONS = ["xla", "tpu_interpreted", "gpu_interpreted"]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes of a call. What no query may read is NaN: slots that are not filled, and blocks that no list names."""
+    """Sizes of a call. What no query attends to is NaN: slots that are not filled, and blocks that no list names."""
 
     num_tokens: int
     num_heads: int
@@ -54,7 +54,7 @@ class Case:
         )
         blocks = (-(-self.num_tokens // self.query_block), -(-self.capacity // self.key_block))
         reads = numbers.random((batch, self.num_lists, *blocks)) < self.share
-        reads[0, 0, 0] = False  # a query block that reads nothing
+        reads[0, 0, 0] = False  # a query block that attends to nothing
         slots = np.arange(self.capacity)
         for b in range(batch):
             filled = min(self.length[b], self.offset[b] + self.num_tokens)
@@ -128,8 +128,8 @@ def test_equals_numpy(name, dtype, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_in_jit_what_is_outside_counts_as_empty(implementation):
-    """Entries outside the keys, starts outside the lists, a length beyond the keys: only an eager call refuses them."""
+def test_in_jit_entries_out_of_range_count_as_empty(implementation):
+    """Entries beyond the keys, starts beyond the lists, a length beyond the keys: only an eager call refuses them."""
     case = Case(128, 1, 1, 128, 64, 64, 1, 64, 64, (0,), (128,))
     (query, key, value, _), _ = dataclasses.replace(case, share=2.0).operands(jnp.float32)
     start = jnp.array([[[-5, 2, 99]]], jnp.int32)
@@ -148,7 +148,7 @@ def test_in_jit_what_is_outside_counts_as_empty(implementation):
 def test_offset_and_length_have_defaults():
     case = Case(100, 2, 1, 120, 64, 64, 2, 64, 64, (0,), (100,))
     operands, _ = case.operands(jnp.float32)
-    assert choose_block_sparse_prefill(*operands).reason == "there are no kernels for cpu"
+    assert select_block_sparse_prefill(*operands).reason == "there are no kernels for cpu"
     assert_close(block_sparse_prefill(*operands, scale=0.2), case.expected(jnp.float32), operands[2], jnp.float32)
 
 
@@ -168,7 +168,7 @@ def test_lists_hold_the_blocks_of_a_mask():
     np.testing.assert_array_equal(some.index, lists.index[:, :, :3])
 
 
-def test_lists_need_room():
+def test_lists_that_are_too_short_are_refused():
     reads = jnp.ones((1, 1, 2, 3), bool)
     with pytest.raises(ValueError, match=r"capacity must be at least 6 .* got 5"):
         BlockLists.from_mask(reads, query_block=64, key_block=64, capacity=5)
@@ -217,14 +217,14 @@ def test_bad_input_is_refused(change, message):
         ("gpu", {"dtype": jnp.float32}, "takes bfloat16 and float16, got float32"),
     ],
 )
-def test_xla_takes_what_does_not_fit(backend, change, message, monkeypatch):
+def test_xla_runs_what_does_not_fit_the_kernels(backend, change, message, monkeypatch):
     sizes = {name: size for name, size in change.items() if name != "dtype"}
     case = dataclasses.replace(Case(63, 2, 1, 128, 64, 64, 2, 64, 64, (0,), (63,), share=2.0), **sizes)
     operands, _ = case.operands(change.get("dtype", jnp.bfloat16))
     with pytest.raises(NotImplementedError, match=message):
         block_sparse_prefill(*operands, scale=0.2, implementation=backend)
-    monkeypatch.setattr(choice, "backend_of_this_device", lambda: (backend, "the device is one"))
-    chosen = choose_block_sparse_prefill(*operands)
+    monkeypatch.setattr(selection, "backend_of_this_device", lambda: (backend, "the device is one"))
+    chosen = select_block_sparse_prefill(*operands)
     assert chosen.implementation == "xla" and chosen.reason.startswith(f"the device is one, but the {backend.upper()}")
 
 
@@ -263,13 +263,13 @@ def test_lowers_for_hopper(name):
     assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
-def test_shapes_count_their_work():
+def test_shapes_count_their_bytes_and_flops():
     """A shape small enough to count by hand: 3 query blocks of 2 after 1 token, key blocks of 2, two blocks each."""
     shape = dataclasses.replace(
         SHAPES["phi3-mini, 16k"], num_tokens=5, num_heads=3, num_kv_heads=1, num_lists=1, head_size=7, offset=1,
         query_block=2, key_block=2, fraction=1.0, most=2, dtype=jnp.float32,
     )  # fmt: skip
-    # Slots 1, 2 read blocks 0 and 1: 2 + 3 pairs. 3, 4 read 0 and 2: 2 + 3. 5 reads 0 and one of the others: 4.
+    # Slots 1, 2 attend to blocks 0, 1: 2 + 3 pairs. 3, 4 to 0 and 2: 2 + 3. 5 to 0 and one of the others: 4.
     assert shape.blocks_listed() == 2 + 2 + 2
     assert shape.flops() == 2 * (7 + 7) * 3 * (5 + 5 + 4)
     assert shape.bytes_listed() == 6 * 2 * (7 + 7) * 4

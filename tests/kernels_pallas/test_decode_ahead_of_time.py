@@ -1,4 +1,4 @@
-"""The decode kernels, compiled for TPUs that are not there, at real sizes."""
+"""The decode kernels compile for absent TPUs at real sizes, without copies of the cache."""
 
 from importlib import import_module
 
@@ -8,7 +8,7 @@ import pytest
 
 from decodax.kernels_pallas import module_of
 from decodax.kernels_pallas.flash_decode import NewTokens, flash_decode
-from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from tests.kernels_pallas.ahead_of_time import CHIPS, compile_for_tpu, count_kernels
 
 KERNELS = ("flash_decode", "paged_decode", "gather_decode")
@@ -35,7 +35,7 @@ def copies(text, shape):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(("kernel", "name"), CASES)
 def test_compiles_for_tpu_without_a_copy_of_the_cache(kernel, name, chip):
-    """Of pages that are no multiple of 128 tokens XLA makes one, where the head size is no multiple of 128 either."""
+    """XLA copies pages only where neither page size nor head size is a multiple of 128."""
     shape = shapes_of(kernel)[name]
     operands = shape.operands()
 
@@ -52,7 +52,7 @@ def test_compiles_for_tpu_without_a_copy_of_the_cache(kernel, name, chip):
 
 
 def test_steps_in_a_loop_copy_no_cache():
-    """What a step writes, the next one reads where it lies."""
+    """The next step reads in place what a step wrote."""
 
     def steps(query, cache):
         def step(_, carry):
@@ -62,7 +62,7 @@ def test_steps_in_a_loop_copy_no_cache():
             operands = (query, cache.key, cache.value, cache.length, new)
             output, _ = flash_decode(*operands, scale=0.1, implementation="tpu")
             accepted = 1 + (output[:, 0, 0, 0] > 0).astype(jnp.int32)
-            return output, cache.commit(KVRows(token, token), accepted)
+            return output, cache.commit(KVUpdate(token, token), accepted)
 
         return jax.lax.fori_loop(0, 4, step, (query, cache))
 

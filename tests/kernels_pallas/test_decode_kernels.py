@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decodax.kernels_pallas import decode_tpu
-from decodax.kernels_pallas.flash_decode import choose_flash_decode, flash_decode
-from decodax.kernels_pallas.gather_decode import choose_gather_decode, gather_decode
-from decodax.kernels_pallas.new_tokens import NewTokens
-from decodax.kernels_pallas.paged_decode import choose_paged_decode, paged_decode
+from decodax.kernels_pallas.decode import kernel_tpu
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.flash_decode import flash_decode, select_flash_decode
+from decodax.kernels_pallas.gather_decode import gather_decode, select_gather_decode
+from decodax.kernels_pallas.paged_decode import paged_decode, select_paged_decode
 from tests.kernels_pallas import oracles_decode as oracle
 
 implementations = pytest.mark.parametrize("implementation", ("xla", "tpu_interpreted"))
@@ -106,7 +106,7 @@ class Case:
 def check(case: Case, implementation: str, call: Any, expected: tuple[np.ndarray, np.ndarray]) -> None:
     """Runs it (or sees it refused where it does not fit) and compares with what is expected."""
     if implementation.partition("_")[0] in case.unfit:
-        with pytest.raises(NotImplementedError, match="implementation='xla' takes it"):
+        with pytest.raises(NotImplementedError, match="use implementation='xla'"):
             call(implementation=implementation)
         return
     output, log_sum_exp = jax.jit(partial(call, implementation=implementation))()
@@ -278,7 +278,7 @@ def test_gather_decode_is_attention(name, implementation):
 
 def test_more_blocks_than_buffers(monkeypatch):
     """Blocks of one page run through the buffers several times, from one item into the next."""
-    monkeypatch.setattr(decode_tpu, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(kernel_tpu, "BLOCK_BYTES", 1)
     case = Case([1000, 0, 130, 1], num_new=2, capacity=1000)
     arrays = case.arrays()
     operands = (arrays["key"], arrays["value"], jnp.asarray(case.lengths, jnp.int32))
@@ -288,7 +288,7 @@ def test_more_blocks_than_buffers(monkeypatch):
 
 def test_lists_of_more_rows_than_scalar_memory_holds(monkeypatch):
     """They come row by row, in a call each."""
-    monkeypatch.setattr(decode_tpu, "LIST_BYTES", 4 * 8)
+    monkeypatch.setattr(kernel_tpu, "LIST_BYTES", 4 * 8)
     case = Case([450, 0, 130], num_new=2, capacity=512, page_tokens=64)
     arrays = case.arrays()
     call = partial(paged_decode, arrays["query"], *paged(case, arrays), arrays["new"], **case.options(arrays))
@@ -325,8 +325,8 @@ def sds(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 def test_what_does_not_fit_is_told_and_runs_on_xla():
     query, cache = sds(2, 1, 4, 128), sds(2, 2, 100, 128)
-    assert choose_flash_decode(query, cache, cache).implementation == "xla"
-    assert "there are no kernels for cpu" in choose_flash_decode(query, cache, cache).reason
+    assert select_flash_decode(query, cache, cache).implementation == "xla"
+    assert "there are no kernels for cpu" in select_flash_decode(query, cache, cache).reason
     refused = {
         "all operands must be float32 or all bfloat16, got float16": sds(2, 2, 128, 128, dtype=jnp.float16),
         "in multiples of 8 slots, got 132": sds(2, 2, 132, 128),
@@ -334,13 +334,13 @@ def test_what_does_not_fit_is_told_and_runs_on_xla():
     for words, cache in refused.items():
         query = sds(2, 1, 4, 128, dtype=cache.dtype)
         with pytest.raises(NotImplementedError, match=words):
-            choose_flash_decode(query, cache, cache, implementation="tpu")
+            select_flash_decode(query, cache, cache, implementation="tpu")
     pages, many = sds(9, 2, 16, 128), sds(2, 1, 2**18, dtype=jnp.int32)
     with pytest.raises(NotImplementedError, match="page numbers of one row must fit into 524288 bytes, got 1048576"):
-        choose_paged_decode(query, pages, pages, many, implementation="tpu")
+        select_paged_decode(query, pages, pages, many, implementation="tpu")
     query, cache, table = sds(2, 1, 4, 128), sds(2, 2, 128, 128), sds(2, 1, 4, dtype=jnp.int32)
     with pytest.raises(NotImplementedError, match="in multiples of 8 slots, got 1"):
-        choose_gather_decode(query, cache, cache, table, block_tokens=1, implementation="tpu")
+        select_gather_decode(query, cache, cache, table, block_tokens=1, implementation="tpu")
 
 
 def test_bad_operands_are_refused_before_a_kernel_is_launched():
@@ -349,7 +349,7 @@ def test_bad_operands_are_refused_before_a_kernel_is_launched():
     run = partial(flash_decode, scale=1.0)
     with pytest.raises(ValueError, match=r"length must be in 0\.\.32, got 3\.\.33: the cache holds no more tokens"):
         run(query, cache, cache, length + jnp.asarray([0, 1]))
-    with pytest.raises(ValueError, match=r"1 to 64 queries \(T\) per row, got 65; longer runs are flash_prefill's"):
+    with pytest.raises(ValueError, match=r"1 to 64 queries \(T\) per row, got 65: use flash_prefill for more"):
         run(zeros((2, 65, 4, 16)), cache, cache, length)
     with pytest.raises(ValueError, match="the 3 query heads must be a multiple of the 2 key-value heads"):
         run(zeros((2, 3, 3, 16)), cache, cache, length)

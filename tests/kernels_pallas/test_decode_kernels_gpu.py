@@ -1,8 +1,8 @@
-"""The decode kernels for Hopper GPUs, interpreted on CPU, against a NumPy oracle in float64.
+"""The decode kernels for Hopper GPUs, interpreted on CPU, equal a NumPy oracle in float64.
 
-The interpreter starts memory as NaN, so rows of a wgmma that are not in use, and parts that nobody writes, are poison;
-so are here the cached tokens that no query may read, and what tables and lists hold behind their ends. Cases are few,
-and each mixes several awkward things, as the interpreter takes seconds for each.
+The interpreter starts memory as NaN, so unused rows of a wgmma and unwritten partial results are poison; so are
+the cached tokens that no query attends to, and entries after the ends of tables and lists. Cases are few, and each
+mixes several awkward sizes, as the interpreter takes seconds for each.
 """
 
 import jax
@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from jax import export
 
-from decodax.kernels_pallas import choice, decode_gpu
-from decodax.kernels_pallas.decode_tiles_gpu import OrderedTiles, ordered
-from decodax.kernels_pallas.flash_decode import choose_flash_decode, flash_decode
+from decodax.kernels_pallas import selection
+from decodax.kernels_pallas.decode import kernel_gpu
+from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.decode.tiles_gpu import OrderedTiles, ordered
+from decodax.kernels_pallas.flash_decode import flash_decode, select_flash_decode
 from decodax.kernels_pallas.flash_decode import shapes as flash_shapes
-from decodax.kernels_pallas.gather_decode import choose_gather_decode, gather_decode
+from decodax.kernels_pallas.gather_decode import gather_decode, select_gather_decode
 from decodax.kernels_pallas.gather_decode import shapes as gather_shapes
-from decodax.kernels_pallas.new_tokens import NewTokens
-from decodax.kernels_pallas.paged_decode import choose_paged_decode, paged_decode
+from decodax.kernels_pallas.paged_decode import paged_decode, select_paged_decode
 from decodax.kernels_pallas.paged_decode import shapes as paged_shapes
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -29,7 +30,7 @@ LSE_TOLERANCE = 1e-5
 
 
 def attend(query, tokens, reads, *, scale, softcap=None, sink_logits=None):
-    """Query [B, T, N, H]; tokens(b, k) the keys and values, reads(b, t, k) the indices of those that are read."""
+    """Query [B, T, N, H]; tokens(b, k) the keys and values, reads(b, t, k) the indices of those that it attends to."""
     query = np.asarray(query, np.float64)
     batch, num_queries, num_heads, _ = query.shape
     group = num_heads // tokens.num_kv_heads
@@ -53,11 +54,11 @@ def attend(query, tokens, reads, *, scale, softcap=None, sink_logits=None):
 
 
 class Tokens:
-    """Cached tokens [B, K, S, H], and new ones behind them."""
+    """Cached tokens [B, K, S, H], and new ones after them."""
 
     def __init__(self, key, value, new):
-        parts = [(key, value)] if new is None else [(key, value), (new.key, new.value)]
-        self.key, self.value = (np.concatenate([np.asarray(p[i], np.float64) for p in parts], axis=2) for i in (0, 1))
+        pairs = [(key, value)] if new is None else [(key, value), (new.key, new.value)]
+        self.key, self.value = (np.concatenate([np.asarray(p[i], np.float64) for p in pairs], axis=2) for i in (0, 1))
         self.num_kv_heads, self.capacity = key.shape[1], key.shape[2]
         self.allowed = None if new is None else np.asarray(new.allowed)
 
@@ -73,16 +74,16 @@ def normal(seed, shape, dtype):
 
 
 def tree(batch, num_queries, num_new):
-    """Each query reads itself and some of the tokens before it; in the second row, nothing at all."""
-    behind = num_new - num_queries
-    before = np.tril(np.random.default_rng(7).random((batch, num_queries, num_new)) < 0.5, behind - 1)
-    allowed = before | (np.arange(num_new) == behind + np.arange(num_queries)[:, None])
+    """Each query attends to itself and some tokens before it; in the second row, to nothing at all."""
+    offset = num_new - num_queries
+    before = np.tril(np.random.default_rng(7).random((batch, num_queries, num_new)) < 0.5, offset - 1)
+    allowed = before | (np.arange(num_new) == offset + np.arange(num_queries)[:, None])
     allowed[1 % batch] &= batch == 1
     return allowed
 
 
 def new_tokens(num_new, batch, num_queries, num_kv_heads, head_size, value_size, dtype):
-    """The first new token is read by nobody, and is NaN."""
+    """No query attends to the first new token, which is NaN."""
     if num_new is None:
         return None
     allowed = tree(batch, num_queries, num_new)
@@ -174,8 +175,8 @@ def test_flash_decode(name, monkeypatch):
     operands, options = flash_operands(name)
     result = run_flash(operands, options)
     assert_equal(result, flash_oracle(operands, options), FLASH[name][8], operands[2])
-    if name == "ragged":  # in one run no owner has two parts: the split changes nothing but the order of sums
-        monkeypatch.setattr(decode_gpu, "INTERPRETED_RUNS", 1)
+    if name == "ragged":  # in one run no owner has two partials: the split changes only the order of sums
+        monkeypatch.setattr(kernel_gpu, "INTERPRETED_RUNS", 1)
         for whole, split in zip(run_flash(operands, options), result, strict=True):
             np.testing.assert_allclose(whole, split, atol=1e-6, rtol=1e-6)
 
@@ -234,7 +235,7 @@ def test_paged_decode(name):
 
 # T, N, K, S, H, block_tokens, lists per row and head, lengths, new tokens, dtype
 GATHER = {
-    # Four pages to a tile; an empty list; the page in which the row ends, and one behind it.
+    # Four pages to a tile; an empty list; the page in which the row ends, and one after it.
     "short": (2, 4, 2, 192, 64, 16, [[[], [11, 0, 4]], [[3, 1, 2, 5, 0], [7]]], [190, 37], 3, F32),
     # Two tiles to a page, in the second of which the row ends.
     "long": (1, 4, 1, 384, 128, 128, [[[2, 0]], [[1]]], [330, 200], None, BF16),
@@ -283,7 +284,7 @@ def test_tiles_outside_a_window_are_not_counted():
     tiles = OrderedTiles(2, True, 1000)
     starts = [int(tiles.position(tables, jnp.int32(0), jnp.int32(tile))) for tile in range(7)]
     assert starts == [0, 640, 704, 768, 832, 896, 936]
-    assert [bool(tiles.is_whole(tables, jnp.int32(0), jnp.int32(tile))) for tile in (0, 1, 2, 6)] == [
+    assert [bool(tiles.is_unmasked(tables, jnp.int32(0), jnp.int32(tile))) for tile in (0, 1, 2, 6)] == [
         False,
         False,
         True,
@@ -300,7 +301,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("kernel", SHAPES)
 def test_lowers_for_cuda(kernel):
-    """Both kernels are in the program, and nothing as large as the cache is made beside them."""
+    """Both kernels are in the program, and nothing else as large as the cache."""
     function, shapes = SHAPES[kernel]
     shape = next(iter(shapes.values()))
     operands, options = shape.operands(), shape.options()
@@ -327,12 +328,12 @@ def described(shape, dtype=BF16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def test_what_does_not_fit_goes_to_xla_and_says_why(monkeypatch):
-    monkeypatch.setattr(choice, "backend_of_this_device", lambda: ("gpu", "the device is a Hopper GPU"))
+def test_unsupported_operands_run_on_xla_with_the_reason(monkeypatch):
+    monkeypatch.setattr(selection, "backend_of_this_device", lambda: ("gpu", "the device is a Hopper GPU"))
     query = described((2, 1, 8, 64))
 
     def flash(query=query, capacity=128, size=64, dtype=BF16):
-        return choose_flash_decode(query, *[described((2, 2, capacity, size), dtype)] * 2)
+        return select_flash_decode(query, *[described((2, 2, capacity, size), dtype)] * 2)
 
     assert flash().implementation == "gpu"
     reasons = {
@@ -343,9 +344,9 @@ def test_what_does_not_fit_goes_to_xla_and_says_why(monkeypatch):
         "must all be bfloat16 or all float16, these are float32": flash(described((2, 1, 8, 64), F32), dtype=F32),
     }
     pages, table = described((9, 2, 24, 64)), described((2, 1, 4), jnp.int32)
-    reasons["these have 24"] = choose_paged_decode(query, pages, pages, table)
+    reasons["these have 24"] = select_paged_decode(query, pages, pages, table)
     cache, lists = described((2, 2, 128, 64)), described((2, 2, 4), jnp.int32)
-    reasons["these have 1: a bulk copy"] = choose_gather_decode(query, cache, cache, lists, block_tokens=1)
+    reasons["these have 1: a bulk copy"] = select_gather_decode(query, cache, cache, lists, block_tokens=1)
     for reason, chosen in reasons.items():
         assert chosen.implementation == "xla" and reason in chosen.reason
     with pytest.raises(NotImplementedError, match=r"slots .* there are 100"):

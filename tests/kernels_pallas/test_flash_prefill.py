@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from decodax.kernels_pallas.flash_prefill import choose_flash_prefill, flash_prefill, kernel_gpu
+from decodax.kernels_pallas.flash_prefill import flash_prefill, kernel_gpu, select_flash_prefill
 from decodax.kernels_pallas.flash_prefill.shapes import SHAPES
 from decodax.kernels_pallas.flash_prefill.spans import Blocks, Rows, Rules, Segments, blocks_to_read
 from tests.kernels_pallas import oracles_flash_prefill as oracle
@@ -41,12 +41,12 @@ class Case:
         plain = {name: jnp.asarray(x, dtype) for name, x in (("query", query), ("key", key), ("value", value))}
         poisoned = dict(plain)
         for name in ("key", "value"):
-            broken = np.array(plain[name].astype(jnp.float32))
+            nonfinite = np.array(plain[name].astype(jnp.float32))
             for row, length in enumerate(self.options.get("length", [])):
-                broken[row, :, int(length) :] = np.nan
+                nonfinite[row, :, int(length) :] = np.nan
             if self.unread is not None:
-                broken[:, :, self.unread] = np.nan
-            poisoned[name] = jnp.asarray(broken, dtype)
+                nonfinite[:, :, self.unread] = np.nan
+            poisoned[name] = jnp.asarray(nonfinite, dtype)
         return poisoned, {name: np.asarray(x.astype(jnp.float32)) for name, x in plain.items()}
 
 
@@ -299,8 +299,8 @@ def described(num_queries=128, num_keys=256, num_heads=4, head_size=64, dtype=jn
 )
 def test_what_a_kernel_does_not_take_goes_to_xla(implementation, changes, says):
     with pytest.raises(NotImplementedError, match=says):
-        choose_flash_prefill(*described(**changes), implementation=implementation)
-    assert choose_flash_prefill(*described(**changes)).implementation == "xla"
+        select_flash_prefill(*described(**changes), implementation=implementation)
+    assert select_flash_prefill(*described(**changes)).implementation == "xla"
 
 
 def test_xla_takes_a_cache_of_another_dtype():
@@ -349,4 +349,4 @@ def test_bad_input_is_told(changes, says):
 )
 def test_shapes_that_do_not_belong_together_are_told(query, key, value, says):
     with pytest.raises(ValueError, match=says):
-        choose_flash_prefill(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (query, key, value)))
+        select_flash_prefill(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (query, key, value)))

@@ -1,4 +1,4 @@
-"""Grouped products against a loop over experts in NumPy float64, on every implementation; compiled for TPU and CUDA."""
+"""Grouped products equal a loop over experts in NumPy float64, on every implementation; compiled for TPU and CUDA."""
 
 import inspect
 from functools import partial
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from decodax.kernels_pallas import choice, compat
-from decodax.kernels_pallas.grouped_matmul import choose_grouped_matmul, grouped_gate_up, grouped_matmul
+from decodax.kernels_pallas import compat, selection
+from decodax.kernels_pallas.grouped_matmul import grouped_gate_up, grouped_matmul, select_grouped_matmul
 from decodax.kernels_pallas.grouped_matmul.shapes import SHAPES
 from decodax.kernels_pallas.grouped_matmul.work import most_items, work_list
 from tests.kernels_pallas.ahead_of_time import CHIPS, compile_for_tpu, count_kernels
@@ -54,7 +54,7 @@ def test_equals_a_loop_over_experts(case, implementation):
     if gated:
         wanted = wanted / (1 + np.exp(-wanted)) * oracle(rounded[0], rounded[2], group_sizes)
 
-    tokens[sum(group_sizes) :] = np.nan  # what nobody may read
+    tokens[sum(group_sizes) :] = np.nan  # rows of no group
     weights[:, np.array(group_sizes) == 0] = np.nan
     function = jax.jit(partial(grouped_gate_up if gated else grouped_matmul, implementation=implementation))
     result = function(*(jnp.asarray(x, dtype) for x in (tokens, *weights)), jnp.asarray(group_sizes, jnp.int32))
@@ -78,7 +78,7 @@ def test_work_is_that_of_the_rows_that_exist(aligned):
         (97, 8, [0, 0, 97, 0, 0, 0]),
         *((97, 8, random.multinomial(random.integers(98), [1 / 6] * 6)) for _ in range(10)),
     ]:
-        items = []  # (row, group, first, last), as a person would list them
+        items = []  # (row, group, first, last), listed by hand
         end = 0
         for group, size in enumerate([*group_sizes, num_rows - sum(group_sizes)]):
             start, end = end, end + int(size)
@@ -94,13 +94,13 @@ def test_work_is_that_of_the_rows_that_exist(aligned):
         assert [tuple(item) for item in listed[: len(products)]] == products
         rest = [(row, first, last) for row, _, first, last in items[len(products) :]]
         assert [tuple(item) for item in listed[len(products) : len(items), [0, 2, 3]]] == rest
-        # What has no product asks for the weights before it, and the filling for all that is there already.
+        # Items without a product use the weights before them, and padding items what is loaded already.
         assert set(listed[len(products) :, 1]) <= {products[-1][1] if products else listed[0, 1]}
         assert np.all(listed[len(items) :] == listed[len(items) - 1])
 
 
-def test_most_items_is_reached():
-    worst = jnp.asarray([7, 8, 8, 8, 1], jnp.int32)  # four groups begin inside a tile, and rows of nobody too
+def test_the_bound_on_items_is_reached():
+    worst = jnp.asarray([7, 8, 8, 8, 1], jnp.int32)  # four groups begin inside a tile, and so do rows of no group
     work = work_list(worst, 40, 8, aligned=True)
     assert work.counts[1] == 5 + 5 - 1 <= len(work.row) == 5 + 5
     work = work_list(jnp.full((5,), 9, jnp.int32), 48, 8, aligned=False)
@@ -150,7 +150,7 @@ def test_no_rows_give_no_results():
 )
 def test_bad_input(changed, words):
     operands = {"tokens": jnp.zeros((5, 8)), "weight": jnp.zeros((3, 4, 8)), "group_sizes": jnp.zeros(3, jnp.int32)}
-    unchecked = inspect.unwrap(grouped_matmul)  # outside tests nobody checks annotations
+    unchecked = inspect.unwrap(grouped_matmul)  # outside tests annotations are not checked
     with pytest.raises(ValueError, match=words):
         unchecked(**{**operands, **changed})
 
@@ -165,14 +165,14 @@ def test_bad_input(changed, words):
         ("tpu", 2**20, 1024, "bfloat16", "VMEM"),
     ],
 )
-def test_xla_takes_over_what_a_kernel_does_not_take(backend, size, num_outputs, dtype, words, monkeypatch):
-    monkeypatch.setattr(choice, "backend_of_this_device", lambda: (backend, "the device is there"))
+def test_xla_runs_what_a_kernel_does_not_take(backend, size, num_outputs, dtype, words, monkeypatch):
+    monkeypatch.setattr(selection, "backend_of_this_device", lambda: (backend, "the device is there"))
     tokens = jax.ShapeDtypeStruct((24, size), jnp.dtype(dtype))
     weight = jax.ShapeDtypeStruct((4, num_outputs, size), jnp.dtype(dtype))
-    chosen = choose_grouped_matmul(tokens, weight)
+    chosen = select_grouped_matmul(tokens, weight)
     assert chosen.implementation == "xla" and words in chosen.reason
     with pytest.raises(NotImplementedError, match=words):
-        choose_grouped_matmul(tokens, weight, implementation=backend)
+        select_grouped_matmul(tokens, weight, implementation=backend)
 
 
 def function_of(name: str, implementation: str):
@@ -205,7 +205,7 @@ def test_lowers_for_cuda(name):
     assert exported.mlir_module().count("mosaic_gpu") >= 1
 
 
-def test_a_shape_counts_what_must_be_moved():
+def test_a_shape_counts_the_bytes_that_must_be_moved():
     shape = SHAPES["mixtral-8x7b gate and up, decode, batch 8"]
     sizes = shape.group_sizes()
     assert sizes.sum() == 16 == shape.num_rows and (sizes > 0).sum() == 8

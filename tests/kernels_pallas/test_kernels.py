@@ -1,4 +1,4 @@
-"""The list of kernels is that of the folders, and costs nobody an import of Pallas."""
+"""The list of kernels is that of the folders, and importing it does not import Pallas."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ FOLDER = Path(kernels_pallas.__file__).parent
 
 
 def test_every_folder_is_listed():
-    folders = {path.parent.name for path in FOLDER.glob("*/__init__.py")}
+    folders = {path.parent.name for path in FOLDER.glob("*/__init__.py")} - {"decode"}  # what several share
     assert {name.removeprefix("decodax.kernels_pallas.") for name in KERNELS.values()} == folders
     for kernel in KERNELS:
         assert callable(getattr(module_of(kernel), kernel))

@@ -1,4 +1,4 @@
-"""Linear attention with decay against its recurrence, on every implementation: decays from nothing to everything."""
+"""Linear attention with decay equals its recurrence on every implementation: decays from 0 to -inf."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from decodax.kernels_pallas import linear_attention as package
-from decodax.kernels_pallas.linear_attention import choose_linear_attention, linear_attention, linear_attention_step
+from decodax.kernels_pallas.linear_attention import linear_attention, linear_attention_step, select_linear_attention
 from decodax.kernels_pallas.linear_attention.shapes import SHAPES, Shape
 from tests.kernels_pallas.ahead_of_time import compile_for_tpu, count_kernels
 
@@ -67,7 +67,7 @@ class Case:
 
 
 def poisoned(operands, lengths):
-    """NaN wherever no token is."""
+    """NaN at all places without a token."""
     *tokens, state = operands
     exists = jnp.arange(tokens[0].shape[1])[None] < jnp.asarray(lengths)[:, None]
     return (*(jnp.where(exists[:, :, None, None], x, jnp.full((), jnp.nan, x.dtype)) for x in tokens), state)
@@ -125,8 +125,8 @@ def test_two_calls_are_one_and_a_head_decay_is_that_of_all_channels(implementati
     wide = jnp.broadcast_to(log_decay, query.shape)
     run = jax.jit(lambda *operands: linear_attention(*operands, scale=SCALE, implementation=implementation))
     outputs = []
-    for part in (slice(0, 37), slice(37, 74)):
-        operands = (x[:, part] for x in (query, key, value, wide))
+    for piece in (slice(0, 37), slice(37, 74)):
+        operands = (x[:, piece] for x in (query, key, value, wide))
         output, state = run(*operands, state)
         outputs.append(output)
     atol = TOLERANCE["float32"] * np.abs(expected).max()
@@ -197,27 +197,25 @@ def test_lowers_for_cuda(per_channel):
     assert ("linear_attention_prepare" in module) == per_channel
 
 
-def test_says_what_it_does_not_take():
+def test_unsupported_operands_are_named():
     case = Case(3, (3,), 1, 80, 64, per_channel=True)
     query, key, value, log_decay, state = case.operands()
     options = {"scale": SCALE, "implementation": "gpu_interpreted"}
-    with pytest.raises(
-        NotImplementedError, match="multiple of 64 channels, not 80 and 64; implementation='xla' takes it"
-    ):
+    with pytest.raises(NotImplementedError, match="multiple of 64 channels, not 80 and 64: use implementation='xla'"):
         linear_attention(query, key, value, log_decay, state, **options)
-    assert choose_linear_attention(query, key, value, log_decay).backend == "xla"
+    assert select_linear_attention(query, key, value, log_decay).backend == "xla"
     linear_attention(query, key, value, log_decay, state, scale=SCALE)
     half = tuple(x.astype(jnp.float16) for x in (query, key, value))
     with pytest.raises(NotImplementedError, match="takes float32 and bfloat16, not float16"):
-        choose_linear_attention(*half, log_decay, implementation="tpu")
+        select_linear_attention(*half, log_decay, implementation="tpu")
     with pytest.raises(NotImplementedError, match="takes one dtype, not float32, float16 and float16"):
-        choose_linear_attention(query, *half[1:], log_decay, implementation="tpu")
+        select_linear_attention(query, *half[1:], log_decay, implementation="tpu")
     wide = jax.ShapeDtypeStruct((1, 64, 1, 2048), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="2048 x 2048 is too large"):
-        choose_linear_attention(wide, wide, wide, wide, implementation="tpu")
+        select_linear_attention(wide, wide, wide, wide, implementation="tpu")
     wide = jax.ShapeDtypeStruct((1, 64, 1, 256), jnp.float32)
     with pytest.raises(NotImplementedError, match="takes bfloat16 and float16, not float32"):
-        choose_linear_attention(wide, wide, wide, wide, implementation="gpu")
+        select_linear_attention(wide, wide, wide, wide, implementation="gpu")
 
 
 def test_refuses_bad_operands():
@@ -227,7 +225,7 @@ def test_refuses_bad_operands():
     )
     with pytest.raises(ValueError, match=r"log_decay must be at most 0 .* got 0.5; pass jnp.log\(decay\)"):
         run(log_decay.at[0, 1].set(0.5))
-    run(log_decay.at[0, 2].set(0.5), length=jnp.array([2, 3]))  # where no token is, anything may stand
+    run(log_decay.at[0, 2].set(0.5), length=jnp.array([2, 3]))  # places without a token may hold anything
     with pytest.raises(ValueError, match=r"length must be in 0..3, got 2..4"):
         run(length=jnp.array([2, 4]))
     with pytest.raises(ValueError, match="state must be float32, got bfloat16"):
@@ -248,7 +246,7 @@ def test_refuses_bad_operands():
         package._check_shapes(query, key, value, log_decay, state, jnp.zeros((3,), jnp.int32))
 
 
-def test_named_shapes_tell_their_bytes_and_products():
+def test_named_shapes_count_their_bytes_and_products():
     shape = Shape(2, 3, 5, 7, 11, per_channel=True)
     operands = shape.operands()
     assert jax.tree.map(lambda x: (x.shape, x.dtype), operands) == jax.tree.map(

@@ -14,8 +14,8 @@ import pytest
 from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from decodax.kernels_pallas import choice
-from decodax.kernels_pallas.mla_decode import NewLatents, choose_mla_decode, kernel_gpu, mla_decode
+from decodax.kernels_pallas import selection
+from decodax.kernels_pallas.mla_decode import NewLatents, kernel_gpu, mla_decode, select_mla_decode
 from decodax.kernels_pallas.mla_decode.shapes import SHAPES
 from tests.kernels_pallas.ahead_of_time import CHIPS, compile_for_tpu, count_kernels
 
@@ -30,7 +30,7 @@ LSE_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """`broken`: a new token that is NaN."""
+    """`nonfinite`: a new token that is NaN."""
 
     num_queries: int
     num_heads: int
@@ -39,7 +39,7 @@ class Case:
     capacity: int
     lengths: tuple[int, ...]
     num_new: int = 0
-    broken: int | None = None
+    nonfinite: int | None = None
     softcap: float | None = None
     scale: float = 0.7
     dtype: type = F32
@@ -61,10 +61,10 @@ class Case:
             new_latent, new_rope_key = (normal(batch, self.num_new, size) for size in (self.rank, self.rope_size))
             allowed = random.random((batch, self.num_queries, self.num_new)) < 0.3
             allowed[1, 0] = False
-            if self.broken is not None:
-                new_latent = new_latent.at[:, self.broken, 3].set(jnp.nan)
-                allowed[:, :, self.broken] = False
-                allowed[-1, -1, self.broken] = True
+            if self.nonfinite is not None:
+                new_latent = new_latent.at[:, self.nonfinite, 3].set(jnp.nan)
+                allowed[:, :, self.nonfinite] = False
+                allowed[-1, -1, self.nonfinite] = True
             new = NewLatents(new_latent, new_rope_key, jnp.asarray(allowed))
         queries = [normal(*rows, size, scale=size**-0.5) for size in (self.rank, self.rope_size)]
         return *queries, latent, rope_key, jnp.array(self.lengths, jnp.int32), new
@@ -75,8 +75,8 @@ class Case:
 
 CASES = {
     # A row without cached tokens whose first query reads nothing at all, a row of one token, a full one, a last block
-    # that starts early; new tokens in two tiles of 64; a broken one that one query reads.
-    "tree": Case(3, 5, 128, 64, 136, (100, 0, 1, 136), num_new=70, broken=68, softcap=5.0),
+    # that starts early; new tokens in two tiles of 64; a non-finite one that one query reads.
+    "tree": Case(3, 5, 128, 64, 136, (100, 0, 1, 136), num_new=70, nonfinite=68, softcap=5.0),
     # Two groups of 64 queries, runs that end within rows, rows that end within blocks and at their ends.
     "groups of queries": Case(5, 16, 256, 64, 200, (200, 64, 0, 77), scale=6.0, dtype=BF16),
     "nothing": Case(1, 2, 128, 16, 64, (0, 0)),
@@ -94,7 +94,7 @@ RUNS = {
     "gpu_interpreted": ("tree", "groups of queries", "nothing"),
 }
 # What a kernel does not take, and what it says; XLA takes it.
-MISFITS = {
+MISMATCHES = {
     ("capacity 1001", "tpu"): "multiple of 8 tokens",
     ("rank 80", "tpu"): "multiple of 128 numbers",
     ("float16", "tpu"): "float32 and bfloat16",
@@ -128,7 +128,7 @@ def oracle(query_latent, query_rope, latent, rope_key, length, new, *, scale, so
 @pytest.mark.parametrize(("implementation", "name"), [(run, name) for run, names in RUNS.items() for name in names])
 def test_gives_the_oracles_output(implementation, name, monkeypatch):
     monkeypatch.setattr(kernel_gpu, "INTERPRETED_RUNS", 6)  # up to three parts of a row
-    monkeypatch.setattr(kernel_gpu, "PARTS_AT_ONCE", 2)
+    monkeypatch.setattr(kernel_gpu, "PARTIALS_AT_ONCE", 2)
     check(CASES[name], implementation)
 
 
@@ -147,37 +147,37 @@ def check(case, implementation):
     output, lse = jax.jit(lambda *given: mla_decode(*given, **options, implementation=implementation))(*operands)
     assert output.dtype == case.dtype and lse.dtype == F32
     expected, expected_lse = oracle(*operands, **options)
-    assert np.isnan(expected).any() == (case.broken is not None)
+    assert np.isnan(expected).any() == (case.nonfinite is not None)
     tolerance = TOLERANCE[case.dtype] * max(np.nanmax(np.abs(expected)), 1.0)
     np.testing.assert_allclose(np.asarray(output, np.float64), expected, rtol=0, atol=tolerance)
     np.testing.assert_allclose(np.asarray(lse), expected_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
 
 
-@pytest.mark.parametrize(("name", "backend"), MISFITS)
+@pytest.mark.parametrize(("name", "backend"), MISMATCHES)
 def test_what_a_kernel_does_not_take_runs_on_xla(name, backend, monkeypatch):
-    case, why = CASES[name], MISFITS[name, backend]
+    case, why = CASES[name], MISMATCHES[name, backend]
     query_latent, query_rope, latent, rope_key, length, new = case.operands()
     with pytest.raises(NotImplementedError, match=why):
         operands = (query_latent, query_rope, latent, rope_key, length, new)
         mla_decode(*operands, **case.options(), implementation=f"{backend}_interpreted")
-    monkeypatch.setattr(choice, "backend_of_this_device", lambda: (backend, "the device has kernels"))
-    chosen = choose_mla_decode(query_latent, query_rope, latent, rope_key, new)
+    monkeypatch.setattr(selection, "backend_of_this_device", lambda: (backend, "the device has kernels"))
+    chosen = select_mla_decode(query_latent, query_rope, latent, rope_key, new)
     assert chosen.implementation == "xla" and why in chosen.reason
 
 
 def test_a_kernel_runs_where_it_fits(monkeypatch):
     shape = SHAPES["deepseek-v3 decode, batch 8, 32k"].operands()
     operands = [shape[name] for name in OPERANDS]
-    assert choose_mla_decode(*operands).implementation == "xla"
+    assert select_mla_decode(*operands).implementation == "xla"
     for backend in KERNELS:
         monkeypatch.setattr(
-            choice, "backend_of_this_device", lambda backend=backend: (backend, "the device has kernels")
+            selection, "backend_of_this_device", lambda backend=backend: (backend, "the device has kernels")
         )
-        assert choose_mla_decode(*operands).implementation == backend
+        assert select_mla_decode(*operands).implementation == backend
     floats = [x.update(dtype=F32) for x in operands[:4]]
-    assert "bfloat16 and float16" in choose_mla_decode(*floats).reason
+    assert "bfloat16 and float16" in select_mla_decode(*floats).reason
     wide = replace(SHAPES["deepseek-v3 decode, batch 8, 32k"], rope_size=128).operands()
-    assert "at most 576 numbers" in choose_mla_decode(*(wide[name] for name in OPERANDS)).reason
+    assert "at most 576 numbers" in select_mla_decode(*(wide[name] for name in OPERANDS)).reason
 
 
 def test_lengths_beyond_the_cache_are_clipped_under_jit():

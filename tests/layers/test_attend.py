@@ -152,7 +152,7 @@ def test_large_caches_read_both_ways(longest, window):
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_many_new_tokens_in_tiles(tree, monkeypatch):
     """Tiles of queries that read no later key give what the definition gives for all keys."""
-    monkeypatch.setattr("decodax.layers.attention.attend_xla.TILE_TOKENS", 3)
+    monkeypatch.setattr("decodax.layers.attention.attend_xla.QUERY_TILE_TOKENS", 3)
     random = np.random.default_rng(3)
     count = 11
     draw = lambda *shape: random.standard_normal(shape).astype(np.float32)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from decodax.layers.attention.attend import attend
-from decodax.layers.attention.attend_kernels import choose_attention
+from decodax.layers.attention.attend_kernels import select_attention
 from decodax.layers.attention.attend_xla import attend_in_xla
 from decodax.layers.attention.mask import Ancestors, Causal, Window
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.staged import Staged
 
 BATCH, HEADS, KV_HEADS, SIZE, CAPACITY = 3, 4, 2, 128, 256
@@ -41,7 +41,7 @@ def operands(num_new: int, num_staged: int, *, heads: int = HEADS, kv_heads: int
     cache = KVCache(*cached, jnp.asarray(LENGTHS))
     position = jnp.asarray(LENGTHS[:, None] + num_staged + np.arange(num_new, dtype=np.int32))
     if num_staged:
-        rows = KVRows(*(draw(BATCH, kv_heads, num_staged, SIZE) for _ in "kv"))
+        rows = KVUpdate(*(draw(BATCH, kv_heads, num_staged, SIZE) for _ in "kv"))
         staged_position = jnp.asarray(LENGTHS[:, None] + np.arange(num_staged, dtype=np.int32))
         cache = Staged(cache, rows, staged_position)
     return query, key, value, position, cache
@@ -108,11 +108,11 @@ def test_gradients_are_those_of_plain_jax():
 def test_broken_new_tokens_reach_only_their_readers():
     query, key, value, position, cache = operands(5, 0)
     mask = CASES["tree"][2]  # node 1 has no readers but itself and node 4
-    broken = value.at[:, :, 1].set(jnp.nan)
+    nonfinite = value.at[:, :, 1].set(jnp.nan)
     execution = Execution("tpu_interpreted")
     sound, got = (
         attend(query, key, values, position, mask, cache, scale=0.1, softcap=None, execution=execution)
-        for values in (value, broken)
+        for values in (value, nonfinite)
     )
     assert np.isnan(got[:, [1, 4]]).all()
     np.testing.assert_array_equal(got[:, [0, 2, 3]], sound[:, [0, 2, 3]])
@@ -121,11 +121,11 @@ def test_broken_new_tokens_reach_only_their_readers():
 def chosen(num_new: int, mask, execution: Execution, **changes):
     query, key, value, _, cache = operands(num_new, 0)
     cache = changes.get("cache", lambda cache: cache)(cache)
-    return choose_attention(query, key, value, mask, cache, execution)
+    return select_attention(query, key, value, mask, cache, execution)
 
 
 def staged(cache: KVCache) -> Staged:
-    return Staged(cache, KVRows(cache.key[:, :, :2], cache.value[:, :, :2]), jnp.zeros((BATCH, 2), jnp.int32))
+    return Staged(cache, KVUpdate(cache.key[:, :, :2], cache.value[:, :, :2]), jnp.zeros((BATCH, 2), jnp.int32))
 
 
 def test_this_device_has_no_kernels():
@@ -140,7 +140,7 @@ def test_this_device_has_no_kernels():
         (1, Causal(), lambda cache: dataclasses.replace(cache, kept=jnp.ones((3, 2, CAPACITY), bool)), "which tokens"),
         (1, Causal(), lambda cache: dataclasses.replace(cache, key=cache.key.astype(jnp.bfloat16)), "holds bfloat16"),
         (70, Causal() & Ancestors(jnp.ones((1, 70, 70), bool)), lambda cache: cache, "no chain with a window"),
-        (70, Causal(), staged, "staged tokens need a cache behind them"),
+        (70, Causal(), staged, "staged tokens need a cache before them"),
     ],
 )
 def test_what_no_kernel_takes_is_said(num_new, mask, change, words):
@@ -156,12 +156,12 @@ def test_heads_that_do_not_divide_over_the_devices():
 
 
 def test_a_chip_takes_what_fits_it_without_being_asked(monkeypatch):
-    monkeypatch.setattr("decodax.kernels_pallas.choice.backend_of_this_device", lambda: ("tpu", "a TPU"))
+    monkeypatch.setattr("decodax.kernels_pallas.selection.backend_of_this_device", lambda: ("tpu", "a TPU"))
     assert chosen(1, Causal(), Execution()).backend == "tpu"
     assert chosen(70, Causal(), Execution()).backend == "tpu"
     narrow = lambda cache: dataclasses.replace(cache, key=cache.key[..., :64], value=cache.value[..., :64])
     query, key, value, _, cache = operands(1, 0)
-    choice = choose_attention(query[..., :64], key[..., :64], value[..., :64], Causal(), narrow(cache), Execution())
+    choice = select_attention(query[..., :64], key[..., :64], value[..., :64], Causal(), narrow(cache), Execution())
     assert "XLA would copy caches of head size 64" in choice.reason
     no_chain = chosen(70, Ancestors(jnp.ones((1, 70, 70), bool)), Execution())
     assert (no_chain.backend, no_chain.reason) == ("xla", "a TPU, but its mask (Ancestors) is no chain with a window")

@@ -1,4 +1,4 @@
-"""Trees given as parents become ancestor masks, and a mask's lower bound never hides what it allows."""
+"""Trees given as parents become ancestor masks, and a mask's lower bound excludes no allowed key."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ def test_ancestors_from_parents():
 
 
 @pytest.mark.parametrize("mask", [Causal(), Window(3), Causal() & Window(5), Window(2) & Window(7)])
-def test_first_visible_is_a_lower_bound(mask):
+def test_the_first_allowed_key_is_a_lower_bound(mask):
     query = jnp.asarray([[2, 9, 13], [0, 1, 30]])
     keys = jnp.broadcast_to(jnp.arange(31), (2, 31))
     allowed = np.asarray(mask.allows(Tokens(query, is_new=True), Tokens(keys, is_new=False)))

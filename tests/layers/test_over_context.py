@@ -8,18 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decodax.layers.attention.attend import _attend, attend
+from decodax.core.partial_softmax import merge_stack
+from decodax.layers.attention.attend import IMPLEMENTATIONS, attend
 from decodax.layers.attention.attend_absorbed import attend_absorbed
-from decodax.layers.attention.attend_expanded import Expansion, attend_expanded
+from decodax.layers.attention.attend_expanded import attend_expanded
+from decodax.layers.attention.attend_over_devices import ON_ONE_DEVICE
 from decodax.layers.attention.attend_xla import attend_in_xla
+from decodax.layers.attention.expansion import Expansion
+from decodax.layers.attention.implementations import attention_by, select_implementation
 from decodax.layers.attention.mask import Ancestors, Causal, Window
-from decodax.layers.attention.over_context import OwnSlots, what_is_split
+from decodax.layers.attention.over_context import OwnSlots
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
-from decodax.layers.kv_cache.full import KVCache, KVRows
-from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.full import KVCache, KVUpdate
+from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
 from decodax.layers.kv_cache.staged import Staged, unstaged
-from decodax.sharding.context import choose_way
-from decodax.sharding.merging import merge_stack
+from decodax.sharding.context_algorithm import select_context_algorithm
 from decodax.sharding.mesh import read_mesh
 from tests.sharding.collectives import collectives, count
 
@@ -60,7 +63,7 @@ def operands(name, *, size=SIZE, capacity=CAPACITY):
     cache = KVCache(draw(KV_HEADS, capacity, size), draw(KV_HEADS, capacity, size), jnp.asarray(LENGTHS), kept)
     if num_staged:
         position = jnp.asarray(LENGTHS[:, None] + np.arange(num_staged, dtype=np.int32))
-        cache = Staged(cache, KVRows(draw(KV_HEADS, num_staged, size), draw(KV_HEADS, num_staged, size)), position)
+        cache = Staged(cache, KVUpdate(draw(KV_HEADS, num_staged, size), draw(KV_HEADS, num_staged, size)), position)
     position = jnp.asarray(LENGTHS[:, None] + num_staged + np.arange(num_new, dtype=np.int32))
     return query, key, value, position, cache
 
@@ -88,12 +91,12 @@ def test_equals_one_device(name, mesh):
     *arrays, cache = operands(name)
     execution = over(mesh)
     if mesh == "context=8":
-        assert what_is_split(num_new, HEADS, KV_HEADS, mask, cache, execution) == split
+        assert select_implementation(IMPLEMENTATIONS, (*arrays, mask, cache), execution) == f"split {split}"
     options = {"scale": 0.3, "softcap": softcap}
     attention = jax.jit(lambda *operands: attend(*operands, execution=execution, **options))
     want = on_one_device(*arrays, mask, cache, **options)
-    compiled = attention.lower(*arrays, mask, execution.laid_out(cache)).compile()
-    np.testing.assert_allclose(compiled(*arrays, mask, execution.laid_out(cache)), want, atol=TOLERANCE)
+    compiled = attention.lower(*arrays, mask, execution.constrained(cache)).compile()
+    np.testing.assert_allclose(compiled(*arrays, mask, execution.constrained(cache)), want, atol=TOLERANCE)
     if mesh == "context=8":
         assert count(compiled) == moved
         sent = max(collective.num_bytes for collective in collectives(compiled))
@@ -108,7 +111,7 @@ def test_a_whole_text(mesh, way):
     execution = over(mesh, context=way)
     attention = jax.jit(lambda *arrays: attend(*arrays, Causal(), None, execution=execution, **OPTIONS))
     if mesh == "context=2,tensor=4":  # two key-value heads cannot be dealt to four devices: left to XLA
-        assert what_is_split(80, HEADS, KV_HEADS, Causal(), None, execution) is None
+        assert select_implementation(IMPLEMENTATIONS, (*arrays, Causal(), None), execution) == "xla"
     else:
         kinds = set(count(attention.lower(*arrays).compile()))
         assert kinds == {"collective-permute" if way == "ring" else "all-to-all"}
@@ -120,14 +123,14 @@ def test_the_way_that_sends_less():
     """Numbers that a device sends for each of its tokens, by hand: 8 devices, 16 heads on 4, of 10 numbers each."""
     sizes = {"num_tokens": 64, "num_devices": 8, "query_size": 10, "kv_size": 20, "result_size": 10, "window": None}
     # Ring: 7 x 80 + 160 + 80 + 160 = 960. Ulysses: (160 + 2 x 80 + 160) 7 / 8 = 420.
-    assert choose_way(None, num_heads=16, num_kv_heads=4, **sizes) == "ulysses"
+    assert select_context_algorithm(None, num_heads=16, num_kv_heads=4, **sizes) == "ulysses"
     # Two steps of a ring: 1 x 80.
-    assert choose_way(None, num_heads=16, num_kv_heads=4, **sizes | {"window": 65}) == "ring"
+    assert select_context_algorithm(None, num_heads=16, num_kv_heads=4, **sizes | {"window": 65}) == "ring"
     # Twelve heads do not divide.
-    assert choose_way(None, num_heads=12, num_kv_heads=4, **sizes) == "ring"
-    assert choose_way("ring", num_heads=16, num_kv_heads=4, **sizes) == "ring"
+    assert select_context_algorithm(None, num_heads=12, num_kv_heads=4, **sizes) == "ring"
+    assert select_context_algorithm("ring", num_heads=16, num_kv_heads=4, **sizes) == "ring"
     with pytest.raises(ValueError, match="context must be one of ring, ulysses or None, got 'star'"):
-        choose_way("star", num_heads=16, num_kv_heads=4, **sizes)
+        select_context_algorithm("star", num_heads=16, num_kv_heads=4, **sizes)
 
 
 RANK, NOPE, ROPE, VALUE = 7, 3, 2, 4
@@ -136,7 +139,7 @@ RANK, NOPE, ROPE, VALUE = 7, 3, 2, 4
 def latent_operands(num_new, num_staged=0):
     random = np.random.default_rng(num_new)
     draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
-    rows = lambda count: LatentRows(draw(BATCH, count, RANK), draw(BATCH, count, ROPE))
+    rows = lambda count: LatentUpdate(draw(BATCH, count, RANK), draw(BATCH, count, ROPE))
     expand = Expansion(draw(HEADS * NOPE, RANK), draw(HEADS * VALUE, RANK), HEADS)
     cache = LatentCache(draw(BATCH, CAPACITY, RANK), draw(BATCH, CAPACITY, ROPE), jnp.asarray(LENGTHS))
     if num_staged:
@@ -158,7 +161,7 @@ def test_latents_absorbed(name, mesh):
         )
 
     execution = over(mesh)
-    got, want = attention(execution, execution.laid_out(cache)), attention(ON_THIS_DEVICE, cache)
+    got, want = attention(execution, execution.constrained(cache)), attention(ON_THIS_DEVICE, cache)
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
 
@@ -187,7 +190,7 @@ def test_latents_expanded(name, mesh, way):
 
     execution = over(mesh, context=way)
     for seen in (cache, None):
-        arguments = query, rows, expand, position, seen if seen is None else execution.laid_out(seen)
+        arguments = query, rows, expand, position, seen if seen is None else execution.constrained(seen)
         want = attention(ON_THIS_DEVICE)(query, rows, expand, position, seen)
         np.testing.assert_allclose(attention(execution)(*arguments), want, atol=TOLERANCE)
 
@@ -209,7 +212,9 @@ def test_kernels_on_each_device(name):
         buffers = (jnp.where(empty, jnp.nan, buffer)[:, :, slots] for buffer in (bare.key, bare.value))
         own = behind(KVCache(*buffers, bare.length).part(first))
         seen = OwnSlots(mask, first, jnp.bool_(device == 0))
-        parts.append(_attend(*arrays, seen, own, **options, execution=Execution("tpu_interpreted")))
+        operands_here = (*arrays, seen, own)
+        attention = attention_by(ON_ONE_DEVICE, operands_here, Execution("tpu_interpreted"), **options)
+        parts.append(attention(*operands_here))
     got = merge_stack(*(jnp.stack(part, axis=1) for part in zip(*parts, strict=True))).output
     want = on_one_device(*arrays, mask, behind(bare), **options)
     np.testing.assert_allclose(got, want, atol=3 * TOLERANCE)
@@ -221,7 +226,7 @@ def test_what_cannot_be_split_is_left_to_the_compiler():
     *arrays, cache = operands("chain")
     execution = over("context=8")
     odd = KVCache(*(buffer[:, :, :317] for buffer in (cache.key, cache.value)), cache.length)
-    assert what_is_split(5, HEADS, KV_HEADS, Causal(), odd, execution) is None
+    assert select_implementation(IMPLEMENTATIONS, (*arrays, Causal(), odd), execution) == "xla"
     got = jax.jit(lambda *arrays: attend(*arrays, Causal(), odd, execution=execution, **OPTIONS))(*arrays)
     np.testing.assert_allclose(got, on_one_device(*arrays, Causal(), odd, **OPTIONS), atol=TOLERANCE)
 
@@ -232,10 +237,10 @@ def test_broken_tokens_reach_only_their_readers():
     execution = over("context=8")
     attention = jax.jit(
         lambda value: attend(
-            query, key, value, position, mask, execution.laid_out(cache), execution=execution, **OPTIONS
+            query, key, value, position, mask, execution.constrained(cache), execution=execution, **OPTIONS
         )
     )
     sound, got = attention(value), attention(value.at[:, :, 1].set(jnp.nan))
-    broken = np.isnan(got).any(axis=(0, 2, 3))
-    np.testing.assert_array_equal(broken, [False, True, False, False, True])
-    np.testing.assert_array_equal(got[:, ~broken], sound[:, ~broken])
+    nonfinite = np.isnan(got).any(axis=(0, 2, 3))
+    np.testing.assert_array_equal(nonfinite, [False, True, False, False, True])
+    np.testing.assert_array_equal(got[:, ~nonfinite], sound[:, ~nonfinite])

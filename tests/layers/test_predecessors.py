@@ -1,4 +1,4 @@
-"""Each token finds the tokens before it: its left neighbours, its ancestors in a tree, staged or committed ones."""
+"""Each token finds its predecessors: left neighbours, ancestors in a tree, staged or committed tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def example(num_new, dtype=np.float32):
 
 
 def walked(padded, columns, parents):
-    """By the definition: from each node up to the root, and on into what was committed."""
+    """By definition: from each node up to the root, then through the committed tokens."""
     want = np.zeros((*columns.shape[:2], WIDTH, SIZE), columns.dtype)
     for row in range(BATCH):
         for node in range(columns.shape[1]):
@@ -50,8 +50,8 @@ def test_a_chain(num_new, dtype):
         np.testing.assert_array_equal(find(jnp.asarray(columns), position, mask, tail, None), want)
 
 
-def test_a_plain_chain_looks_for_nobody():
-    """Shifts alone: what is made is a few times the columns, and never tokens by tokens."""
+def test_a_plain_chain_is_shifts_alone():
+    """Temporary memory is a few times the columns, and never tokens by tokens."""
     _, tail, columns = example(1)
     columns = jnp.broadcast_to(jnp.asarray(columns), (BATCH, 512, SIZE))
     position = jnp.zeros((BATCH, 512), jnp.int32)
@@ -62,7 +62,7 @@ def test_a_plain_chain_looks_for_nobody():
 
 @pytest.mark.parametrize("num_staged", [0, 1, 3, 6])
 def test_trees_with_their_first_nodes_staged(num_staged):
-    """Every row has a tree of its own; the staged nodes stand in any order, between slots that nobody may read."""
+    """Every row has a tree of its own; staged nodes are in any order, between slots that are never read."""
     padded, tail, columns = example(7)
     allowed = np.array(Ancestors.from_parents(jnp.asarray(PARENTS)).allowed)
     position = LENGTHS[:, None] + DEPTHS
@@ -83,7 +83,7 @@ def test_trees_with_their_first_nodes_staged(num_staged):
     np.testing.assert_array_equal(got, want)
 
 
-def test_a_broken_token_reaches_those_behind_it_alone():
+def test_a_nonfinite_token_reaches_only_tokens_after_it():
     padded, tail, columns = example(7)
     columns[0, 2] = np.nan
     position, mask = jnp.asarray(LENGTHS[:, None] + DEPTHS), Ancestors.from_parents(jnp.asarray(PARENTS))

@@ -1,4 +1,4 @@
-"""Rotary frequencies and angles against a float64 oracle written from the papers; it shares nothing with the code."""
+"""Rotary frequencies and angles equal a float64 oracle written from the papers, independent of the code."""
 
 import math
 

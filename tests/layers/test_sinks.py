@@ -1,4 +1,4 @@
-"""Learned sinks against a softmax with one more score, in float64; in plain JAX, in kernels, and gradients."""
+"""Learned sinks equal a float64 softmax with one more score: in plain JAX, in kernels, and in gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A LoRA adapter in a model's folder: beside the weights it is told of, alone it is refused."""
+"""A LoRA adapter in a model's folder: beside the weights it causes a warning, alone it is refused."""
 
 import json
 import shutil

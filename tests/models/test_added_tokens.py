@@ -1,18 +1,18 @@
-"""Tokens that only the files beside tokenizer.json add: in the vocabulary, with the right ids and flags, or refused."""
+"""Tokens that only files beside tokenizer.json add are in the vocabulary, with their ids and flags, or refused."""
 
 import json
 
 import pytest
 from tokenizers import AddedToken
 
-from decodax.models.tokenizer import Tokenizer
+from decodax.models.tokenizers.tokenizer import Tokenizer
 from tests.small_tokenizers import byte_level, whole_words
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 
 def loaded(folder, backend, **files):
-    """The tokenizer of a folder with these files; a file's name is given without its end."""
+    """The tokenizer of a folder with these files; a file's name is given without its suffix."""
     backend.save(str(folder / "tokenizer.json"))
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -80,7 +80,7 @@ def test_a_token_that_no_file_adds_is_unknown(tmp_path, files):
 
 
 def test_tokens_of_the_vocabulary_become_special_in_place(tmp_path):
-    """A special token need not stand among the added ones of tokenizer.json."""
+    """A special token need not be among the added ones of tokenizer.json."""
     tokenizer = loaded(tmp_path, whole_words(), tokenizer_config={"eos_token": "w7", "added_tokens_decoder": {}})
     assert tokenizer.vocab_size == 34 and tokenizer.decode([10, 11, 12]) == "w6 w8"
 
@@ -96,7 +96,7 @@ def test_flags_of_tokenizer_json_hold_unless_the_decoder_changes_them(tmp_path):
         assert flags(loaded(tmp_path, backend, **files), NEW) == expected
 
 
-def test_several_tokens_get_ids_in_the_order_of_the_file_and_a_byte_level_text_is_split_at_them(tmp_path):
+def test_several_tokens_get_ids_in_file_order_and_split_byte_level_text(tmp_path):
     count = byte_level().get_vocab_size()
     tokenizer = loaded(tmp_path, byte_level(), added_tokens={"<|b|>": count + 1, "<|a|>": count})
     tokens = tokenizer.encode("é<|b|>x<|a|>")
@@ -141,6 +141,6 @@ def test_several_tokens_get_ids_in_the_order_of_the_file_and_a_byte_level_text_i
         ),
     ],
 )
-def test_ids_and_fields_that_make_no_sense_are_refused_by_name(tmp_path, files, message):
+def test_bad_ids_and_fields_are_refused_by_name(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         loaded(tmp_path, whole_words(), **files)

@@ -1,4 +1,4 @@
-"""What a compressed chunk becomes is known before it is decompressed, for all that compressors write."""
+"""The size of a compressed chunk is known before it is decompressed, for all that compressors write."""
 
 import gzip
 import struct
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tensorstore
 
-from decodax.models.compressed_chunks import check_decoded_bytes
+from decodax.models.checkpoints.compressed_chunks import check_decoded_bytes
 
 
 def zstd_runs(num_bytes):
-    """A zstd frame of zeros, 131,072 for each four bytes, that does not say how many there are."""
+    """A zstd frame of zeros, 131,072 for each four bytes, without its decompressed size."""
     frame = bytearray(struct.pack("<I", 0xFD2FB528) + bytes([0, 0x58]))
     for start in range(0, num_bytes, 2**17):
         size = min(2**17, num_bytes - start)
@@ -21,7 +21,7 @@ def zstd_runs(num_bytes):
 
 
 def frame(content, *, stated):
-    """A zstd frame with one raw block, which says that it becomes so many bytes."""
+    """A zstd frame with one raw block, with a stated decompressed size."""
     header = struct.pack("<I", 0xFD2FB528) + bytes([0x80 | 0x20]) + struct.pack("<I", stated)
     return header + (len(content) << 3 | 1).to_bytes(3, "little") + content
 
@@ -52,7 +52,7 @@ def frame(content, *, stated):
         ("zlib", gzip.compress(bytes(7), mtime=0), "it cannot be decompressed"),
     ],
 )
-def test_what_a_compressed_chunk_becomes(compressor, content, problem):
+def test_the_decompressed_size_of_a_chunk(compressor, content, problem):
     if problem is None:
         check_decoded_bytes(compressor, memoryview(content), 7)
     else:
@@ -62,7 +62,7 @@ def test_what_a_compressed_chunk_becomes(compressor, content, problem):
 
 @pytest.mark.parametrize("compressor", [{"id": "zstd", "level": 1}, {"id": "gzip"}, {"id": "zlib"}])
 @pytest.mark.parametrize("kind", ["zeros", "random", "changing"])
-def test_what_compressors_write_is_accepted(compressor, kind):
+def test_output_of_compressors_is_accepted(compressor, kind):
     """Of a size at which zstd makes several blocks, also small ones where the data changes."""
     random = np.random.default_rng(0).standard_normal((700, 701)).astype(np.float32)
     content = {"zeros": 0 * random, "random": random, "changing": np.where(np.arange(700)[:, None] % 5, 1, random)}[

@@ -1,4 +1,4 @@
-"""Damaged configs of every family: each is read, or refused in lines that name the field of the file."""
+"""Damaged configs of every family are read, or refused in lines that name the field of the file."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from decodax.models.config import ModelConfig
+from decodax.models.configs.hf_config import read_config
 from decodax.models.families import FAMILIES
-from decodax.models.hf_config import read_config
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 DROPPED = "dropped"
@@ -43,7 +43,7 @@ ROPES = {
     },
     "default": {"rope_theta": 100.0, "partial_rotary_factor": 1.0},
 }
-# What the parts of a model call their arguments: no word of a config.json.
+# Argument names of model classes, which are not in a config.json.
 INNER = re.compile(
     r"\b(num_heads|num_kv_heads|head_size|rotary_size|experts_per_token|num_groups|num_groups_kept|nope_size|value_size"
     r"|latent_rank|query_rank|num_key_heads|num_value_heads|key_size|convolution_width|softcap|window|NoneType)\b"
@@ -94,8 +94,8 @@ def check_fields(model_type, count):
     names = [*family.defaults, *family.aliases, *family.fixed, "model_type", "rope_scaling", "rope_parameters"]
     names += ["layer_types", "quantization_config", "auto_map", "original_max_position_embeddings", "is_causal"]
     messages = []
-    for name, broken in damages_of(raw, names, random.Random(model_type), count):
-        message = outcome(broken)
+    for name, damaged_config in damages_of(raw, names, random.Random(model_type), count):
+        message = outcome(damaged_config)
         if message is not None:
             messages.append(message)
             check_message(message, [name])
@@ -106,8 +106,8 @@ def check_rope_keys(kind, source, type_name, count):
     raw = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
     settings = {type_name: kind, **ROPES[kind]}
     assert outcome({**raw, source: settings}) is None
-    for name, broken in damages_of(settings, settings, random.Random(kind), count):
-        message = outcome({**raw, source: broken})
+    for name, damaged_config in damages_of(settings, settings, random.Random(kind), count):
+        message = outcome({**raw, source: damaged_config})
         if message is not None:  # another type reads other keys
             check_message(message, [f"{source}." if name == type_name else f"{source}.{name}"])
 
@@ -141,9 +141,9 @@ def test_several_fields_damaged_at_once(model_type):
     generator, raw = random.Random(model_type), config_of(model_type)
     for _ in range(100):
         names = generator.sample(list(FAMILIES[model_type].defaults), 3)
-        broken = raw
+        damaged_config = raw
         for name in names:
-            broken = damaged(broken, name, generator.choice(DAMAGES))
-        message = outcome(broken)
+            damaged_config = damaged(damaged_config, name, generator.choice(DAMAGES))
+        message = outcome(damaged_config)
         if message is not None:
             check_message(message, names)

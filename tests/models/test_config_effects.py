@@ -1,6 +1,6 @@
-"""Every field of every family against what transformers computed: published configs, and single values of each field.
+"""Every field of every family has the effect it has in transformers: published configs, and single values.
 
-The golden values are of scripts/make_golden_configs.py. What decodax does in another way is listed, with the reason.
+The golden values are of scripts/make_golden_configs.py. Differences of decodax are listed, with the reason.
 """
 
 import itertools
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from decodax.models.configs.hf_config import read_config
+from decodax.models.configs.known_fields import CHANGES_ELSEWHERE, CHECKED_TRANSFORMERS, WITHOUT_INFLUENCE
+from decodax.models.configs.rope import ROPE_FIELDS
 from decodax.models.families import FAMILIES
-from decodax.models.hf_config import read_config
-from decodax.models.hf_known_fields import CHANGES_ELSEWHERE, CHECKED_TRANSFORMERS, WITHOUT_INFLUENCE
-from decodax.models.hf_rope import ROPE_FIELDS
 from tests.config_facts import facts_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "configs"
@@ -32,7 +32,7 @@ def golden(name):
 def read(raw):
     """Our facts, or the message that refuses the config."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about fields that are ignored, and contexts: tested in test_hf_config.py
+        warnings.simplefilter("ignore")  # ignored fields, and contexts: tested in test_hf_config.py
         try:
             config = read_config(raw)[1]
         except ValueError as error:
@@ -40,7 +40,7 @@ def read(raw):
     family = FAMILIES[raw["model_type"]]
     context = raw.get("max_position_embeddings", family.defaults["max_position_embeddings"])
     facts = facts_of(config, context)
-    # YaRN's context is the product of the factor and the original length, where that is more.
+    # YaRN's context is the product of the factor and the original length, where that is larger.
     return {**facts, "context": context, "layers": run_lengths(facts["layers"])}
 
 
@@ -82,7 +82,7 @@ def test_published_configs(name):
     item = golden("published")[name]
     ours = published(name)
     if isinstance(ours, str):
-        assert "quantization_config must be null" in ours  # bitsandbytes and MLX: other forms of the weights
+        assert "quantization_config must be null" in ours  # bitsandbytes and MLX: other weight formats
         assert item["config"]["quantization_config"]
     else:
         assert not differences(flat(ours), flat(item["facts"]))
@@ -161,7 +161,7 @@ def check_effects(model_type, chosen):
     num_equal, stricter, lenient, wrong = 0, [], [], []
     for name, value, ours, theirs in effects(model_type, chosen):
         if isinstance(ours, str):
-            is_listed = name in STRICTER or (value == 0 and not isinstance(value, bool))  # nothing has a size of 0
+            is_listed = name in STRICTER or (value == 0 and not isinstance(value, bool))  # no size may be 0
             if theirs is not None and not is_listed:
                 stricter.append((name, value, ours))
         elif theirs is None:

@@ -1,4 +1,4 @@
-"""From Hugging Face's form to Orbax's and back: the same bits for every family, mesh and file size; clear errors."""
+"""Conversion from Hugging Face to Orbax and back keeps every bit, for every family, mesh and file size."""
 
 import json
 import shutil
@@ -14,20 +14,20 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import decodax
-from decodax.models import orbax_writing
-from decodax.models.checkpoint import NonFiniteWeightWarning, StoredWeights
-from decodax.models.convert_target import MANIFEST
-from decodax.models.from_hf import from_hf
+from decodax.models.checkpoints import orbax_writing
+from decodax.models.checkpoints.convert_target import MANIFEST
+from decodax.models.checkpoints.orbax_writing import chunk_regions, chunk_shape
+from decodax.models.checkpoints.reading import NonFiniteWeightWarning, StoredWeights
+from decodax.models.checkpoints.write_hf import to_hf
+from decodax.models.checkpoints.write_orbax import from_hf
 from decodax.models.model import Model
-from decodax.models.next_layer import load_next_layer
-from decodax.models.orbax_writing import chunk_regions, chunk_shape
-from decodax.models.to_hf import to_hf
+from decodax.models.mtp_head import load_mtp_head
 from tests.golden_files import golden_cases, load_golden
 
 LLAMA = load_golden("llama").folder
 MTP = Path(__file__).parents[1] / "golden" / "deepseek_v3_mtp"
 QUANTISED = {"deepseek_v3_fp8", "gpt_oss_mxfp4"}
-# Written by their programs in a layout that is not the family's first.
+# Written by their own programs with a name map that is not the family's first.
 OTHER_LAYOUT = {"deepseek_v2_groups", "mixtral", "minimax", "granitemoe", "qwen3_moe_mixed"}
 TWO = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 FOUR = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[4:])
@@ -57,16 +57,16 @@ def assert_same(one, other):
 
 @pytest.fixture
 def cut_small(monkeypatch):
-    """Chunks of at most 4,000 bytes, so that small weights are many files."""
+    """Chunks of at most 4,000 bytes, so that small weights take many files."""
     monkeypatch.setattr(orbax_writing, "CHUNK_BYTES", 4000)
 
 
 @pytest.fixture
 def shardings(monkeypatch):
-    """Lets a test say how weights are cut when they are written, and where they lie when they are read."""
+    """Lets a test choose the sharding of weights when they are written and when they are read."""
 
     def use(sharding_of):
-        monkeypatch.setattr("decodax.models.from_hf.shardings_on", lambda mesh, rules: sharding_of)
+        monkeypatch.setattr("decodax.models.checkpoints.write_orbax.shardings_on", lambda mesh, rules: sharding_of)
         monkeypatch.setattr("decodax.models.load.shardings_on", lambda mesh, rules: sharding_of)
 
     return use
@@ -74,7 +74,7 @@ def shardings(monkeypatch):
 
 @pytest.mark.parametrize("name", [*golden_cases(), "deepseek_v3_mtp"])
 def test_there_and_back_for_every_family(tmp_path, name, cut_small, shardings):
-    """Cut by rows when written, by columns over other devices when read, and back from what then lies there."""
+    """Sharded by rows when written, by columns over other devices when read, and back from those arrays."""
     source = MTP if name == "deepseek_v3_mtp" else load_golden(name).folder
     expected = decodax.load(source)
     shardings(by_rows(TWO, "tensor"))
@@ -103,21 +103,21 @@ def test_there_and_back_for_every_family(tmp_path, name, cut_small, shardings):
             assert first.keys() - copies == second.keys()
 
 
-def test_the_layer_behind_the_last_goes_along(tmp_path):
+def test_the_mtp_head_is_converted(tmp_path):
     from_hf(MTP, tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "back")
     model = Model(decodax.load(MTP).config)
-    expected = load_next_layer(MTP, model, dtype="float32")
+    expected = load_mtp_head(MTP, model, dtype="float32")
     for folder in ("orbax", "back"):
-        assert_same(load_next_layer(tmp_path / folder, model, dtype="float32"), expected)
+        assert_same(load_mtp_head(tmp_path / folder, model, dtype="float32"), expected)
 
 
-def test_tensors_that_nobody_reads_are_named(tmp_path):
+def test_tensors_that_are_not_read_are_named(tmp_path):
     source = load_golden("qwen3_next").folder
     shutil.copy(source / "config.json", tmp_path)
     tensors = load_file(source / "model.safetensors")
     save_file({**tensors, "mtp.fc.weight": np.ones((2, 3), np.float32)}, tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"1 tensor\(s\) of .* are not converted: mtp.fc.weight"):
+    with pytest.warns(UserWarning, match=r"1 tensor\(s\) of .* not read by decodax and not converted: mtp.fc.weight"):
         from_hf(tmp_path, tmp_path.with_name("out"))
 
 
@@ -139,7 +139,7 @@ def test_every_weight_is_rounded(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("limit", [1, 10_000, 30_000, 10**9])
-def test_files_are_no_larger_than_asked(tmp_path, limit):
+def test_files_are_no_larger_than_the_limit(tmp_path, limit):
     to_hf(LLAMA, tmp_path / "hf", max_shard_bytes=limit)
     assert_same(decodax.load(tmp_path / "hf").params, decodax.load(LLAMA).params)
     files = sorted((tmp_path / "hf").glob("*.safetensors"))
@@ -164,7 +164,7 @@ def test_files_are_no_larger_than_asked(tmp_path, limit):
 
 
 def test_wide_and_narrow_types_side_by_side(tmp_path):
-    """Odd numbers of bfloat16 in front of float32, which would then start in the middle of a number."""
+    """Odd counts of bfloat16 before float32, which would then be misaligned."""
     shutil.copy(LLAMA / "config.json", tmp_path)
     tensors = load_file(LLAMA / "model.safetensors")
     kinds = [ml_dtypes.bfloat16, np.float32, np.float16]
@@ -180,7 +180,7 @@ def test_wide_and_narrow_types_side_by_side(tmp_path):
         assert name == "__metadata__" or (8 + size + entry["data_offsets"][0]) % tensors[name].itemsize == 0
 
 
-def test_numbers_that_are_not_finite_go_along_and_are_named(tmp_path):
+def test_nonfinite_numbers_are_converted_and_named(tmp_path):
     source = Path(shutil.copytree(LLAMA, tmp_path / "source"))
     tensors = load_file(LLAMA / "model.safetensors")
     bits = tensors["model.norm.weight"].view(np.uint32)
@@ -193,7 +193,7 @@ def test_numbers_that_are_not_finite_go_along_and_are_named(tmp_path):
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
 
-def test_what_stands_beside_goes_along(tmp_path):
+def test_files_beside_the_weights_are_copied(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(LLAMA, source)
     beside = {"tokenizer.json": "{}", "tokenizer_config.json": "{}", "chat_template.jinja": "x", "merges.txt": "a b"}
@@ -210,7 +210,7 @@ def test_what_stands_beside_goes_along(tmp_path):
         assert {name: (tmp_path / folder / name).read_text() for name in beside} == beside
 
 
-def test_the_manifest_says_what_it_is(tmp_path):
+def test_the_manifest(tmp_path):
     done = from_hf(LLAMA, tmp_path / "orbax", dtype="bfloat16")
     manifest = json.loads((tmp_path / "orbax" / MANIFEST).read_text())
     lm = decodax.load(LLAMA)
@@ -303,7 +303,7 @@ def test_weights_of_zeros_are_stored(tmp_path):
 
 def test_chunks_cover_every_array_once(monkeypatch):
     monkeypatch.setattr(orbax_writing, "CHUNK_BYTES", 60)
-    for shape, part in (
+    for shape, shard in (
         ((), None),
         ((7,), None),
         ((31,), None),
@@ -311,10 +311,10 @@ def test_chunks_cover_every_array_once(monkeypatch):
         ((8, 12), (8, 3)),
         ((6, 4, 9), (3, 4, 9)),
     ):
-        chunk = chunk_shape(shape, 4, part)
+        chunk = chunk_shape(shape, 4, shard)
         assert 4 * np.prod(chunk, dtype=int) <= 60, (shape, chunk)
-        if part is not None:
-            assert all(size % step == 0 for size, step in zip(part, chunk, strict=True))
+        if shard is not None:
+            assert all(size % step == 0 for size, step in zip(shard, chunk, strict=True))
         seen = np.zeros(shape, int)
         names = [seen.__setitem__(region, seen[region] + 1) or name for name, region in chunk_regions(shape, chunk)]
         assert (seen == 1).all() and len(set(names)) == len(names)

@@ -1,4 +1,4 @@
-"""Nothing is lost that a conversion did not write: what is replaced, what is refused, and that before any work."""
+"""A conversion deletes nothing that it did not write: what is replaced, and what is refused before any work."""
 
 import inspect
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import decodax
-from decodax.models import convert_target
-from decodax.models.convert_target import MANIFEST
-from decodax.models.from_hf import from_hf
-from decodax.models.to_hf import to_hf
+from decodax.models.checkpoints import convert_target
+from decodax.models.checkpoints.convert_target import MANIFEST
+from decodax.models.checkpoints.write_hf import to_hf
+from decodax.models.checkpoints.write_orbax import from_hf
 from tests.golden_files import load_golden
 
 LLAMA = load_golden("llama").folder
@@ -40,12 +40,14 @@ def contents(folder):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """A conversion is refused before anything is written or a number is read, and leaves all as it was."""
+    """A conversion is refused before anything is written or a number is read, and changes nothing."""
 
     def check(convert, source, target, match, kind=FileExistsError):
         before = contents(tmp_path)
         with monkeypatch.context() as patched:
-            patched.setattr("decodax.models.checkpoint.StoredWeights.read", lambda *args: pytest.fail("it was begun"))
+            patched.setattr(
+                "decodax.models.checkpoints.reading.StoredWeights.read", lambda *args: pytest.fail("it was begun")
+            )
             for overwrite in (False, True):
                 with pytest.raises(kind, match=match):
                     convert(source, target, overwrite=overwrite)
@@ -56,7 +58,7 @@ def refused(tmp_path, monkeypatch):
 
 def test_the_folder_of_the_source_is_never_replaced(tmp_path, source, refused):
     for target in (source, source / "inside"):
-        refused(from_hf, source, target, r"must not be the source .*, nor lie in it", ValueError)
+        refused(from_hf, source, target, r"must not be the source .*, nor be in it", ValueError)
     refused(to_hf, source, tmp_path, r"it holds .*source, which is read: choose another name", ValueError)
     (tmp_path / "other").symlink_to(source)  # another name of it
     refused(from_hf, tmp_path / "other", source, r"must not be the source", ValueError)
@@ -64,14 +66,14 @@ def test_the_folder_of_the_source_is_never_replaced(tmp_path, source, refused):
     refused(to_hf, decodax.load(source), source, r"must not be the source", ValueError)
 
 
-def test_a_source_that_an_ended_conversion_moved_away(tmp_path, source, refused):
+def test_a_source_that_an_interrupted_conversion_moved_away_is_refused(tmp_path, source, refused):
     (tmp_path / ".target.partial").mkdir()
     old = source.rename(tmp_path / ".target.partial" / "old")
-    refused(to_hf, old, tmp_path / "target", r"the source .*old lies in .*.target.partial, where", ValueError)
+    refused(to_hf, old, tmp_path / "target", r"the source .*old is in .*.target.partial, where", ValueError)
 
 
 def test_a_folder_that_the_source_links_into_is_never_replaced(tmp_path, source, refused):
-    """As a snapshot in the hub's cache links to the blobs of its repository: they look like a checkpoint here."""
+    """Like a snapshot in the hub's cache: it links to its repository's blobs, which look like a checkpoint here."""
     repository = tmp_path / "models--org--name"
     blobs, snapshot = repository / "blobs", repository / "snapshots" / "1"
     snapshot.mkdir(parents=True)
@@ -82,7 +84,7 @@ def test_a_folder_that_the_source_links_into_is_never_replaced(tmp_path, source,
     refused(to_hf, snapshot, repository, r"must not be replaced, because it holds", ValueError)
 
 
-def test_what_is_no_folder_is_never_replaced(tmp_path, source, refused):
+def test_files_and_links_are_never_replaced(tmp_path, source, refused):
     to_hf(LLAMA, tmp_path / "model")
     (tmp_path / "link").symlink_to(tmp_path / "model")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
@@ -116,11 +118,11 @@ def test_home_current_folder_and_mount_points_are_never_replaced(tmp_path, sourc
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, source, refused, monkeypatch):
     refused(to_hf, source, source / "config.json" / "x", r"config.json is no folder", NotADirectoryError)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs this may be allowed everything
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the user of the test may have every permission
     refused(to_hf, source, tmp_path / "out", r"no permission to write in", PermissionError)
 
 
-def test_folders_on_the_way_are_made(tmp_path, source):
+def test_missing_parent_folders_are_made(tmp_path, source):
     to_hf(source, tmp_path / "no" / "where")
     assert (tmp_path / "no" / "where" / "config.json").is_file()
 
@@ -147,7 +149,7 @@ def test_a_target_may_be_named_from_elsewhere(tmp_path, source, convert, monkeyp
         ("~nobody-of-this-name/x", r"~nobody-of-this-name/x cannot be written: "),
     ],
 )
-def test_what_is_no_path_is_refused_by_name(source, target, match):
+def test_bad_paths_are_refused_by_name(source, target, match):
     for convert in map(inspect.unwrap, (from_hf, to_hf)):
         with pytest.raises(ValueError, match=match):
             convert(source, target)
@@ -155,7 +157,7 @@ def test_what_is_no_path_is_refused_by_name(source, target, match):
             convert(5, "target")
 
 
-def test_arrays_in_a_folder_whose_name_is_no_utf8(tmp_path, source):
+def test_arrays_in_a_folder_whose_name_is_not_utf8(tmp_path, source):
     for folder in (tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "target"):
         if folder.name == "target":
             from_hf(source, folder)
@@ -165,11 +167,11 @@ def test_arrays_in_a_folder_whose_name_is_no_utf8(tmp_path, source):
         else:
             with pytest.raises(ValueError, match=r"has a name that is no UTF-8"):
                 from_hf(source, folder)
-            to_hf(source, folder)  # whose files are Python's to write
+            to_hf(source, folder)  # Python writes its files
 
 
 def test_other_folders_are_refused(tmp_path, source, refused):
-    """Not even a checkpoint of the other form, which nobody asked to replace."""
+    """A checkpoint of the other form is not replaced either."""
     to_hf(LLAMA, tmp_path / "hf")
     from_hf(LLAMA, tmp_path / "orbax")
     for name in ("hf", "orbax"):
@@ -191,7 +193,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("has_manifest", [True, False])
-def test_what_a_user_put_beside_is_not_lost(tmp_path, source, refused, name, has_manifest):
+def test_a_user_s_files_beside_the_weights_are_not_lost(tmp_path, source, refused, name, has_manifest):
     to_hf(LLAMA, tmp_path / "hf", dtype="bfloat16")
     if not has_manifest:
         (tmp_path / "hf" / MANIFEST).unlink()
@@ -201,20 +203,20 @@ def test_what_a_user_put_beside_is_not_lost(tmp_path, source, refused, name, has
         (tmp_path / "hf" / name).mkdir()
     else:
         (tmp_path / "hf" / name).symlink_to(source)
-    what = "convert did not write" if has_manifest else "is no part of a checkpoint"
+    what = "convert did not write" if has_manifest else "does not belong to a checkpoint"
     refused(to_hf, source, tmp_path / "hf", rf"hf is there already and holds {name}, which {what}: choose .*, or move")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "embedding/notes", "mine/deep/0.0.txt", "head/0.x"])
-def test_what_a_user_put_among_the_arrays_is_not_lost(tmp_path, source, refused, name):
+def test_a_user_s_files_among_the_arrays_are_not_lost(tmp_path, source, refused, name):
     from_hf(LLAMA, tmp_path / "orbax", dtype="bfloat16")
     (tmp_path / "orbax" / "params" / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "orbax" / "params" / name).write_text("mine")
     refused(from_hf, source, tmp_path / "orbax", rf"holds params/{name}, which convert did not write")
 
 
-def test_what_is_replaced(tmp_path, source):
-    """What convert wrote, in either form and whatever it copied; a checkpoint of the same form; an empty folder."""
+def test_targets_that_are_replaced(tmp_path, source):
+    """What convert wrote, in either form, with all copied files; a checkpoint of the same form; an empty folder."""
     (source / "results.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     to_hf(source, tmp_path / "empty")
@@ -234,7 +236,7 @@ def test_what_is_replaced(tmp_path, source):
     assert sorted(os.listdir(tmp_path)) == ["downloaded", "empty", "orbax", "source"]
 
 
-def test_a_target_that_lost_a_file_is_not_taken_for_finished(tmp_path, source):
+def test_a_target_that_lost_a_file_is_not_finished(tmp_path, source):
     (source / "tokenizer.json").write_text("{}")
     to_hf(source, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").unlink()
@@ -247,10 +249,10 @@ def test_a_target_that_lost_a_file_is_not_taken_for_finished(tmp_path, source):
 @pytest.mark.parametrize(
     "content", [b"[]", b"{", b"\xff", b'{"a":' * 100_000, b'{"form": "hf", "written_by": 3}', None]
 )
-def test_a_manifest_that_is_none(tmp_path, source, refused, content):
+def test_bad_manifests_are_refused(tmp_path, source, refused, content):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    if content is None:  # a link is not read
+    if content is None:  # links are not followed
         (tmp_path / "manifest").write_text('{"form": "hf", "written_by": "decodax 1", "files": ["notes.txt"]}')
         (tmp_path / "mine" / MANIFEST).symlink_to(tmp_path / "manifest")
     else:
@@ -270,8 +272,8 @@ def test_a_link_out_of_the_source_is_not_copied(tmp_path, source):
     assert sorted(os.listdir(tmp_path)) == ["secret", "source"]
 
 
-def test_an_adapter_is_not_copied_by_half(tmp_path, source):
-    """Its weights are not converted, so neither is what says that they are there."""
+def test_an_adapter_is_not_copied_without_its_weights(tmp_path, source):
+    """Its weights are not converted, so its config is not copied either."""
     (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.warns(UserWarning, match="LoRA adapter"):
         to_hf(source, tmp_path / "out")

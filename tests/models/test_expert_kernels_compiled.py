@@ -1,4 +1,4 @@
-"""The decoding step of large models with experts, compiled for TPUs that are not there: which kernels it holds.
+"""The decoding step of large models with experts, compiled for absent TPUs, contains the right kernels.
 
 Heads, experts and the vocabulary are split over four chips of a v5e.
 """
@@ -12,20 +12,20 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from decodax import decoding
+from decodax.core.weight import Weight
 from decodax.decoding.sampling import Sampling
-from decodax.decoding.state import _empty_state
+from decodax.decoding.state import empty_state
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.latent import LatentCache
-from decodax.layers.weight import Weight
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 from decodax.models.model import Model
 from decodax.sharding.rules import Rules
 from tests.kernels_pallas.ahead_of_time import count_kernels, tpu_mesh
 from tests.models.test_published_sizes import PUBLISHED
 
 BATCH, CAPACITY = 8, 4096
-RULES = Rules(tuple((letter, "tensor") for letter in "NKVE"))
+RULES = Rules(tuple((axis_name, "tensor") for axis_name in "NKVE"))
 # (layers compiled in a quick run, layers with experts among them, all layers)
 LAYERS = {"DeepSeek-V2-Lite, arXiv 2405.04434": (2, 1, 27), "Qwen3-30B-A3B, arXiv 2505.09388": (1, 1, 48)}
 
@@ -44,7 +44,7 @@ def model_on(mesh: Mesh, name: str, num_layers: int) -> tuple[Model, Any, Any]:
     def start(sampling: Sampling) -> decoding.DecodeState:
         tokens, one = jnp.zeros((BATCH, CAPACITY), jnp.int32), jnp.ones(BATCH, jnp.int32)
         stop_ids = jnp.zeros((BATCH, 0), jnp.int32)
-        return _empty_state(model, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
+        return empty_state(model, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
 
     def on_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec(None, "tensor") if leaf.ndim == 4 else PartitionSpec()  # heads of keys and values
@@ -75,7 +75,7 @@ def test_kernels_of_the_decoding_loop(name, whole):
 
 
 def test_config_sizes_are_the_published_ones():
-    """What is compiled is cut in depth only."""
+    """Compiled configs differ from published ones in the number of layers only."""
     for name, (few, _, every) in LAYERS.items():
         raw = PUBLISHED[name][0]
         whole, cut = read_config(raw)[1], read_config(raw | {"num_hidden_layers": few})[1]

@@ -1,4 +1,4 @@
-"""Every family against what transformers computed for tiny random models: logits, greedy tokens, and any route."""
+"""Every family gives the logits and greedy tokens of transformers for tiny random models, by every route."""
 
 import json
 from functools import lru_cache, partial
@@ -36,7 +36,7 @@ def step(model, params, caches, tokens, start, row_length, count):
     """T tokens per row from position `start[b]` on, keeping the first `count[b]`: logits [B, T, V] and caches."""
     position = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     forward = model.apply(params, tokens, position, caches, row_length=row_length)
-    return model.logits(params, forward.hidden), commit(caches, forward.rows, count)
+    return model.logits(params, forward.hidden), commit(caches, forward.cache_updates, count)
 
 
 def prefill(lm, tokens, length, chunk):
@@ -55,13 +55,13 @@ def prefill(lm, tokens, length, chunk):
 
 
 def prompts_only(logits, length):
-    """What stands in the prompts, row after row: [sum of lengths, V]."""
+    """The logits of prompt tokens only, row by row: [sum of lengths, V]."""
     return np.concatenate([row[:count] for row, count in zip(logits, length, strict=True)])
 
 
 def test_catalogue_lists_the_folder():
     files = {path.stem for path in Path(package.__file__).parent.glob("*.py")}
-    assert set(FAMILIES) == {name for name in files if not name.startswith("_")}
+    assert set(FAMILIES) == {name for name in files if not name.startswith("_")} - {"contract", "layer"}
     assert all(family.model_type == name for name, family in FAMILIES.items())
 
 
@@ -89,7 +89,7 @@ def test_logits_and_greedy_tokens_of_a_ragged_batch(name):
 
 
 @pytest.mark.parametrize("name", ROUTE_CASES)
-def test_one_piece_is_chunks_is_token_by_token(name):
+def test_prefill_at_once_in_chunks_and_token_by_token_are_equal(name):
     golden, lm = load_golden(name), language_model(name)
     whole, _ = prefill(lm, golden.tokens, golden.length, golden.tokens.shape[1])
     limit = ROUTE_TOLERANCE * np.abs(whole).max()

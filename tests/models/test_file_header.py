@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what does not describe the whole file, exactly once, is refused by file and tensor."""
+"""Headers of safetensors files must describe every byte exactly once, or are refused by file and tensor."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from decodax.models import file_header
-from decodax.models.file_header import HeaderEntry, read_header
+from decodax.models.checkpoints import file_header
+from decodax.models.checkpoints.file_header import HeaderEntry, read_header
 
 
 def entry(kind="F32", shape=(3,), offsets=(0, 12)):
@@ -15,7 +15,7 @@ def entry(kind="F32", shape=(3,), offsets=(0, 12)):
 
 
 def write(path, header, num_bytes=12):
-    """A file with this header, given as JSON text or as an object, and so many bytes behind it."""
+    """A file with this header, given as JSON text or as an object, and `num_bytes` bytes after it."""
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
     return path
@@ -26,7 +26,7 @@ def file(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-def test_what_the_library_writes(file):
+def test_files_of_the_safetensors_library_pass(file):
     save_file({"b": np.ones((2, 3), np.float16), "a": np.ones((5, 0), np.int8)}, file, {"format": "pt"})
     header = read_header(file)
     assert header.entries == {"b": HeaderEntry("F16", (2, 3), 0, 12), "a": HeaderEntry("I8", (5, 0), 12, 12)} or (
@@ -35,7 +35,7 @@ def test_what_the_library_writes(file):
     assert header.num_bytes + 12 == file.stat().st_size
 
 
-def test_tensors_in_any_order_and_of_kinds_that_nobody_knows_yet(file):
+def test_tensors_in_any_order_and_of_unknown_dtypes(file):
     header = read_header(write(file, {"y": entry("NEW_9", (7,), (5, 12)), "x": entry("U8", (5,), (0, 5))}))
     assert list(header.entries) == ["x", "y"] and header.entries["y"].kind == "NEW_9"
     assert read_header(write(file, {"half": entry("F4", (6,), (0, 3))}, 3)).entries["half"].end == 3
@@ -69,7 +69,7 @@ def test_tensors_in_any_order_and_of_kinds_that_nobody_knows_yet(file):
         ("", "no valid JSON"),
     ],
 )
-def test_refuses_what_does_not_describe_the_file(file, header, words):
+def test_headers_that_do_not_describe_the_file_are_refused(file, header, words):
     with pytest.raises(ValueError, match=rf"model\.safetensors is no intact safetensors file.*({words})") as caught:
         read_header(write(file, header))
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
@@ -85,7 +85,7 @@ def test_absurd_lengths(file, monkeypatch):
         read_header(write(file, {"x": entry()}))
 
 
-def test_a_pointer_in_place_of_the_file(file):
+def test_a_git_lfs_pointer_in_place_of_the_file(file):
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n")
     with pytest.raises(ValueError, match=r"pointer that Git LFS leaves in its place: run `git lfs pull` there"):
         read_header(file)

@@ -1,4 +1,4 @@
-"""The ids that end a text: which file gives them, and what becomes of those that a model cannot write."""
+"""End token ids: which file gives them, and the warning for ids outside the vocabulary."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from decodax.models.generation_settings import read_end_token_ids
+from decodax.models.tokenizers.generation_settings import read_end_token_ids
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -41,7 +41,7 @@ def test_end_token_ids(tmp_path, files, expected):
         (10**400, (), r"got 10*\.\.\.0*, which .*: a text has no end token"),
     ],
 )
-def test_ids_that_the_model_cannot_write_are_left_out_with_a_warning(tmp_path, name, value, expected, message):
+def test_ids_outside_the_vocabulary_are_left_out_with_a_warning(tmp_path, name, value, expected, message):
     (tmp_path / CONFIG).write_text(json.dumps({"eos_token_id": 2}))
     (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
     with pytest.warns(UserWarning, match=message) as said:
@@ -50,7 +50,7 @@ def test_ids_that_the_model_cannot_write_are_left_out_with_a_warning(tmp_path, n
 
 
 @pytest.mark.parametrize("content", ["[" * 10**5, '{"a": ' * 99 + "1" + "}" * 99])
-def test_a_generation_config_that_no_program_writes_is_refused(tmp_path, content):
+def test_a_malformed_generation_config_is_refused(tmp_path, content):
     (tmp_path / CONFIG).write_text(json.dumps({"eos_token_id": 2}))
     (tmp_path / GENERATION).write_text(content)
     with pytest.raises(ValueError, match=r"generation_config\.json is JSON nested deeper than 64 levels"):
@@ -75,7 +75,7 @@ def test_a_generation_config_that_no_program_writes_is_refused(tmp_path, content
         '{"eos_token_id": {"a": 3}}',
     ],
 )
-def test_a_broken_generation_config_is_not_used(tmp_path, content):
+def test_a_damaged_generation_config_is_not_used(tmp_path, content):
     (tmp_path / CONFIG).write_text(json.dumps({"eos_token_id": 2}))
     (tmp_path / GENERATION).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(
@@ -84,7 +84,7 @@ def test_a_broken_generation_config_is_not_used(tmp_path, content):
         assert read_end_token_ids(tmp_path, 11) == (2,)
 
 
-def test_a_broken_config_and_a_link_to_nothing_are_errors(tmp_path):
+def test_a_damaged_config_and_a_dangling_link_are_errors(tmp_path):
     for content, message in [
         ('{"eos_token_id": "x"}', r'eos_token_id in .*config\.json must be a token id or a list of them, got "x"'),
         ('{"eos_token_id": [3, null]}', "must be a token id"),
@@ -98,7 +98,7 @@ def test_a_broken_config_and_a_link_to_nothing_are_errors(tmp_path):
         read_end_token_ids(tmp_path, 11)
 
 
-def test_a_folder_without_damage_says_nothing(tmp_path):
+def test_an_intact_folder_gives_no_warning(tmp_path):
     (tmp_path / GENERATION).write_text(json.dumps({"eos_token_id": [0, 10]}))
     with warnings.catch_warnings(action="error"):
         assert read_end_token_ids(tmp_path, 11) == (0, 10)

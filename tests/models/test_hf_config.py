@@ -1,4 +1,4 @@
-"""Reading config.json: both spellings, every default, and a refusal that lists all that is not understood."""
+"""Reading config.json: both spellings, every default, and an error that lists every unsupported field."""
 
 import json
 import math
@@ -6,8 +6,8 @@ import math
 import pytest
 
 from decodax.layers.rope import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
+from decodax.models.configs.hf_config import load_config, read_config
 from decodax.models.families import FAMILIES
-from decodax.models.hf_config import load_config, read_config
 
 SIZES = {
     "vocab_size": 67,
@@ -31,7 +31,7 @@ def windows_of(model_type, **fields):
     return [block.mixer.window for block in config_of(model_type, **fields).blocks]
 
 
-# What transformers 5 (and 4) assume when config.json says no more than the sizes.
+# Defaults of transformers 5 (and 4) when config.json gives only the sizes.
 # (context, base, eps, activation, tied, head size, window of each layer, scale, softcaps)
 DEFAULTS = {
     "llama": (2048, 1e4, 1e-6, "silu", False, 8, [None] * 3, 8**-0.5, (None, None)),
@@ -264,22 +264,22 @@ def test_unknown_family_names_the_known_ones():
 
 
 def test_context_of_linear_scaling():
-    """The smaller of two readings, and a word about the other where the file leaves it open."""
+    """The smaller of two interpretations, and a warning about the other where the file is ambiguous."""
     for kind in ("linear", "dynamic"):
         settings = {"type": kind, "factor": 4.0}
         with pytest.warns(UserWarning, match=r"^the context is max_position_embeddings = 64 .*factor = 4, .*up to 256"):
             assert config_of(max_position_embeddings=64, rope_scaling=settings).max_position_embeddings == 64
-        known = {**settings, "original_max_position_embeddings": 16}  # 64 is the product: nothing to say
+        known = {**settings, "original_max_position_embeddings": 16}  # 64 is the product: no warning
         assert config_of(max_position_embeddings=64, rope_scaling=known).max_position_embeddings == 64
         assert config_of(max_position_embeddings=64, rope_scaling={**settings, "factor": 1}) is not None
 
 
 def test_fields_that_the_family_does_not_read():
-    """One warning lists them; null says nothing; the version that wrote the file is named if it is newer."""
+    """One warning lists them; null is ignored; the version that wrote the file is named if it is newer."""
     with pytest.warns(UserWarning, match=r"^beta, qk_clip: not read by llama models in .*, and ignored$") as caught:
         assert config_of(qk_clip=3.0, beta=[1], gamma=None, transformers_version="4.40.0") == config_of()
     assert len(caught) == 1
-    with pytest.warns(UserWarning, match=r"^norm_topk: not .*"):  # nothing of this family is called so
+    with pytest.warns(UserWarning, match=r"^norm_topk: not .*"):  # no field of this family has this name
         config_of(norm_topk=True)
     with pytest.warns(UserWarning, match=r"^rope_thetta \(was rope_theta instead of rope_thetta meant\?\): not read"):
         config_of(rope_thetta=5e5)
@@ -294,7 +294,7 @@ def test_fields_that_the_family_does_not_read():
 
 
 def test_code_of_its_own():
-    """Classes that are named as the family's own are; with others, no field is ignored."""
+    """Classes named like the family's own are accepted; with others, no field is ignored."""
     own = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModelForCausalLM": "org/name--x.LlamaForCausalLM"}
     assert config_of(auto_map=own) == config_of()
     with pytest.warns(UserWarning, match="^qk_clip: not read"):
@@ -308,14 +308,14 @@ def test_code_of_its_own():
         config_of(auto_map=5)
 
 
-def test_sizes_left_to_the_class():
+def test_sizes_default_to_the_class():
     config = read_config({"model_type": "qwen2"})[1]
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (151936, 4096, 32)
     with pytest.raises(ValueError, match="num_experts_per_tok is missing: every deepseek_v2 config must give it"):
         read_config({"model_type": "deepseek_v2"})
 
 
-def test_fields_that_say_nothing_new():
+def test_redundant_fields_pass():
     assert config_of("qwen2", attention_bias=True) == config_of("qwen2", qkv_bias=True) == config_of("qwen2")
     assert config_of("qwen3", rope_scaling={"rope_type": "default", "mrope_section": [1, 1, 2]}) == config_of("qwen3")
     off = {"use_sliding_window": False, "max_window_layers": 2}

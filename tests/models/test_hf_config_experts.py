@@ -1,4 +1,4 @@
-"""Configs of models with experts, latent attention and recurrent layers: names, rules by layer, and what is refused."""
+"""Configs of models with experts, latent attention and recurrent layers: field names, rules by layer, errors."""
 
 import math
 
@@ -10,7 +10,7 @@ from decodax.layers.mixers.lightning import LightningConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.rope import YarnScaling
 from decodax.models.config import Residual
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 
 SIZES = {
     "vocab_size": 67,
@@ -52,7 +52,7 @@ def test_fields_have_several_names():
 
 def test_which_layers_have_experts():
     def kinds(*arguments, **fields):
-        return [isinstance(part, MoEConfig) for part in feed_forwards(*arguments, **fields)]
+        return [isinstance(feed_forward, MoEConfig) for feed_forward in feed_forwards(*arguments, **fields)]
 
     assert kinds("qwen2_moe", decoder_sparse_step=2) == [False, True, False, True]
     assert kinds("qwen3_moe", mlp_only_layers=[0, 3]) == [False, True, True, False]
@@ -74,7 +74,7 @@ def test_windows():
     assert windows_of("gpt_oss") == [128, None, 128, None]
 
 
-def test_gpt_oss_stretches_positions_unless_told_otherwise():
+def test_gpt_oss_scales_positions_by_default():
     mixer = config_of("gpt_oss").blocks[0].mixer
     assert mixer.rope.scaling == YarnScaling(32.0, 4096, 0.1 * math.log(32) + 1, truncate=False)
     assert (mixer.rope.base, mixer.sinks, mixer.qkv_bias, mixer.out_bias) == (150000.0, True, True, True)
@@ -101,8 +101,8 @@ def test_layers_without_attention():
     factors = {"linear_attn_alpha_factor": 3.5, "mlp_beta_factor": 0.5}
     blocks = config_of("minimax", layer_types=kinds, **factors).blocks
     assert [isinstance(block.mixer, LightningConfig) for block in blocks] == [True, False] * 2
-    assert blocks[0].mixer_residual == Residual(3.5, 1.0, behind_norm=True)
-    assert blocks[1].feed_forward_residual == Residual(1.0, 0.5, behind_norm=True)
+    assert blocks[0].mixer_residual == Residual(3.5, 1.0, after_norm=True)
+    assert blocks[1].feed_forward_residual == Residual(1.0, 0.5, after_norm=True)
     slopes = [block.mixer.slopes[0] for block in blocks[::2]]
     assert slopes[0] == pytest.approx(2 ** (-8 / 6), rel=1e-4) and slopes[1] == pytest.approx(slopes[0] / 3, rel=1e-3)
 
@@ -135,6 +135,6 @@ def test_layers_without_attention():
         ("olmoe", {"clip_qkv": -1}, "clip_qkv must be a positive number, at most 1e[+]30, got -1"),
     ],
 )
-def test_what_does_not_go_together_is_refused(model_type, fields, expected):
+def test_inconsistent_fields_are_refused(model_type, fields, expected):
     with pytest.raises(ValueError, match=expected):
         config_of(model_type, **fields)

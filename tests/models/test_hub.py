@@ -1,4 +1,4 @@
-"""A copy in the hub's cache is used where it holds what loading needs, and else says what is there; no network."""
+"""A copy in the hub's cache is used if it holds what loading needs, else the error says what is there; no network."""
 
 import json
 import shutil
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from decodax.models.hub import download
+from decodax.models.checkpoints.hub import download
+from decodax.models.checkpoints.safetensors_files import open_weights
 from decodax.models.load import find_folder
-from decodax.models.stored_files import open_weights
 from tests.golden_files import load_golden
 
 LLAMA = load_golden("llama").folder
@@ -18,7 +18,7 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """An empty cached repository of the model org/name, of which the hub is out of reach."""
+    """An empty cached repository of the model org/name, without access to the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--org--name"
@@ -51,7 +51,7 @@ def add_shards(repository, *shards):
         (repository / "snapshots" / "abc" / shard).symlink_to(f"../../blobs/{shard}")
 
 
-def test_a_whole_copy_without_a_tokenizer(repository):
+def test_a_complete_copy_without_a_tokenizer(repository):
     add_model(repository, "config.json", "model.safetensors")
     assert find_folder("org/name") == repository / "snapshots" / "abc"
 
@@ -64,8 +64,8 @@ def test_shards(repository):
     assert set(open_weights(folder)) == set(load_file(LLAMA / "model.safetensors"))  # through the links to the blobs
 
 
-@pytest.mark.parametrize("listed", [False, True])  # newer versions of the hub's library know what should be there
-def test_what_is_there_and_what_is_missing(repository, monkeypatch, listed):
+@pytest.mark.parametrize("listed", [False, True])  # newer versions of the hub's library list the files
+def test_present_and_missing_files_are_named(repository, monkeypatch, listed):
     add_model(repository, "config.json")
     add_shards(repository, SHARDS[1])
     (repository / "blobs" / "x.incomplete").write_bytes(b"")
@@ -81,12 +81,12 @@ def test_what_is_there_and_what_is_missing(repository, monkeypatch, listed):
     for words in (
         f"missing are {SHARDS[0]}; there are config.json, {SHARDS[1]}, model.safetensors.index.json in ",
         "out of reach (offline?)",
-        "a download was broken off",
+        "a download was interrupted",
     ):
         assert words in str(caught.value)
 
 
-def test_a_listed_file_that_nobody_needs_may_be_missing(repository, monkeypatch):
+def test_a_listed_file_that_loading_does_not_need_may_be_missing(repository, monkeypatch):
     from huggingface_hub import errors
 
     def incomplete(*args, **options):
@@ -140,7 +140,7 @@ def test_other_revisions_and_other_models(repository):
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"..", b"../../..", b".", None])
 def test_a_damaged_note_of_the_revision(repository, content):
-    """As a machine leaves it that went down while it was written; it may lead nowhere else either."""
+    """As after a crash while it was written; nor may it lead elsewhere."""
     add_model(repository, "config.json", "model.safetensors")
     note = repository / "refs" / "main"
     note.unlink()

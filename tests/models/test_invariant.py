@@ -1,8 +1,8 @@
-"""The invariant mode: a token has the same logits and rows, to the last bit, alone and among others in one forward.
+"""The invariant mode: a token has bit-identical logits, keys and values alone and among others in one forward.
 
-Each test compares programs that are compiled apart: one token at a time inside a loop, which commits after each, and
-forwards over chains and trees, in one tile and in several. Equal means equal bits: no tolerance, but where the mode is
-held against the normal one.
+Each test compares programs that are compiled separately: one token at a time inside a loop, which commits after each,
+and forwards over chains and trees, in one tile and in several. Equal means equal bits, without tolerance, except where
+the mode is compared with the normal one.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.attention.mask import Causal
 from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.staged import stage
-from decodax.models.hf_config import load_config
+from decodax.models.configs.hf_config import load_config
 from decodax.models.load import find_folder
 from decodax.models.model import Model, commit
 from tests.speculation import disturbed
 from tests.tiny import tiny_model
 
 CAPACITY = 331  # no multiple of a block of slots
-# Around the borders of blocks, of the windowed layer and of the cache; ragged within each batch.
+# Near the boundaries of blocks, of the windowed layer and of the cache; ragged within each batch.
 LENGTHS = ((1, 63, 255), (0, 64, 325), (15, 256, 300))
 CHAIN = Tree.chain(5)  # with three rows, one tile
 TREE = Tree.fixed([-1, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])  # several
 DTYPES = ("float32", "bfloat16")
-# Where the same code runs as in a test that takes both.
+# Where a test that takes both runs the same code.
 MAINLY_BFLOAT16 = ("bfloat16", pytest.param("float32", marks=pytest.mark.slow))
 
 
@@ -51,7 +51,7 @@ def built(kind, dtype):
 
 
 def filled(model, dtype, lengths, capacity=CAPACITY):
-    """Caches of random rows, the same in a slot whatever the capacity; what is not filled holds numbers as well."""
+    """Caches of random keys and values, equal in a slot for every capacity; unfilled slots hold numbers as well."""
     caches = []
     for index, block in enumerate(model.config.blocks):
         shape = (2, len(lengths), block.mixer.num_kv_heads, 400, block.mixer.head_size)
@@ -62,9 +62,9 @@ def filled(model, dtype, lengths, capacity=CAPACITY):
 
 @partial(jax.jit, static_argnums=0)
 def together(model, params, token, position, caches, mask):
-    """Logits and rows of one forward."""
+    """Logits and cache updates of one forward."""
     out = model.apply(params, token, position, caches, mask=mask)
-    return model.logits(params, out.hidden), out.rows
+    return model.logits(params, out.hidden), out.cache_updates
 
 
 @partial(jax.jit, static_argnums=0)
@@ -76,7 +76,7 @@ def one_by_one(model, params, token, caches):
         one = jax.lax.dynamic_slice_in_dim(token, index, 1, axis=1)
         out = model.apply(params, one, caches[0].length[:, None], caches)
         new = model.logits(params, out.hidden)
-        caches = commit(caches, out.rows, jnp.isfinite(new[:, 0, 0]).astype(jnp.int32))
+        caches = commit(caches, out.cache_updates, jnp.isfinite(new[:, 0, 0]).astype(jnp.int32))
         return jax.lax.dynamic_update_slice_in_dim(logits, new, index, axis=1), caches
 
     logits = jnp.zeros((*token.shape, model.config.vocab_size))
@@ -84,7 +84,7 @@ def one_by_one(model, params, token, caches):
 
 
 def draw(model, lengths, tree, seed=0):
-    """A random token at each node, and where the nodes stand."""
+    """A random token at each node, and the nodes' positions."""
     token = np.random.default_rng(seed).integers(0, model.config.vocab_size, (len(lengths), tree.num_nodes))
     return jnp.asarray(token, jnp.int32), jnp.asarray(lengths, jnp.int32)[:, None] + jnp.asarray(tree.depth)
 
@@ -94,16 +94,16 @@ def assert_same_bits(got, want):
 
 
 def assert_paths_equal_steps(model, params, tree, lengths, dtype):
-    """Every path of the tree, in one forward with all the others, is what its tokens are one by one."""
+    """Every path of the tree, in one forward with all the others, equals its tokens one by one."""
     token, position = draw(model, lengths, tree)
     caches = filled(model, dtype, lengths)
-    logits, rows = jax.device_get(together(model, params, token, position, caches, tree.mask()))
+    logits, updates = jax.device_get(together(model, params, token, position, caches, tree.mask()))
     for leaf in np.setdiff1d(np.arange(tree.num_nodes), tree.parent[0]):
         path = np.flatnonzero(tree.ancestors[0, leaf])
         padded = np.resize(path, CHAIN.num_nodes)  # so that paths of all lengths share compiled code
         alone, after = jax.device_get(one_by_one(model, params, np.asarray(token)[:, padded], caches))
         assert_same_bits(logits[:, path], alone[:, : len(path)])
-        for kept, new in zip(after, rows, strict=True):
+        for kept, new in zip(after, updates, strict=True):
             for row, length in enumerate(lengths):
                 slots = slice(length, length + len(path))
                 assert_same_bits(new.key[row][:, path].astype(dtype), kept.key[row][:, slots])
@@ -111,7 +111,7 @@ def assert_paths_equal_steps(model, params, tree, lengths, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_alone_is_together(dtype):
+def test_a_token_alone_equals_the_token_among_others(dtype):
     model, params = built("tiny", dtype)
     for lengths in LENGTHS:
         assert_paths_equal_steps(model, params, CHAIN, lengths, dtype)
@@ -119,12 +119,12 @@ def test_alone_is_together(dtype):
 
 
 @pytest.mark.parametrize("dtype", MAINLY_BFLOAT16)
-def test_alone_is_together_in_the_embedded_models_shape(dtype):
+def test_a_token_alone_equals_the_token_among_others_in_the_embedded_model_s_shape(dtype):
     assert_paths_equal_steps(*built("embedded", dtype), TREE, (255,), dtype)
 
 
 @pytest.mark.parametrize("dtype", MAINLY_BFLOAT16)
-def test_one_token_outside_a_loop_is_the_root_of_a_chain(dtype):
+def test_one_token_outside_a_loop_equals_the_root_of_a_chain(dtype):
     model, params = built("tiny", dtype)
     token, position = draw(model, (63,), CHAIN)
     caches = filled(model, dtype, (63,))
@@ -133,7 +133,7 @@ def test_one_token_outside_a_loop_is_the_root_of_a_chain(dtype):
 
 
 @pytest.mark.parametrize("dtype", MAINLY_BFLOAT16)
-def test_row_alone_is_row_of_a_batch(dtype):
+def test_a_row_alone_equals_the_row_in_a_batch(dtype):
     model, params = built("tiny", dtype)
     token, position = draw(model, LENGTHS[1], TREE)
     logits, _ = together(model, params, token, position, filled(model, dtype, LENGTHS[1]), TREE.mask())
@@ -144,30 +144,30 @@ def test_row_alone_is_row_of_a_batch(dtype):
         assert_same_bits(alone, logits[row : row + 1])
 
 
-def test_chain_in_tiles_without_cache_is_chain_in_pieces():
+def test_a_chain_in_tiles_without_cache_equals_the_chain_in_pieces():
     model, params = built("tiny", "bfloat16")
     token, position = draw(model, (0, 0, 0), Tree.chain(78))
-    whole, rows = together(model, params, token, position, None, Causal())
+    whole, updates = together(model, params, token, position, None, Causal())
     caches = filled(model, "bfloat16", (0, 0, 0))
     for piece in (slice(0, 39), slice(39, 78)):
         logits, new = together(model, params, token[:, piece], position[:, piece], caches, Causal())
         assert_same_bits(logits, whole[:, piece])
         caches = commit(caches, new, jnp.full(3, 39))
-    for kept, new in zip(caches, rows, strict=True):
+    for kept, new in zip(caches, updates, strict=True):
         assert_same_bits(kept.key[:, :, :78], new.key)
 
 
-def test_staged_tokens_are_new_ones():
+def test_staged_tokens_equal_new_ones():
     model, params = built("tiny", "bfloat16")
     token, position = draw(model, LENGTHS[0], CHAIN)
     caches = filled(model, "bfloat16", LENGTHS[0])
-    logits, rows = together(model, params, token, position, caches, Causal())
-    staged = stage(caches, jax.tree.map(lambda leaf: leaf[:, :, :2], rows), position[:, :2])
+    logits, updates = together(model, params, token, position, caches, Causal())
+    staged = stage(caches, jax.tree.map(lambda leaf: leaf[:, :, :2], updates), position[:, :2])
     rest, _ = together(model, params, token[:, 2:], position[:, 2:], staged, Causal())
     assert_same_bits(rest, logits[:, 2:])
 
 
-def test_layers_run_apart_are_layers_run_together():
+def test_layers_run_separately_equal_layers_run_together():
     model, params = built("tiny", "bfloat16")
     token, position = draw(model, LENGTHS[0], CHAIN)
     caches = filled(model, "bfloat16", LENGTHS[0])
@@ -178,10 +178,10 @@ def test_layers_run_apart_are_layers_run_together():
     assert_same_bits(whole.captured[0], model.embed(params, token))
     assert_same_bits(whole.captured[1], first.hidden)
     assert_same_bits(whole.hidden, second.hidden)
-    assert_same_bits(whole.rows[1].key, second.rows[0].key)
+    assert_same_bits(whole.cache_updates[1].key, second.cache_updates[0].key)
 
 
-def test_rows_are_read_as_a_narrower_cache_gives_them_back():
+def test_keys_and_values_are_read_as_a_narrower_cache_returns_them():
     model, params = built("tiny", "float32")
     with jax.numpy_dtype_promotion("standard"):
         assert_paths_equal_steps(model, params, CHAIN, LENGTHS[0], "bfloat16")
@@ -206,7 +206,7 @@ def decoded(model, params, drafter=None):
     """The tokens of ROWS rows, half greedy and half sampled, after NEW new ones."""
     sampling = decoding.Sampling.create(ROWS, 37, temperature=[0.0, 1.0] * (ROWS // 2))
     prompts, one = np.arange(ROWS)[:, None], np.ones(ROWS, np.int32)
-    state = decoding.init(model, params, prompts, one, NEW, np.arange(ROWS), sampling=sampling)
+    state = decoding.prefill(model, params, prompts, one, NEW, np.arange(ROWS), sampling=sampling)
     if drafter is None:
         state = jax.jit(decoding.autoregressive(model))(params, state)
     else:
@@ -219,15 +219,15 @@ def decoded(model, params, drafter=None):
 def test_speculative_tokens_are_those_of_plain_decoding_in_bfloat16():
     model, params = built("tiny", "bfloat16")
     normal = Model(model.config)
-    chain, tree = DraftModel.chain(normal, 3), DraftModel.likeliest(normal, [-1, 0, 0, 1, 1, 2])
+    chain, tree = DraftModel.chain(normal, 3), DraftModel.top_k(normal, [-1, 0, 0, 1, 1, 2])
     plain = decoded(model, params)
     np.testing.assert_array_equal(decoded(model, params, chain), plain)
     np.testing.assert_array_equal(decoded(model, params, tree), plain)
-    # The test can tell: without the mode, some of these rows part.
+    # The test can fail: without the mode, some of these rows differ.
     assert (decoded(normal, params, chain) != decoded(normal, params)).any()
 
 
-def test_a_broken_token_breaks_only_those_that_read_it():
+def test_a_nonfinite_token_reaches_only_tokens_that_attend_to_it():
     """A draft token that becomes NaN leaves the tokens before it, and other branches, as they are."""
     model, params = built("tiny", "float32")
     caches = filled(model, "float32", LENGTHS[0])
@@ -235,23 +235,23 @@ def test_a_broken_token_breaks_only_those_that_read_it():
     for shape, reads_it in ((CHAIN, [2, 3, 4]), (tree, [2, 4])):
         tokens = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (3, 5))
         position = caches[0].length[:, None] + jnp.asarray(shape.depth)
-        broken = {**params, "embedding": params["embedding"].at[2].set(jnp.nan)}
+        nonfinite = {**params, "embedding": params["embedding"].at[2].set(jnp.nan)}
         whole, damaged = (
             np.asarray(model.logits(weights, model.apply(weights, tokens, position, caches, mask=shape.mask()).hidden))
-            for weights in (params, broken)
+            for weights in (params, nonfinite)
         )
         assert np.isnan(damaged[:, reads_it]).all()
         others = [node for node in range(5) if node not in reads_it]
         np.testing.assert_array_equal(damaged[:, others], whole[:, others])
 
 
-def test_models_of_both_modes_are_told_apart_and_loaded():
+def test_models_of_both_modes_differ_and_load():
     assert decodax.load(invariant=True).model == dataclasses.replace(decodax.load().model, invariant=True)
     assert decodax.load().model != decodax.load(invariant=True).model
 
 
 class Other(KVCache):
-    """A cache of another class, which may give rows back otherwise than they came."""
+    """A cache of another class, which may return keys and values changed."""
 
 
 def test_other_caches_are_refused():

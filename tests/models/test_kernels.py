@@ -1,4 +1,4 @@
-"""The whole model in kernels is the model without them: a prompt in chunks, tokens, drafts, trees, and the loops."""
+"""A model in kernels equals the model without them: a prompt in chunks, tokens, drafts, trees, and the loops."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def block(**options) -> BlockConfig:
     return BlockConfig(mixer, GatedMLPConfig(40), RMSNormConfig(1e-5))
 
 
-# One layer that reads all, one with a window and capped scores.
+# One full layer, one with a window and capped scores.
 BLOCKS = (block(), block(window=75, softcap=5.0))
 PLAIN = Model(ModelConfig(VOCABULARY, WIDTH, 512, BLOCKS, RMSNormConfig(1e-5), True))
 PARAMS = PLAIN.init(jax.random.key(0))
@@ -49,12 +49,12 @@ def in_kernels(implementation: str, model: Model = PLAIN) -> Model:
 
 
 def forwards(model: Model, params: Params = PARAMS) -> list[np.ndarray]:
-    """Logits of two chunks of a prompt, a token, and a tree behind it; the second row ends with the first chunk."""
+    """Logits of two chunks of a prompt, a token, and a tree after it; the second row ends with the first chunk."""
 
     @jax.jit
     def forward(tokens, caches, position, mask):
         out = model.apply(params, tokens, position, caches, mask=mask)
-        return model.logits(params, out.hidden), out.rows
+        return model.logits(params, out.hidden), out.cache_updates
 
     tokens = jax.random.randint(jax.random.key(1), (2, 160), 0, VOCABULARY)
     caches, found, length = model.empty_cache(2, 256, jnp.float32), [], np.zeros(2, np.int32)
@@ -63,9 +63,9 @@ def forwards(model: Model, params: Params = PARAMS) -> list[np.ndarray]:
     for num_tokens, count, mask in ((70, (70, 70), None), (66, (66, 0), None), (1, (1, 1), None), (5, (0, 0), tree)):
         offset = depth if mask is tree else np.arange(num_tokens)
         position = jnp.asarray(length[:, None] + offset, jnp.int32)
-        logits, rows = forward(tokens[:, :num_tokens], caches, position, mask)
+        logits, updates = forward(tokens[:, :num_tokens], caches, position, mask)
         found.append(np.asarray(logits))
-        caches = commit(caches, rows, jnp.array(count, jnp.int32))
+        caches = commit(caches, updates, jnp.array(count, jnp.int32))
         length = length + np.array(count, np.int32)
         tokens = tokens[:, num_tokens:]
     return found
@@ -84,12 +84,12 @@ def test_latents_experts_and_states_are_those_without_kernels():
 
 
 def test_the_loop_writes_the_same_tokens():
-    """`init` reads the prompts in a chunk and the loop steps through the rest; buffers have room for whole tiles."""
+    """`prefill` runs the prompts in a chunk and the loop steps through the rest; buffers have room for full tiles."""
     prompts = np.random.default_rng(2).integers(0, VOCABULARY, (2, 80)).astype(np.int32)
     lengths, seeds = np.array([80, 71]), np.zeros(2, np.uint32)
     tokens = []
     for model in (PLAIN, in_kernels("tpu_interpreted")):
-        state = decoding.init(model, PARAMS, prompts, lengths, 6, seeds)
+        state = decoding.prefill(model, PARAMS, prompts, lengths, 6, seeds)
         state = jax.jit(decoding.autoregressive(model), donate_argnums=1)(PARAMS, state)
         tokens.append(np.asarray(state.tokens)[:, :86])
     assert state.caches[0].capacity % 128 == 0

@@ -1,4 +1,4 @@
-"""A Llama of 8 billion parameters compiled for TPUs that are not there: kernels in every layer, and no copy of a cache.
+"""A Llama of 8 billion parameters, compiled for absent TPUs, has kernels in every layer and no copy of a cache.
 
 Weights and heads are split over the chips of a v5e slice.
 """
@@ -12,20 +12,21 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.bench_gpu import SHAPES
 from decodax import decoding
+from decodax.core.weight import Weight
 from decodax.decoding.sampling import Sampling
-from decodax.decoding.state import _empty_state
+from decodax.decoding.state import empty_state
 from decodax.layers.execution import Execution
-from decodax.layers.weight import Weight
+from decodax.models.key_value_copies import fit_mesh
 from decodax.models.model import Model, commit
-from decodax.scripts.bench_gpu import SHAPES
-from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.mesh import read_mesh
 from decodax.sharding.rules import RULES
 from decodax.sharding.topologies import tpu_devices
 from tests.kernels_pallas.ahead_of_time import count_kernels, tpu_mesh
 from tests.sharding.collectives import collectives
 
-BATCH, CAPACITY = 8, 16384  # a part of one cache is 64 MiB: too large for XLA to move it into VMEM
+BATCH, CAPACITY = 8, 16384  # a shard of one cache is 64 MiB: too large for XLA to move it into VMEM
 
 
 def model_on(mesh: Mesh, num_layers: int) -> tuple[Model, Any, Any]:
@@ -43,7 +44,7 @@ def model_on(mesh: Mesh, num_layers: int) -> tuple[Model, Any, Any]:
     def start(sampling: Sampling) -> decoding.DecodeState:
         tokens, one = jnp.zeros((BATCH, CAPACITY), jnp.int32), jnp.ones(BATCH, jnp.int32)
         stop_ids = jnp.zeros((BATCH, 0), jnp.int32)
-        return _empty_state(model, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
+        return empty_state(model, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
 
     state = jax.eval_shape(start, Sampling.create(BATCH, model.config.vocab_size))
     places = model.execution.shardings(state)
@@ -57,15 +58,15 @@ def slice_of(num_chips: int) -> Mesh:
 
 
 def cache_copies(compiled: Any) -> list[str]:
-    """Operations of the program that copy a cache as large as a chip's part of one."""
+    """Operations of the program that copy a cache as large as a chip's shard of one."""
     shape = rf"bf16\[{BATCH},\d+,{CAPACITY},128\]"
     return re.findall(rf"{shape}\S* (?:copy|transpose)\(.*", compiled.as_text())
 
 
 @pytest.mark.parametrize(
-    ("chips", "kv_parts", "num_layers"), [(8, 8, SHAPES["8b"].num_layers), (16, 8, 2)], ids=["8 chips", "16 chips"]
+    ("chips", "kv_shards", "num_layers"), [(8, 8, SHAPES["8b"].num_layers), (16, 8, 2)], ids=["8 chips", "16 chips"]
 )
-def test_the_decoding_loop(chips, kv_parts, num_layers):
+def test_the_decoding_loop(chips, kv_shards, num_layers):
     """Eight key-value heads on sixteen chips are held twice, and the kernel runs on each chip as on eight."""
     model, params, state = model_on(slice_of(chips), num_layers)
     loop = jax.jit(decoding.autoregressive(model), donate_argnums=1)
@@ -74,7 +75,7 @@ def test_the_decoding_loop(chips, kv_parts, num_layers):
     assert count_kernels(compiled, "flash_decode") == num_layers
     assert cache_copies(compiled) == []
     buffers = [leaf for cache in state.caches for leaf in (cache.key, cache.value)]
-    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in buffers) // kv_parts
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in buffers) // kv_shards
     assert {one.kind for one in collectives(compiled)} == {"all-reduce"}  # neither weights nor caches are gathered
     assert compiled.memory_analysis().temp_size_in_bytes < cache_bytes / num_layers
 
@@ -87,7 +88,9 @@ def test_the_prompt(num_layers, chunk):
 
     def read(params, tokens, position, caches):
         out = model.apply(params, tokens, position, caches)
-        return out.hidden, commit(caches, out.rows, jnp.sum(jnp.isfinite(out.hidden[:, :, 0]), axis=1, dtype=jnp.int32))
+        return out.hidden, commit(
+            caches, out.cache_updates, jnp.sum(jnp.isfinite(out.hidden[:, :, 0]), axis=1, dtype=jnp.int32)
+        )
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((BATCH, chunk), jnp.int32, sharding=everywhere)

@@ -1,4 +1,4 @@
-"""From a name to a model: folders, the embedded model, the hub without a network, dtypes, and a quiet progress bar."""
+"""Loading a model by name: folders, the embedded model, the hub without a network, dtypes, a quiet progress bar."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from decodax.models import load as load_module
-from decodax.models.checkpoint import NonFiniteWeightWarning
+from decodax.models.checkpoints.reading import NonFiniteWeightWarning
 from decodax.models.load import find_folder, load
 from tests.golden_files import load_golden
 
@@ -66,13 +66,13 @@ def test_no_such_folder(name, monkeypatch, tmp_path):
         load(name)
 
 
-def test_names_that_no_file_system_takes():
+def test_names_that_are_no_valid_paths():
     for name in ("x" * 5000, "org/" + "x" * 5000, "a\0b"):
         with pytest.raises(FileNotFoundError):
             load(name)
 
 
-def test_a_file_is_no_folder():
+def test_a_file_in_place_of_a_folder_is_refused():
     with pytest.raises(FileNotFoundError, match=r"config.json is a file: pass the model's folder"):
         load(LLAMA / "config.json")
 
@@ -98,7 +98,7 @@ def test_damaged_weights(folder):
         load(folder)
 
 
-def test_the_hub_is_asked_only_for_what_is_read(monkeypatch):
+def test_only_files_that_are_read_are_downloaded(monkeypatch):
     asked = {}
 
     def download(name, **options):

@@ -1,12 +1,13 @@
-"""Files of a model folder are found and read only where and as they may be."""
+"""Files of a model folder are found and read only inside permitted folders, and only valid JSON."""
 
 import doctest
 import os
 
 import pytest
 
-from decodax.models import model_files
-from decodax.models.model_files import find_file, parse_json_object, printable, read_json_object
+from decodax.core.printable import printable
+from decodax.models.checkpoints import model_files
+from decodax.models.checkpoints.model_files import find_file, parse_json_object, read_json_object
 
 
 def test_examples():
@@ -66,7 +67,7 @@ def test_the_embedded_model_may_be_installed_as_links(tmp_path, monkeypatch):
     assert find_file(tmp_path / "demo", "config.json") is not None
 
 
-def test_refuses_links_that_lead_nowhere_or_out_and_what_is_no_file(tmp_path):
+def test_refuses_dangling_and_outside_links_and_special_files(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret").write_text("{}")
@@ -100,7 +101,7 @@ def test_refuses_links_that_lead_nowhere_or_out_and_what_is_no_file(tmp_path):
         (b"true", "must hold a JSON object, got true or false"),
     ],
 )
-def test_refuses_what_is_no_sane_json_object(tmp_path, content, words):
+def test_refuses_bad_json_objects(tmp_path, content, words):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"config\.json.*{words}"):
         read_json_object(tmp_path / "config.json")
@@ -111,7 +112,7 @@ def test_reads_objects_up_to_the_limit_of_depth_and_a_byte_order_mark():
     assert parse_json_object(b'\xef\xbb\xbf{"a": 1}', "x") == {"a": 1}
 
 
-def test_a_name_that_stands_twice():
+def test_a_duplicate_name_is_refused():
     content = b'{"a": 1, "b": {"c": 2, "c": 3}}'
     assert parse_json_object(content, "x") == {"a": 1, "b": {"c": 3}}
     with pytest.raises(ValueError, match="x is no valid JSON: it has c twice"):
@@ -130,7 +131,7 @@ def test_control_characters_do_not_reach_a_message():
     assert len(printable("x" * 10_000)) == 200
 
 
-def test_of_a_long_path_both_ends_show():
+def test_a_long_path_is_cut_in_the_middle():
     for length in (150, 250, 100_000, 10**6):
         found = printable(f"/first/{'x' * length}\n{'y' * length}/config.json")
         assert found.startswith("/first/x") and found.endswith("y/config.json") and len(found) <= 200

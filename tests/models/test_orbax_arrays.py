@@ -15,12 +15,12 @@ import pytest
 import tensorstore
 
 import decodax
-from decodax.models.checkpoint import open_params
-from decodax.models.from_hf import from_hf
-from decodax.models.hf_config import load_config
-from decodax.models.sources import whole_region
-from decodax.models.to_hf import to_hf
-from decodax.models.zarr_form import read_v3
+from decodax.models.checkpoints.name_map import full_region
+from decodax.models.checkpoints.reading import open_params
+from decodax.models.checkpoints.write_hf import to_hf
+from decodax.models.checkpoints.write_orbax import from_hf
+from decodax.models.checkpoints.zarr_metadata import read_v3
+from decodax.models.configs.hf_config import load_config
 from tests.golden_files import load_golden
 from tests.models.test_compressed_chunks import zstd_runs
 
@@ -38,7 +38,7 @@ def numbers(folder):
     """All weights of a folder, as they are stored."""
     opened = open_params(folder, *load_config(folder))
     return {
-        path: opened.read(path, whole_region(weight.shape), opened.dtype(path))
+        path: opened.read(path, full_region(weight.shape), opened.dtype(path))
         for path, weight in opened.weights.items()
     }
 
@@ -87,7 +87,7 @@ def test_every_form_is_read(written, expected, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_missing_chunk_is_named(folder_of, form):
-    """In a database as well: there the array's whole chunk is taken out."""
+    """In a database as well: there the array's only chunk is removed."""
     folder = folder_of(form)
     chunk = "c/0/0" if "zarr3" in form else "0.0"
     if "database" in form:
@@ -102,7 +102,7 @@ def test_a_missing_chunk_is_named(folder_of, form):
 
 
 def test_a_chunk_among_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("decodax.models.orbax_writing.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("decodax.models.checkpoints.orbax_writing.CHUNK_BYTES", 1000)
     from_hf(LLAMA, tmp_path / "orbax")
     (tmp_path / "orbax" / "params" / "embedding" / "7.0").rename(tmp_path / "orbax" / "params" / "embedding" / "07.0")
     with pytest.raises(ValueError, match=r"embedding/7.0 is missing, a chunk of the array embedding"):
@@ -111,7 +111,7 @@ def test_a_chunk_among_many(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["decodax", "zarr3"])
 def test_chunks_that_older_versions_left_out(folder_of, expected, form):
-    """Without the field Orbax had not stored chunks of zeros, and reads them as zeros; they are named here."""
+    """Without the field Orbax did not store chunks of zeros, and reads them as zeros; they are named here."""
     folder = folder_of(form)
     metadata = json.loads((folder / "params" / "_METADATA").read_text())
     del metadata["store_array_data_equal_to_fill_value"]
@@ -208,7 +208,7 @@ def test_damaged_metadata_of_a_checkpoint(folder_of, content):
         decodax.load(folder)
 
 
-def test_metadata_of_an_array_that_is_none(folder_of):
+def test_damaged_metadata_of_an_array(folder_of):
     folder = folder_of("decodax")
     for content, problem in {
         '{"a":' * 100_000: "nested deeper than",
@@ -222,7 +222,7 @@ def test_metadata_of_an_array_that_is_none(folder_of):
 
 
 def test_only_regular_files_are_read(folder_of, tmp_path):
-    """A pipe would be waited for, for ever; a link may lead anywhere."""
+    """Reading a pipe would wait for ever; a link may lead anywhere."""
     outside = tmp_path / "outside"
     folder = folder_of("decodax")
     shutil.copytree(folder / "params", outside)
@@ -275,22 +275,22 @@ def test_chunks_of_a_wrong_size(folder_of, form):
 BOMBED = """
     import resource, sys
     from pathlib import Path
-    from decodax.models.checkpoint import open_params
-    from decodax.models.hf_config import load_config
-    from decodax.models.sources import whole_region
+    from decodax.models.checkpoints.reading import open_params
+    from decodax.models.configs.hf_config import load_config
+    from decodax.models.checkpoints.name_map import full_region
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for folder in map(Path, sys.argv[1:]):
         try:
             opened = open_params(folder, *load_config(folder))
-            opened.read(("head",), whole_region((67, 30)), opened.dtype(("head",)))
+            opened.read(("head",), full_region((67, 30)), opened.dtype(("head",)))
         except ValueError as error:
             print(error)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-def test_a_chunk_that_becomes_gigabytes_is_refused(folder_of, tmp_path):
+def test_a_chunk_that_decompresses_to_gigabytes_is_refused(folder_of, tmp_path):
     """2 GiB from 65 kB of zstd, 128 MiB from 130 kB of gzip, with a chunk of 8,040 bytes: refused within 100 MB."""
     folder = folder_of("plain")
     (folder / "params" / "head" / "0.0").write_bytes(zstd_runs(2**31))
@@ -311,7 +311,7 @@ def test_a_chunk_that_becomes_gigabytes_is_refused(folder_of, tmp_path):
     assert int(lines[2]) < 100, output.stderr
 
 
-def test_parts_of_a_chunk_have_an_index(folder_of, expected):
+def test_inner_chunks_of_a_shard_have_an_index(folder_of, expected):
     """Four chunks in one file, each with a size of its own."""
     folder = folder_of("zarr3")
     file = folder / "params" / "blocks_0.mixer.query" / "zarr.json"

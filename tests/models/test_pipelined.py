@@ -1,4 +1,4 @@
-"""A model in pipeline stages gives what it gives on one device, in every decoding scheme, and moves nothing else."""
+"""A model in pipeline stages equals the model on one device, in every scheme, and sends only hidden states."""
 
 import itertools
 from functools import cache, partial
@@ -10,17 +10,18 @@ import pytest
 
 import decodax
 from decodax import decoding
+from decodax.core.weight import Weight
 from decodax.decoding.drafters import DraftModel
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.attention.mask import Ancestors
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.staged import place, stage
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.key_value_copies import fit_mesh
 from decodax.models.model import Model, commit
-from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.planning.hlo import collectives_of
+from decodax.sharding.mesh import read_mesh
 from decodax.sharding.pipeline import Pipeline
-from decodax.sharding.plan.hlo import collectives_of
 from decodax.sharding.rules import place_tree
 from tests.golden_files import load_golden
 from tests.odd_drafters import RandomTrees
@@ -29,7 +30,7 @@ from tests.tiny import NORM
 
 FOUR, TWO, EIGHT = "pipeline=4,tensor=2", "data=2,pipeline=2,tensor=2", "data=2,pipeline=4"
 PLAIN = Pipeline()
-# Sums over devices are taken in another order than on one: a few roundings of numbers of about 1, over a few layers.
+# All-reduces add in another order than one device: a few roundings of numbers of about 1, over a few layers.
 LOGITS_TOLERANCE = 1e-4
 
 
@@ -48,7 +49,7 @@ def num_stages(mesh):
 
 
 def blocks_of(kind, repeats):
-    """The kind's pair of layers again and again; of "mla" the second, behind a first of another kind (DeepSeek)."""
+    """The kind's pair of layers, repeated; for "mla" the second, after a first layer of another kind (DeepSeek)."""
     pair = tuple(BlockConfig(mixer, feed_forward, NORM) for mixer, feed_forward in wide.LAYERS[kind])
     return pair[:1] + pair[1:] * repeats if kind == "mla" else pair * repeats
 
@@ -63,7 +64,7 @@ def model_of(kind, repeats, mesh=None, pipeline=PLAIN, **execution):
 
 @cache
 def params_of(kind, repeats):
-    """All random, and small: layers whose sums nearly cancel would make much of how a sum was rounded."""
+    """All random, and small: layers whose sums nearly cancel would amplify rounding."""
     random = np.random.default_rng(1)
 
     def draw(path, weight):
@@ -94,7 +95,7 @@ def single_logits(kind, repeats):
 
 @cache
 def single_tokens(kind, repeats):
-    """What plain decoding on one device writes."""
+    """The tokens of plain decoding on one device."""
     model, params = model_of(kind, repeats), params_of(kind, repeats)
     return np.asarray(jax.jit(decoding.autoregressive(model))(params, wide.start(model, params)).tokens)
 
@@ -110,7 +111,7 @@ def test_logits(kind, mesh, chunks):
 
 @cache
 def decode_program(kind, mesh, chunks):
-    """The compiled loop of plain decoding, its parameters, and a state to start with, which it takes over."""
+    """The compiled loop of plain decoding, its parameters, and a state to start with, which it donates."""
     model, params = in_stages(kind, mesh, chunks, micro_batches=4)
     state = wide.start(model, params)
     return jax.jit(decoding.autoregressive(model), donate_argnums=1).lower(params, state).compile(), params, state
@@ -118,7 +119,7 @@ def decode_program(kind, mesh, chunks):
 
 @pytest.mark.parametrize(("kind", "mesh", "chunks"), cases(("dense", TWO, 2)))
 def test_plain_decoding(kind, mesh, chunks):
-    """The caches lie where they lay, on the stages of their layers."""
+    """The caches stay on the stages of their layers."""
     program, params, state = decode_program(kind, mesh, chunks)
     places = [leaf.sharding for leaf in jax.tree.leaves(state.caches)]
     out = program(params, jax.tree.map(jnp.copy, state))
@@ -128,11 +129,11 @@ def test_plain_decoding(kind, mesh, chunks):
 
 @pytest.mark.parametrize(("kind", "mesh", "chunks"), cases(("moe", TWO, 1), ("linear", TWO, 1)))
 def test_speculative_decoding(kind, mesh, chunks):
-    """Another tree in every row and round, whose nodes are mostly what plain decoding writes there."""
+    """Another tree in every row and round, whose nodes are mostly plain decoding's tokens."""
     model, params = in_stages(kind, mesh, chunks, micro_batches=2)
     wanted = single_tokens(kind, num_stages(mesh) * chunks)
     decode = jax.jit(decoding.speculative(model, RandomTrees(capture=(), model=model), ExactMatch()), donate_argnums=2)
-    out = decode(params, model.execution.joined(jnp.asarray(wanted)), wide.start(model, params))
+    out = decode(params, model.execution.replicated(jnp.asarray(wanted)), wide.start(model, params))
     np.testing.assert_array_equal(out.tokens, wanted)
     assert out.counts.accepted.sum() > 20
 
@@ -141,30 +142,30 @@ def test_speculative_decoding(kind, mesh, chunks):
 @pytest.mark.parametrize("kind", wide.LAYERS)
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_draft_model(kind, staged):
-    """The draft is whole on each device; or it runs in stages, too, and its rows are staged beside stacks of caches."""
+    """The draft is replicated; or it runs in stages too, with its updates staged beside stacked caches."""
     model, params = in_stages(kind, TWO, 2)
     draft, draft_params = model, params
     if not staged:
-        draft, draft_params = wide.draft_model(kind, model), model.execution.joined(params_of(kind, 4))
-    decode = jax.jit(decoding.speculative(model, DraftModel.likeliest(draft, (-1, 0, 1)), ExactMatch()))
+        draft, draft_params = wide.draft_model(kind, model), model.execution.replicated(params_of(kind, 4))
+    decode = jax.jit(decoding.speculative(model, DraftModel.top_k(draft, (-1, 0, 1)), ExactMatch()))
     out = decode(params, draft_params, wide.start(model, params))
     np.testing.assert_array_equal(out.tokens, single_tokens(kind, 4))
-    # It is the target itself: only rows that are sampled turn down what is likeliest.
-    assert out.counts.accepted[0] > 0.5 * out.counts.offered[0]
+    # It is the target itself: only sampled rows reject the most probable token.
+    assert out.counts.accepted[0] > 0.5 * out.counts.proposed[0]
 
 
 @pytest.mark.parametrize("kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mla", "linear"))])
-def test_staged_rows(kind):
-    """A token behind two that are staged, behind five in the cache of their layer, in its stack."""
+def test_staged_tokens(kind):
+    """A token after two staged ones, after five in the stacked cache of their layer."""
 
     def last_logits(model, params):
         tokens = jnp.asarray(wide.PROMPTS[:, :8], jnp.int32)
         position = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), tokens.shape)
         caches = model.empty_cache(wide.NUM_ROWS, 16, jnp.float32)
         prompt = model.apply(params, tokens[:, :5], position[:, :5], caches)
-        caches = commit(caches, prompt.rows, jnp.full(wide.NUM_ROWS, 5))
+        caches = commit(caches, prompt.cache_updates, jnp.full(wide.NUM_ROWS, 5))
         drafts = model.apply(params, tokens[:, 5:7], position[:, 5:7], caches)
-        room = place(model.empty_rows(wide.NUM_ROWS, 3, jnp.float32), drafts.rows, jnp.arange(2))
+        room = place(model.empty_update(wide.NUM_ROWS, 3, jnp.float32), drafts.cache_updates, jnp.arange(2))
         staged_at = jnp.broadcast_to(jnp.arange(5, 8, dtype=jnp.int32), (wide.NUM_ROWS, 3))
         mask = Ancestors(jnp.array([[[True, True, False, True]]]))
         out = model.apply(params, tokens[:, 7:], position[:, 7:], stage(caches, room, staged_at), mask=mask)
@@ -176,12 +177,12 @@ def test_staged_rows(kind):
 
 
 def test_between_stages_only_hidden_states_move():
-    """In the loop of the decoding step: a permute in each tick, the result to all, and two sums in each layer."""
+    """In the decoding step's loop: a permute in each tick, a broadcast of the result, two all-reduces in each layer."""
     found = collectives_of(decode_program("dense", TWO, 2)[0].as_text())
     in_layers = [(one.layer, one.kind) for one in found if one.layer is not None]
     assert sorted(in_layers) == [(0, "all-reduce")] * 2 + [(1, "all-reduce")] * 2
     of_pipeline = [(one.kind, one.num_bytes) for one in found if one.layer is None and "shard_map" in one.operation]
-    hidden_bytes = wide.NUM_ROWS // 2 * wide.WIDTH * 4  # on each of the two devices that rows are split over
+    hidden_bytes = wide.NUM_ROWS // 2 * wide.WIDTH * 4  # on each of the two devices over which rows are split
     assert sorted(of_pipeline) == [("all-reduce", hidden_bytes), ("collective-permute", hidden_bytes // 4)]
     assert max(one.num_bytes for one in found) == hidden_bytes
 
@@ -191,7 +192,7 @@ def test_between_stages_only_hidden_states_move():
 )
 def test_a_device_holds_the_layers_and_caches_of_its_stage(mesh, chunks):
     program, params, state = decode_program("dense", mesh, chunks)
-    blocks = {name: part for name, part in params.items() if name.startswith("blocks_")}
+    blocks = {name: block for name, block in params.items() if name.startswith("blocks_")}
     for leaf in jax.tree.leaves((state.caches, blocks)):
         assert leaf.shape[0] == num_stages(mesh) * chunks
         stages = {}
@@ -205,8 +206,8 @@ def test_a_device_holds_the_layers_and_caches_of_its_stage(mesh, chunks):
 
 
 @pytest.mark.parametrize("num_rows", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_rows_that_do_not_divide_are_cut_less(num_rows):
-    """One row is one micro-batch; three rows, of two groups of devices, lie on all of them."""
+def test_rows_that_do_not_divide_make_fewer_micro_batches(num_rows):
+    """One row is one micro-batch; three rows over two groups of devices are replicated."""
     model, params = in_stages("dense", TWO, 2)
     tokens = jnp.asarray(wide.PROMPTS[:num_rows, :16], jnp.int32)
     position = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), tokens.shape)
@@ -215,7 +216,7 @@ def test_rows_that_do_not_divide_are_cut_less(num_rows):
 
 
 def test_a_folder_is_loaded_into_stages():
-    """DeepSeek-V3's first layer is of another kind, and on all devices."""
+    """DeepSeek-V3's first layer is of another kind, and replicated."""
     golden = load_golden("deepseek_v3")
     lm = decodax.load(golden.folder, mesh="pipeline=2,data=4")
     assert lm.model.stages.before == 1 and lm.model.stages.chunk_layers == 1
@@ -234,7 +235,7 @@ def test_fresh_parameters_are_stacked():
     assert fresh["blocks_1"]["mixer"]["out"].shape == (4, wide.WIDTH, 8 * 6)
 
 
-def test_what_stages_have_no_place_for():
+def test_what_pipeline_stages_do_not_support():
     model, params = in_stages("dense", TWO, 1)
     tokens, position = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), jnp.int32)
     for options in ({"layers": (0, 2)}, {"capture": (1,)}):
@@ -253,11 +254,11 @@ def test_what_stages_have_no_place_for():
         _ = model_of("dense", 3, FOUR).stages
 
 
-def test_prompts_whose_hidden_states_are_not_finite_fail_alone():
-    """The prompt reader's witness is what comes out of the stages."""
+def test_prompts_with_nonfinite_hidden_states_fail_alone():
+    """Prefill checks the hidden states that come out of the stages."""
     model, params = in_stages("dense", TWO, 1, micro_batches=2)
-    broken = dict(params, embedding=params["embedding"].at[7].set(np.nan))
+    nonfinite = dict(params, embedding=params["embedding"].at[7].set(np.nan))
     tokens = np.array([[1, 2, 3], [1, 7, 3], [4, 5, 6], [6, 5, 7]])
-    state = decoding.init(model, broken, tokens, np.full(4, 3), 2, np.arange(4), stop_token_ids=(-1,))
+    state = decoding.prefill(model, nonfinite, tokens, np.full(4, 3), 2, np.arange(4), stop_token_ids=(-1,))
     assert np.asarray(state.failed).tolist() == [False, True, False, False]
     assert np.asarray(state.caches[0].length).tolist() == [2, 0, 2, 2]

@@ -1,4 +1,4 @@
-"""Decoding in pipeline stages, compiled for TPU: kernels run, and what a stage picks out by number is not copied."""
+"""Decoding in pipeline stages, compiled for TPU, runs kernels and copies no slice that a stage selects."""
 
 import dataclasses
 import re
@@ -10,13 +10,13 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from decodax import decoding
-from decodax.decoding import state as decode_state
+from decodax.core.weight import Weight
 from decodax.decoding.sampling import Sampling
+from decodax.decoding.state import empty_state
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.rope import Rope
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 from decodax.sharding.pipeline import Pipeline
@@ -39,7 +39,7 @@ def compiled_loop(pipeline, implementation):
     def empty():
         tokens = jnp.zeros((BATCH, CAPACITY), jnp.int32)
         operands = (jnp.asarray(rows), jnp.asarray(rows), jnp.asarray(rows, jnp.uint32), jnp.asarray(no_stops))
-        state = decode_state._empty_state(Model(config), jnp.dtype("bfloat16"), tokens, *operands, sampling)
+        state = empty_state(Model(config), jnp.dtype("bfloat16"), tokens, *operands, sampling)
         return dataclasses.replace(state, caches=model.empty_cache(BATCH, CAPACITY, jnp.bfloat16))
 
     def weight_shape(path, weight):
@@ -61,15 +61,15 @@ def largest_temporary(program):
 PART_BYTES = BATCH // 2 * HEADS // 2 * CAPACITY * HEAD_SIZE * 2  # keys of one layer and micro-batch on one chip
 
 
-def test_all_rows_at_once_are_read_by_the_kernel_where_they_lie():
+def test_the_kernel_reads_all_rows_at_once_in_place():
     program = compiled_loop(Pipeline(micro_batches=1), "tpu")
     assert count_kernels(program, "flash_decode") == 2
     assert largest_temporary(program) < PART_BYTES
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_micro_batches_and_chunks_are_read_where_they_lie(chunks):
-    """Neither keys, nor weights: a slice that a product reads is a part of it, and of no more than is read."""
+def test_micro_batches_and_chunks_are_read_in_place(chunks):
+    """Neither keys nor weights are copied: a product reads its slice, and no more."""
     program = compiled_loop(Pipeline(chunks, micro_batches=2), None)
     assert largest_temporary(program) < PART_BYTES
     whole_layer = rf"= bf16\[1,{BATCH},{HEADS // 2},{CAPACITY},{HEAD_SIZE}\]\S* dynamic-slice\("

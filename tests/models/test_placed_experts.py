@@ -1,4 +1,4 @@
-"""A loaded model with its experts placed over devices by a table gives the same logits; tables that do not fit."""
+"""A loaded model with experts placed over devices by a table gives the same logits; bad tables are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,14 @@ def logits_of(model, params):
     return run(params)
 
 
-@pytest.mark.parametrize("way", ["gather_scatter", "all_to_all"])
-def test_the_same_logits_and_the_same_choices(lm, way):
+@pytest.mark.parametrize("dispatch", ["gather_scatter", "all_to_all"])
+def test_the_same_logits_and_the_same_choices(lm, dispatch):
     model, params = place_experts(lm.model, lm.params, TABLE, MESH, RULES)
     gate = params["blocks_0"]["feed_forward"]["experts"]["gate"]
     assert gate.shape[0] == 12 and gate.sharding.shard_shape(gate.shape)[0] == 3
     router = params["blocks_0"]["feed_forward"]["router"]["weight"]
     assert router.sharding.is_fully_replicated and len(router.sharding.device_set) == 4
-    model = type(model)(model.config, execution=type(model.execution)(mesh=MESH, rules=RULES, experts=way))
+    model = type(model)(model.config, execution=type(model.execution)(mesh=MESH, rules=RULES, experts=dispatch))
     got, want = logits_of(model, params), logits_of(lm.model, lm.params)
     np.testing.assert_allclose(got[0], want[0], atol=1e-5 * np.abs(want[0]).max())
     np.testing.assert_array_equal(got[1], want[1])

@@ -1,4 +1,4 @@
-"""Configs of published models with experts: their parameters, in all and per token, are as many as their papers say."""
+"""Configs of published models with experts have as many parameters, in all and active, as their papers say."""
 
 import math
 
@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.bench_experts_gpu import SHAPES
+from decodax.core.weight import Weight
 from decodax.layers.moe.layer import MoEConfig
-from decodax.layers.weight import Weight
+from decodax.models.configs.hf_config import read_config
 from decodax.models.families import FAMILIES
-from decodax.models.hf_config import read_config
 from decodax.models.model import Model
-from decodax.scripts.bench_experts_gpu import SHAPES
 
-# model -> (config.json, billions of parameters, billions that a token meets), both as published.
+# model -> (config.json, billions of parameters, billions of active parameters), both as published.
 PUBLISHED = {
     "Mixtral 8x7B, arXiv 2401.04088": (
         {
@@ -123,7 +123,7 @@ def num_parameters(tree):
 
 
 def idle_parameters(config):
-    """Those of the experts that a token does not choose."""
+    """Parameters of the experts that a token does not choose."""
     idle = 0
     for block in config.blocks:
         if isinstance(block.feed_forward, MoEConfig):
@@ -140,12 +140,12 @@ def test_as_many_parameters_as_published(name):
     billions = num_parameters(config.weights()) / 1e9
     assert billions == pytest.approx(total, abs=0.06 if total < 60 else 0.5)
     met = billions - idle_parameters(config) / 1e9
-    # A token meets one row of the embedding; some who publish the figure leave out the rest, and some the head, too.
+    # A token uses one row of the embedding; some published figures leave out the rest, and some the head, too.
     embedding = config.vocab_size * config.hidden_size / 1e9
     assert 0.9 * (met - 2 * embedding) < active < 1.1 * met
 
 
-def test_every_family_with_experts_is_here():
+def test_every_family_with_experts_is_listed():
     named = {raw["model_type"] for raw, _, _ in PUBLISHED.values()}
     dense = {"llama", "mistral", "qwen2", "qwen3", "gemma2"}
     assert set(FAMILIES) - named - dense == {"granitemoe"}

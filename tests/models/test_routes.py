@@ -1,4 +1,4 @@
-"""The same hidden states by every route: one piece, chunks, token by token, a tree's path, any batch, any layers."""
+"""Hidden states are the same by every route: at once, in chunks, token by token, along a tree's path, in any batch."""
 
 import dataclasses
 from functools import cache, partial
@@ -42,7 +42,7 @@ def prefix(counts, capacity=CAPACITY):
     counts = np.asarray(counts)
     caches = MODEL.empty_cache(BATCH, capacity, jnp.float32)
     out, _ = forward(jnp.asarray(INPUT), jnp.asarray(POSITION), caches)
-    return commit(caches, out.rows, jnp.asarray(counts))
+    return commit(caches, out.cache_updates, jnp.asarray(counts))
 
 
 @pytest.mark.parametrize("pieces", [(13,), (5, 1, 7), (1,) * 13], ids=["whole", "chunks", "steps"])
@@ -52,7 +52,7 @@ def test_pieces(pieces):
     for size in pieces:
         piece = slice(start, start + size)
         out, new = forward(jnp.asarray(INPUT[:, piece]), jnp.asarray(POSITION[:, piece]), caches)
-        caches, start = commit(caches, out.rows, jnp.full(BATCH, size)), start + size
+        caches, start = commit(caches, out.cache_updates, jnp.full(BATCH, size)), start + size
         logits.append(new)
     assert_same(np.concatenate(logits, axis=1), whole())
 
@@ -95,7 +95,7 @@ def test_tree_nodes_equal_their_paths():
 
 
 def test_committed_path_equals_decoding_it():
-    """After the rows of one tree path are committed, the next token sees exactly the path, in order."""
+    """After one tree path is committed, the next token attends to exactly the path, in order."""
     parents = np.array([[-1, 0, 0, 2, 1]] * BATCH)
     path = np.array([[0, 2, 3]] * BATCH)
     counts = np.array([1, 5, 9])
@@ -106,7 +106,7 @@ def test_committed_path_equals_decoding_it():
     position = (counts[:, None] + np.asarray(mask.allowed).sum(-1) - 1).astype(np.int32)
     caches = prefix(counts)
     out, _ = forward(jnp.asarray(nodes), jnp.asarray(position), caches, mask=mask)
-    caches = commit(caches, out.rows, jnp.asarray([3, 3, 3]), jnp.asarray(path))
+    caches = commit(caches, out.cache_updates, jnp.asarray([3, 3, 3]), jnp.asarray(path))
     after = counts + 3
     tokens = np.take_along_axis(INPUT, after[:, None], 1)
     _, logits = forward(jnp.asarray(tokens), jnp.asarray(after[:, None].astype(np.int32)), caches)
@@ -119,7 +119,7 @@ def test_ranges_of_layers_and_capture():
     lower, _ = forward(jnp.asarray(INPUT), position, None, layers=(0, 1))
     upper, logits = forward(lower.hidden, position, None, layers=(1, 2))
     assert_same(logits, whole())
-    assert len(lower.rows) == len(upper.rows) == 1 and len(both.rows) == 2
+    assert len(lower.cache_updates) == len(upper.cache_updates) == 1 and len(both.cache_updates) == 2
     assert_same(both.captured[0], MODEL.embed(PARAMS, jnp.asarray(INPUT)))
     assert_same(both.captured[1], lower.hidden)
     assert_same(both.captured[2], upper.hidden)
@@ -135,25 +135,25 @@ def test_own_embeddings_as_input():
 
 
 def test_skipped_layer_reads_as_if_the_token_were_absent():
-    """A token whose row is marked as not kept leaves no trace in that layer."""
+    """A token that is marked as not kept leaves no trace in that layer."""
     model, layer = MODEL, MODEL.config.blocks[1].mixer
     hidden = jax.random.normal(jax.random.key(2), (1, 4, 23))
     position = jnp.arange(4, dtype=jnp.int32)[None]
     run = partial(model.apply, PARAMS, layers=(1, 2))
 
-    def caches(rows, count):
+    def caches(update, count):
         cache = type(layer.empty_cache(1, 7, jnp.float32)).empty(1, 3, 7, 8, jnp.float32, track_kept=True)
-        return (None, cache.commit(rows, jnp.asarray([count])))
+        return (None, cache.commit(update, jnp.asarray([count])))
 
-    rows = run(hidden[:, :3], position[:, :3]).rows[0]
-    skipped = caches(dataclasses.replace(rows, kept=jnp.asarray([[True, False, True]])), 3)
-    absent = caches(jax.tree.map(lambda leaf: leaf[:, :, jnp.asarray([0, 2])], rows), 2)
+    update = run(hidden[:, :3], position[:, :3]).cache_updates[0]
+    skipped = caches(dataclasses.replace(update, kept=jnp.asarray([[True, False, True]])), 3)
+    absent = caches(jax.tree.map(lambda leaf: leaf[:, :, jnp.asarray([0, 2])], update), 2)
     got, want = (run(hidden[:, 3:], position[:, 3:], cache).hidden for cache in (skipped, absent))
     assert_same(got, np.asarray(want))
 
 
 def test_weights_are_described_as_they_are():
-    from decodax.layers.weight import Weight
+    from decodax.core.weight import Weight
 
     shapes = jax.tree.map(lambda w: w.shape, MODEL.config.weights(), is_leaf=lambda leaf: isinstance(leaf, Weight))
     assert jax.tree.map(lambda leaf: leaf.shape, PARAMS) == shapes
@@ -163,13 +163,13 @@ def test_bad_arguments():
     token, position = jnp.asarray(INPUT), jnp.asarray(POSITION)
     with pytest.raises(ValueError, match=r"layers must be a range within 0\.\.2, got \(1, 3\)"):
         MODEL.apply(PARAMS, token, position, layers=(1, 3))
-    with pytest.raises(ValueError, match=r"capture must lie in 0\.\.1"):
+    with pytest.raises(ValueError, match=r"capture must be in 0\.\.1"):
         MODEL.apply(PARAMS, token, position, layers=(0, 1), capture=(2,))
     with pytest.raises(ValueError, match="caches must have the 2 entries of `empty_cache`"):
         MODEL.apply(PARAMS, token, position, MODEL.empty_cache(3, 8, jnp.float32)[:1])
-    broken = {**PARAMS, "head": PARAMS["head"][:5]}
+    misshapen = {**PARAMS, "head": PARAMS["head"][:5]}
     with pytest.raises(ValueError, match=r"weight head must have shape \(37, 23\)"):
-        MODEL.apply(broken, token, position)
+        MODEL.apply(misshapen, token, position)
     incomplete = {**PARAMS, "blocks_0": {k: v for k, v in PARAMS["blocks_0"].items() if k != "mixer"}}
     with pytest.raises(ValueError, match="no weight blocks_0/mixer/query"):
         MODEL.apply(incomplete, token, position)

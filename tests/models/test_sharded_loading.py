@@ -1,4 +1,4 @@
-"""Weights over devices: every device has its slice, each slice is read once, and no process reads another's."""
+"""Sharded loading gives every device its slice, reads each slice once, and reads no other process's slices."""
 
 import subprocess
 import sys
@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from decodax.models import checkpoint
-from decodax.models.checkpoint import load_params, open_params
-from decodax.models.from_hf import from_hf
-from decodax.models.hf_config import load_config
+from decodax.models.checkpoints import reading
+from decodax.models.checkpoints.reading import load_params, open_params
+from decodax.models.checkpoints.write_orbax import from_hf
+from decodax.models.configs.hf_config import load_config
 from tests.golden_files import golden_cases, load_golden
 
 MESH = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
 
 
 def split(weight, path):
-    """Over as many axes as divide by two, so that weights are cut in rows, in columns and in neither."""
+    """Sharded over as many axes as divide by two, so that weights are split by rows, by columns or not at all."""
     axes = [axis if size % 2 == 0 else None for axis, size in zip("abc", weight.shape, strict=False)]
     return NamedSharding(MESH, PartitionSpec(*axes))
 
@@ -31,25 +31,25 @@ def load(folder, **options):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """What is read: (path, region, the host array)."""
-    seen, read = [], checkpoint.StoredWeights.read
+    """Records what is read: (path, region, the host array)."""
+    seen, read = [], reading.StoredWeights.read
 
     def record(self, path, region, dtype):
         host = read(self, path, region, dtype)
         seen.append((path, region, host))
         return host
 
-    monkeypatch.setattr(checkpoint.StoredWeights, "read", record)
+    monkeypatch.setattr(reading.StoredWeights, "read", record)
     return seen
 
 
 @pytest.mark.parametrize("name", golden_cases())
 def test_every_device_has_its_slice(name):
     folder = load_golden(name).folder
-    whole, parts = load(folder), load(folder, sharding_of=split)
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    replicated, sharded = load(folder), load(folder, sharding_of=split)
+    jax.tree.map(np.testing.assert_array_equal, replicated, sharded)
     cut = 0
-    for one, leaf in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    for one, leaf in zip(jax.tree.leaves(replicated), jax.tree.leaves(sharded), strict=True):
         assert leaf.sharding.mesh == MESH
         for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(shard.data, np.asarray(one)[shard.index])
@@ -75,7 +75,7 @@ def test_a_slice_is_read_once_and_nothing_else_is(reads):
     assert sum(host.nbytes for _, _, host in reads) == own
 
 
-def test_progress_counts_what_is_read():
+def test_progress_counts_bytes_read():
     reports = []
     params = load(
         load_golden("qwen3").folder, sharding_of=split, progress=lambda done, total: reports.append((done, total))
@@ -88,21 +88,21 @@ PROCESS = """
     import sys, jax, numpy as np
     from pathlib import Path
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from decodax.models import checkpoint
-    from decodax.models.hf_config import load_config
+    from decodax.models.checkpoints import reading
+    from decodax.models.configs.hf_config import load_config
 
     index, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     family, config = load_config(folder)
-    whole = checkpoint.load_params(folder, family, config, dtype=np.dtype(np.float32))
-    seen, read = [], checkpoint.StoredWeights.read
+    whole = reading.load_params(folder, family, config, dtype=np.dtype(np.float32))
+    seen, read = [], reading.StoredWeights.read
 
     def record(self, path, region, dtype):
         seen.append(np.prod([part.stop - part.start for part in region]))
         return read(self, path, region, dtype)
 
-    checkpoint.StoredWeights.read = record
+    reading.StoredWeights.read = record
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
     halves = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
@@ -111,7 +111,7 @@ PROCESS = """
             return NamedSharding(mesh, PartitionSpec("a"))
         return NamedSharding(halves, PartitionSpec("a" if weight.shape[0] % 2 == 0 else None))
 
-    params = checkpoint.load_params(folder, family, config, dtype=np.dtype(np.float32), sharding_of=split)
+    params = reading.load_params(folder, family, config, dtype=np.dtype(np.float32), sharding_of=split)
     for one, leaf in zip(jax.tree.leaves(whole), jax.tree.leaves(params), strict=True):
         assert len(leaf.addressable_shards) == 2
         for shard in leaf.addressable_shards:
@@ -120,8 +120,8 @@ PROCESS = """
 """
 
 
-def test_a_process_reads_its_own_part(tmp_path, unused_port):
-    """Two processes with two devices each: what can be cut in two is read by halves, from either form of files."""
+def test_a_process_reads_its_own_shards(tmp_path, unused_port):
+    """Two processes with two devices each: what divides in two is read by halves, from both formats."""
     from_hf(load_golden("llama_tied").folder, tmp_path / "orbax")
     script = textwrap.dedent(PROCESS)
     command = [sys.executable, "-c", script]

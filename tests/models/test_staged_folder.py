@@ -1,4 +1,4 @@
-"""A folder is there whole or not at all: killed at any moment, on a full disk, or beside another process."""
+"""A staged folder appears complete or not at all: after a kill, on a full disk, or beside another process."""
 
 import errno
 import os
@@ -17,10 +17,10 @@ import filelock
 import pytest
 
 import decodax
-from decodax.models import staged_folder
-from decodax.models.from_hf import from_hf
-from decodax.models.staged_folder import DiskFullError
-from decodax.models.to_hf import to_hf
+from decodax.models.checkpoints import staged_folder
+from decodax.models.checkpoints.staged_folder import DiskFullError
+from decodax.models.checkpoints.write_hf import to_hf
+from decodax.models.checkpoints.write_orbax import from_hf
 from tests.golden_files import load_golden
 
 LLAMA, MIXTRAL = load_golden("llama").folder, load_golden("mixtral").folder
@@ -33,7 +33,7 @@ def nothing():
 
 @dataclass
 class Guard:
-    """Nothing is replaced without `overwrite`, and what holds a file "mine" never."""
+    """Nothing is replaced without `overwrite`, and a folder with a file "mine" never."""
 
     target: Path
     overwrite: bool = True
@@ -56,7 +56,7 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_it_appears_at_the_end(tmp_path):
+def test_the_folder_appears_at_the_end(tmp_path):
     target = tmp_path / "target"
     with staged(target) as folder:
         folder.write_file("sub/a", b"1")
@@ -64,7 +64,7 @@ def test_it_appears_at_the_end(tmp_path):
     assert contents(tmp_path) == {"target/sub/a": b"1"}
 
 
-def test_what_was_noted_is_not_made_again(tmp_path, monkeypatch):
+def test_recorded_pieces_are_not_written_again(tmp_path, monkeypatch):
     target, synced = tmp_path / "target", []
     monkeypatch.setattr(staged_folder, "JOURNAL_BYTES", 10)
     with pytest.raises(RuntimeError), staged(target) as folder:
@@ -72,7 +72,7 @@ def test_what_was_noted_is_not_made_again(tmp_path, monkeypatch):
         folder.note("a", 6, lambda: synced.append("a"))
         assert synced == []
         folder.note("b", 6, lambda: synced.append("b"))
-        folder.note("c", 6, lambda: synced.append("c"))  # written, and nobody knows whether it is on the disk
+        folder.note("c", 6, lambda: synced.append("c"))  # written, but maybe not yet on the disk
         folder.write_file("x", b"1")
         raise RuntimeError
     assert synced == ["b"] and not target.exists()
@@ -88,7 +88,7 @@ def test_what_was_noted_is_not_made_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"plan": {"what": "another"}}, {"plan": PLAN, "resume": False}])
-def test_another_plan_begins_anew(tmp_path, options):
+def test_another_plan_starts_anew(tmp_path, options):
     target = tmp_path / "target"
     with pytest.raises(RuntimeError), staged(target) as folder:
         folder.write_file("x", b"1")
@@ -111,7 +111,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_a_process_that_begins_while_another_ends(tmp_path, monkeypatch):
-    """It begins anew in the folder that is being removed, whose lock is gone already, and is not disturbed."""
+    """It starts anew in the folder that is being removed, whose lock is gone already, and is not disturbed."""
     target, rmdir, begun = tmp_path / "target", Path.rmdir, []
 
     def begin_first(folder):
@@ -132,8 +132,8 @@ def test_a_process_that_begins_while_another_ends(tmp_path, monkeypatch):
     assert begun and contents(tmp_path) == {"target/x": b"2"}
 
 
-def test_a_lock_whose_file_is_gone_is_none(tmp_path, monkeypatch):
-    """It was that of a process that has removed it since; by now there may be another."""
+def test_a_lock_whose_file_is_gone_does_not_count(tmp_path, monkeypatch):
+    """Another process has removed its lock since; by now there may be a new one."""
     acquire, acquired = filelock.FileLock.acquire, []
 
     def lose_first(lock, **options):
@@ -154,7 +154,7 @@ def replaceable(target):
     (target / "old").write_bytes(b"old")
 
 
-def test_a_replaced_target_stays_until_the_new_one_is_whole(tmp_path):
+def test_a_replaced_target_stays_until_the_new_one_is_complete(tmp_path):
     target = tmp_path / "target"
     replaceable(target)
     with (
@@ -170,7 +170,7 @@ def test_a_replaced_target_stays_until_the_new_one_is_whole(tmp_path):
 
 
 def ended_between_the_renames(tmp_path, monkeypatch):
-    """As if the process had been killed there: the target is away, the new one not yet in place."""
+    """As if the process had been killed between the renames: the target is moved away, the new one not yet in place."""
     rename, renamed = os.rename, []
 
     def end_after_one(source, destination):
@@ -188,7 +188,7 @@ def ended_between_the_renames(tmp_path, monkeypatch):
     assert not (tmp_path / "target").exists()
 
 
-def test_a_target_that_was_moved_away_comes_back(tmp_path, monkeypatch):
+def test_a_target_that_was_moved_away_is_restored(tmp_path, monkeypatch):
     ended_between_the_renames(tmp_path, monkeypatch)
     target = tmp_path / "target"
     with (
@@ -213,7 +213,7 @@ def test_a_target_that_was_moved_away_is_kept_beside_another(tmp_path, monkeypat
     assert contents(tmp_path / ".target.partial" / "old") == {"old": b"old"}
     (target / "mine").rename(target / "other")
     with (
-        pytest.warns(UserWarning, match=r"what stood at .*target is kept as .*target.old1: it was to be replaced"),
+        pytest.warns(UserWarning, match=r"what was at .*target is kept as .*target.old1: it was to be replaced"),
         staged(target, {"n": 3}),
     ):
         pass
@@ -250,8 +250,8 @@ def test_a_swap_that_fails_is_undone(tmp_path, monkeypatch):
     assert contents(tmp_path) == {"target/new": b"1"}
 
 
-def test_what_comes_into_the_target_meanwhile_stays(tmp_path, monkeypatch):
-    """Into the folder while the new one is made, or between the last look at it and its replacement."""
+def test_files_written_into_the_target_meanwhile_are_kept(tmp_path, monkeypatch):
+    """Written while the new folder is made, or between the last check and the replacement."""
     target, rename = tmp_path / "target", os.rename
     replaceable(target)
     with pytest.raises(FileExistsError, match=r"holds mine"), staged(target) as folder:
@@ -272,7 +272,7 @@ def test_what_comes_into_the_target_meanwhile_stays(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "content"])
-def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path, kind):
+def test_a_foreign_partial_folder_is_left_alone(tmp_path, kind):
     partial, elsewhere = tmp_path / ".target.partial", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "content").write_bytes(b"1")
@@ -288,7 +288,7 @@ def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path, kind):
         partial.symlink_to(elsewhere)
     before = contents(tmp_path)
     with (
-        pytest.raises(FileExistsError, match=r"\.target\.partial (holds (download|content)|is in the way)"),
+        pytest.raises(FileExistsError, match=r"\.target\.partial (holds (download|content)|must be a folder)"),
         staged(tmp_path / "target"),
     ):
         pass
@@ -297,7 +297,7 @@ def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["content", "journal", "lock", "old", "plan.json", "plan.tmp"])
 def test_nothing_is_written_through_a_link(tmp_path, name):
-    """Such as one that somebody made to go on with the content on a larger disk."""
+    """Such as a link that was made to continue on a larger disk."""
     partial, elsewhere = tmp_path / ".target.partial", tmp_path / "elsewhere"
     partial.mkdir()
     (partial / "lock").touch()
@@ -369,7 +369,7 @@ ALONE = """
 
 
 def alone(script, tmp_path):
-    """Runs a script that uses the module without the rest of the package, so that it may fork; what it prints."""
+    """Runs a script that uses the module without the rest of the package, so that it may fork; returns its output."""
     command = [sys.executable, "-c", textwrap.dedent(ALONE) + textwrap.dedent(script)]
     done = subprocess.run(
         [*command, staged_folder.__file__, str(tmp_path)], capture_output=True, text=True, timeout=300
@@ -379,7 +379,7 @@ def alone(script, tmp_path):
 
 
 def test_killed_at_every_moment_of_replacing_a_target(tmp_path):
-    """At each call of the file system in turn: the old one, the new one, or the old one ready to be put back."""
+    """Killed at each file-system call in turn: the old folder, the new one, or the old one ready to be restored."""
     output = alone(
         """
         old, new, moment, seen = {"old": "mine"}, {"new": "x", "more": "x"}, 0, collections.Counter()
@@ -409,7 +409,7 @@ def test_killed_at_every_moment_of_replacing_a_target(tmp_path):
 
 @pytest.mark.parametrize("rounds", [15, pytest.param(400, marks=pytest.mark.slow)])
 def test_two_processes_at_once(tmp_path, rounds):
-    """Over and over, the second ever later: the target is whole and one of the two, and nothing is left beside it."""
+    """Repeatedly, the second ever later: the target is complete and one of the two, with nothing left beside it."""
     output = alone(
         f"""
         rounds = {rounds}
@@ -444,9 +444,9 @@ def test_two_processes_at_once(tmp_path, rounds):
 
 CONVERTING = """
     import sys
-    from decodax.models import staged_folder
-    from decodax.models.from_hf import from_hf
-    from decodax.models.to_hf import to_hf
+    from decodax.models.checkpoints import staged_folder
+    from decodax.models.checkpoints.write_orbax import from_hf
+    from decodax.models.checkpoints.write_hf import to_hf
 
     staged_folder.JOURNAL_BYTES, note = 1, staged_folder.StagedFolder.note
 
@@ -463,7 +463,7 @@ CONVERTING = """
 
 
 def converting(kind, target, pieces):
-    """A process that converts and notes every piece; it has written so many of them, if there were as many left."""
+    """A process that converts and records every piece, once it has written `pieces` of them, if as many are left."""
     command = [sys.executable, "-c", textwrap.dedent(CONVERTING), kind, str(MIXTRAL), str(target)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(1 + pieces):
@@ -472,7 +472,7 @@ def converting(kind, target, pieces):
 
 
 def killed_and_resumed(tmp_path, kind, moments, number=signal.SIGKILL):
-    """Ended by a signal at each of these moments (so many pieces and seconds after it began), then run to its end.
+    """Killed by a signal at each of these moments (pieces written and seconds after the start), then run to its end.
 
     Returns how many times it was killed, and the bytes that the last process found written.
     """
@@ -503,7 +503,7 @@ def killed_and_resumed(tmp_path, kind, moments, number=signal.SIGKILL):
 
 
 @pytest.mark.parametrize(("kind", "number"), [("from_hf", signal.SIGTERM), ("to_hf", signal.SIGKILL)])
-def test_killed_it_goes_on(tmp_path, kind, number):
+def test_a_killed_conversion_resumes(tmp_path, kind, number):
     kills, resumed_bytes = killed_and_resumed(tmp_path, kind, [(7, 0.002)], number)
     assert kills == 1 and resumed_bytes > 0
 
@@ -511,7 +511,7 @@ def test_killed_it_goes_on(tmp_path, kind, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("kind", ["from_hf", "to_hf"])
-def test_killed_at_ten_random_moments_it_goes_on(tmp_path, kind, number):
+def test_a_conversion_killed_at_ten_random_moments_resumes(tmp_path, kind, number):
     chance = random.Random(0)
     moments = [(chance.randint(0, 3), chance.uniform(0, 0.003)) for _ in range(10)]
     kills, resumed_bytes = killed_and_resumed(tmp_path, kind, moments, number)
@@ -519,7 +519,7 @@ def test_killed_at_ten_random_moments_it_goes_on(tmp_path, kind, number):
 
 
 @pytest.mark.parametrize("kind", ["from_hf", "to_hf"])
-def test_a_full_disk_is_told_and_leaves_nothing_that_loads(tmp_path, kind):
+def test_a_full_disk_is_reported_and_leaves_nothing_that_loads(tmp_path, kind):
     """No file may grow beyond 3,000 bytes, as on a disk that fills up while it is written; then there is room."""
     convert = from_hf if kind == "from_hf" else to_hf
     convert(LLAMA, tmp_path / "expected")
@@ -527,7 +527,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_that_loads(tmp_path, kind):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(DiskFullError, match=r"no room for all of .*target .*run the same again, which goes on"):
+        with pytest.raises(DiskFullError, match=r"no room for all of .*target .*run the same again, which continues"):
             convert(LLAMA, tmp_path / "target")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -539,18 +539,18 @@ def test_a_full_disk_is_told_and_leaves_nothing_that_loads(tmp_path, kind):
     assert contents(tmp_path / "target") == contents(tmp_path / "expected")
 
 
-def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
+def test_free_space_is_checked_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(DiskFullError, match=r"^\d+,\d+ bytes are still to be written and 1,000 are free where target"):
+    with pytest.raises(DiskFullError, match=r"^\d+,\d+ bytes are still to be written and 1,000 are free for target"):
         from_hf(LLAMA, tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_other_errors_of_the_disk_are_their_own(tmp_path, number):
+def test_other_disk_errors_pass_unchanged(tmp_path, number):
     with pytest.raises(DiskFullError), staged(tmp_path / "target"):
         raise OSError(number, "no")
     with pytest.raises(PermissionError), staged(tmp_path / "target"):
         raise PermissionError(errno.EACCES, "no")
-    assert list(tmp_path.iterdir()) == []  # nothing was written that one could go on from
+    assert list(tmp_path.iterdir()) == []  # nothing was written to resume from

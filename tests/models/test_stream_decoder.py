@@ -1,11 +1,11 @@
-"""Streams of ids: the pieces are what decoding all of them adds to the prompt's text, and never half a character."""
+"""Streamed pieces add up to the text that all tokens add to the prompt, and never hold half a character."""
 
 import random
 
 import pytest
 
-from decodax.models.stream_decoder import StreamDecoder
-from decodax.models.tokenizer import Tokenizer
+from decodax.models.tokenizers.stream_decoder import StreamDecoder
+from decodax.models.tokenizers.tokenizer import Tokenizer
 from tests.small_tokenizers import KINDS
 
 TOKENIZERS = {name: Tokenizer(make()) for name, make in KINDS.items()}
@@ -36,7 +36,7 @@ def fallback_bytes(content):
 
 
 def pushed(tokenizer, pieces, prompt=(), **options):
-    """What a stream hands out piece by piece, the flushed rest last."""
+    """The pieces that a stream yields, the flushed rest last."""
     stream = StreamDecoder(tokenizer, prompt=prompt, **options)
     return [*(stream.push(piece) for piece in pieces), stream.flush()]
 
@@ -62,7 +62,7 @@ def added(tokenizer, prompt, tokens, **options):
 
 
 def random_tokens(generator, tokenizer, count):
-    """Any ids, whole texts of many scripts and parts of them, runs of one id, and ids that no token has."""
+    """Any ids, texts of many scripts and fragments of them, runs of one id, and ids without a token."""
     tokens = []
     while len(tokens) < count:
         text = tokenizer.encode(generator.choice(SCRIPTS), add_special_tokens=False)
@@ -75,7 +75,7 @@ def random_tokens(generator, tokenizer, count):
 
 @pytest.mark.parametrize("skip", [True, False], ids=["without_special", "with_special"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_what_its_tokens_add_to_the_prompt(kind, skip):
+def test_streamed_text_is_what_the_tokens_add_to_the_prompt(kind, skip):
     tokenizer = TOKENIZERS[kind]
     options = {"skip_special_tokens": skip}
     for seed in range(25):
@@ -97,7 +97,7 @@ def test_text_follows_a_prompt_of_any_script(kind):
             assert "".join(pushed(tokenizer, tokens, tokenizer.encode(before * 3))) == space + after
 
 
-def test_a_character_that_the_prompt_began_belongs_to_the_tokens_that_end_it():
+def test_a_character_begun_in_the_prompt_belongs_to_the_tokens_that_complete_it():
     han = fallback_bytes("한".encode())
     assert "".join(pushed(BYTE_FALLBACK, [han[1:]], [5, *han[:1]])) == "한"
     assert "".join(pushed(BYTE_FALLBACK, [han[1:2], han[2:]], han * 3 + han[:1])) == "한"
@@ -110,7 +110,7 @@ def test_a_character_that_the_prompt_began_belongs_to_the_tokens_that_end_it():
         assert "".join(pushed(BYTE_FALLBACK, [tokens], prompt)) == expected
 
 
-def test_wrong_bytes_are_replaced_one_by_one_and_not_waited_for():
+def test_invalid_bytes_are_replaced_one_by_one_without_waiting():
     wrong = fallback_bytes(b"\x80")
     han = fallback_bytes("한".encode())
     pieces = pushed(BYTE_FALLBACK, [wrong] * 20 + [han, fallback_bytes(b"a"), wrong, han])
@@ -120,7 +120,7 @@ def test_wrong_bytes_are_replaced_one_by_one_and_not_waited_for():
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_whole_characters_and_all_of_them(kind, text):
+def test_characters_are_complete_and_none_is_lost(kind, text):
     tokenizer = TOKENIZERS[kind]
     tokens = tokenizer.encode(text * 5)
     for seed in range(5):
@@ -140,7 +140,7 @@ def test_a_character_comes_with_its_last_byte(kind):
 
 
 def test_the_cost_of_a_push_does_not_grow(monkeypatch):
-    """Whatever came before: long texts, wrong bytes, special tokens, ids that no token has."""
+    """After anything: long texts, invalid bytes, special tokens, ids without a token."""
     longest = 0
     join = Tokenizer.join
 

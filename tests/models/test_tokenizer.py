@@ -1,4 +1,4 @@
-"""Text to ids and back: special tokens as the files say, bytes as characters, clear errors for damaged files."""
+"""Tokenizers encode and decode: special tokens as in the files, bytes as characters, errors for damaged files."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from decodax.models.tokenizer import Tokenizer, no_tokenizer_message
+from decodax.models.tokenizers.tokenizer import Tokenizer, no_tokenizer_message
 from tests.small_tokenizers import KINDS, whole_words
 
 
@@ -82,7 +82,7 @@ def added(token_id, content, **flags):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_are_those_of_the_library(kind):
-    """Where bytes are characters: a wrong one among them is the one thing that is decoded otherwise."""
+    """Where bytes are characters, only an invalid byte is decoded differently."""
     backend = KINDS[kind]()
     tokenizer = Tokenizer(backend)
     for text in ("a word ing a", "w1 w2 w7", "안녕하세요 words!", "नमस्ते 👩‍👩‍👧 é\n\n", "</s> a <s>ing"):
@@ -109,7 +109,7 @@ def test_special_tokens_saved_as_normalized_are_left_out(tmp_path):
         assert tokenizer.encode(text) == Backend.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
 
 
-def test_ids_that_no_token_has_are_left_out():
+def test_ids_without_a_token_are_left_out():
     tokenizer = Tokenizer(whole_words())
     assert tokenizer.decode([-1, 5, 99, 2**32, 2**70, 6]) == "w1 w2"
 
@@ -123,7 +123,7 @@ def test_text_must_be_unicode_that_the_vocabulary_has():
 
 
 def test_a_decoder_that_panics_is_an_error_when_it_decodes(tmp_path):
-    """A panic of the library's is no Exception, and would pass through every `except Exception`."""
+    """A panic of the library is no Exception, and would pass through every `except Exception`."""
     content = json.loads(byte_level().to_str())
     content["decoder"] = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -157,13 +157,13 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, content, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_is_no_file_is_an_error(tmp_path):
+def test_a_dangling_link_is_an_error(tmp_path):
     os.symlink("../../blobs/0", tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"is a link to .*, which is not there"):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_vocabulary_that_is_not_read_is_named_with_what_to_do(tmp_path):
+def test_an_unsupported_tokenizer_file_is_named_with_what_to_do(tmp_path):
     assert no_tokenizer_message(tmp_path, "pass ids") == f"{tmp_path} has no tokenizer.json: pass ids"
     for name in ("tokenizer.model", "tekken.json", "spiece.model", "vocab.txt"):
         (tmp_path / name).write_text("")

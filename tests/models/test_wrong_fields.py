@@ -1,4 +1,4 @@
-"""Weights that do not fit one field of the config: the field is named, and not each of the tensors."""
+"""The error for weights that do not fit one field of the config names the field, and not each of the tensors."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from decodax.models.checkpoint import load_params
-from decodax.models.hf_config import load_config
+from decodax.models.checkpoints.reading import load_params
+from decodax.models.configs.hf_config import load_config
 from tests.golden_files import load_golden
 
 
@@ -48,14 +48,14 @@ def test_one_field(tmp_path, golden, fields):
     assert lines == [wrong(name, value, config[name]) for name, value in fields.items()]
 
 
-def test_several_fields_that_explain_it_have_a_line_each(tmp_path):
+def test_several_fields_that_explain_a_mismatch_have_a_line_each(tmp_path):
     lines = lines_of(tmp_path, "llama", {"num_attention_heads": 12})
     config = json.loads((load_golden("llama").folder / "config.json").read_text())
     assert wrong("num_attention_heads", 12, config["num_attention_heads"]) in lines
     assert all(line.startswith("wrong field: ") for line in lines)
 
 
-def test_a_field_that_is_left_out_is_what_it_is_by_default(tmp_path):
+def test_a_missing_field_has_its_default(tmp_path):
     assert lines_of(tmp_path, "llama", {"intermediate_size": "left out"}) == [
         "wrong field: intermediate_size is missing in config.json, the files have 41"
     ]
@@ -73,8 +73,8 @@ def test_a_field_that_is_left_out_is_what_it_is_by_default(tmp_path):
         ("deepseek_v2", "q_lora_rank", "null", "14"),
     ],
 )
-def test_a_field_that_says_which_tensors_there_are(tmp_path, golden, field, said, found):
-    """It is named first, and what is missing or surplus after it, since that may as well be lost."""
+def test_a_field_that_decides_which_tensors_exist(tmp_path, golden, field, said, found):
+    """It is named first, then the missing and surplus tensors, since those may be lost instead."""
     first, *others = lines_of(tmp_path, golden, {field: json.loads(said)})
     assert first == f"wrong field: {field} is {said} in config.json, the files have {found}"
     assert all(line.startswith(("missing: ", "surplus: ", "and ")) for line in others) and others
@@ -89,7 +89,7 @@ def test_two_fields_that_are_wrong_together(tmp_path):
     ]
 
 
-def test_what_no_field_explains_is_listed(tmp_path):
+def test_mismatches_that_no_field_explains_are_listed(tmp_path):
     def damaged(tensors):
         return tensors | {"model.norm.weight": np.ones(7, np.float32), "odd": np.ones(2, np.float32)}
 
@@ -111,7 +111,7 @@ def test_names_that_count_a_billion_layers_take_no_time(tmp_path):
 
 
 def test_without_a_config_in_the_folder_the_tensors_are_listed(tmp_path):
-    """As where a program passes a config of its own."""
+    """As when a program passes its own config."""
     source = load_golden("llama").folder
     family, config = load_config(source)
     save_file(load_file(source / "model.safetensors") | {"odd": np.ones(2, np.float32)}, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Attention in NumPy float64, one query at a time, by the definition: the keys it may read, softmax over those, mix."""
+"""Computes attention in NumPy float64 by definition, one query at a time: softmax over its readable keys."""
 
 import numpy as np
 

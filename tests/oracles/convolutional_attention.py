@@ -1,4 +1,4 @@
-"""Compressed convolutional attention in NumPy float64, one row, token by token, as transformers' zaya computes it.
+"""Computes compressed convolutional attention in NumPy float64, token by token, as transformers' zaya does.
 
 Weights by their names in a checkpoint, convolutions as torch keeps them: [channels, inputs of the group, taps].
 """
@@ -10,7 +10,7 @@ from tests.oracles.latent_attention import rotated
 
 
 def convolution(inputs, weight, bias):
-    """Causal, over [M, channels] that have their padding in front: M - taps + 1 outputs."""
+    """Causal, over [M, channels] with the padding first: M - taps + 1 outputs."""
     channels, group_inputs, taps = weight.shape
     outputs = np.zeros((len(inputs) - taps + 1, channels))
     for channel in range(channels):

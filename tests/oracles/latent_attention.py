@@ -1,6 +1,6 @@
-"""Latent attention in NumPy float64, as transformers' deepseek_v3 computes it: keys and values of all heads, one row.
+"""Computes latent attention in NumPy float64 for one row, as transformers' deepseek_v3 does.
 
-Weights by their names in a checkpoint, [outputs, inputs]; keys and values of a head stand together in `kv_b_proj`.
+Weights by their names in a checkpoint, [outputs, inputs]; keys and values of a head are adjacent in `kv_b_proj`.
 """
 
 import numpy as np

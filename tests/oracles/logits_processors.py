@@ -1,6 +1,6 @@
-"""What each logits processor must do, for one row, in NumPy float64 and in the plainest way: sorting, loops, no JAX.
+"""Computes each logits processor for one row in NumPy float64, with sorting and loops, without JAX.
 
-`law` runs them in order and gives the probabilities that a token must be drawn with.
+`probs` runs them in order and gives the probabilities that a token must be drawn with.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def entropy(probability):
 
 
 def best_set(score, probability, target):
-    """Tokens in order of falling score until they hold `target`; equals of the last one too."""
+    """Tokens in order of decreasing score until they hold `target`; ties with the last one included."""
     order = sorted(range(len(score)), key=lambda token: -score[token])
     total = 0.0
     for token in order:
@@ -102,7 +102,7 @@ ORDER = (
 )
 
 
-def law(logits, prompt, output, *, end_token_ids=(), **options):
+def probs(logits, prompt, output, *, end_token_ids=(), **options):
     """Probability of each next token for one row: logits[V], prompt and output tokens as lists, options by name."""
     logits = np.asarray(logits, np.float64)
     for method in ORDER:

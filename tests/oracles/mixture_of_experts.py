@@ -1,4 +1,4 @@
-"""Mixtures of experts in NumPy float64, one token and one expert after the other."""
+"""Computes mixtures of experts in NumPy float64, one token and one expert at a time."""
 
 import numpy as np
 
@@ -19,13 +19,13 @@ def mixture(tokens, expert, gate, weights, activation="silu"):
         for e, share in zip(expert[index], gate[index], strict=True):
             if e < 0:
                 continue
-            part = {name: weight[e] for name, weight in weights.items()}
+            own = {name: weight[e] for name, weight in weights.items()}
             hidden = activate(
                 activation,
-                part["gate"] @ token + part.get("gate_bias", 0),
-                part["up"] @ token + part.get("up_bias", 0),
+                own["gate"] @ token + own.get("gate_bias", 0),
+                own["up"] @ token + own.get("up_bias", 0),
             )
-            result[index] += share * (part["down"] @ hidden + part.get("down_bias", 0))
+            result[index] += share * (own["down"] @ hidden + own.get("down_bias", 0))
     return result
 
 

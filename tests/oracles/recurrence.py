@@ -1,4 +1,4 @@
-"""Linear attention with decay and the gated delta rule, token by token in float64, by their definitions."""
+"""Computes linear attention with decay and the gated delta rule by definition, token by token in float64."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ def recurrence(query, key, value, log_decay, state, *, scale, beta=None):
     """One row: query, key [T, N, H]; value [T, N, I]; log_decay [T, N, H or 1]; state [N, H, I]; beta [T, N].
 
     Gives the outputs [T, N, I], what each token added to the state under its key [T, N, I], and the last state. With
-    `beta` a token first takes out its share of what the state holds under its key (the gated delta rule).
+    `beta` a token first removes its share of what the state holds under its key (the gated delta rule).
     """
     query, key, value, log_decay = (np.asarray(x, np.float64) for x in (query, key, value, log_decay))
     state, outputs, added = np.array(state, np.float64), np.zeros(value.shape), np.array(value)

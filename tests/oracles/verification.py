@@ -1,6 +1,7 @@
-"""What rejection rules must do, for one row, in NumPy float64 and in the plainest way: loops, no JAX.
+"""Computes rejection rules for one row in NumPy float64 with loops, without JAX.
 
-A chosen child is one drawn from a law that has all its probability on it; with that the three rules of trees are one.
+A chosen child is one drawn from a distribution that has all its probability on it; with that the three rules of trees
+are one.
 """
 
 import itertools
@@ -13,9 +14,9 @@ def normalised(weight):
 
 
 def ordered_children(q, count, kind):
-    """All ways in which `count` children may be drawn from q, as (tokens, probability); fewer where q has no more.
+    """All draws of `count` children from q, as (tokens, probability); fewer children where q has no more tokens.
 
-    kind: "independent", "without replacement", or "chosen" for the likeliest, which come one way only.
+    kind: "independent", "without replacement", or "chosen" for the most probable, with one outcome.
     """
     if kind == "chosen":
         return [(tuple(int(token) for token in np.argsort(-q, kind="stable")[:count]), 1.0)]
@@ -35,10 +36,10 @@ def ordered_children(q, count, kind):
 
 
 def walk(parent, token, is_candidate, p, q, uniform, kind):
-    """Where the walk ends and the law of the token after it; p[C, V], q[C, V] and uniform[C] are per node.
+    """Where the walk ends and the distribution of the token after it; p[C, V], q[C, V] and uniform[C] are per node.
 
-    Also how near it came to deciding otherwise, and the smallest sum that a law was divided by: rounding counts for
-    more where these are small.
+    Also the smallest margin of its decisions, and the smallest sum that a distribution was divided by: rounding
+    matters more where these are small.
     """
     node, margin, smallest = 0, np.inf, 1.0
     while True:
@@ -64,7 +65,7 @@ def walk(parent, token, is_candidate, p, q, uniform, kind):
 
 
 def typical_node(parent, token, is_candidate, p, epsilon, delta):
-    """The end of the longest path of typical tokens, of equally long ones that of the most probable; and the margin."""
+    """The end of the longest path of typical tokens, the most probable of equally long ones; and the margin."""
     best, margin = (0, 0.0, 0), np.inf
     paths = {0: (0, 0.0)}
     for node in range(1, len(parent)):

@@ -1,4 +1,4 @@
-"""What the embedded model is compared with must itself be right, or the comparison flatters."""
+"""The baselines of the embedded model are correct, so that the comparison is fair."""
 
 import math
 import random
@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from decodax.scripts import demo_baselines, demo_evaluation
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def test_probabilities_sum_to_one_after_any_context(documents, orders):
     model = demo_baselines.KneserNey(documents, vocabulary=7, orders=orders)
     for context in [[], [0], [6], [1, 3], [5, 5, 5, 5, 5], [3, 3, 1], [-1, -1, -1, 2]]:
         probabilities = model.probabilities(context)
-        assert probabilities.min() > 0  # unseen tokens too: the uniform distribution is at the bottom
+        assert probabilities.min() > 0  # unseen tokens too: the uniform distribution is the last back-off
         assert abs(probabilities.sum() - 1) < 1e-12  # seven additions of float64
 
 

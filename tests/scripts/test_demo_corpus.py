@@ -1,10 +1,12 @@
-"""The text split: nothing held out may be seen in training, and two runs must read the same text."""
+"""The demo corpus: no held-out text is in the training text, and two runs read the same text."""
 
 import ast
 
 import pytest
 
 from decodax.scripts import demo_corpus
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +15,7 @@ def corpus():
 
 
 def lines_of(text):
-    """Five-line runs of stripped, non-blank lines: written apart from the code under test."""
+    """Five-line runs of stripped, non-blank lines: written independently of the code under test."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return {tuple(lines[i : i + 5]) for i in range(len(lines) - 4)}
 
@@ -41,7 +43,7 @@ def test_no_heldout_file_repeats_the_training_text(corpus):
         assert len(own & train) <= 0.1 * len(own), document.path
 
 
-def test_nothing_foreign_generated_or_undecodable(corpus):
+def test_no_foreign_generated_or_undecodable_files(corpus):
     for document in corpus.train + corpus.heldout:
         assert "site-packages" not in document.path and not document.path.startswith(("encodings/", "pydoc_data/"))
         assert 200 <= len(document.text) <= 400_000

@@ -1,4 +1,4 @@
-"""The tokenizer: lossless on any text, and made for indented code."""
+"""The demo tokenizer is lossless on any text, and made for indented code."""
 
 import random
 
@@ -6,6 +6,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from decodax.scripts import demo_tokenizer
+
+pytestmark = pytest.mark.slow
 
 SOURCE = (
     "class Number:\n    def add(self, other):\n        if other is None:\n            return self\n        return 1\n"
@@ -67,7 +69,7 @@ def test_a_line_break_and_its_indentation_are_one_token(tokenizer):
         assert "Ċ" + "Ġ" * depth in tokens
 
 
-def test_a_vocabulary_without_room_is_refused():
+def test_a_vocabulary_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="at least 257 tokens, got 256"):
         demo_tokenizer.train(["x"], vocabulary=256)
 

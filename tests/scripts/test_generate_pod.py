@@ -1,4 +1,4 @@
-"""The script for several hosts runs on one, and the files that start it elsewhere ask for what they have."""
+"""The script for several hosts runs on one, and the Slurm and Kubernetes files that start it fit its mesh."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import decodax
@@ -15,6 +16,8 @@ from decodax.scripts import generate_pod
 from decodax.sharding.membership import Membership, read_membership
 from decodax.sharding.mesh import read_mesh_shape
 from tests.sharding.small_model import write_small_model
+
+pytestmark = pytest.mark.slow
 
 PODS = Path(generate_pod.__file__).parent / "pods"
 

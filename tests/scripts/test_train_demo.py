@@ -1,4 +1,4 @@
-"""The training script on a tiny model: it learns, it resumes exactly, and what it writes is read back the same."""
+"""The training script on a tiny model: it learns, resumes exactly, and its checkpoint loads with the same logits."""
 
 import textwrap
 from dataclasses import replace
@@ -45,7 +45,7 @@ def documents(seed, count):
 
 
 CODE, TESTS = documents(0, 5), documents(1, 7)
-pytestmark = pytest.mark.usefixtures("optax_may_promote")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_may_promote")]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_loss_is_the_mean_of_minus_log_probability(tiny):
     assert float(mean_loss(forward, head, params, rows)) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_run_learns_and_is_judged_on_held_out_rows(tiny, tmp_path):
+def test_a_run_learns_and_is_evaluated_on_held_out_rows(tiny, tmp_path):
     heldout = np.stack([np.append(0, ids[:7]) for ids in documents(2, 8)])
     plan = replace(PLAN, steps=40, decay_from=30, long_from=40)
     task = make_task(tiny, text_windows(CODE, TESTS, plan).at, heldout)
@@ -73,7 +73,7 @@ def test_a_run_learns_and_is_judged_on_held_out_rows(tiny, tmp_path):
     assert after < before - 0.5
 
 
-def test_training_resumes_under_the_run_s_own_plan_and_may_finish_earlier(tmp_path, monkeypatch):
+def test_training_resumes_with_the_run_s_own_plan_and_may_finish_earlier(tmp_path, monkeypatch):
     """The command from text to checkpoint and picture, on a small config and a few files."""
     text = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(40))
     tokenizer = demo_tokenizer.train([text], 300)

@@ -1,12 +1,12 @@
-"""What a compiled program sends, as tests ask for it."""
+"""Lists the collectives of a compiled program, for tests."""
 
 from typing import Any
 
-from decodax.sharding.plan.hlo import KINDS, ProgramCollective, collectives_of
+from decodax.planning.hlo import KINDS, ProgramCollective, collectives_of
 
 
 def collectives(compiled: Any) -> list[ProgramCollective]:
-    """Every collective of the program, once, be it in a loop or not."""
+    """Every collective of the program, once, inside a loop or not."""
     return collectives_of(compiled.as_text())
 
 

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_two_processes.py: the same calls, and lines of JSON with what came of them.
+"""Runs in each of the two processes of test_two_processes.py: the same calls, with results as lines of JSON.
 
 python -m tests.sharding.one_of_two PORT PROCESS FOLDER MESH CASE...
 """
@@ -45,7 +45,7 @@ def run(lm: decodax.LanguageModel, case: str) -> dict[str, Any]:
 
 
 def differ(lm: decodax.LanguageModel, process: int) -> list[str]:
-    """What a run says that was not given the same everywhere; it must say it in every process."""
+    """The errors of runs whose options differ between processes; every process must raise them."""
     errors = []
     for options in (
         {"prompts": PROMPTS[process]},
@@ -63,7 +63,7 @@ def differ(lm: decodax.LanguageModel, process: int) -> list[str]:
 
 def main(port: str, process: int, folder: str, mesh: str, cases: list[str]) -> None:
     distributed.start(f"127.0.0.1:{port}", num_processes=2, process_id=process, timeout_seconds=60)
-    distributed.start(f"127.0.0.1:{port}", num_processes=2, process_id=process)  # once more changes nothing
+    distributed.start(f"127.0.0.1:{port}", num_processes=2, process_id=process)  # a second call changes nothing
     lm = decodax.load(folder, mesh=mesh)
     for case in cases:
         if case == "differ":

@@ -1,4 +1,4 @@
-"""A model folder small enough to compile quickly, whose heads divide over eight devices, with the demo's tokenizer."""
+"""Writes a model folder that compiles quickly, whose heads divide over eight devices, with the demo's tokenizer."""
 
 import json
 import shutil
@@ -44,8 +44,8 @@ def write_small_model(folder: Path) -> Path:
         name = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{name}.{norm}.weight"] = np.ones(HIDDEN, np.float32)
-        for letter, heads in (("q", HEADS), ("k", KEY_VALUE_HEADS), ("v", KEY_VALUE_HEADS)):
-            tensors[f"{name}.self_attn.{letter}_proj.weight"] = random(heads * HEAD_SIZE, HIDDEN)
+        for projection, heads in (("q", HEADS), ("k", KEY_VALUE_HEADS), ("v", KEY_VALUE_HEADS)):
+            tensors[f"{name}.self_attn.{projection}_proj.weight"] = random(heads * HEAD_SIZE, HIDDEN)
         tensors[f"{name}.self_attn.o_proj.weight"] = random(HIDDEN, HEADS * HEAD_SIZE)
         tensors[f"{name}.mlp.gate_proj.weight"] = random(FEED_FORWARD, HIDDEN)
         tensors[f"{name}.mlp.up_proj.weight"] = random(FEED_FORWARD, HIDDEN)

@@ -1,4 +1,4 @@
-"""What devices tell each other while they decode, counted in the compiled loop: two sums a layer, and no more."""
+"""Collectives of the compiled decoding loop: two all-reduces per layer, and no more."""
 
 from collections import Counter
 
@@ -23,7 +23,7 @@ def compiled(kind, mesh, decode=decoding.autoregressive, **execution):
 
 
 def by_layer(program):
-    """(how often each kind stands in each layer, and the collectives outside of layers)."""
+    """(how often each kind occurs in each layer, and the collectives outside of layers)."""
     found = collectives(program)
     counts = {layer: Counter() for layer in range(NUM_LAYERS)}
     for collective in found:
@@ -33,10 +33,10 @@ def by_layer(program):
 
 
 @pytest.mark.parametrize("kind", ["dense", "mla", "odd"])
-def test_tensor_parallel_layers_take_two_sums(kind):
-    """Nothing of the size of logits moves, though half of the rows draw: the vocabulary is split to the last choice.
+def test_tensor_parallel_layers_have_two_all_reduces(kind):
+    """No collective is as large as the logits, though half of the rows are sampled: the vocabulary stays sharded.
 
-    Nor where it has to be padded.
+    The same holds where the vocabulary is padded.
     """
     program, _ = compiled(kind, "tensor=8")
     counts, others = by_layer(program)
@@ -48,11 +48,11 @@ def test_tensor_parallel_layers_take_two_sums(kind):
     )
 
 
-def test_a_draft_on_every_device_says_nothing():
-    """Its state included, whatever the rules of the model that it drafts for."""
+def test_a_replicated_draft_has_no_collectives():
+    """Its state included, whatever the sharding rules of the target model."""
     model, params = wide.model_of("dense", "tensor=8"), wide.params_of("dense", "tensor=8")
     decode = decoding.speculative(model, DraftModel(wide.draft_model("dense", model), (-1, 0, 0, 1)), ExactMatch())
-    draft, state = model.execution.joined(wide.draft_of("dense")), wide.start(model, params)
+    draft, state = model.execution.replicated(wide.draft_of("dense")), wide.start(model, params)
     state = jax.jit(decode.start)(params, draft, state)
     program = jax.jit(decode, donate_argnums=2).lower(params, draft, state).compile()
     of_draft = [one for one in collectives(program) if "DraftModel" in one.operation]
@@ -61,22 +61,22 @@ def test_a_draft_on_every_device_says_nothing():
     assert of_model == {0: 2, 1: 2}
 
 
-def test_data_parallel_layers_say_nothing():
+def test_data_parallel_layers_have_no_collectives():
     counts, others = by_layer(compiled("dense", "data=8")[0])
     assert not any(counts.values())
     assert max(collective.num_bytes for collective in others) <= FLOAT_BYTES  # whether all rows are done, and how far
 
 
-def test_scattered_norms_take_a_scatter_and_a_gather_for_every_sum():
-    counts, others = by_layer(compiled("dense", "tensor=8", scatter_norms=True)[0])
+def test_sequence_parallelism_turns_every_all_reduce_into_reduce_scatter_and_all_gather():
+    counts, others = by_layer(compiled("dense", "tensor=8", sequence_parallel=True)[0])
     last = counts[NUM_LAYERS - 1]
-    last["all-gather"] -= 1  # of what comes out of the last layer
+    last["all-gather"] -= 1  # of the last layer's output
     assert list(counts.values()) == [{"reduce-scatter": 2, "all-gather": 2}] * NUM_LAYERS
     assert {collective.kind for collective in others} == {"all-reduce"}
 
 
 def test_experts_on_the_rows_of_their_group():
-    """A layer of experts over a data axis takes no more sums than a dense one, and moves no rows between groups."""
+    """An expert layer over a data axis has no more all-reduces than a dense one, and moves no rows between groups."""
     counts, _ = by_layer(compiled("moe", "tensor=4,data=2")[0])
     assert [count.keys() for count in counts.values()] == [{"all-reduce"}] * NUM_LAYERS
 
@@ -87,10 +87,10 @@ def test_caches_are_neither_gathered_nor_copied(mesh):
     text = program.as_text()
     for cache in state.caches:
         for buffer in (cache.key, cache.value):
-            part = buffer.sharding.shard_shape(buffer.shape)
-            for shape in (part, buffer.shape):
+            shard = buffer.sharding.shard_shape(buffer.shape)
+            for shape in (shard, buffer.shape):
                 written = f"f32[{','.join(map(str, shape))}]"
                 assert not [line for line in text.splitlines() if f"= {written}" in line and " copy(" in line]
-            assert np.prod(part) < buffer.size
+            assert np.prod(shard) < buffer.size
     gathered = [collective.num_bytes for collective in collectives(program)]
     assert max(gathered) < state.caches[0].key.nbytes // 8

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from decodax import decoding
+from decodax.decoding.chunked_prefill import prefill_chunk
 from decodax.decoding.drafters import DraftModel
 from decodax.decoding.sizes import cache_capacity, chunk_tokens
-from decodax.decoding.state import _prefill_chunk
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.execution import Execution
 from decodax.sharding.mesh import read_mesh
@@ -37,12 +37,12 @@ TOLERANCE = 1e-4
 def two_chunks(monkeypatch):
     """On each of eight devices 12 tokens at a time, 48 on each of two, and 96 on a device alone."""
     for_one = lambda num_tokens, most, execution: chunk_tokens(num_tokens, CHUNK // execution.num_parts("T"), execution)
-    monkeypatch.setattr(decoding.state, "chunk_tokens", for_one)
+    monkeypatch.setattr("decodax.decoding.chunked_prefill.chunk_tokens", for_one)
 
 
 def start(model, params, **options):
     rows = np.arange(NUM_ROWS)
-    return decoding.init(model, params, PROMPTS, LENGTHS, NEW, rows, stop_token_ids=wide.NO_STOPS, **options)
+    return decoding.prefill(model, params, PROMPTS, LENGTHS, NEW, rows, stop_token_ids=wide.NO_STOPS, **options)
 
 
 @cache
@@ -84,7 +84,7 @@ def test_plain_decoding(kind, mesh):
 def test_a_tree_of_drafts(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     decode = decoding.speculative(model, DraftModel(wide.draft_model(kind, model), (-1, 0, 0, 1)), ExactMatch())
-    draft = model.execution.joined(wide.draft_of(kind))
+    draft = model.execution.replicated(wide.draft_of(kind))
     out = jax.jit(decode)(params, draft, decode.start(params, draft, start(model, params)))
     check(out, kind)
     assert out.counts.accepted.sum() > 0
@@ -129,7 +129,7 @@ def test_a_chunk_gathers_rows_and_queries_and_no_slots():
     model, params = wide.model_of("dense", "context=8"), wide.params_of("dense", "context=8")
     state = start(model, params)
     first = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = _prefill_chunk.lower(model, None, CHUNK, params, state, first).compile()
+    compiled = prefill_chunk.lower(model, None, CHUNK, params, state, first).compile()
     gathered = sorted(one.num_bytes for one in collectives(compiled) if one.kind == "all-gather")
     queries, keys = 4 * NUM_ROWS * CHUNK * 8 * 6, [4 * NUM_ROWS * CHUNK * heads * 6 for heads in (2, 8)]
     hidden = 4 * NUM_ROWS * CHUNK * wide.WIDTH

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.bench_gpu import SHAPES
 from decodax import decoding
+from decodax.core.weight import Weight
+from decodax.decoding.chunked_prefill import prefill_chunk
 from decodax.decoding.sampling import Sampling
-from decodax.decoding.state import _empty_state, _prefill_chunk
+from decodax.decoding.state import empty_state
 from decodax.layers.execution import Execution
-from decodax.layers.weight import Weight
 from decodax.models.model import Model
-from decodax.scripts.bench_gpu import SHAPES
 from tests.kernels_pallas.ahead_of_time import count_kernels, tpu_mesh
 from tests.sharding.collectives import collectives
 
@@ -39,7 +40,7 @@ def model_on_chips() -> tuple[Model, Any, Any]:
         one, stop_ids = jnp.ones(BATCH, jnp.int32), jnp.zeros((BATCH, 0), jnp.int32)
         tokens = jnp.zeros((BATCH, CAPACITY), jnp.int32)
         unplaced = dataclasses.replace(model, execution=Execution("tpu"))
-        return _empty_state(unplaced, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
+        return empty_state(unplaced, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
 
     state = jax.eval_shape(start, Sampling.create(BATCH, model.config.vocab_size))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -79,6 +80,6 @@ def test_a_chunk_of_a_prompt():
     model = dataclasses.replace(model, execution=dataclasses.replace(model.execution, context="ring"))
     start = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(model.execution.mesh, PartitionSpec()))
     with jax.default_matmul_precision("default"):
-        compiled = _prefill_chunk.lower(model, None, 1024, params, state, start).compile()
+        compiled = prefill_chunk.lower(model, None, 1024, params, state, start).compile()
     assert count_kernels(compiled, "flash_prefill") == 3 + 2 + 1
     assert cache_copies(compiled) == []

@@ -1,15 +1,15 @@
-"""What the host reads and settles, in one process; several are in test_two_processes.py."""
+"""Host reads and agreement between processes, in one process; test_two_processes.py has two."""
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from decodax.sharding.host import check_same, from_first, spans_processes, to_host
+from decodax.sharding.host import assert_same_on_all_processes, from_first, spans_processes, to_host
 from decodax.sharding.mesh import read_mesh
 
 
-def test_trees_become_numpy_wherever_their_parts_lie():
+def test_trees_become_numpy_whatever_their_sharding():
     mesh = read_mesh("tensor=4,data=2")
     numbers = np.arange(24, dtype=np.float32).reshape(4, 6)
     tree = {
@@ -28,5 +28,5 @@ def test_trees_become_numpy_wherever_their_parts_lie():
 def test_one_process_agrees_with_itself(mesh: str | None):
     placed = None if mesh is None else read_mesh(mesh)
     assert not spans_processes(placed)
-    check_same(placed, {"prompts": b"x"})
+    assert_same_on_all_processes(placed, {"prompts": b"x"})
     assert from_first(placed, [0.1, 2.5]) == [0.1, 2.5]

@@ -1,4 +1,4 @@
-"""Where a process stands, read from environments as the systems set them."""
+"""Membership of a process is read from the environments of Slurm, TPU pods and Kubernetes."""
 
 import pytest
 
@@ -18,7 +18,7 @@ SLURM = {
 SLURM_PORT = 61440 + 3897  # of the last 4,096 ports, the one that the job's id picks: 200505 = 48 x 4096 + 3897
 
 
-def test_nothing_said_means_no_partners():
+def test_an_empty_environment_means_a_single_process():
     assert read_membership({"HOME": "/root", "PATH": "/bin"}) is None
 
 
@@ -32,13 +32,13 @@ def test_slurm_tasks_of_one_node_share_its_gpus():
     assert found is not None and found.local_device_ids == (2, 3)
 
 
-def test_slurm_that_bound_each_task_to_its_gpu_is_left_to_it():
+def test_slurm_s_binding_of_tasks_to_gpus_is_kept():
     bound = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "CUDA_VISIBLE_DEVICES": "3"}
     found = read_membership(bound)
     assert found is not None and found.local_device_ids is None
 
 
-def test_slurm_batch_script_is_told_to_use_srun():
+def test_the_error_for_a_slurm_batch_script_names_srun():
     script = {name: value for name, value in SLURM.items() if "STEP" not in name}
     with pytest.raises(ValueError, match="start the program with srun"):
         read_membership(script | {"SLURM_PROCID": "0"})
@@ -46,12 +46,12 @@ def test_slurm_batch_script_is_told_to_use_srun():
 
 
 @pytest.mark.parametrize("nodes", ["", ",a", "[1-2", "[]"])
-def test_node_lists_that_are_none(nodes: str):
+def test_bad_node_lists_are_refused(nodes: str):
     with pytest.raises(ValueError, match="node list must look like"):
         first_host(nodes)
 
 
-def test_tpu_slice_and_several():
+def test_one_tpu_slice_and_several():
     slice_ = {"TPU_WORKER_HOSTNAMES": "tpu-0.svc,tpu-1.svc,tpu-2.svc", "TPU_WORKER_ID": "2"}
     found = read_membership(slice_)
     assert found == Membership("tpu-0.svc:8482", 3, 2, None, "the TPU slice's variables")
@@ -88,7 +88,7 @@ def test_jobset():
         read_membership({"JOB_COMPLETION_INDEX": "1"})
 
 
-def test_own_variables_and_arguments_stand_above_what_systems_say():
+def test_own_variables_and_arguments_override_the_system():
     own = {"DECODAX_COORDINATOR": "10.0.0.1:77", "DECODAX_NUM_PROCESSES": "7", "DECODAX_PROCESS_ID": "5"}
     assert read_membership(own) == Membership("10.0.0.1:77", 7, 5, None, "DECODAX_* variables")
     found = read_membership(SLURM | own, process_id=3, local_device_ids=(0, 2))
@@ -105,7 +105,7 @@ def test_own_variables_and_arguments_stand_above_what_systems_say():
         ({"DECODAX_COORDINATOR": "host:65536"}, "got 'host:65536'"),
     ],
 )
-def test_values_that_do_not_fit(changes: dict[str, str], message: str):
+def test_inconsistent_values_are_refused(changes: dict[str, str], message: str):
     own = {"DECODAX_COORDINATOR": "10.0.0.1:77", "DECODAX_NUM_PROCESSES": "7", "DECODAX_PROCESS_ID": "5"}
     with pytest.raises(ValueError, match=message):
         read_membership(own | changes)

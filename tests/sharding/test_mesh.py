@@ -1,10 +1,11 @@
-"""Meshes from text, and fitted to a model's key-value heads; what is no mesh says so."""
+"""Meshes are read from text and fitted to a model's key-value heads; bad meshes are refused."""
 
 import jax
 import numpy as np
 import pytest
 
-from decodax.sharding.mesh import fit_mesh, read_mesh, read_mesh_shape
+from decodax.models.key_value_copies import fit_mesh
+from decodax.sharding.mesh import read_mesh, read_mesh_shape
 from decodax.sharding.rules import MESH_AXES, RULES
 from tests.model_kinds import model_of as small_model
 from tests.sharding import wide
@@ -20,7 +21,7 @@ def test_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tensor=16", "needs 16 devices, and there are 8 cpu devices: with JAX_NUM_CPU_DEVICES=16"),
+        ("tensor=16", "needs 16 devices, and there are 8 cpu devices: set JAX_NUM_CPU_DEVICES=16"),
         ("tensor", "must be a whole number from 1 on, got 'tensor'"),
         ("tensor=0,data=8", "must be a whole number from 1 on, got 'tensor=0'"),
         ("tensor=2,tensor=4", "names the axis tensor twice"),
@@ -28,7 +29,7 @@ def test_text():
         ("", "got ''"),
     ],
 )
-def test_what_is_no_mesh(text, message):
+def test_bad_meshes_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         read_mesh(text)
 
@@ -39,7 +40,7 @@ def test_one_device_less():
 
 
 def test_key_value_heads_fewer_than_devices_are_copied():
-    """Eight query heads read two key-value heads: each device has the one that its query head reads."""
+    """Eight query heads read two key-value heads: each device has the one of its query head."""
     model = wide.model_of("dense")
     mesh = fit_mesh(read_mesh("tensor=8"), model.config)
     assert dict(mesh.shape) == {"tensor": 2, "tensor_copies": 4}
@@ -58,7 +59,7 @@ def test_a_mesh_that_fits_stays():
     assert fit_mesh(read_mesh("data=8"), wide.model_of("dense").config) == read_mesh("data=8")
 
 
-def test_an_axis_without_something_to_split_says_what_is_missing():
+def test_an_axis_without_anything_to_split_names_what_is_missing():
     described = small_model("moe").config.weights()["blocks_1"]["mixer"]["query"]
     with pytest.raises(ValueError, match="query: its axis N of 2 query heads does not divide over the 8 devices"):
         RULES.sharding(read_mesh("tensor=8"), described, "query")

@@ -1,4 +1,4 @@
-"""Every way to split a model over eight devices gives what one device gives, in every decoding scheme."""
+"""Every sharding of a model over eight devices gives one device's results, in every decoding scheme."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ CASES = [
     for mesh in MESHES
     if "expert" not in mesh or kind in HAS_EXPERTS
 ]
-# Sums over devices are taken in another order than on one: a few roundings of numbers of about 1, over a few layers.
+# All-reduces add in another order than one device: a few roundings of numbers of about 1, over a few layers.
 LOGITS_TOLERANCE = 1e-4
 
 
@@ -49,18 +49,18 @@ def test_plain_decoding(kind, mesh):
 @pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
 def test_speculative_decoding(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
-    drafter = DraftModel.likeliest(wide.draft_model(kind, model), (-1, 0, 0, 1))
+    drafter = DraftModel.top_k(wide.draft_model(kind, model), (-1, 0, 0, 1))
     decode = jax.jit(decoding.speculative(model, drafter, ExactMatch()), donate_argnums=2)
-    out = decode(params, model.execution.joined(wide.draft_of(kind)), wide.start(model, params))
+    out = decode(params, model.execution.replicated(wide.draft_of(kind)), wide.start(model, params))
     np.testing.assert_array_equal(out.tokens, wide.single_tokens(kind))
     assert out.counts.accepted.sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
-def test_norms_scattered_over_devices(kind):
-    """Rows are split where they divide (eight rows), else tokens of a row (one row of sixteen)."""
+def test_sequence_parallelism(kind):
+    """Rows are sharded where they divide (eight rows), else tokens of a row (one row of sixteen)."""
     mesh = "tensor=4,data=2"
-    model, params = wide.model_of(kind, mesh, scatter_norms=True), wide.params_of(kind, mesh)
+    model, params = wide.model_of(kind, mesh, sequence_parallel=True), wide.params_of(kind, mesh)
     np.testing.assert_allclose(wide.full_logits(model, params), wide.single_logits(kind), atol=LOGITS_TOLERANCE, rtol=0)
     out = jax.jit(decoding.autoregressive(model))(params, wide.start(model, params))
     np.testing.assert_array_equal(out.tokens, wide.single_tokens(kind))
@@ -68,10 +68,10 @@ def test_norms_scattered_over_devices(kind):
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_fewer_rows_than_devices(num_rows):
-    """Rows that do not divide over the devices are on all of them."""
+    """Rows that do not divide over the devices are replicated."""
     model, params = wide.model_of("dense", "tensor=2,data=4"), wide.params_of("dense", "tensor=2,data=4")
     tokens, length = wide.PROMPTS[:num_rows], wide.LENGTHS[:num_rows]
-    state = decoding.init(model, params, tokens, length, wide.NEW, np.arange(num_rows), stop_token_ids=wide.NO_STOPS)
+    state = decoding.prefill(model, params, tokens, length, wide.NEW, np.arange(num_rows), stop_token_ids=wide.NO_STOPS)
     out = jax.jit(decoding.autoregressive(model))(params, state)
     end = wide.LENGTHS[0] + wide.NEW
     np.testing.assert_array_equal(out.tokens[0, :end], wide.single_tokens("dense")[0, :end])

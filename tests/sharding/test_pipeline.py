@@ -1,4 +1,4 @@
-"""Which layers form which stage and when a stage works, held against a simulation and against counting by hand."""
+"""Pipeline stages and their schedule equal a simulation and hand calculation."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from decodax.layers.weight import Weight
+from decodax.core.weight import Weight
 from decodax.sharding.mesh import read_mesh
 from decodax.sharding.pipeline import Pipeline, Schedule, Stages, best_micro_batches, find_stages
 from decodax.sharding.rules import RULES
@@ -17,29 +17,29 @@ from decodax.sharding.stacks import stack_params, stack_weights, unstack_params
 def simulate(schedule):
     """Runs the schedule tick by tick: the ticks it takes, and a stage's idle ticks over its busy ones.
 
-    A stage has one pair of hands, and takes up a micro-batch only when it has been handed over: at the end of a tick,
-    from the stage in front, or from the last stage to the first, which keeps what it cannot begin at once.
+    A stage runs one micro-batch at a time, and only after it has been sent: at the end of a tick, from the stage
+    before, or from the last stage to the first, which keeps what it cannot start at once.
     """
     stages, chunks, count = schedule.num_stages, schedule.chunks, schedule.micro_batches
-    at_hand = {(0, 0, i) for i in range(count)}  # (chunk, stage, micro-batch)
+    ready = {(0, 0, i) for i in range(count)}  # (chunk, stage, micro-batch)
     done, busy = set(), [0] * stages
     for tick in range(10_000):
-        handed = set()
+        sent = set()
         for stage in range(stages):
             chunk, i, works = schedule.work(tick, stage)
             if not works:
                 continue
             job = (int(chunk), stage, int(i))
-            assert job in at_hand, f"{job} has not arrived in tick {tick}"
-            at_hand.remove(job)
+            assert job in ready, f"{job} has not arrived in tick {tick}"
+            ready.remove(job)
             done.add(job)
             busy[stage] += 1
             after = (job[0], stage + 1, job[2]) if stage + 1 < stages else (job[0] + 1, 0, job[2])
             if after[0] < chunks:
-                handed.add(after)
-        # What a stage other than the first was handed it has to take up at once: there is no room to keep it.
-        assert all(stage == 0 for _, stage, _ in at_hand)
-        at_hand |= handed
+                sent.add(after)
+        # Stages other than the first must run what they receive at once: they cannot keep it.
+        assert all(stage == 0 for _, stage, _ in ready)
+        ready |= sent
         if len(done) == stages * chunks * count:
             assert busy == [chunks * count] * stages
             return tick + 1, (tick + 1 - busy[0]) / busy[0]
@@ -47,12 +47,12 @@ def simulate(schedule):
 
 
 @pytest.mark.parametrize("sizes", [*itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 2, 3, 5, 7, 10))])
-def test_a_simulation_takes_the_ticks_and_the_pauses_that_the_schedule_says(sizes):
+def test_a_simulation_takes_the_ticks_and_bubbles_of_the_schedule(sizes):
     schedule = Schedule(*sizes)
     num_stages, chunks, count = sizes
     ticks, pause = simulate(schedule)
     assert ticks == schedule.num_ticks and pause == pytest.approx(schedule.bubble)
-    # No schedule is shorter: a micro-batch passes v P chunks, the last stage has m v, and begins P - 1 ticks late.
+    # No schedule is shorter: a micro-batch passes v P chunks, the last stage has m v, and starts P - 1 ticks late.
     assert ticks == max(num_stages * chunks + count - 1, count * chunks + num_stages - 1)
     if count >= num_stages:
         assert pause == pytest.approx((num_stages - 1) / (count * chunks))
@@ -73,7 +73,7 @@ def test_every_layer_has_one_place(stages):
     assert sorted(layers) == list(range(total))
 
 
-def test_first_layers_of_another_kind_stand_outside():
+def test_first_layers_of_another_kind_are_outside_the_stages():
     assert find_stages("dd" + "m" * 8, 4, Pipeline()) == Stages(4, 1, 2, before=2)
     assert find_stages("lllf" * 4, 2, Pipeline(chunks=2)) == Stages(2, 2, 4)
     assert find_stages("ababab", 2, Pipeline(outside=(0, 2))) == Stages(2, 1, 2, after=2)
@@ -85,12 +85,12 @@ def test_first_layers_of_another_kind_stand_outside():
         ("mmmmm", 4, Pipeline(), r"5 layers do not divide into 4 pipeline stages of 1 chunk.*outside=\(1, 0\)\) would"),
         ("dddmmmmmmm", 4, Pipeline(), r"10 layers do not divide.*outside=\(6, 0\)\) would do, with the 6 layer"),
         ("dmmmmmm", 4, Pipeline(), r"6 layers \(of 7, 1 before and 0 after the stages\) do not.*outside=\(3, 0\)"),
-        ("ababab", 2, Pipeline(), r"layers 0 and 3 would stand at the same place.*kind \('a' and 'b'\).*\(2, 0\)"),
+        ("ababab", 2, Pipeline(), r"layers 0 and 3 would be at the same place.*kind \('a' and 'b'\).*\(2, 0\)"),
         ("mmmmmm", 3, Pipeline(chunks=4), r"6 layers do not divide into 3 pipeline stages of 4 chunk.*chunks=1"),
-        ("abca", 2, Pipeline(), r"layers 0 and 2 would stand .* use another size of the mesh axis"),
+        ("abca", 2, Pipeline(), r"layers 0 and 2 would be .* use another size of the mesh axis"),
     ],
 )
-def test_layers_that_make_no_stages_say_which_and_what_would_do(kinds, num_stages, pipeline, message):
+def test_layers_that_make_no_stages_are_named_with_what_would_work(kinds, num_stages, pipeline, message):
     with pytest.raises(ValueError, match=message):
         find_stages(kinds, num_stages, pipeline)
 
@@ -111,7 +111,7 @@ def test_bad_options():
 
 
 def test_micro_batches_take_the_least_time_of_all_divisors():
-    """A tick reads a chunk's weights, which takes 1, and computes with tokens / m, 256 of which take as long."""
+    """A tick reads a chunk's weights, which takes 1, and computes tokens / m tokens, 256 of which take as long."""
     for rows, tokens, stages, chunks in [(12, 12, 4, 1), (12, 6144, 4, 1), (12, 6144, 4, 3), (7, 3584, 2, 1)]:
         chosen = best_micro_batches(rows, tokens, stages, chunks)
         ticks = {m: simulate(Schedule(stages, chunks, m))[0] for m in range(1, rows + 1) if rows % m == 0}
@@ -121,7 +121,7 @@ def test_micro_batches_take_the_least_time_of_all_divisors():
     assert best_micro_batches(16, 16 * 512, 4, 1) == 8  # near the root of 3 * 32
 
 
-def test_parameters_are_stacked_by_place_and_come_back():
+def test_parameters_are_stacked_by_place_and_unstacked():
     stages = Stages(2, 2, 1, before=1)
     params = {f"blocks_{layer}": {"mixer": {"out": np.full((3, 2), layer)}} for layer in range(5)}
     params["final_norm"] = {"scale": np.ones(2)}
@@ -138,7 +138,7 @@ def test_parameters_are_stacked_by_place_and_come_back():
     assert described["blocks_1"]["mixer"]["out"] == Weight(("L", "D", "NH"), (4, 3, 2))
 
 
-def test_a_stage_holds_only_its_own_of_replicated_weights():
+def test_a_stage_holds_only_its_own_layers_of_replicated_weights():
     mesh = read_mesh("pipeline=2,expert=2,tensor=2")
     router = Weight(("L", "E", "D"), (4, 6, 3), replicated=True)
     assert RULES.sharding(mesh, router, "router").spec == PartitionSpec("pipeline", None, None)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from decodax.core.partial_softmax import PartialSoftmax
 from decodax.kernels_pallas.flash_prefill import flash_prefill
-from decodax.sharding.merging import Part
 from decodax.sharding.ring import is_zigzag, ring
 from decodax.sharding.ulysses import num_copies, ulysses
 from tests.kernels_pallas import oracles_flash_prefill as oracle
@@ -25,14 +25,14 @@ def over_devices(function, num_devices):
     """`function` of a device's tokens, as one of all tokens."""
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("context",))
     query, rows = PartitionSpec(None, "context"), PartitionSpec(None, None, "context")
-    specs = {"in_specs": (query, rows, rows), "out_specs": Part(query, query)}
+    specs = {"in_specs": (query, rows, rows), "out_specs": PartialSoftmax(query, query)}
     return jax.jit(jax.shard_map(function, mesh=mesh, **specs, check_vma=False))
 
 
 def in_a_ring(num_devices, window=None, softcap=None, attention=None):
     def blocks(query, key, value, offset):
         options = {"scale": SCALE, "causal": True, "window": window, "softcap": softcap, "implementation": "xla"}
-        return Part(*flash_prefill(query, key, value, offset=jnp.full(query.shape[0], offset), **options))
+        return PartialSoftmax(*flash_prefill(query, key, value, offset=jnp.full(query.shape[0], offset), **options))
 
     return over_devices(partial(ring, attention=attention or blocks, axis="context", window=window), num_devices)
 
@@ -40,7 +40,7 @@ def in_a_ring(num_devices, window=None, softcap=None, attention=None):
 def by_heads(num_devices, window=None, softcap=None):
     def whole(query, key, value):
         options = {"scale": SCALE, "causal": True, "window": window, "softcap": softcap, "implementation": "xla"}
-        return Part(*flash_prefill(query, key, value, **options))
+        return PartialSoftmax(*flash_prefill(query, key, value, **options))
 
     return over_devices(partial(ulysses, attention=whole, axis="context"), num_devices)
 
@@ -137,7 +137,7 @@ def test_zigzag_order_shares_out_the_work():
         note = lambda device, is_whole: products.update({(int(device), "whole" if is_whole else "own"): 1})
         jax.debug.callback(note, jax.lax.axis_index("context"), is_whole)
         lse = jnp.broadcast_to(jnp.log(read.astype(jnp.float32))[None, :, None], query.shape[:3])
-        return Part(jnp.zeros((*query.shape[:3], value.shape[3])), lse)
+        return PartialSoftmax(jnp.zeros((*query.shape[:3], value.shape[3])), lse)
 
     lse = in_a_ring(num_devices, attention=counting)(*operands(2 * num_devices * block)).lse
     jax.effects_barrier()
@@ -166,7 +166,7 @@ def two_pass_ring(query, key, value, *, num_devices):
         other = (device - step) % num_devices
         output += jnp.einsum("bnts,bnsi->btni", jnp.take(weights, other, axis=3), travelling)
         travelling = jax.lax.ppermute(travelling, "context", to_next)
-    return Part(output, jnp.moveaxis(jax.nn.logsumexp(flat, axis=-1), 1, 2))
+    return PartialSoftmax(output, jnp.moveaxis(jax.nn.logsumexp(flat, axis=-1), 1, 2))
 
 
 def test_one_pass_is_the_two_passes_of_ring_self_attention():

@@ -1,4 +1,4 @@
-"""Weights split over a mesh give the tokens that they give on one device, and what cannot be split says so."""
+"""Weights sharded over a mesh give one device's tokens; weights that cannot be sharded are refused by name."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 import decodax
 from decodax.cli.session import describe
-from decodax.layers.weight import Weight
-from decodax.models.from_hf import from_hf
-from decodax.models.to_hf import to_hf
+from decodax.core.weight import Weight
+from decodax.models.checkpoints.write_hf import to_hf
+from decodax.models.checkpoints.write_orbax import from_hf
 from decodax.sharding.rules import RULES, TENSOR, Rules, place
 
 LLAMA = Path(__file__).parents[1] / "golden" / "llama"  # 67 tokens, feed-forward 41: two devices have 68 and 42
@@ -25,7 +25,7 @@ def mesh_of(size, kind):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_same_tokens_as_on_one_device(kind):
-    """And the same log-probabilities, though vocabulary and feed-forward are padded to be split."""
+    """And the same log-probabilities, though vocabulary and feed-forward are padded for sharding."""
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8, 9]]
     single, split = decodax.load(LLAMA), decodax.load(LLAMA, mesh=mesh_of(2, kind))
     assert split.params["blocks_0"]["mixer"]["query"].sharding.spec == PartitionSpec("tensor", None)
@@ -39,7 +39,7 @@ def test_same_tokens_as_on_one_device(kind):
         np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-4)
 
 
-def test_padding_is_seen_by_nobody(tmp_path):
+def test_padding_is_invisible(tmp_path):
     """Neither in logits, nor in sizes, nor in what is converted."""
     single, split = decodax.load(LLAMA), decodax.load(LLAMA, mesh=mesh_of(2, AxisType.Auto))
     assert split.params["embedding"].shape == (68, 30) and not np.asarray(split.params["embedding"])[67].any()
@@ -65,11 +65,11 @@ def test_orbax_cut_for_a_mesh_that_pads(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read.model.unstacked(read.params), decodax.load(LLAMA).params)
 
 
-def test_zeros_fill_up_what_changes_nothing():
-    """Five rows over four devices: two each, of which the third has one and the last none."""
+def test_padding_is_zeros():
+    """Five rows over four devices: two each; the third has one and the last none."""
     mesh, array = mesh_of(4, AxisType.Auto), np.arange(1.0, 16, dtype=np.float32).reshape(5, 3)
-    for letter in "VF":
-        placed = place(mesh, TENSOR, array, Weight((letter, "D"), (5, 3)), "up")
+    for axis_name in "VF":
+        placed = place(mesh, TENSOR, array, Weight((axis_name, "D"), (5, 3)), "up")
         assert placed.shape == (8, 3) and placed.addressable_shards[0].data.shape == (2, 3)
         np.testing.assert_array_equal(np.asarray(placed), np.pad(array, [(0, 3), (0, 0)]))
     assert TENSOR.padded(mesh, Weight(("D", "F"), (3, 5))).shape == (3, 8)
@@ -86,7 +86,7 @@ def test_a_device_may_hold_padding_alone():
 
 @pytest.mark.parametrize("num_devices", [2, 4, 8])
 @pytest.mark.parametrize("vocab_size", [131, 32_000, 32_001, 49_155, 50_257])
-def test_published_vocabularies_get_as_few_rows_as_divide(vocab_size, num_devices):
+def test_published_vocabularies_are_padded_to_the_next_multiple(vocab_size, num_devices):
     padded = TENSOR.padded(mesh_of(num_devices, AxisType.Auto), Weight(("V", "D"), (vocab_size, 7))).shape
     assert padded == (-(-vocab_size // num_devices) * num_devices, 7)
 
@@ -98,33 +98,33 @@ def test_other_shapes_than_the_padded_one_are_refused():
         split.model.embed(params, jnp.zeros((1, 1), jnp.int32))
 
 
-def test_what_cannot_be_split_is_named():
+def test_axes_that_cannot_be_sharded_are_named():
     mesh = mesh_of(2, AxisType.Auto)
     with pytest.raises(ValueError, match="experts/up: its axis E of 5 experts does not divide over the 2 devices"):
         place(mesh, Rules((("E", "tensor"),)), np.zeros((5, 7, 3)), Weight(("E", "F", "D"), (5, 7, 3)), "experts/up")
     both = Rules((("F", "tensor"), ("D", "tensor")))
     with pytest.raises(ValueError, match="would use a mesh axis twice"):
         both.sharding(mesh, Weight(("F", "D"), (4, 4)), "up")
-    with pytest.raises(ValueError, match="each letter needs one mesh axis"):
+    with pytest.raises(ValueError, match="pairs must name each logical axis once"):
         Rules((("F", "tensor"), ("F", "data")))
 
 
-def test_heads_are_not_parted():
+def test_heads_are_not_split():
     """Twelve numbers divide over four devices, three heads do not."""
     mesh = mesh_of(4, AxisType.Auto)
     with pytest.raises(
         ValueError, match="query: its axis N of 3 query heads does not divide over the 4 devices of mesh axis tensor"
     ):
-        TENSOR.sharding(mesh, Weight(("NH", "D"), (12, 5), whole=4), "query")
-    with pytest.raises(ValueError, match="does not divide into wholes of 5"):
-        Weight(("NH", "D"), (12, 5), whole=5)
+        TENSOR.sharding(mesh, Weight(("NH", "D"), (12, 5), block_size=4), "query")
+    with pytest.raises(ValueError, match="does not divide into blocks of 5"):
+        Weight(("NH", "D"), (12, 5), block_size=5)
 
 
-def test_key_value_heads_are_split_as_far_as_they_divide():
+def test_key_value_heads_are_sharded_up_to_their_divisors():
     axes = {"data": 2, "tensor": 2, "tensor_copies": 2}
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * 3)
     for heads, split in ((1, None), (2, "tensor"), (4, ("tensor", "tensor_copies")), (6, "tensor"), (3, None)):
-        key = Weight(("KH", "D"), (heads * 5, 7), whole=5)
+        key = Weight(("KH", "D"), (heads * 5, 7), block_size=5)
         assert RULES.sharding(mesh, key, "key").spec == PartitionSpec(split, None)
     assert RULES.mesh_axes(mesh, "B", 3) == () and RULES.mesh_axes(mesh, "B", 6) == ("data",)
 

@@ -1,4 +1,4 @@
-"""Two processes with four CPU devices each give what one process with one device gives, and end when they should."""
+"""Two processes with four CPU devices each give the results of one device, and both end when one fails."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def check(result: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def test_the_library_gives_one_devices_tokens(folder: Path, alone: decodax.LanguageModel):
-    # Rows lie in different processes, and the command's test below parts every head and the vocabulary between them.
+    # Rows are in different processes; the command's test below splits heads and the vocabulary between them.
     cases = ("plain", "drafts", "differ", "settle")
     ended = run_two(folder, "tensor=4,data=2", *cases)
     for process in ended:
@@ -58,7 +58,7 @@ def test_the_library_gives_one_devices_tokens(folder: Path, alone: decodax.Langu
         assert tuple(found) == cases
         for case in ("plain", "drafts"):
             check(found[case], one_of_two.run(alone, case))
-        wrong = ("prompts", "max_new_tokens", "seed", "on_text", "temperature, stop")
+        wrong = ("prompts", "max_new_tokens", "seed", "on_text", "stop, temperature")
         for name, message in zip(wrong, found["differ"], strict=True):
             assert f"must be given the same {name}: process 1 got others than process 0" in message
         assert found["settle"] == [0.1, 0.0]
@@ -110,7 +110,7 @@ def test_a_host_that_never_joins(folder: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "code"), [("dies", -9), ("fails", 1)])
-def test_one_that_ends_early_ends_the_other(folder: Path, case: str, code: int):
+def test_a_process_that_ends_early_ends_the_other(folder: Path, case: str, code: int):
     """By an error of its own or by JAX's abort, before `finish` kills it; it has the first case's results by then."""
     first, second = run_two(folder, "tensor=4,data=2", "plain", case)
     assert second.code == code and ("planted" in second.err) == (case == "fails")

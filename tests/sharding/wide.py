@@ -1,4 +1,4 @@
-"""Tiny models of every kind that divide over eight devices, a draft for each, and what one device makes of prompts."""
+"""Makes tiny models of every kind that divide over eight devices, drafts for them, and one device's results."""
 
 import dataclasses
 from functools import cache
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from decodax import decoding
+from decodax.core.weight import Weight
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
@@ -19,10 +20,10 @@ from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.rope import Rope
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.key_value_copies import fit_mesh
 from decodax.models.model import Model
-from decodax.sharding.mesh import fit_mesh, read_mesh
+from decodax.sharding.mesh import read_mesh
 from decodax.sharding.rules import DATA, place
 from tests.tiny import NORM
 
@@ -48,7 +49,7 @@ LAYERS = {
 ODD_VOCABULARY = 131
 ODD_MLP = GatedMLPConfig(41, "gelu", bias=True)
 ODD_EXPERTS = MoEConfig(TopK(8, 2, "softmax", renormalise=True), 17, bias=True, shared=GatedMLPConfig(23))
-# Vocabularies and feed-forward widths that no mesh divides: there they are padded.
+# Vocabularies and feed-forward widths that no mesh divides, and that are padded.
 ODD_LAYERS = {
     "odd": ((GROUPED, GatedMLPConfig(37)), (WINDOWED, ODD_MLP)),
     "odd_tied": ((GROUPED, ODD_MLP), (WINDOWED, ODD_MLP)),
@@ -86,7 +87,7 @@ def model_of(kind: str, mesh: str | None = None, **execution: Any) -> Model:
 
 @cache
 def params_of(kind: str, mesh: str | None = None) -> dict:
-    """All random, norms and biases too, drawn by NumPy; over a mesh, where its rules say."""
+    """All random, norms and biases too, drawn by NumPy; over a mesh, sharded by its rules."""
     random = np.random.default_rng(1)
     model = model_of(kind, mesh)
 
@@ -95,7 +96,7 @@ def params_of(kind: str, mesh: str | None = None) -> dict:
         array = ((weight.init == "ones") + size * random.standard_normal(weight.shape)).astype(np.float32)
         if mesh is None:
             return jnp.asarray(array)
-        name = "/".join(str(part.key) for part in path)
+        name = "/".join(str(key.key) for key in path)
         return place(model.execution.mesh, model.execution.rules, array, weight, name)
 
     return jax.tree_util.tree_map_with_path(draw, model.config.weights(), is_leaf=lambda leaf: isinstance(leaf, Weight))
@@ -109,7 +110,7 @@ def draft_of(kind: str) -> dict:
 
 
 def draft_model(kind: str, model: Model) -> Model:
-    """The draft's model, on the devices of `model`: whole on each."""
+    """The draft's model, replicated on the devices of `model`."""
     return dataclasses.replace(model, execution=dataclasses.replace(model.execution, rules=DATA))
 
 
@@ -117,7 +118,7 @@ def start(model: Model, params: dict) -> decoding.DecodeState:
     """The state of the eight prompts, half of them to be sampled."""
     sampling = decoding.Sampling.create(NUM_ROWS, model.config.vocab_size, temperature=[0.0, 0.8] * 4, top_p=0.9)
     rows = np.arange(NUM_ROWS)
-    return decoding.init(model, params, PROMPTS, LENGTHS, NEW, rows, sampling=sampling, stop_token_ids=NO_STOPS)
+    return decoding.prefill(model, params, PROMPTS, LENGTHS, NEW, rows, sampling=sampling, stop_token_ids=NO_STOPS)
 
 
 def full_logits(model: Model, params: dict) -> jax.Array:
@@ -138,6 +139,6 @@ def single_logits(kind: str) -> np.ndarray:
 
 @cache
 def single_tokens(kind: str) -> np.ndarray:
-    """What plain decoding on one device writes."""
+    """The tokens of plain decoding on one device."""
     model, params = model_of(kind), params_of(kind)
     return np.asarray(jax.jit(decoding.autoregressive(model))(params, start(model, params)).tokens)

@@ -1,9 +1,20 @@
-"""Ways to choose experts for tokens."""
+"""Lists the routers, which choose experts for tokens; one per file."""
 
-from decodax.layers.moe.routers._contract import Router
-from decodax.layers.moe.routers.expert_choice import ExpertChoice
-from decodax.layers.moe.routers.top_k import TopK
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-METHODS: dict[str, type[Router]] = {"top_k": TopK, "expert_choice": ExpertChoice}
+from decodax.core.lazy import Methods, exports
 
-__all__ = ["METHODS", "Router"]
+if TYPE_CHECKING:
+    from decodax.layers.moe.routers.contract import Router as Router
+
+_METHODS = Methods(
+    __name__,
+    {
+        "top_k": "TopK",
+        "expert_choice": "ExpertChoice",
+    },
+)
+METHODS: "Mapping[str, type[Router]]" = _METHODS
+
+__getattr__, __dir__ = exports(__name__, {"Router": "contract"})

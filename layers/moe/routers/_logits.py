@@ -1,4 +1,4 @@
-"""The scores that routers begin with: one product in float32, as choices must not depend on the tokens' dtype."""
+"""Computes router logits: one product in float32, as choices must not depend on the tokens' dtype."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from decodax.layers.linear import linear
+from decodax.core.linear import linear
 
 
 def router_logits(tokens: Float[Array, "B T D"], weights: dict[str, Any]) -> Float32[Array, "B T E"]:

@@ -1,14 +1,14 @@
-"""Each token takes the experts with its highest scores, in some models from a few groups of experts only.
+"""Implements top-k routing: each token gets its highest-scoring experts, in some models from a few groups only.
 
-Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, arXiv 1701.06538. The options are those
-by which published models differ:
+Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, arXiv 1701.06538. The options cover
+the differences between published models:
 
 - Mixtral, Qwen3-MoE, gpt-oss: softmax, renormalised. A softmax over the chosen logits alone, as the last and Granite
   write it, is the same.
 - OLMoE, DeepSeekMoE: softmax, gates as they are.
 - DeepSeek-V2: softmax, only from the groups with the highest maxima.
-- DeepSeek-V3: sigmoid; chosen by score plus a bias, from the groups whose best two add up to most; the gates are the
-  scores without the bias, renormalised and scaled.
+- DeepSeek-V3: sigmoid; chosen by score plus a bias, from the groups with the largest sum of their two highest;
+  the gates are the scores without the bias, renormalised and scaled.
 
 Departs from Shazeer et al.: no noise, which is for training. Among equal scores the expert with the lowest number wins.
 """
@@ -20,22 +20,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from decodax.core.weight import Weight
 from decodax.layers.moe.routers._logits import router_logits
 from decodax.layers.moe.routes import Routes
-from decodax.layers.weight import Weight
 
-_LEAST_SUM = 1e-20  # DeepSeek's, added before a division: sigmoids may all be 0
+_LEAST_SUM = 1e-20  # DeepSeek's, added to a divisor: sigmoids may all be 0
 
 
 @dataclass(frozen=True)
 class TopK:
-    """gate = score of a chosen expert, divided by the sum of the chosen ones' if `renormalise`, times `scale`.
+    """The config of a top-k router.
 
-    score: of all experts, from the router's logits. selection_bias: whether a learned bias is added to the scores for
-    the choice alone. router_bias: whether one is added to the logits.
-    num_groups: into how many equal groups of neighbours the experts fall, of which the `num_groups_kept` with the
-    highest `group_score` (the group's maximum, or the sum of its two highest) may be chosen from; None for no groups.
-
+    num_experts: E.
+    experts_per_token: X.
+    score: of all experts, from the router's logits; the gate of a chosen expert.
+    renormalise: gates are divided by the sum of the chosen experts' gates.
+    scale: multiplies gates.
+    selection_bias: a learned bias is added to the scores for the choice alone.
+    router_bias: a learned bias is added to the logits.
+    num_groups: equal groups of neighbouring experts; None for no groups.
+    num_groups_kept: groups with the highest `group_score`, whose experts can be chosen.
+    group_score: a group's maximum, or the sum of its two highest scores.
     Raises ValueError for numbers that do not fit each other.
     """
 
@@ -106,7 +111,7 @@ class TopK:
     def _in_best_groups(
         self, scores: Float32[Array, "B T E"], num_groups: int, num_kept: int
     ) -> Float32[Array, "B T E"]:
-        """The scores, minus infinity outside of the groups kept."""
+        """The scores, minus infinity outside the groups kept."""
         grouped = scores.reshape(*scores.shape[:2], num_groups, -1)
         if self.group_score == "max":
             of_group = jnp.max(grouped, axis=-1)

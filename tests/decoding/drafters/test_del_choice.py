@@ -1,4 +1,4 @@
-"""Exit layer and draft length chosen in every round: each round against NumPy, and where the choice goes in the end.
+"""DEL chooses exit layer and draft length every round: each round against NumPy, and what it converges to.
 
 The model has three layers, so that there are two exits to choose from; the layers after the first add little, so that
 the exits are often right. `every` = 2 throughout: the exits are looked at in every other round.
@@ -27,7 +27,10 @@ from tests.speculation import (
     VOCABULARY,
     assert_same,
     padded,
+    penalised,
+    penalised_drafts,
     texts,
+    with_penalties,
 )
 from tests.speculation import MODEL as TWO_LAYERS
 
@@ -42,7 +45,7 @@ begin, propose = jax.jit(SPECULATIVE.start), jax.jit(DRAFTER.propose)
 
 
 def with_strengths(second, third):
-    """Parameters whose second and third layer add so much of what they would."""
+    """Parameters whose second and third layers' outputs are scaled by `second` and `third`."""
 
     def block(amount, flipped):
         own = PARAMS["blocks_1"]
@@ -64,7 +67,7 @@ def start(rows=slice(None), *, params=EARLY, options="greedy", new=NEW):
         for name, value in OPTIONS[options].items()
     }
     sampling = decoding.Sampling.create(len(index), VOCABULARY, **per_row)
-    return decoding.init(
+    return decoding.prefill(
         MODEL, params, PROMPTS[rows], LENGTHS[rows], new[rows], index, sampling=sampling, stop_token_ids=NO_STOPS
     )
 
@@ -84,10 +87,10 @@ def exits(rows):
     return logits.argmax(axis=3), chance.max(axis=3) / chance.sum(axis=3)
 
 
-def counted(token, confidence, wanted):
-    """right, wrong and their confidences, of the two exits: over (row, place, wanted token)."""
+def counted(token, confidence, targets):
+    """right, wrong and their confidences, of the two exits: over (row, place, target token)."""
     counts = np.zeros((4, LAYERS - 1))
-    for row, place, right_token in wanted:
+    for row, place, right_token in targets:
         for layer in range(LAYERS - 1):
             kind = 0 if token[layer, row, place] == right_token else 1
             counts[kind, layer] += 1
@@ -165,7 +168,7 @@ def test_rows_that_are_done_neither_count_nor_keep_a_draft_going():
 
     last = np.array([confidence[0, row, length - 1] for row, length in enumerate(LENGTHS)])
     second, sure = np.argsort(last)[-2:]
-    # Counts by which the first exit drafts all it may, with a threshold that only the surest row's token passes.
+    # Counts by which the first exit drafts all it may, and a threshold that only the most confident row passes.
     threshold = (last[sure] + last[second]) / 2
     counts = np.array([[9.0, 0.0], [1.0, 9.0], [9 * threshold, 0.0], [threshold, 9.0]])
     assert chosen(counts) == (1, MAX_TOKENS, pytest.approx(threshold))
@@ -179,7 +182,7 @@ def test_rows_that_are_done_neither_count_nor_keep_a_draft_going():
     assert drafts[0] == 0 < drafts[1]
 
 
-def test_every_round_is_what_numpy_finds():
+def test_every_round_equals_numpy():
     """The choice, the drafts, where they end, the layers run, the tokens accepted, and the counts afterwards.
 
     The first counts are such that the second exit is chosen at first.
@@ -214,9 +217,38 @@ def test_every_round_is_what_numpy_finds():
         np.testing.assert_allclose(as_numpy(state.draft.counts), new_counts, atol=1e-3)
         choices.add((layer, length))
         ended_early += drafted < length
-    assert {layer for layer, _ in choices} == {1, 2} and len(choices) > 2  # the texts bring all of it about
+    assert {layer for layer, _ in choices} == {1, 2} and len(choices) > 2  # all of these cases occur
     assert ended_early and all_accepted
     assert_same(state, plain_decode(EARLY, start()))
+
+
+def test_penalties_count_the_draft_s_own_tokens():
+    """In the draft, and in the counts of the exits afterwards, where the tokens that the round emitted count."""
+    begun = begin(EARLY, None, start())
+    # Counts by which the first exit drafts all it may, without a threshold.
+    counts = np.array([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0], [0.0, 9.0]])
+    assert chosen(counts) == (1, MAX_TOKENS, 0.0)
+    draft = dataclasses.replace(begun.draft, counts=ExitCounts(*map(jnp.float32, counts)))
+    state = with_penalties(dataclasses.replace(begun, draft=draft))
+    before = texts(state)
+    proposal, _ = propose(EARLY, None, state)
+    wanted = penalised_drafts(lambda rows: forward(EARLY, padded(rows))[0], before, MAX_TOKENS)
+    np.testing.assert_array_equal(proposal.token[:, 1:], wanted)
+
+    state = decode(EARLY, None, state, 1)
+    after = texts(state)
+    logits, confidence = np.asarray(forward(EARLY, padded(after)), np.float64), exits(after)[1]
+    kinds = []
+    for counts_emitted in (True, False):
+        token = np.zeros(logits.shape[:3], int)
+        places = [(r, i - 1, after[r][i]) for r in range(3) for i in range(LENGTHS[r], len(after[r]))]
+        for row, place, _ in places:
+            output = after[row][LENGTHS[row] : place + 1] if counts_emitted else ()
+            for layer in range(LAYERS - 1):
+                token[layer, row, place] = np.argmax(penalised(logits[layer, row, place], before[row], output, row))
+        kinds.append(DECAY * counts + counted(token, confidence, places))
+    np.testing.assert_allclose(as_numpy(state.draft.counts), kinds[0], atol=1e-3)
+    assert np.max(np.abs(kinds[0] - kinds[1])) > 0.5
 
 
 def test_options():
@@ -240,10 +272,10 @@ def test_a_row_alone_gives_the_same():
         (0.0, 30.0, (1.0, 1.0), lambda layer, length: length == 0),
     ],
 )
-def test_the_choice_goes_where_it_pays(second, third, right, wanted):
+def test_the_choice_converges_to_the_best_exit(second, third, right, wanted):
     """The first exit where it is always right, the second where only that one is, no draft where none is.
 
-    Each run begins with counts that say the contrary.
+    Each run begins with counts that suggest the contrary.
     """
     params = with_strengths(second, third)
     state = decode(params, None, start(params=params), 0)

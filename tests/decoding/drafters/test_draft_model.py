@@ -1,4 +1,4 @@
-"""The draft model: its tokens follow its own law at each node, and its cache holds what was accepted, nothing else."""
+"""The draft model: its tokens follow its distribution at each node, and its cache holds the accepted tokens only."""
 
 import dataclasses
 from functools import cache
@@ -18,7 +18,7 @@ from decodax.decoding.verifiers import ExactMatch
 from tests.speculation import DRAFT_PARAMS, MODEL, NEW, PARAMS, VOCABULARY, forward, padded, plain, start, texts
 from tests.tiny import tiny_model
 
-# Rows and logits of at most 5 in float32, summed in an order that depends on how many tokens run at once.
+# Keys, values and logits of at most 5 in float32, summed in an order that depends on how many tokens run at once.
 TOLERANCE = 2e-5
 
 
@@ -40,12 +40,12 @@ class Watched(DraftModel):
 
     @staticmethod
     def remembered(proposal):
-        return proposal.token, proposal.is_candidate, proposal.law
+        return proposal.token, proposal.is_candidate, proposal.logprobs
 
 
-LIKELIEST = Watched(MODEL, (-1, 0, 0, 1, 1, 2), Children.CHOSEN)
+TOP_TOKENS = Watched(MODEL, (-1, 0, 0, 1, 1, 2), Children.CHOSEN)
 DRAWN = Watched(MODEL, expansion((2, 1)), Children.WITHOUT_REPLACEMENT)
-KINDS = {"likeliest": (LIKELIEST, "greedy"), "drawn": (DRAWN, "every option")}
+KINDS = {"top tokens": (TOP_TOKENS, "greedy"), "drawn": (DRAWN, "every option")}
 
 
 @cache
@@ -56,10 +56,10 @@ def compiled(drafter):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_cache_follows_what_is_accepted(kind):
-    """After every round: the rows of the accepted tokens, as a plain run over the text gives them; nothing behind.
+def test_its_cache_holds_the_accepted_tokens(kind):
+    """After every round: keys and values of the accepted tokens, as a plain run over the text gives them; nothing else.
 
-    The pending token is never in it, and the one before it is missing after an accepted leaf.
+    The last token is never in it, and the one before it is missing after an accepted leaf.
     """
     drafter, options = KINDS[kind]
     begin, decode = compiled(drafter)
@@ -69,7 +69,7 @@ def test_its_cache_follows_what_is_accepted(kind):
             held = int(state.draft[0][0].length[row])
             lacking |= {(len(text) - held, row)}
             out, _ = forward(DRAFT_PARAMS, padded([text]))
-            for cache_, want in zip(state.draft[0], out.rows, strict=True):
+            for cache_, want in zip(state.draft[0], out.cache_updates, strict=True):
                 assert cache_.length[row] == held
                 for mine, wanted in ((cache_.key, want.key), (cache_.value, want.value)):
                     np.testing.assert_allclose(mine[row, :, :held], wanted[0, :, :held], atol=TOLERANCE)
@@ -80,11 +80,11 @@ def test_its_cache_follows_what_is_accepted(kind):
     np.testing.assert_array_equal(state.tokens, plain(options).tokens)
 
 
-def test_a_draft_that_is_the_target_is_accepted_whole():
-    begin, decode = compiled(LIKELIEST)
+def test_a_draft_that_is_the_target_is_fully_accepted():
+    begin, decode = compiled(TOP_TOKENS)
     state = decode(PARAMS, PARAMS, begin(PARAMS, PARAMS, start()), 1000)
     rounds = -(-NEW // 3)  # a tree of depth 2, and one token of the target's own
-    np.testing.assert_array_equal(state.counts.accepted, state.counts.offered)
+    np.testing.assert_array_equal(state.counts.accepted, state.counts.proposed)
     assert int(state.num_target_forwards) == rounds.max() + 1
     want = np.bincount([*(NEW - 3 * rounds + 2), *[2] * int((rounds - 1).sum())], minlength=3)
     np.testing.assert_array_equal(state.counts.accepted_lengths, want)
@@ -97,9 +97,9 @@ def paths_of(parents):
     return paths
 
 
-def laws_along(state, token, parents):
-    """The draft's law at every node from a run over each node's path: Float[B, C, V], log-probabilities."""
-    laws = np.zeros((*token.shape, VOCABULARY))
+def distributions_along(state, token, parents):
+    """The draft's distribution at every node from a run over each node's path: Float[B, C, V], log-probabilities."""
+    distributions = np.zeros((*token.shape, VOCABULARY))
     for row, text in enumerate(texts(state)):
         paths = [np.concatenate([text[:-1], token[row, path]]) for path in paths_of(parents)]
         _, logits = forward(DRAFT_PARAMS, padded(paths))
@@ -111,12 +111,12 @@ def laws_along(state, token, parents):
             if history.output_counts is not None:
                 counts = history.output_counts.at[0, jnp.asarray(new, jnp.int32)].add(1)
                 history = History(history.prompt_counts, counts, history.num_new_tokens + len(new))
-            laws[row, node] = jax.nn.log_softmax(processed_logits(sampling, logits[node, at], history)[0])
-    return laws
+            distributions[row, node] = jax.nn.log_softmax(processed_logits(sampling, logits[node, at], history)[0])
+    return distributions
 
 
 def proposed(drafter, options):
-    """A state in which the cache lacks one token of some rows and two of others, and what was proposed there."""
+    """A state whose cache lacks one token of some rows and two of others, and its proposal."""
     begin, decode = compiled(drafter)
     state, lacking = begin(PARAMS, DRAFT_PARAMS, start(options=options)), set()
     while lacking != {1, 2}:
@@ -126,29 +126,29 @@ def proposed(drafter, options):
     return before, [np.asarray(x) for x in decode(PARAMS, DRAFT_PARAMS, state, 1).draft[1] if x is not None]
 
 
-def test_the_likeliest_tokens_of_every_node():
+def test_the_most_probable_tokens_of_every_node():
     """Children are the tokens of the largest logits that a run over the path gives, in order."""
-    state, (token, is_candidate) = proposed(LIKELIEST, "greedy")  # and no law
-    laws = laws_along(state, token, LIKELIEST.parents)
-    np.testing.assert_array_equal(token[:, 0], state.pending())
-    for node in range(LIKELIEST.num_nodes):
-        children = np.flatnonzero(np.array(LIKELIEST.parents) == node)
-        want = np.argsort(-laws[:, node], axis=1)[:, : len(children)]
+    state, (token, is_candidate) = proposed(TOP_TOKENS, "greedy")  # and no distribution
+    distributions = distributions_along(state, token, TOP_TOKENS.parents)
+    np.testing.assert_array_equal(token[:, 0], state.last_token())
+    for node in range(TOP_TOKENS.num_nodes):
+        children = np.flatnonzero(np.array(TOP_TOKENS.parents) == node)
+        want = np.argsort(-distributions[:, node], axis=1)[:, : len(children)]
         np.testing.assert_array_equal(token[:, children], want)
     np.testing.assert_array_equal(is_candidate, np.broadcast_to(np.arange(6) > 0, (3, 6)))
 
 
-def test_the_law_at_every_node():
-    """With every sampling option: exactly the law of a run over the path, as if it had been written."""
-    state, (token, is_candidate, law) = proposed(DRAWN, "every option")
-    laws = laws_along(state, token, DRAWN.parents)
+def test_the_distribution_at_every_node():
+    """With every sampling option: exactly the distribution of a run over the path, as if it had been written."""
+    state, (token, is_candidate, logprobs) = proposed(DRAWN, "every option")
+    distributions = distributions_along(state, token, DRAWN.parents)
     for node in set(DRAWN.parents) - {-1}:
-        got, want = np.exp(law[:, node]), np.exp(laws[:, node])
+        got, want = np.exp(logprobs[:, node]), np.exp(distributions[:, node])
         np.testing.assert_allclose(got, want, atol=TOLERANCE)
         np.testing.assert_array_equal(got > 0, want > 0)
-    drawn_from = np.take_along_axis(law[:, np.maximum(DRAWN.parents, 0)], token[..., None], axis=2)[..., 0]
+    drawn_from = np.take_along_axis(logprobs[:, np.maximum(DRAWN.parents, 0)], token[..., None], axis=2)[..., 0]
     assert np.isfinite(drawn_from[is_candidate]).all()
-    # The first row is greedy: one token holds all the probability, so it has no second child to offer.
+    # The first row is greedy: one token holds all the probability, so it has no second child.
     np.testing.assert_array_equal(is_candidate[0, :4], [False, True, False, True])
 
 
@@ -157,17 +157,18 @@ SMALL, SMALL_PARAMS = tiny_model(vocab_size=5)
 
 
 @pytest.mark.parametrize("kind", [Children.WITHOUT_REPLACEMENT, Children.INDEPENDENT])
-def test_pairs_of_children_follow_the_law(kind):
-    """Over 4,000 seeds: each pair (first, second child) as often as the sequential law says."""
+def test_pairs_of_children_follow_the_distribution(kind):
+    """Over 4,000 seeds: each pair (first, second child) as often as the sequential distribution says."""
     drafter = DraftModel(SMALL, (-1, 0, 0), kind)
     sampling = decoding.Sampling.create(DRAWS, 5, temperature=2.0)
     prompts = np.broadcast_to(np.array([[1, 4, 2]]), (DRAWS, 3))
-    state = decoding.init(SMALL, SMALL_PARAMS, prompts, np.full(DRAWS, 3), 5, np.arange(DRAWS), sampling=sampling)
+    state = decoding.prefill(SMALL, SMALL_PARAMS, prompts, np.full(DRAWS, 3), 5, np.arange(DRAWS), sampling=sampling)
     state = decoding.speculative(SMALL, drafter, ExactMatch()).start(SMALL_PARAMS, SMALL_PARAMS, state)
     proposal, _ = jax.jit(drafter.propose)(SMALL_PARAMS, SMALL_PARAMS, state)
-    law = np.exp(np.asarray(proposal.law[0, 0], np.float64))
-    again = law[None, :] if kind is Children.INDEPENDENT else law[None, :] / (1 - law[:, None]) * (1 - np.eye(5))
-    expected = law[:, None] * again * DRAWS
+    probs = np.exp(np.asarray(proposal.logprobs[0, 0], np.float64))
+    rest = probs[None, :] / (1 - probs[:, None]) * (1 - np.eye(5))
+    second = probs[None, :] if kind is Children.INDEPENDENT else rest
+    expected = probs[:, None] * second * DRAWS
     counts = np.zeros((5, 5))
     np.add.at(counts, (np.asarray(proposal.token[:, 1]), np.asarray(proposal.token[:, 2])), 1)
     assert counts[expected == 0].sum() == 0
@@ -180,11 +181,11 @@ def test_other_shapes_of_draft():
     """One layer, other widths, one token deep: shapes only."""
     small = dataclasses.replace(MODEL.config, blocks=MODEL.config.blocks[1:], hidden_size=17)
     model = type(MODEL)(small)
-    for drafter in (DraftModel.chain(model, 1), DraftModel.likeliest(model, expansion((3,)))):
+    for drafter in (DraftModel.chain(model, 1), DraftModel.top_k(model, expansion((3,)))):
         params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
         speculative = decoding.speculative(MODEL, drafter, ExactMatch())
         state = jax.eval_shape(speculative, PARAMS, params, start())
-        assert state.counts.offered.shape == (1,) and len(state.draft) == 1
+        assert state.counts.proposed.shape == (1,) and len(state.draft) == 1
 
 
 def test_bad_input():

@@ -1,4 +1,4 @@
-"""Drafts from the target's first layer: what is drafted and handed over, what it costs, and that nothing changes."""
+"""Drafts from the target's first layer: tokens, hidden states for the target, cost, and unchanged output."""
 
 import dataclasses
 
@@ -19,9 +19,11 @@ from tests.speculation import (
     assert_same,
     forward,
     padded,
+    penalised_drafts,
     plain_decode,
     start,
     texts,
+    with_penalties,
 )
 
 DRAFT_TOKENS = 3
@@ -43,15 +45,15 @@ def damped(params, amount):
 EARLY = damped(PARAMS, 0.1)
 
 
-def test_nothing_changes_and_every_layer_is_counted():
+def test_output_is_plain_decoding_s_and_every_layer_is_counted():
     """In greedy rows; what sampling options do to a draft is the same code as, and tested in, test_del_choice.py."""
     want = plain_decode(EARLY, start(params=EARLY))
     got = decode(EARLY, None, start(params=EARLY))
     assert_same(got, want)
-    lengths, rounds = np.asarray(got.counts.accepted_lengths), int(got.num_target_forwards) - 1  # one read the prompts
+    lengths, rounds = np.asarray(got.counts.accepted_lengths), int(got.num_target_forwards) - 1  # one was the prefill
     new = np.asarray(got.length) - LENGTHS
     assert np.dot(lengths, np.arange(1, DRAFT_TOKENS + 2)) == new.sum()
-    assert 0 < lengths[0] < lengths.sum() and lengths[-1] > 0  # some drafts stand whole, some not at all
+    assert 0 < lengths[0] < lengths.sum() and lengths[-1] > 0  # some drafts are fully accepted, some not at all
     per_round = (1 + DRAFT_TOKENS) * 1 + 1  # every node through the first layer, one forward through the second
     assert int(got.layer_counts.batch) == rounds * per_round
     assert int(got.counts.num_draft_forwards) == rounds * (1 + DRAFT_TOKENS)
@@ -67,7 +69,7 @@ def test_a_row_alone_gives_the_same():
         assert int(alone.layer_counts.batch) == int(alone.layer_counts.row[0]) == int(together.layer_counts.row[row])
 
 
-def test_the_proposal_is_what_forwards_without_a_cache_give():
+def test_the_proposal_equals_forwards_without_a_cache():
     state = start(params=EARLY)
     proposal, _ = propose(EARLY, None, state)
     drafted = texts(state)
@@ -76,13 +78,23 @@ def test_the_proposal_is_what_forwards_without_a_cache_give():
         last = [np.argmax(exits[row, len(text) - 1]) for row, text in enumerate(drafted)]
         drafted = [np.append(text, token) for text, token in zip(drafted, last, strict=True)]
     out, _ = forward(EARLY, padded(drafted))
-    (rows,) = proposal.rows
+    (update,) = proposal.cache_updates
     for row, text in enumerate(drafted):
         nodes = slice(len(text) - DRAFT_TOKENS - 1, len(text))
         np.testing.assert_array_equal(proposal.token[row], text[nodes])
         np.testing.assert_allclose(proposal.vectors[row], out.captured[1][row, nodes], atol=TOLERANCE)
-        np.testing.assert_allclose(rows.key[row], out.rows[0].key[row, :, nodes], atol=TOLERANCE)
-        np.testing.assert_allclose(rows.value[row], out.rows[0].value[row, :, nodes], atol=TOLERANCE)
+        np.testing.assert_allclose(update.key[row], out.cache_updates[0].key[row, :, nodes], atol=TOLERANCE)
+        np.testing.assert_allclose(update.value[row], out.cache_updates[0].value[row, :, nodes], atol=TOLERANCE)
+
+
+def test_penalties_count_the_draft_s_own_tokens():
+    state = with_penalties(start(params=EARLY))
+    proposal, _ = propose(EARLY, None, state)
+
+    def exit_logits(rows):
+        return MODEL.logits(EARLY, forward(EARLY, padded(rows))[0].captured[1])
+
+    np.testing.assert_array_equal(proposal.token[:, 1:], penalised_drafts(exit_logits, texts(state), DRAFT_TOKENS))
 
 
 @pytest.mark.slow

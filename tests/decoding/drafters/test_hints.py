@@ -1,4 +1,4 @@
-"""Hints are the draft's likeliest tokens, and a tree with hints drafts and counts what the tree without them does."""
+"""Hints are the draft's most probable tokens; a tree with hints drafts and counts as the tree without them."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import pytest
 
 from decodax.decoding.drafters import DraftModel
 from decodax.decoding.drafters.hints import Hints
-from decodax.decoding.speculative import speculative
+from decodax.decoding.speculative_decoding import speculative
 from decodax.decoding.tree import Tree
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
@@ -32,19 +32,19 @@ def some_rounds(drafter, state):
 
 @jax.jit
 def draft_logits(tokens):
-    """The draft's logits after the last of each row's tokens, read without a cache."""
+    """The draft's logits after the last of each row's tokens, run without a cache."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return MODEL.logits(DRAFT_PARAMS, MODEL.apply(DRAFT_PARAMS, tokens, position).hidden)
 
 
-def likeliest(text, count=LIKELY):
+def most_probable(text, count=LIKELY):
     padded = np.zeros((1, 40), np.int32)
     padded[0, : len(text)] = text
     return np.argsort(-np.asarray(draft_logits(jnp.asarray(padded)))[0, len(text) - 1], kind="stable")[:count]
 
 
 @pytest.mark.parametrize("drafter", [HINTED, Hints(MODEL, num_likely=LIKELY)], ids=["tree", "alone"])
-def test_hints_are_the_likeliest_tokens_after_every_node_that_was_run(drafter):
+def test_hints_are_the_most_probable_tokens_after_every_node_that_was_run(drafter):
     state, proposal = some_rounds(drafter, start())
     tree = Tree.fixed(drafter.parents)
     assert proposal.token.shape == (3, drafter.num_nodes) and proposal.likely.shape == (3, drafter.num_nodes, LIKELY)
@@ -55,13 +55,13 @@ def test_hints_are_the_likeliest_tokens_after_every_node_that_was_run(drafter):
             path = np.flatnonzero(tree.ancestors[0, node])
             own = np.concatenate([text[:-1], np.asarray(proposal.token)[b, path]])
             is_run = node == 0 or node in drafter.parents
-            np.testing.assert_array_equal(proposal.likely[b, node], likeliest(own) if is_run else [-1] * LIKELY)
+            np.testing.assert_array_equal(proposal.likely[b, node], most_probable(own) if is_run else [-1] * LIKELY)
     assert int(proposal.num_draft_forwards) in (1 + int(tree.depth.max()), max(1, int(tree.depth.max())))
 
 
-def test_a_tree_with_hints_drafts_what_the_tree_without_them_does():
+def test_a_tree_with_hints_drafts_as_the_tree_without_them():
     hinted, proposal = some_rounds(HINTED, start())
-    state, wanted = some_rounds(DraftModel.likeliest(MODEL, PARENTS), start())
+    state, wanted = some_rounds(DraftModel.top_k(MODEL, PARENTS), start())
     assert int(jnp.sum(state.length)) > LENGTHS.sum() + 15  # some drafts have been accepted
     np.testing.assert_array_equal(hinted.tokens, state.tokens)
     np.testing.assert_array_equal(proposal.token, wanted.token)
@@ -69,10 +69,10 @@ def test_a_tree_with_hints_drafts_what_the_tree_without_them_does():
     jax.tree.map(np.testing.assert_array_equal, hinted.counts, state.counts)
     for mine, theirs in zip(hinted.draft, state.draft, strict=True):
         np.testing.assert_array_equal(mine.length, theirs.length)
-        np.testing.assert_allclose(mine.key, theirs.key, atol=2e-5)  # rows of size about 1, sums in float32
+        np.testing.assert_allclose(mine.key, theirs.key, atol=2e-5)  # keys and values of size about 1, sums in float32
 
 
-def test_alone_it_is_plain_decoding_and_the_draft_reads_every_token_once():
+def test_hints_alone_are_plain_decoding_and_the_draft_runs_every_token_once():
     state, _ = some_rounds(Hints(MODEL, num_likely=LIKELY), start())
     for row, mine in enumerate(texts(state)):
         np.testing.assert_array_equal(mine, texts(plain())[row][: len(mine)])

@@ -1,4 +1,4 @@
-"""Kangaroo: drafts against plain forwards over whole texts, layers counted by hand, output and caches as without it."""
+"""Kangaroo: drafts against forwards over whole texts, layers counted by hand, output and caches of plain decoding."""
 
 import dataclasses
 from functools import cache
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from decodax import decoding
-from decodax.decoding import prompt_reading
-from decodax.decoding.depth import FullDepth
+from decodax.decoding import chunked_prefill
 from decodax.decoding.drafters import Kangaroo
+from decodax.decoding.early_exit import AllLayers
 from decodax.decoding.training.kangaroo import initial_adapter
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
@@ -24,15 +24,17 @@ from tests.speculation import (
     assert_same,
     forward,
     padded,
+    penalised_drafts,
     plain,
     plain_decode,
     start,
     texts,
+    with_penalties,
 )
 
-PART = {"adapter": initial_adapter(MODEL, PARAMS, 1)}
+ADAPTER = {"adapter": initial_adapter(MODEL, PARAMS, 1)}
 MOST = 3
-SOMETIMES = 0.13  # the adapter is surer than this of about half of its tokens
+SOMETIMES = 0.13  # the adapter is more confident than this of about half of its tokens
 ALL_TOKENS = 1000
 
 
@@ -46,11 +48,11 @@ def compiled(confidence=SOMETIMES):
 begin = jax.jit(decoding.speculative(MODEL, Kangaroo(MODEL, 1, MOST), ExactMatch()).start)  # whatever the confidence
 
 
-def run(options="greedy", *, confidence=SOMETIMES, part=PART, blocks=(ALL_TOKENS,), rows=slice(None), **changes):
+def run(options="greedy", *, confidence=SOMETIMES, adapter=ADAPTER, blocks=(ALL_TOKENS,), rows=slice(None), **changes):
     decode = compiled(confidence)
-    state = begin(PARAMS, part, start(rows, options=options, **changes))
+    state = begin(PARAMS, adapter, start(rows, options=options, **changes))
     for max_tokens in blocks:
-        state = decode(PARAMS, part, state, max_tokens)
+        state = decode(PARAMS, adapter, state, max_tokens)
     return state
 
 
@@ -59,19 +61,19 @@ ended = cache(run)
 
 @jax.jit
 def exit_of(tokens):
-    """The target's captured states, the adapter's rows and its logits over whole texts, without any cache."""
+    """The target's captured states, the adapter's cache update and its logits over whole texts, without any cache."""
     out, _ = forward(PARAMS, tokens)
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    normed, rows = Kangaroo(MODEL, 1).adapter.apply(PART["adapter"], out.captured[1], position)
-    return out.captured, rows, MODEL.read_out(PARAMS, normed)
+    normed, update = Kangaroo(MODEL, 1).adapter.apply(ADAPTER["adapter"], out.captured[1], position)
+    return out.captured, update, MODEL.read_out(PARAMS, normed)
 
 
 def assert_adapter_cache(state, cache_):
-    """It holds every token of a text but the pending one, read in one piece, and nothing behind them."""
-    rows = exit_of(padded(texts(state)))[1]
+    """It holds every token of a text but the last one, as one forward computes them, and nothing after them."""
+    update = exit_of(padded(texts(state)))[1]
     np.testing.assert_array_equal(cache_.length, np.asarray(state.length) - 1)
     for row, length in enumerate(np.asarray(state.length) - 1):
-        for got, want in ((cache_.key, rows.key), (cache_.value, rows.value)):
+        for got, want in ((cache_.key, update.key), (cache_.value, update.value)):
             np.testing.assert_allclose(got[row, :, :length], want[row, :, :length], atol=TOLERANCE)
             assert not np.any(got[row, :, length:])
 
@@ -85,15 +87,15 @@ def test_output_and_caches_are_those_of_plain_decoding(options):
     assert np.asarray(state.counts.accepted)[1] > 0  # beyond the first drafted token
 
 
-def test_a_row_alone_gives_the_same_and_asks_for_the_same_layers():
+def test_a_row_alone_gives_the_same_and_runs_the_same_layers():
     for row in range(3):
         alone = run(rows=slice(row, row + 1))
         assert_same(alone, plain(), (row,))
         assert int(alone.layer_counts.row[0]) == int(alone.layer_counts.batch) == int(ended().layer_counts.row[row])
 
 
-def test_stops_inside_a_draft_leave_nothing_behind():
-    """Wherever a stop cuts: of what was accepted behind it, nothing is in any cache."""
+def test_stops_inside_a_draft_leave_no_later_token_in_a_cache():
+    """Wherever a stop cuts a draft, no cache holds a token accepted after it."""
     output = texts(plain())[2][LENGTHS[2] :]
     for place in (5, 8, 11, 14):
         stops = (int(output[place]), -1)
@@ -102,10 +104,10 @@ def test_stops_inside_a_draft_leave_nothing_behind():
         assert_adapter_cache(state, state.draft)
 
 
-def test_prompts_read_in_many_chunks_give_the_same_cache(monkeypatch):
-    monkeypatch.setattr(prompt_reading, "DRAFT_CHUNK_TOKENS", 5)  # neither the buffer nor a prompt is a multiple of it
+def test_prefill_in_many_chunks_gives_the_same_cache(monkeypatch):
+    monkeypatch.setattr(chunked_prefill, "DRAFT_CHUNK_TOKENS", 5)  # neither buffer nor prompts are multiples of it
     state = start()
-    cache_ = jax.jit(Kangaroo(MODEL, 1).start)(PARAMS, PART, state)
+    cache_ = jax.jit(Kangaroo(MODEL, 1).start)(PARAMS, ADAPTER, state)
     assert_adapter_cache(state, cache_)
 
 
@@ -114,19 +116,19 @@ def expected_draft(text):
     drafted, unsure = [], False
     while len(drafted) < MOST and not unsure:
         logits = np.asarray(exit_of(padded([[*text, *drafted]]))[2], np.float64)[0, len(text) + len(drafted) - 1]
-        law = np.exp(logits - logits.max())
+        weights = np.exp(logits - logits.max())
         drafted.append(int(np.argmax(logits)))
-        unsure = law.max() / law.sum() < SOMETIMES
+        unsure = weights.max() / weights.sum() < SOMETIMES
     captured = exit_of(padded([[*text, *drafted]]))[0]
     return drafted, [np.asarray(captured[layer])[0, len(text) - 1 : len(text) + len(drafted)] for layer in (1, 2)]
 
 
 @jax.jit
 def proposed(state):
-    """What is proposed, and what the other layers make of it."""
-    proposal, _ = Kangaroo(MODEL, 1, MOST, SOMETIMES).propose(PARAMS, PART, state)
+    """The proposal, and the target's forward through the remaining layers."""
+    proposal, _ = Kangaroo(MODEL, 1, MOST, SOMETIMES).propose(PARAMS, ADAPTER, state)
     position = state.length[:, None] - 1 + jnp.arange(MOST + 1)[None, :]
-    return proposal, FullDepth().forward(MODEL, PARAMS, state, proposal, position, ())
+    return proposal, AllLayers().forward(MODEL, PARAMS, state, proposal, position, ())
 
 
 def test_drafts_end_when_unsure_and_no_layer_runs_twice():
@@ -160,17 +162,24 @@ def test_drafts_end_when_unsure_and_no_layer_runs_twice():
     assert met == {0, 2, 3, 4}
 
 
+def test_penalties_count_the_draft_s_own_tokens():
+    state = with_penalties(begin(PARAMS, ADAPTER, start()))
+    proposal, _ = jax.jit(Kangaroo(MODEL, 1, MOST, confidence=0.0).propose)(PARAMS, ADAPTER, state)
+    wanted = penalised_drafts(lambda rows: exit_of(padded(rows))[2], texts(state), MOST)
+    np.testing.assert_array_equal(proposal.token[:, 1:], wanted)
+
+
 @pytest.mark.parametrize(("confidence", "drafted"), [pytest.param(1.0, 1, marks=pytest.mark.slow), (0.0, MOST)])
 def test_layers_are_counted_exactly_at_the_extremes(confidence, drafted):
-    """Never sure: one token per draft. Always: as many as there may be. One layer for each and for the pending one."""
+    """Never sure: one token per draft. Always: as many as there may be. One layer for each and for the last one."""
     state = run(confidence=confidence)
     assert_same(state, plain())
     rounds, row_rounds = int(state.num_target_forwards) - 1, int(state.counts.accepted_lengths.sum())
     assert int(state.counts.num_draft_forwards) == (1 + drafted) * rounds
     assert int(state.layer_counts.batch) == 1 * (1 + drafted) * rounds + (2 - 1) * rounds
     assert int(state.layer_counts.row.sum()) == 1 * (1 + drafted) * row_rounds + (2 - 1) * row_rounds
-    assert int(state.counts.offered[0]) == row_rounds
-    assert (np.asarray(state.counts.offered)[1:] > 0).all() == (drafted > 1)
+    assert int(state.counts.proposed[0]) == row_rounds
+    assert (np.asarray(state.counts.proposed)[1:] > 0).all() == (drafted > 1)
 
 
 def test_ending_when_unsure_gives_more_tokens_per_layer_than_drafts_of_full_length():
@@ -183,14 +192,14 @@ def test_ending_when_unsure_gives_more_tokens_per_layer_than_drafts_of_full_leng
 @pytest.mark.slow
 def test_jitted_equals_eager():
     state = run(blocks=())
-    eager, _ = Kangaroo(MODEL, 1, MOST, SOMETIMES).propose(PARAMS, PART, state)
+    eager, _ = Kangaroo(MODEL, 1, MOST, SOMETIMES).propose(PARAMS, ADAPTER, state)
     for mine, other in zip(jax.tree.leaves(eager), jax.tree.leaves(proposed(state)[0]), strict=True):
         np.testing.assert_allclose(mine, other, atol=TOLERANCE)
 
 
-def test_a_broken_adapter_costs_speed_and_nothing_else():
-    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), PART)
-    state = run(part=broken)
+def test_a_nonfinite_adapter_costs_speed_and_changes_no_token():
+    nonfinite = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), ADAPTER)
+    state = run(adapter=nonfinite)
     assert_same(state, plain())
     assert not np.any(state.failed)
 
@@ -204,14 +213,14 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"probability in 0\.\.1, got 1.5"):
         Kangaroo(MODEL, 1, confidence=1.5)
     drafter, other = Kangaroo(MODEL, 1), Model(dataclasses.replace(MODEL.config, logit_softcap=None))
-    drafter.check(MODEL, PART)
+    drafter.check(MODEL, ADAPTER)
     with pytest.raises(ValueError, match="must be the target's own"):
-        drafter.check(other, PART)
-    for part in (None, {}, PART["adapter"]):
+        drafter.check(other, ADAPTER)
+    for adapter in (None, {}, ADAPTER["adapter"]):
         with pytest.raises(ValueError, match="decodax train kangaroo"):
-            drafter.check(MODEL, part)
+            drafter.check(MODEL, adapter)
     norm = {"weight": jnp.ones(22)}
     with pytest.raises(ValueError, match=r"mixer_norm.weight must have shape \(23,\), got \(22,\)"):
-        drafter.check(MODEL, {"adapter": PART["adapter"] | {"mixer_norm": norm}})
+        drafter.check(MODEL, {"adapter": ADAPTER["adapter"] | {"mixer_norm": norm}})
     with pytest.raises(ValueError, match=r"post_norm.weight must have shape none, got \(22,\)"):
-        drafter.check(MODEL, {"adapter": PART["adapter"] | {"post_norm": norm}})
+        drafter.check(MODEL, {"adapter": ADAPTER["adapter"] | {"post_norm": norm}})

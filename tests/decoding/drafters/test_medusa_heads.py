@@ -1,4 +1,4 @@
-"""Medusa heads: their mathematics, guesses from the right token's state, and plain decoding's tokens."""
+"""Medusa heads: logits against NumPy, draft tokens from the right hidden state, and plain decoding's output."""
 
 import dataclasses
 from functools import cache
@@ -15,7 +15,7 @@ from decodax.decoding.verifiers import ExactMatch
 from tests.speculation import MODEL, NEW, PARAMS, VOCABULARY, disturbed, forward, padded, plain, start, texts
 from tests.tiny import tiny_model
 
-PARENTS = (-1, 0, 0, 1, 3, 2)  # three tokens deep, with two guesses for the first of them
+PARENTS = (-1, 0, 0, 1, 3, 2)  # three tokens deep, with two draft tokens for the first of them
 WIDTH = MODEL.config.hidden_size
 # Logits of at most 5 in float32, of sums over 23 products.
 TOLERANCE = 2e-5
@@ -56,7 +56,7 @@ def test_the_logits_of_every_head(tied):
     np.testing.assert_allclose(fewer, found[:, :2], atol=TOLERANCE * np.abs(found).max())
 
 
-def test_new_heads_say_what_the_model_says():
+def test_initial_heads_have_the_logits_of_the_model():
     hidden = jax.random.normal(jax.random.key(4), (2, 3, WIDTH))
     normed = MODEL.normed(PARAMS, hidden)
     found = head_logits(MODEL, PARAMS, initial_heads(PARAMS, MedusaShape(2, 3)), normed, 2)
@@ -67,7 +67,7 @@ def test_new_heads_say_what_the_model_says():
 
 
 # A target in which the next token follows from the last alone, by a fixed order of all tokens: every hidden state is an
-# embedding, and so is every row of the head. Heads can know such a target, or know it in part.
+# embedding, and so is every row of the head. Heads can know such a target, fully or partly.
 ORDER = np.random.default_rng(4).permutation(VOCABULARY)
 AFTER = np.empty(VOCABULARY, np.int64)
 AFTER[ORDER] = np.roll(ORDER, -1)
@@ -84,7 +84,7 @@ KNOWN = known_target()
 
 
 def knowing_heads(num_wrong):
-    """Three heads of which each takes `num_wrong` pairs of tokens for each other."""
+    """Three heads, each of which confuses `num_wrong` pairs of tokens."""
     heads, row = initial_heads(KNOWN, MedusaShape(3, 1, tied=False)), np.arange(VOCABULARY)
     for index in range(3):
         before = row.copy()
@@ -114,20 +114,20 @@ def test_the_known_target_follows_its_order():
         np.testing.assert_array_equal(new[1:], AFTER[new[:-1]])
 
 
-def test_heads_that_know_the_target_are_accepted_whole():
+def test_drafts_of_heads_that_know_the_target_are_fully_accepted():
     begin, decode = compiled()
     heads = knowing_heads(0)
     state = decode(KNOWN, heads, begin(KNOWN, heads, start(params=KNOWN)), 1000)
     assert [list(text) for text in texts(state)] == continued()
-    # The first round drafts nothing; each further one takes three guesses and one token of the target's own.
+    # The first round drafts nothing; each further one takes three draft tokens and one token of the target's own.
     rounds = 1 + -(-(NEW - 1) // 4)
-    assert int(state.num_target_forwards) == rounds.max() + 1  # and one for reading the prompts
+    assert int(state.num_target_forwards) == rounds.max() + 1  # and one for prefill
     lengths = np.asarray(state.counts.accepted_lengths)
     assert lengths[0] >= 3 and lengths[1:3].sum() <= 3 and lengths[3] >= (rounds - 2).sum()
 
 
-def test_guesses_are_those_of_the_last_token_that_stands():
-    """After every round, of every row still running: the guesses that the state before the pending token gives."""
+def test_draft_tokens_come_from_the_state_before_the_last_accepted_token():
+    """After every round, of every row still running: the draft tokens that the state before the last token gives."""
     begin, decode = compiled()
     heads = knowing_heads(9)
     state, lengths = begin(KNOWN, heads, start(params=KNOWN)), set()
@@ -150,8 +150,8 @@ def test_guesses_are_those_of_the_last_token_that_stands():
     assert [list(text) for text in texts(state)] == continued()
 
 
-def test_random_heads_change_nothing():
-    """The model's own tokens, with heads that are wrong nearly always; each row as alone."""
+def test_random_heads_do_not_change_the_output():
+    """The output is the model's own, with heads that are nearly always wrong; each row as if alone."""
     begin, decode = compiled()
     heads = random_heads(tied=False)
     state = decode(PARAMS, heads, begin(PARAMS, heads, start()), 1000)

@@ -27,7 +27,7 @@ def test_output_is_plain_decoding_s():
     assert int(state.counts.accepted.sum()) > 0
 
 
-def test_the_chain_is_what_the_draft_model_would_write():
+def test_the_chain_is_what_the_draft_model_would_generate():
     decode = decoding.speculative(MODEL, DRAFTER, ExactMatch())
     state = jax.jit(decode.start)(PARAMS, DRAFT, start())
     propose, step = jax.jit(DRAFTER.propose), jax.jit(decode.step)
@@ -35,7 +35,7 @@ def test_the_chain_is_what_the_draft_model_would_write():
     for _ in range(3):
         proposal, _ = propose(PARAMS, DRAFT, state)
         lengths = np.asarray(state.length)
-        fresh = decoding.init(MODEL, DRAFT_PARAMS, state.tokens, lengths, 3, np.zeros(3, np.uint32))
+        fresh = decoding.prefill(MODEL, DRAFT_PARAMS, state.tokens, lengths, 3, np.zeros(3, np.uint32))
         written = alone(DRAFT_PARAMS, fresh).tokens
         for row, length in enumerate(lengths):
             np.testing.assert_array_equal(proposal.token[row], written[row, length - 1 : length + 3])
@@ -45,7 +45,7 @@ def test_the_chain_is_what_the_draft_model_would_write():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [31, 41])
 def test_a_draft_model_of_another_vocabulary(size):
-    """Its vocabulary is a part of the target's, or filled up with tokens that it finds likelier than any other."""
+    """Its vocabulary is a subset of the target's, or padded with tokens that it finds more probable than any other."""
     model = in_target_vocabulary(dataclasses.replace(MODEL, config=tiny_config(vocab_size=size)), MODEL.vocab_size)
     extra = ((0, max(0, size - MODEL.vocab_size)), (0, 0))
     tables = {name: jnp.pad(PARAMS[name][:size], extra, constant_values=9.0) for name in ("embedding", "head")}

@@ -1,4 +1,4 @@
-"""The tree of one node in the speculative loop is plain decoding, and counts its layers."""
+"""A tree of the root alone in the speculative loop is plain decoding, and its layers are counted."""
 
 import jax
 import numpy as np

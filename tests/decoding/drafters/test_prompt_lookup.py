@@ -1,4 +1,4 @@
-"""The lookup against plain Python, on random texts of few letters, at the start and the end of the buffer."""
+"""Prompt lookup equals plain Python, on random texts of few distinct tokens, at both ends of the buffer."""
 
 import dataclasses
 
@@ -18,13 +18,13 @@ SETTINGS = [(4, 3, 1), (1, 1, 1), (7, 4, 2)]
 def example():
     random = np.random.default_rng(0)
     length = np.array([1, 2, 3, CAPACITY - 1, *random.integers(1, CAPACITY, ROWS - 4)])  # one more fits in every row
-    # Behind the row's end stands what a lookup would gladly match.
-    letters = np.where(np.arange(ROWS) % 2, 3, 7)[:, None]
-    return random.integers(0, letters, (ROWS, CAPACITY)), length
+    # After the row's end are tokens that the lookup would match.
+    vocabulary = np.where(np.arange(ROWS) % 2, 3, 7)[:, None]
+    return random.integers(0, vocabulary, (ROWS, CAPACITY)), length
 
 
 def looked_up(text, num_tokens, max_ngram, min_ngram):
-    """What stood behind the latest earlier place of the longest n-gram at the end of a list."""
+    """The tokens after the latest earlier occurrence of the longest n-gram at the end of a list."""
     for size in range(max_ngram, min_ngram - 1, -1):
         if size >= len(text):
             continue
@@ -36,20 +36,22 @@ def looked_up(text, num_tokens, max_ngram, min_ngram):
 
 def start(tokens, length):
     """A state of these texts; the model is not needed, so nothing is prefilled."""
-    state = decoding.init(MODEL, PARAMS, tokens[:, :1], np.ones_like(length), CAPACITY - 1, np.zeros_like(length))
+    state = decoding.prefill(MODEL, PARAMS, tokens[:, :1], np.ones_like(length), CAPACITY - 1, np.zeros_like(length))
     return dataclasses.replace(
         state, tokens=jnp.asarray(tokens, jnp.int32), length=jnp.asarray(length, jnp.int32), draft=()
     )
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_proposes_what_followed(settings):
+def test_proposes_the_tokens_after_the_latest_match(settings):
     drafter = PromptLookup(*settings)
     tokens, length = example()
     assert (drafter.num_nodes, drafter.max_depth, drafter.children) == (settings[0] + 1, settings[0], Children.CHOSEN)
     found = []
     proposal, state = jax.jit(drafter.propose)(PARAMS, None, start(tokens, length))
-    assert state == () and proposal.tree.is_chain and proposal.law is None and int(proposal.num_draft_forwards) == 0
+    assert (
+        state == () and proposal.tree.is_chain and proposal.logprobs is None and int(proposal.num_draft_forwards) == 0
+    )
     for row in range(ROWS):
         text = tokens[row, : length[row]].tolist()
         want = looked_up(text, *settings)

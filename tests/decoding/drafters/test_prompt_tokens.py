@@ -1,4 +1,4 @@
-"""Prompt tokens: plain decoding's output whatever they guess, guesses from the right places, nothing left behind."""
+"""Prompt tokens: plain decoding's output whatever they draft, draft tokens from the right positions, clean caches."""
 
 import dataclasses
 
@@ -39,10 +39,10 @@ def run(kind, options="greedy", rows=slice(None)):
 def test_output_and_caches_are_those_of_plain_decoding(kind, options):
     state = run(kind, options)
     assert_same(state, plain(options))
-    assert int(state.counts.accepted.sum()) > 0  # some guesses were right, so that caches were written from a tree
+    assert int(state.counts.accepted.sum()) > 0  # some draft tokens were right, so that caches were written from a tree
 
 
-def test_a_row_alone_decodes_alike():
+def test_a_row_alone_gives_the_same():
     whole, alone = run("dynamic"), run("dynamic", rows=slice(1, 2))
     assert_same(alone, whole, (1,))
     np.testing.assert_array_equal(alone.draft.token[0], whole.draft.token[1])
@@ -53,18 +53,18 @@ EMBEDDED = np.asarray(MODEL.embed(PARAMS, jnp.arange(VOCABULARY, dtype=jnp.int32
 
 @jax.jit
 def logits_of(vectors):
-    """Of one row, filled up to one length so that one program serves all; what follows does not change it."""
+    """Logits of one row, padded to one length so that one program serves all; padding does not change them."""
     position = jnp.arange(vectors.shape[1], dtype=jnp.int32)[None]
     return MODEL.logits(PARAMS, MODEL.apply(PARAMS, vectors, position).hidden)
 
 
-def likeliest(logits, count):
+def most_probable(logits, count):
     return np.argsort(-np.asarray(logits, np.float64), kind="stable")[:count]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_guesses_are_those_of_prompt_tokens_behind_the_text(kind):
-    """Round by round against a forward without cache over the text, with the prompt tokens put behind it."""
+def test_draft_tokens_are_those_of_prompt_tokens_after_the_text(kind):
+    """Round by round against a forward without cache over the text, with the prompt tokens appended."""
     drafter, draft_params = KINDS[kind]
     decode = decoding.speculative(MODEL, drafter, ExactMatch())
     step = jax.jit(decode.step)
@@ -77,14 +77,14 @@ def test_guesses_are_those_of_prompt_tokens_behind_the_text(kind):
                 continue
             number = int(state.draft.distances[row])
             seen.add(number)
-            read = EMBEDDED[text[:-1]]  # all but the new pending token
+            read = EMBEDDED[text[:-1]]  # all but the new last token
             logits = []
             for member in range(drafter.ensemble):
                 whole = np.concatenate([read, vectors[:number, member]])
                 filled = np.pad(whole, ((0, CAPACITY + 8 - len(whole)), (0, 0)))[None]
                 logits.append(np.asarray(logits_of(filled))[0, len(whole) - number : len(whole)])
             for distance, scores in enumerate(np.mean(logits, axis=0)):
-                want = likeliest(scores, drafter.num_ranks)
+                want = most_probable(scores, drafter.num_ranks)
                 np.testing.assert_array_equal(state.draft.token[row, distance], want)
     assert seen == {*np.concatenate([tree.prompts for tree in drafter.trees])}
 
@@ -94,16 +94,16 @@ def test_a_row_drafts_with_the_tree_of_its_state():
     state = jax.jit(drafter.propose)
     begun = dataclasses.replace(start(), draft=drafter.start(PARAMS, draft_params, start()))
     nothing, _ = state(PARAMS, draft_params, begun)
-    assert not nothing.is_candidate.any()  # no guesses yet
-    guesses = jnp.arange(3 * 3 * drafter.num_ranks, dtype=jnp.int32).reshape(3, 3, -1)
-    draft = dataclasses.replace(begun.draft, token=guesses, distances=jnp.array([1, 2, 3], jnp.int32))
+    assert not nothing.is_candidate.any()  # no draft tokens yet
+    draft_tokens = jnp.arange(3 * 3 * drafter.num_ranks, dtype=jnp.int32).reshape(3, 3, -1)
+    draft = dataclasses.replace(begun.draft, token=draft_tokens, distances=jnp.array([1, 2, 3], jnp.int32))
     proposal, _ = state(PARAMS, draft_params, dataclasses.replace(begun, draft=draft))
     for row, tree in enumerate(DYNAMIC):
         count = len(tree.parents)
         np.testing.assert_array_equal(proposal.tree.parent[row, :count], tree.parents)
         np.testing.assert_array_equal(np.flatnonzero(proposal.is_candidate[row]), np.arange(1, count))
         children = [node for node in range(1, count) if tree.parents[node] == 0]
-        np.testing.assert_array_equal(proposal.token[row, np.array(children)], guesses[row, 0, : len(children)])
+        np.testing.assert_array_equal(proposal.token[row, np.array(children)], draft_tokens[row, 0, : len(children)])
 
 
 def test_what_does_not_fit_is_refused():

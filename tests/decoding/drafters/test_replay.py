@@ -1,4 +1,4 @@
-"""The replay drafter: recorded tokens, wrong where marked, nothing behind the recording.
+"""The replay drafter: recorded tokens, wrong where marked, and none after the end of the recording.
 
 That its counts come out exactly is tested with the engine, in ../test_speculative.py.
 """
@@ -33,8 +33,8 @@ def test_drafts_the_recording(num_tokens):
     for propose in (drafter.propose, jax.jit(drafter.propose)):
         proposal, _ = propose(PARAMS, recording, state)
         assert proposal.tree.num_nodes == drafter.num_nodes == num_tokens + 1 == drafter.max_depth + 1
-        assert proposal.tree.is_chain and proposal.law is None and int(proposal.num_draft_forwards) == 0
-        np.testing.assert_array_equal(proposal.token[:, 0], state.pending())
+        assert proposal.tree.is_chain and proposal.logprobs is None and int(proposal.num_draft_forwards) == 0
+        np.testing.assert_array_equal(proposal.token[:, 0], state.last_token())
         for row, length in enumerate(LENGTHS):
             assert not proposal.is_candidate[row, 0]
             for node in range(1, num_tokens + 1):

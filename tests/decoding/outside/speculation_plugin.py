@@ -1,4 +1,4 @@
-"""A drafter, a verifier and a cache policy for decodax, from outside: nothing but its public modules is imported."""
+"""Defines a drafter, a verifier and a cache policy outside decodax, importing only its public modules."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from decodax.core import pytree
 from decodax.decoding import Tree
 from decodax.decoding.drafters import Children, Drafter, fixed_proposal
 from decodax.decoding.verifiers import Verdict, Verifier
-from decodax.layers import pytree
 
 
 @dataclass(frozen=True)
 class LastSuccessor(Drafter):
     """A chain in which every token is followed by what followed it the last time.
 
-    Its state says where, for each row and token: Int[B, V], the place behind its last occurrence; 0: none.
+    Its state says where, for each row and token: Int[B, V], the place after its last occurrence; 0: none.
     """
 
     num_tokens: int
@@ -29,7 +29,7 @@ class LastSuccessor(Drafter):
         return self._note(nowhere, state, 1, state.tokens.shape[1])
 
     def propose(self, params, draft_params, state):
-        tokens, known = [state.pending()], []
+        tokens, known = [state.last_token()], []
         for _ in range(self.num_tokens):
             place = jnp.take_along_axis(state.draft, tokens[-1][:, None], axis=1)
             tokens.append(jnp.take_along_axis(state.tokens, place, axis=1)[:, 0])
@@ -41,7 +41,7 @@ class LastSuccessor(Drafter):
         return self._note(state.draft, state, state.length - outcome.num_emitted, self.num_nodes)
 
     def _note(self, places, state, first, count):
-        """Notes the successors at places first .. first + count - 1, as far as the row is long."""
+        """Records the successors at places first .. first + count - 1 that are within the row."""
         place = jnp.broadcast_to(first, state.length.shape)[:, None] + jnp.arange(count)[None, :]
         before = jnp.take_along_axis(state.tokens, jnp.minimum(place, state.tokens.shape[1]) - 1, axis=1)
         row = jnp.arange(len(places))[:, None]
@@ -49,18 +49,18 @@ class LastSuccessor(Drafter):
 
 
 @dataclass(frozen=True)
-class AmongLikeliest(Verifier):
-    """Accepts any draft token that is among the target's `count` likeliest; then the likeliest. Lossy."""
+class AmongTopTokens(Verifier):
+    """Accepts any draft token that is among the target's `count` most probable; then the most probable. Lossy."""
 
     count: int
     lossless = False
     takes = frozenset(Children)
 
     def check(self, sampling):
-        if sampling.draws:
-            raise ValueError("AmongLikeliest draws nothing, got a temperature above 0: set it to 0")
+        if sampling.do_sample:
+            raise ValueError("AmongTopTokens draws nothing, got a temperature above 0: set it to 0")
 
-    def verify(self, proposal, logits, draws, seed, position):
+    def verify(self, proposal, logits, do_sample, seed, position):
         least = jax.lax.top_k(logits, self.count)[0][..., -1:]
         parent = jnp.broadcast_to(jnp.maximum(jnp.asarray(proposal.tree.parent), 0), proposal.token.shape)
         is_likely = jnp.take_along_axis(logits >= least, parent[..., None], axis=1)
@@ -89,9 +89,9 @@ class Int8Cache:
     capacity = property(lambda self: self.key.shape[2])
 
     def read(self, start, num_tokens):
-        parts = (self.key, self.key_scale, self.value, self.value_scale)
+        arrays = (self.key, self.key_scale, self.value, self.value_scale)
         key, key_scale, value, value_scale = (
-            jax.lax.dynamic_slice_in_dim(part, start, num_tokens, axis=2).astype(jnp.float32) for part in parts
+            jax.lax.dynamic_slice_in_dim(array, start, num_tokens, axis=2).astype(jnp.float32) for array in arrays
         )
         slot = start + jnp.arange(num_tokens)[None, :]
         filled = (slot < self.length[:, None])[:, None, :]
@@ -116,6 +116,6 @@ class Int8Cache:
 
 
 def quantised(rows):
-    """The rows in 8 bits, and the scales."""
+    """The values in 8 bits, and the scales."""
     scale = jnp.max(jnp.abs(rows), axis=-1) / 127
     return jnp.round(rows / jnp.maximum(scale, 1e-30)[..., None]).astype(jnp.int8), scale

@@ -1,4 +1,4 @@
-"""A target of one layer; and optax may mix dtypes in every test of this folder."""
+"""Gives a target of one layer, and lets optax mix dtypes in every test of this folder."""
 
 import pytest
 

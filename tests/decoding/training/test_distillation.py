@@ -1,4 +1,4 @@
-"""The distance between target and draft, and the acceptance, against NumPy in float64."""
+"""The divergence between target and draft, and the acceptance rate, equal NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ ROWS = np.random.default_rng(3).integers(0, 37, size=(5, 12)).astype(np.int32)
 RTOL = 1e-4
 
 
-def law(logits):
+def probs(logits):
     """Probabilities in float64."""
     logits = np.asarray(logits, np.float64)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -26,7 +26,7 @@ def law(logits):
 
 
 def kl_oracle(target, draft):
-    p, q = law(target), law(draft)
+    p, q = probs(target), probs(draft)
     return np.sum(p * (np.log(p) - np.log(q)), axis=-1)
 
 
@@ -38,7 +38,7 @@ def draft_params(target):
 
 @pytest.fixture(scope="module")
 def logits(target, draft_params):
-    """Of target and draft, of all rows, computed one row at a time."""
+    """Logits of target and draft for all rows, computed one row at a time."""
     run = jax.jit(lambda params, tokens: window_logits(target.model, params, tokens))
     tokens = [jnp.asarray(row[None, :-1]) for row in ROWS]
     return [np.concatenate([run(params, row) for row in tokens]) for params in (target.params, draft_params)]
@@ -50,12 +50,12 @@ def test_kl_is_the_formula_s():
     for function in (kl_divergence, jax.jit(kl_divergence)):
         np.testing.assert_allclose(function(target, draft), kl_oracle(target, draft), rtol=1e-5)
         np.testing.assert_allclose(function(target, target), np.zeros((3, 5)), atol=1e-6)
-    # Laws whose mass lies apart, and logits far from zero, stay finite.
+    # Disjoint distributions, and logits far from zero, stay finite.
     far = kl_divergence(jnp.array([900.0, 0.0]), jnp.array([0.0, 900.0]))
     assert float(far) == pytest.approx(900.0)
 
 
-def test_the_loss_is_the_mean_over_all_positions_and_reads_all_tokens_but_the_last(target, draft_params, logits):
+def test_the_loss_is_the_mean_over_all_positions_and_runs_all_tokens_but_the_last(target, draft_params, logits):
     wanted = kl_oracle(*logits).mean()
     loss = jax.jit(Distillation(target.model, target.model).loss)
     assert float(loss(draft_params, target.params, ROWS)) == pytest.approx(wanted, rel=RTOL)
@@ -71,13 +71,13 @@ def test_no_gradient_reaches_the_target(target, draft_params):
 
 
 def test_acceptance_is_the_oracle_s_whatever_the_batch(target, draft_params, logits):
-    p, q = map(law, logits)
+    p, q = map(probs, logits)
     greedy = np.mean(p.argmax(axis=-1) == q.argmax(axis=-1))
     order = np.argsort(-q, axis=-1, kind="stable")
     ranks = [np.mean(order[..., rank] == p.argmax(axis=-1)) for rank in range(8)]
     sampling = np.mean(1 - np.abs(p - q).sum(axis=-1) / 2)
     meter = AcceptanceMeter(target.model, target.model)
-    for batch in (2, 5):  # in the first the last piece is half full
+    for batch in (2, 5):  # in the first case the last piece is half full
         found = meter(target.params, draft_params, ROWS, batch=batch)
         assert found.tokens == 55
         assert found.greedy == pytest.approx(greedy, abs=1e-6)  # a count
@@ -93,5 +93,5 @@ def test_expected_tokens_are_those_of_the_closed_form_and_of_a_simulation():
         assert tokens_per_forward(chance, 4) == pytest.approx((1 - chance**5) / (1 - chance))
     accepted = np.random.default_rng(0).random((200_000, 4)) < 0.75
     emitted = 1 + np.cumprod(accepted, axis=1).sum(axis=1)
-    # The mean of 200,000 values with a standard deviation of at most 2 is off by 5 of its own in one case of a million.
+    # The mean of 200,000 values with a standard deviation of at most 2 is off by 5 standard errors once in a million.
     assert tokens_per_forward(0.75, 4) == pytest.approx(emitted.mean(), abs=5 * 2 / 200_000**0.5)

@@ -1,4 +1,4 @@
-"""From texts to a draft's folder on a tiny target: it learns, leaves the target alone, and is read back the same."""
+"""Training of a draft on a tiny target: it learns, leaves the target unchanged, and loads from its folder."""
 
 import json
 import sys
@@ -104,14 +104,14 @@ def test_the_embedding_starts_as_the_best_approximation_of_the_target_s(target):
     np.testing.assert_allclose(whole @ whole.T, table @ table.T, atol=1e-4 * np.abs(best).max())
 
 
-def test_what_the_end_needs_is_missed_at_the_beginning(target, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_before_training(target, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"matplotlib is needed and not installed: pip install 'decodax\[train\]'"):
         DraftTraining(target, SHAPE, PLAN, TEXTS, tmp_path / "run").train()
     assert not (tmp_path / "run").exists()
 
 
-def test_held_out_text_is_the_share_asked_for_and_none_of_it_is_trained_on():
+def test_held_out_text_is_the_requested_share_and_is_not_trained_on():
     marked = [np.arange(100 * i, 100 * i + size, dtype=np.int32) for i, size in enumerate((13, 50, 7, 30))]
     train, heldout = hold_out(marked, 0.25, seed=0)
     assert sum(map(len, heldout)) == 25 and sum(map(len, train)) == 75
@@ -130,7 +130,7 @@ def test_held_out_windows_are_spread_over_the_text():
         texts.heldout_windows(1000)
 
 
-def test_fingerprints_tell_texts_apart():
+def test_fingerprints_of_texts_differ():
     same = replace(TEXTS, train=[ids.copy() for ids in TEXTS.train])
     assert same.fingerprint() == TEXTS.fingerprint()
     joined = [np.concatenate(TEXTS.train[:2]), *TEXTS.train[2:]]
@@ -140,5 +140,5 @@ def test_fingerprints_tell_texts_apart():
 
 
 def test_windows_longer_than_the_context_are_refused(target, tmp_path):
-    with pytest.raises(ValueError, match="windows hold 1024 tokens, the target's context is 512"):
+    with pytest.raises(ValueError, match=r"window_tokens must be at most 512 \(the target's context\), got 1024"):
         DraftTraining(target, SHAPE, replace(PLAN, window_tokens=1024, short_tokens=256), TEXTS, tmp_path)

@@ -1,4 +1,4 @@
-"""From texts to a folder of exit predictors on a tiny model: they learn, are measured right, and are used by name."""
+"""Training of exit predictors on a tiny model: they learn, are measured right, and are used by name."""
 
 import json
 from dataclasses import replace
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import decodax
-from decodax.decoding.trained_part import find_part
+from decodax.decoding.auxiliary_weights import find_auxiliary_weights
 from decodax.decoding.training import exit_predictors
 from decodax.decoding.training.exit_predictors import ExitPredictorShape, ExitPredictorTraining
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.texts import Texts
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 from decodax.models.model import Model
 from tests.decoding.training import small
 from tests.tiny import TINY_LLAMA
@@ -59,7 +59,7 @@ def finished(models, tmp_path_factory):
 
 
 def examples_of_numpy(training, tokens, place):
-    """Features and labels [L - 1, B, P] from whole logits of every layer, place by place."""
+    """Features and labels [L - 1, B, P] from full logits of every layer, place by place."""
     target, draft = training.target, training.draft
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     out = target.model.apply(target.params, tokens, position, capture=(1, 2, 3))
@@ -72,9 +72,9 @@ def examples_of_numpy(training, tokens, place):
         likely, previous = np.argsort(-np.asarray(drafted)[b, at], kind="stable")[:5], None
         for layer in range(2):
             own = logits[layer, b, at, likely].astype(np.float64)
-            law = np.exp(own) / np.exp(own).sum()
-            change = np.zeros(5) if previous is None else law - previous
-            features[layer, b, column], previous = np.concatenate([own, law, change]), law
+            probs = np.exp(own) / np.exp(own).sum()
+            change = np.zeros(5) if previous is None else probs - previous
+            features[layer, b, column], previous = np.concatenate([own, probs, change]), probs
             is_likely[layer, b, column] = logits[layer, b, at].argmax() in likely
             is_final[layer, b, column] = logits[layer, b, at].argmax() == logits[2, b, at].argmax()
     return features, is_likely, is_final
@@ -120,7 +120,7 @@ def test_the_predictors_learn_and_the_models_stay_as_they_were(finished, models)
     share = label.mean(axis=(1, 2))
     constant = -np.mean(share * np.log(share) + (1 - share) * np.log(1 - share))
     assert facts["heldout"]["heldout_loss"] < constant
-    # And what is said about them is what they do there.
+    # And the facts are what they do there.
     chance = 1 / (1 + np.exp(-scores_of_numpy(finished[1], features)))
     assert facts["heldout"]["accuracy"] == pytest.approx(((chance > 0.5) == label).mean(), abs=1e-9)
     for threshold, (mean_layers, agreement) in facts["heldout"]["exit_curve"].items():
@@ -131,7 +131,7 @@ def test_the_predictors_learn_and_the_models_stay_as_they_were(finished, models)
     assert facts["heldout"]["exit_curve"]["0.5"] == [facts["heldout"]["mean_layers"], facts["heldout"]["agreement"]]
 
 
-def test_places_are_one_of_each_piece():
+def test_one_place_of_each_piece_is_chosen():
     place = places_of(jax.random.key(0), 50, 23)
     border = np.arange(8) * 23 // 7
     assert np.all((place >= border[:-1]) & (place < border[1:]))
@@ -141,9 +141,10 @@ def test_places_are_one_of_each_piece():
 
 def test_the_folder_is_used_by_name(finished, models):
     _, params, out, facts = finished
-    assert sorted(file.name for file in out.iterdir()) == ["draft", "loss.png", "part.json", "part.safetensors"]
-    part = find_part("specee", models[0], out)
-    jax.tree.map(np.testing.assert_array_equal, part.params, params)
+    expected = ["auxiliary.json", "auxiliary.safetensors", "draft", "loss.png"]
+    assert sorted(file.name for file in out.iterdir()) == expected
+    weights = find_auxiliary_weights("specee", models[0], out)
+    jax.tree.map(np.testing.assert_array_equal, weights.params, params)
     assert facts["about"]["draft"] != facts["about"]["target"] and facts["target_layers"] == 3
     prompts, options = [[5, 7, 11], [2, 3]], {"max_new_tokens": 8, "draft": out}
     plain = decodax.generate(models[0], prompts, max_new_tokens=8)
@@ -158,7 +159,7 @@ def test_the_folder_is_used_by_name(finished, models):
         with pytest.raises(ValueError, match=message):
             decodax.generate(models[0], prompts, strategy=name, draft_tokens=draft_tokens, **options)
     with pytest.raises(ValueError, match=r"needs the draft that .* was trained with"):
-        decodax.generate(models[0], prompts, strategy="specee", draft=part)
+        decodax.generate(models[0], prompts, strategy="specee", draft=weights)
 
 
 def test_bad_inputs_are_refused(finished, target):

@@ -1,4 +1,4 @@
-"""The adapter's loss against NumPy, what it learns, and the way from text to a strategy that decodes with it."""
+"""Training of a Kangaroo adapter: the loss against NumPy, what it learns, and the strategy that decodes with it."""
 
 import json
 from dataclasses import replace
@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import decodax
 from decodax.cli.app import app
-from decodax.decoding.trained_part import read_part
+from decodax.decoding.auxiliary_weights import read_auxiliary_weights
 from decodax.decoding.training.export import write_model
-from decodax.decoding.training.kangaroo import KangarooShape, KangarooTraining, expected_tokens_per_full_depth
-from decodax.models.hf_config import read_config
+from decodax.decoding.training.kangaroo import KangarooShape, KangarooTraining, expected_tokens_per_full_forward
+from decodax.models.configs.hf_config import read_config
 from decodax.models.load import LanguageModel
 from decodax.models.model import Model
 from tests.decoding.training import small
@@ -36,7 +36,7 @@ def training(run=Path("run")):
     return KangarooTraining(LM, KangarooShape(1), PLAN, TEXTS, run)
 
 
-def law(logits):
+def probs(logits):
     logits = np.asarray(logits, np.float64)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
@@ -83,7 +83,7 @@ def logits(adapter):
 
 
 def kl_oracle(target, draft):
-    p, q = law(target), law(draft)
+    p, q = probs(target), probs(draft)
     return np.sum(p * (np.log(p) - np.log(q)), axis=-1)
 
 
@@ -95,8 +95,8 @@ def test_the_loss_is_the_divergence_from_the_target_at_all_positions(adapter, lo
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_target))
 
 
-def test_what_is_measured_is_the_oracle_s(adapter, logits):
-    p, q = map(law, logits)
+def test_the_measured_facts_are_the_oracle_s(adapter, logits):
+    p, q = map(probs, logits)
     order = np.argsort(-q, axis=-1, kind="stable")
     found = training().measure(adapter, ROWS)
     assert found["heldout_loss"] == pytest.approx(kl_oracle(*logits).mean(), rel=RTOL)
@@ -121,22 +121,22 @@ def test_the_adapter_learns_and_the_target_stays_as_it_was(tmp_path):
     first, last = mine.measure(mine.initial(), TEXTS.heldout_windows(14)), entries[-1]
     assert last["heldout_loss"] < 0.8 * first["heldout_loss"] and last["sampling"] > first["sampling"]
     facts = mine.export(tmp_path / "out", trained.params, trained.step, tmp_path / "out" / "loss.png")
-    part = read_part(tmp_path / "out", "float32")
-    assert (part.kind, part.shape, set(part.params)) == ("kangaroo", {"exit_layer": 1}, {"adapter"})
+    weights = read_auxiliary_weights(tmp_path / "out", "float32")
+    assert (weights.kind, weights.shape, set(weights.params)) == ("kangaroo", {"exit_layer": 1}, {"adapter"})
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), trained.params)
-    jax.tree.map(np.testing.assert_array_equal, part.params, rounded)
-    expected = [expected_tokens_per_full_depth(facts["heldout"]["greedy"], 1, 2, count) for count in range(1, 9)]
-    assert part.facts["greedy_tokens_per_full_depth"] == expected and part.rank_accuracy[0][0] == pytest.approx(
-        part.facts["heldout"]["greedy"]
+    jax.tree.map(np.testing.assert_array_equal, weights.params, rounded)
+    expected = [expected_tokens_per_full_forward(facts["heldout"]["greedy"], 1, 2, count) for count in range(1, 9)]
+    assert weights.facts["greedy_tokens_per_full_forward"] == expected and weights.rank_accuracy[0][0] == pytest.approx(
+        weights.facts["heldout"]["greedy"]
     )
 
 
-def test_expected_tokens_per_full_depth_are_those_of_a_simulation():
+def test_expected_tokens_per_full_forward_are_those_of_a_simulation():
     draw = np.random.default_rng(0)
     for chance, exit_layer, num_layers, count in ((0.6, 2, 8, 3), (0.3, 1, 5, 1), (0.9, 3, 32, 7)):
         tokens = 1 + np.cumprod(draw.random((100_000, count)) < chance, axis=1).sum(axis=1)
         layers = sum(exit_layer for _ in range(count + 1)) + (num_layers - exit_layer)
-        found = expected_tokens_per_full_depth(chance, exit_layer, num_layers, count)
+        found = expected_tokens_per_full_forward(chance, exit_layer, num_layers, count)
         # 5 standard errors of a mean of 100,000 values with a standard deviation of at most 4
         assert found == pytest.approx(tokens.mean() * num_layers / layers, abs=5 * 4 / 100_000**0.5)
 
@@ -171,7 +171,7 @@ def run(folder, *arguments):
 
 
 def test_from_a_text_to_a_strategy(folder):
-    out = folder / "part"
+    out = folder / "weights"
     result = run(folder, "-o", out, "--exit-layer=2", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
@@ -183,14 +183,14 @@ def test_from_a_text_to_a_strategy(folder):
     plain = decodax.generate(lm, prompts, **options)
     found = decodax.generate(lm, prompts, strategy="kangaroo", draft=out, draft_tokens=2, **options)
     np.testing.assert_array_equal(found.tokens, plain.tokens)
-    assert len(found.stats.offered) == 2
-    with pytest.raises(ValueError, match="needs a part trained for model"):
+    assert len(found.stats.proposed) == 2
+    with pytest.raises(ValueError, match="needs auxiliary weights trained for model"):
         decodax.generate(lm, prompts, strategy="kangaroo", **options)
     with pytest.raises(ValueError, match="give draft_tokens, the most, as a number"):
         decodax.generate(lm, prompts, strategy="kangaroo", draft=out, draft_tokens="auto", **options)
 
 
-def test_the_command_says_what_is_wrong_in_one_line(folder):
+def test_the_command_fails_with_one_line(folder):
     result = run(folder, "-o", folder / "other", "--exit-layer=3")
     assert result.exit_code == 1 and "exit_layer must be in 1..2" in result.stderr
     assert not (folder / "other").exists()

@@ -1,4 +1,4 @@
-"""Teaching a tiny model of two layers to exit early: the loss in NumPy, what is learnt, the way back into a model."""
+"""LayerSkip training of a tiny model of two layers: the loss in NumPy, what is learnt, the merged adapter."""
 
 import json
 from dataclasses import replace
@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 import decodax
 from decodax.cli.app import app
-from decodax.decoding.trained_part import TrainedPart, read_part, write_part
+from decodax.decoding.auxiliary_weights import AuxiliaryWeights, read_auxiliary_weights, write_auxiliary_weights
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.layer_skip import LayerSkipShape, LayerSkipTraining, exits_of_step
 from decodax.decoding.training.texts import Texts
-from decodax.models.hf_config import read_config
+from decodax.models.configs.hf_config import read_config
 from decodax.models.model import Model
 from tests.decoding.training import small
 from tests.tiny import TINY_LLAMA
@@ -32,7 +32,7 @@ ROWS = DRAW.integers(0, 37, (5, 12))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model folder with weights large enough that its laws are far from uniform; it writes single characters."""
+    """A model folder of single characters, with weights large enough that distributions are far from uniform."""
     folder = tmp_path_factory.mktemp("model")
     params = jax.tree.map(lambda leaf: 1.5 * leaf, Model(read_config(CONFIG)[1]).init(jax.random.key(0)))
     write_model(folder, CONFIG, params, "float32")
@@ -58,8 +58,8 @@ def finished(lm, tmp_path_factory):
     return training, trained, folder / "out", facts, before
 
 
-def exit_laws(lm, params, rows):
-    """log-probabilities after the first layer and after both, in float64: [2, B, T, V]."""
+def exit_distributions(lm, params, rows):
+    """Log-probabilities after the first layer and after both, in float64: [2, B, T, V]."""
     position = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
     captured = lm.model.apply(params, jnp.asarray(rows), position, capture=(1, 2)).captured
     logits = np.stack([np.asarray(lm.model.logits(params, captured[layer]), np.float64) for layer in (1, 2)])
@@ -67,8 +67,8 @@ def exit_laws(lm, params, rows):
     return logits - np.log(np.exp(logits).sum(axis=3, keepdims=True))
 
 
-def divergence(wanted, law):
-    return (np.exp(wanted) * (wanted - law)).sum(axis=2).mean()
+def divergence(target, logprobs):
+    return (np.exp(target) * (target - logprobs)).sum(axis=2).mean()
 
 
 def random_change(training):
@@ -83,7 +83,7 @@ def with_change(params, change):
     """The weights with the change added, in NumPy."""
     if "up" in change and not isinstance(change["up"], dict):
         return np.asarray(params) + np.asarray(change["up"]) @ np.asarray(change["down"])
-    return {**params, **{name: with_change(params[name], part) for name, part in change.items()}}
+    return {**params, **{name: with_change(params[name], own) for name, own in change.items()}}
 
 
 def test_the_loss(lm, tmp_path):
@@ -93,13 +93,13 @@ def test_the_loss(lm, tmp_path):
     )
     weight = 0.7 * (1 / 2) ** 2
     tokens = ROWS[:, :-1]
-    wanted = exit_laws(lm, lm.params, tokens)
+    wanted = exit_distributions(lm, lm.params, tokens)
     zero = divergence(wanted[1], wanted[0]) * weight / (1 + weight)
     loss = jax.jit(training.loss)
     rows = jnp.asarray(ROWS)
     assert float(loss(training.initial(), lm.params, rows, jnp.int32(0))) == pytest.approx(zero, rel=1e-5)
     change = random_change(training)
-    first, last = exit_laws(lm, jax.tree.map(jnp.asarray, with_change(lm.params, change["low_rank"])), tokens)
+    first, last = exit_distributions(lm, jax.tree.map(jnp.asarray, with_change(lm.params, change["low_rank"])), tokens)
     early, late = divergence(wanted[1], first), divergence(wanted[1], last)
     assert late > 0.1
     got = float(loss(change, lm.params, rows, jnp.int32(0)))
@@ -107,9 +107,9 @@ def test_the_loss(lm, tmp_path):
 
 
 def test_layers_are_dropped_row_by_row_and_step_by_step(lm, tmp_path):
-    """A row that drops the second layer says at its end what it says after the first; at chance 1 all rows do."""
+    """A row that drops the second layer has the logits of the first at its end; with probability 1 all rows do."""
     rows = jnp.asarray(ROWS)
-    early, _ = wanted = exit_laws(lm, lm.params, ROWS[:, :-1])
+    early, _ = wanted = exit_distributions(lm, lm.params, ROWS[:, :-1])
     of_rows = np.array([divergence(wanted[1][row : row + 1], early[row : row + 1]) for row in range(5)])
     for chance in (1.0, 0.5):
         training = LayerSkipTraining(lm, replace(SHAPE, max_dropout=chance), PLAN, TEXTS, tmp_path)
@@ -137,11 +137,11 @@ def test_it_learns_and_the_model_stays_as_it_was(lm, finished):
     assert facts["best"]["exit_layer"] == 1 and facts["heldout"]["tokens"] == len(windows) * 14
 
 
-def test_what_is_measured(lm, finished):
+def test_the_measured_facts(lm, finished):
     training, trained, *_ = finished
     windows = TEXTS.heldout_windows(14)
     changed = jax.tree.map(jnp.asarray, with_change(lm.params, trained.params["low_rank"]))
-    wanted, found = (exit_laws(lm, params, windows[:, :-1]) for params in (lm.params, changed))
+    wanted, found = (exit_distributions(lm, params, windows[:, :-1]) for params in (lm.params, changed))
     got = training.measure(trained.params, windows)
     assert got["heldout_loss"] == pytest.approx(divergence(wanted[1], found[1]), rel=1e-3)
     best = found.argmax(axis=3)
@@ -149,7 +149,7 @@ def test_what_is_measured(lm, finished):
     assert got["exit_agreement"] == [pytest.approx((best[0] == best[1]).mean())] and got["tokens"] == best[0].size
 
 
-def test_every_exit_has_its_turn():
+def test_every_exit_is_trained_in_turn():
     for num_exits, per_step in ((7, 1), (7, 2), (5, 5), (4, 3)):
         seen = np.concatenate([exits_of_step(jnp.int32(step), num_exits, per_step) for step in range(num_exits)])
         np.testing.assert_array_equal(np.bincount(seen)[1:], per_step)
@@ -158,12 +158,12 @@ def test_every_exit_has_its_turn():
 
 def test_an_adapter_is_merged_when_a_model_is_loaded(folder, lm, finished):
     *_, out, _, _ = finished
-    part = read_part(out, np.float32)
+    weights = read_auxiliary_weights(out, np.float32)
     changed = decodax.load(folder, adapter=out)
-    wanted = with_change(lm.params, part.params["low_rank"])
+    wanted = with_change(lm.params, weights.params["low_rank"])
     jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), changed.params, wanted)
-    assert changed.adapter.facts["heldout"] == part.facts["heldout"] and lm.adapter is None
-    write_part(folder / "mine", TrainedPart(part.kind, part.params, part.facts), "float32")
+    assert changed.adapter.facts["heldout"] == weights.facts["heldout"] and lm.adapter is None
+    write_auxiliary_weights(folder / "mine", AuxiliaryWeights(weights.kind, weights.params, weights.facts), "float32")
     named = decodax.load(folder, adapter="mine")
     jax.tree.map(np.testing.assert_array_equal, named.params, changed.params)
     plain = decodax.generate(changed, [[3, 1, 4], [1, 5]], max_new_tokens=20, stop_token_ids=())
@@ -175,15 +175,14 @@ def test_an_adapter_is_merged_when_a_model_is_loaded(folder, lm, finished):
 
 def test_adapters_that_do_not_fit(folder, lm, finished, tmp_path):
     *_, out, _, _ = finished
-    with pytest.raises(FileNotFoundError, match=r"nowhere holds no part.json"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere holds no auxiliary.json"):
         decodax.load(folder, adapter="nowhere")
-    part = read_part(out, np.float32)
-    write_part(tmp_path / "heads", TrainedPart("medusa", part.params, part.facts), "float32")
+    weights = read_auxiliary_weights(out, np.float32)
+    write_auxiliary_weights(tmp_path / "heads", AuxiliaryWeights("medusa", weights.params, weights.facts), "float32")
     with pytest.raises(ValueError, match=r"heads holds 'medusa'"):
         decodax.load(folder, adapter=tmp_path / "heads")
-    write_part(
-        tmp_path / "wide", TrainedPart(part.kind, part.params, part.facts | {"target_hidden_size": 24}), "float32"
-    )
+    wide = AuxiliaryWeights(weights.kind, weights.params, weights.facts | {"target_hidden_size": 24})
+    write_auxiliary_weights(tmp_path / "wide", wide, "float32")
     with pytest.raises(ValueError, match=r"hidden size is 24, and that of .* is 22"):
         decodax.load(folder, adapter=tmp_path / "wide")
     config = CONFIG | {"intermediate_size": 31}
@@ -194,7 +193,7 @@ def test_adapters_that_do_not_fit(folder, lm, finished, tmp_path):
         decodax.load(tmp_path / "other", adapter=out)
 
 
-def test_the_strategies_take_no_part(lm):
+def test_early_exit_strategies_refuse_a_draft(lm):
     for strategy in ("layer_skip", "del"):
         with pytest.raises(ValueError, match=rf"{strategy} drafts with the model's own layers, got draft='x'"):
             decodax.generate(lm, [[1]], strategy=strategy, draft="x")
@@ -227,7 +226,7 @@ def test_the_commands(folder, tmp_path):
     arguments = ["--model", folder, "--text", text, "-o", tmp_path / "out", *plan.split()]
     result = CliRunner().invoke(app, ["train", "layer_skip", *map(str, arguments)])
     assert result.exit_code == 0, result.output
-    assert "tokens drafted after 1 layers" in result.stdout
+    assert "draft tokens after 1 layers" in result.stdout
     arguments = ["def x", "--model", folder, "--adapter", tmp_path / "out", "--strategy", "del", "--max-new-tokens", 9]
     result = CliRunner().invoke(app, ["generate", *map(str, arguments), "--json", "--no-compilation-cache"])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The loop on a task of a dozen numbers: it learns, leaves the frozen part alone, and resumes bit for bit."""
+"""The training loop on a task of a dozen numbers: it learns, leaves frozen weights alone, and resumes bit for bit."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, asked_by):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     partial = run(tmp_path / "parts", rows=interrupting)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
-    # The step under way is finished, and no other is begun.
+    # The current step is finished, and no other is begun.
     assert (partial.step, partial.finished, read_progress(tmp_path / "parts").step) == (4, False, 4)
     with pytest.raises(AssertionError):
         jax.tree.map(np.testing.assert_array_equal, partial.params, whole.params)
@@ -104,12 +104,12 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
-def test_it_says_how_many_steps_would_be_lost(tmp_path):
-    told = []
+def test_it_reports_how_many_steps_would_be_lost(tmp_path):
+    reported = []
     for seconds, expected in ((0.0, [1, 0] * 8 + [0]), (1e9, [*range(1, 9), 0])):
-        train(tmp_path / str(seconds), PLAN, task(), checkpoint_seconds=seconds, unsaved=told.append)
-        assert told == expected
-        told.clear()
+        train(tmp_path / str(seconds), PLAN, task(), checkpoint_seconds=seconds, unsaved=reported.append)
+        assert reported == expected
+        reported.clear()
 
 
 def test_a_finished_run_does_no_further_step(tmp_path):
@@ -119,7 +119,7 @@ def test_a_finished_run_does_no_further_step(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
 
 
-def test_log_lines_behind_the_checkpoint_are_cut_off(tmp_path):
+def test_log_lines_after_the_checkpoint_are_cut_off(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 2, "loss": 1.0}\n{"step": 6, "loss": 0.5}\n')
     save_checkpoint(tmp_path, 4, {}, {"text": "abc"}, (task().trained, make_optimizer(PLAN).init(task().trained)))
     run(tmp_path)
@@ -129,7 +129,7 @@ def test_log_lines_behind_the_checkpoint_are_cut_off(tmp_path):
 
 def test_a_changed_run_is_refused_and_a_moved_end_is_not(tmp_path):
     run(tmp_path, replace(PLAN, steps=4))
-    with pytest.raises(ValueError, match=r"started otherwise: peak was 0.02, now 0.5; seed was 0, now 3\. Give"):
+    with pytest.raises(ValueError, match=r"other settings: peak was 0.02, now 0.5; seed was 0, now 3\. Give"):
         resumed_plan(tmp_path, replace(PLAN, peak=0.5, seed=3))
     with pytest.raises(ValueError, match="text was 'abc', now 'xyz'"):
         run(tmp_path, replace(PLAN, steps=4), about={"text": "xyz"})
@@ -141,7 +141,7 @@ def test_a_changed_run_is_refused_and_a_moved_end_is_not(tmp_path):
     assert resumed_plan(tmp_path / "new", PLAN) is PLAN
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+def test_a_nonfinite_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     run(tmp_path, replace(PLAN, steps=2))
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     with pytest.raises(FloatingPointError, match="became nan near step 4; start again with a lower learning rate"):
@@ -177,7 +177,7 @@ def test_the_loss_curve_is_drawn(tmp_path):
     assert sizes[0][1] == sizes[1][1] and sizes[0][0] < sizes[1][0]
 
 
-def test_a_missing_package_is_named_with_its_cure(monkeypatch):
+def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "optax", None)
     with pytest.raises(ImportError, match=r"optax is needed and not installed: pip install 'decodax\[train\]'"):
         need("optax")

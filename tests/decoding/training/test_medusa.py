@@ -1,4 +1,4 @@
-"""Medusa heads learn what comes further on, alone and together with a change of the model that begins as none."""
+"""Medusa heads learn to predict further tokens, alone and together with a low-rank change that starts at zero."""
 
 import dataclasses
 import json
@@ -10,9 +10,9 @@ import pytest
 
 import decodax
 from decodax import decoding
+from decodax.decoding.auxiliary_weights import AuxiliaryWeights, read_auxiliary_weights
 from decodax.decoding.drafters import MedusaHeads
 from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
-from decodax.decoding.trained_part import TrainedPart, read_part
 from decodax.decoding.training.medusa import MedusaTraining, places, window_states
 from decodax.decoding.training.medusa_joint import MedusaJointShape, MedusaJointTraining
 from decodax.decoding.training.self_distillation import self_distilled
@@ -26,12 +26,12 @@ SHAPE = MedusaShape(heads=3)
 JOINT = MedusaJointShape(heads=3, rank=4)
 ROWS = np.random.default_rng(3).integers(1, 37, (3, 15)).astype(np.int32)
 STEP = jnp.int32(5)
-# Sums over the 37 logits of a law and over positions, in float32; losses are about 10.
+# Sums over the 37 logits of a distribution and over positions, in float32; losses are about 10.
 TOLERANCE = 1e-5
 
 
 def counting(seed, count):
-    """Texts that count on from anywhere: every token but the first can be foreseen."""
+    """Texts that count up from a random start: every token but the first is predictable."""
     draw = np.random.default_rng(seed)
     return [(1 + (draw.integers(36) + np.arange(30)) % 36).astype(np.int32) for _ in range(count)]
 
@@ -49,19 +49,19 @@ def log_softmax(logits):
 
 
 def oracle_surprise(params, heads, normed, label, at):
-    """For each head, minus the log-probability of its labels at these positions, as far as there are labels."""
+    """For each head, minus the log-probability of its labels at the positions that have one."""
     found, output = [], np.asarray(params["head"], np.float64)
     for index in range(len(heads)):
         weights, state = heads[f"head_{index}"]["block_0"], np.asarray(normed, np.float64)
         inner = state @ np.asarray(weights["weight"], np.float64).T + np.asarray(weights["bias"], np.float64)
-        law = log_softmax((state + inner / (1 + np.exp(-inner))) @ output.T)
+        logprobs = log_softmax((state + inner / (1 + np.exp(-inner))) @ output.T)
         seen = [position for position in at if position + index + 2 < label.shape[1]]
-        found.append([[-law[row, i, label[row, i + index + 2]] for i in seen] for row in range(len(label))])
+        found.append([[-logprobs[row, i, label[row, i + index + 2]] for i in seen] for row in range(len(label))])
     return found
 
 
 def own_labels(target, normed):
-    """The rows with every token replaced by what the model finds likeliest in its place."""
+    """The rows with every token replaced by the model's most probable one."""
     logits = np.asarray(normed, np.float64) @ np.asarray(target.params["head"], np.float64).T
     return np.concatenate([ROWS[:, :1], np.argmax(logits, axis=2)], axis=1)
 
@@ -80,7 +80,7 @@ def test_the_loss_of_heads_alone(target, tmp_path, labels, stride):
     assert float(found) == pytest.approx(want, rel=TOLERANCE)
 
 
-def test_strided_positions_begin_anywhere():
+def test_strided_positions_start_at_any_offset():
     assert {int(places(step, 4, 14)[0]) for step in range(40)} == {0, 1, 2, 3}
 
 
@@ -95,13 +95,13 @@ def finished(target, tmp_path_factory):
     return training, folder / "out", facts
 
 
-def test_heads_learn_and_say_how_often_they_are_right(target, finished):
+def test_heads_learn_and_their_accuracy_is_recorded(target, finished):
     training, out, facts = finished
     entries = [json.loads(line) for line in (training.run / "log.jsonl").read_text().splitlines()]
     assert entries[-1]["loss"] < 0.7 * entries[0]["loss"]
     assert entries[-1]["heldout_loss"] < 0.85 * entries[0]["heldout_loss"]
-    part = read_part(out, "float32")
-    assert part.kind == "medusa" and part.shape == {"heads": 3, "blocks": 1, "tied": True}
+    weights = read_auxiliary_weights(out, "float32")
+    assert weights.kind == "medusa" and weights.shape == {"heads": 3, "blocks": 1, "tied": True}
     assert facts["num_parameters"] == 3 * (22 * 22 + 22)
     windows = TEXTS.heldout_windows(14)
     ranks, surprise, counted = np.zeros((3, 10)), np.zeros(3), np.zeros(3)
@@ -113,7 +113,7 @@ def test_heads_learn_and_say_how_often_they_are_right(target, finished):
             logits = -np.concatenate(
                 [
                     oracle_surprise(
-                        target.params, part.params["heads"], normed[None], np.full((1, 17), token), range(14)
+                        target.params, weights.params["heads"], normed[None], np.full((1, 17), token), range(14)
                     )[head]
                     for token in range(37)
                 ]
@@ -140,12 +140,12 @@ def test_the_strategy_by_name(target, finished):
     assert found.stats.strategy == "medusa" and len(found.stats.accepted) <= 3
     with pytest.raises(ValueError, match="draft_tokens must be a whole number, at least 1, or 'auto', got 0"):
         decodax.generate(target, prompts, strategy="medusa", draft=out, draft_tokens=0)
-    with pytest.raises(ValueError, match="needs a part trained for tiny: pass draft=FOLDER"):
+    with pytest.raises(ValueError, match="needs auxiliary weights trained for tiny: pass draft=FOLDER"):
         decodax.generate(target, prompts, strategy="medusa")
 
 
 def joint(target, finished, folder, **options):
-    start = read_part(finished[1], "float32")
+    start = read_auxiliary_weights(finished[1], "float32")
     return MedusaJointTraining(target, JOINT, PLAN, TEXTS, folder, "text", start=start, **options)
 
 
@@ -157,8 +157,8 @@ def test_the_joint_loss_begins_with_an_unchanged_model(target, finished, tmp_pat
     assert float(found) - 0.2 * float(heads_alone) == pytest.approx(0, abs=1e-6)
     by_text = joint(target, finished, tmp_path, keep="text").loss(training.initial(), target.params, ROWS, STEP)
     normed = window_states(target.model, target.params, jnp.asarray(ROWS[:, :-1]))
-    law = log_softmax(np.asarray(normed, np.float64) @ np.asarray(target.params["head"], np.float64).T)
-    want = -np.mean(np.take_along_axis(law, ROWS[:, 1:, None], axis=2))
+    logprobs = log_softmax(np.asarray(normed, np.float64) @ np.asarray(target.params["head"], np.float64).T)
+    want = -np.mean(np.take_along_axis(logprobs, ROWS[:, 1:, None], axis=2))
     assert float(by_text) - float(found) == pytest.approx(want, rel=TOLERANCE)
 
 
@@ -183,14 +183,14 @@ def test_joint_training_changes_the_named_matrices_and_decodes_the_changed_model
     trained = training.train(report_every=20, measure_every=40)
     facts = training.export(tmp_path / "out", trained.params, trained.step, tmp_path / "loss.png", dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, target.params, before)
-    part = read_part(tmp_path / "out", "float32")
-    assert set(part.params) == {"heads", "low_rank"} and set(part.params["low_rank"]) == {"blocks_0"}
-    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(part.params["low_rank"]))
+    weights = read_auxiliary_weights(tmp_path / "out", "float32")
+    assert set(weights.params) == {"heads", "low_rank"} and set(weights.params["low_rank"]) == {"blocks_0"}
+    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(weights.params["low_rank"]))
     assert 0 < facts["heldout"]["kl"] < 1 and 0 < facts["heldout"]["unchanged"] <= 1
     entries = [json.loads(line) for line in (training.run / "log.jsonl").read_text().splitlines()]
     assert entries[-1]["loss"] < entries[0]["loss"]
 
-    changed = dataclasses.replace(target, params=merged(target.params, part.params["low_rank"], 0.25))
+    changed = dataclasses.replace(target, params=merged(target.params, weights.params["low_rank"], 0.25))
     plain = decodax.generate(changed, [[1, 2, 3]], max_new_tokens=20)
     found = decodax.generate(target, [[1, 2, 3]], max_new_tokens=20, strategy="medusa", draft=tmp_path / "out")
     np.testing.assert_array_equal(found.tokens, plain.tokens)
@@ -199,7 +199,7 @@ def test_joint_training_changes_the_named_matrices_and_decodes_the_changed_model
     assert np.abs(found.logprobs[0] - unchanged.logprobs[0]).max() > 1e-3
 
 
-def test_what_the_model_writes_itself(target):
+def test_the_model_s_own_continuations(target):
     documents = [*counting(4, 3), np.arange(1, 5, dtype=np.int32)]
     written = self_distilled(target, documents, 5, seed_tokens=6, new_tokens=9, seed=1)
     assert len(written) == 5 and all(len(ids) <= 15 for ids in written)
@@ -230,10 +230,10 @@ def test_bad_input(target, finished, tmp_path):
         MedusaJointShape(rank=0)
     with pytest.raises(ValueError, match="keep must be one of"):
         joint(target, finished, tmp_path, keep="everything")
-    start = read_part(finished[1], "float32")
+    start = read_auxiliary_weights(finished[1], "float32")
     for other, message in (
         (dataclasses.replace(start, params=start.params | {"low_rank": {}}), "heads that were trained alone"),
-        (TrainedPart("ppd", start.params, start.facts, "prompts"), "prompts holds 'ppd'"),
+        (AuxiliaryWeights("ppd", start.params, start.facts, "prompts"), "got prompts, which holds 'ppd'"),
     ):
         with pytest.raises(ValueError, match=message):
             MedusaJointTraining(target, JOINT, PLAN, TEXTS, tmp_path, start=other)

@@ -1,4 +1,4 @@
-"""The plan of a run: its learning rate, its moved end, and what it refuses."""
+"""The plan of a training run: its learning rate, its moved end, and the values it refuses."""
 
 import pytest
 
@@ -37,6 +37,6 @@ def test_a_plan_finishes_earlier_but_not_in_the_past():
         ({"peak": float("nan")}, "learning rate must be positive, got nan"),
     ],
 )
-def test_values_without_a_meaning_are_refused(fields, message):
+def test_meaningless_values_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Plan(**fields)

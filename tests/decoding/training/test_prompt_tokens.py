@@ -1,4 +1,4 @@
-"""Training of prompt tokens on a tiny target: the loss against plain forwards, and a part that is read back."""
+"""Training of prompt tokens on a tiny target: the loss against plain forwards, and weights that load and draft."""
 
 import json
 from dataclasses import replace
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from decodax import decoding
+from decodax.decoding.auxiliary_weights import find_auxiliary_weights, read_auxiliary_weights
 from decodax.decoding.drafters import PromptTokens
 from decodax.decoding.prompt_tree import static_tree
-from decodax.decoding.trained_part import find_part, read_part
 from decodax.decoding.training.prompt_tokens import RANKS, PromptTokensShape, PromptTokensTraining, _logits
 from decodax.decoding.verifiers import ExactMatch
 from tests.decoding.training import small
@@ -34,7 +34,7 @@ def finished(target, tmp_path_factory):
 
 
 def logits_after(target, vectors):
-    """Plain forward over vectors, without a cache: logits behind the last; filled up, so that one shape is compiled."""
+    """Forward over vectors, without a cache: logits after the last; padded, so that one shape is compiled."""
     filled = np.zeros((1, 12, vectors.shape[1]), np.float32)
     filled[0, : len(vectors)] = vectors
     return np.asarray(forward(target.model, target.params, jnp.asarray(filled)))[0, len(vectors) - 1]
@@ -45,12 +45,12 @@ def forward(model, params, vectors):
     return model.logits(params, model.apply(params, vectors, jnp.arange(12, dtype=jnp.int32)[None]).hidden)
 
 
-def law(logits):
+def probs(logits):
     weights = np.exp(np.asarray(logits, np.float64) - np.max(logits))
     return weights / weights.sum()
 
 
-def test_the_loss_is_that_of_forwards_one_by_one(target):
+def test_the_loss_is_that_of_separate_forwards(target):
     embedding = np.asarray(jax.random.normal(jax.random.key(0), (2, 3, target.config.hidden_size)), np.float32)
     tokens = np.stack([documents(3, 1)[0][:9], documents(4, 1)[0][:9]])
     cut = np.array([[0, 4, 8], [2, 2, 7]], np.int32)
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_forwards_one_by_one(target):
         target.model, target.params, jnp.asarray(embedding), jnp.asarray(tokens), jnp.asarray(places)
     )
     divergence = [
-        np.sum(law(one) * np.log(law(one) / law(other)))
+        np.sum(probs(one) * np.log(probs(one) / probs(other)))
         for one, other in zip(np.asarray(model_logits).reshape(-1, 37), np.asarray(found).reshape(-1, 37), strict=True)
     ]
     assert measured["heldout_loss"] == pytest.approx(np.mean(divergence), rel=1e-4)
@@ -96,39 +96,39 @@ def test_prompt_tokens_learn_and_the_target_stays_as_it_was(target, finished):
     assert entries[-1]["heldout_loss"] < untrained["heldout_loss"]
 
 
-def test_the_part_is_read_back_and_drafts(target, finished):
+def test_the_weights_are_loaded_and_draft(target, finished):
     _, trained, out, facts, _ = finished
-    part = find_part("ppd", target, out)
-    np.testing.assert_array_equal(part.params["embedding"], trained.params["embedding"])
-    assert part.rank_accuracy == facts["heldout"]["rank_accuracy"] and len(part.rank_accuracy) == 2
-    assert part.shape == {"distances": 2, "ensemble": 3}
-    drafter = PromptTokens(target.model, (static_tree(part.rank_accuracy, 3),), ensemble=3)
+    weights = find_auxiliary_weights("ppd", target, out)
+    np.testing.assert_array_equal(weights.params["embedding"], trained.params["embedding"])
+    assert weights.rank_accuracy == facts["heldout"]["rank_accuracy"] and len(weights.rank_accuracy) == 2
+    assert weights.shape == {"distances": 2, "ensemble": 3}
+    drafter = PromptTokens(target.model, (static_tree(weights.rank_accuracy, 3),), ensemble=3)
     decode = jax.jit(decoding.speculative(target.model, drafter, ExactMatch()))
     plain = jax.jit(decoding.autoregressive(target.model))
     prompts = [np.stack([ids[:7] for ids in TEXTS.heldout]), np.full(3, 7), 20, np.zeros(3, np.uint32)]
-    got = decode(target.params, part.params, decoding.init(target.model, target.params, *prompts))
-    want = plain(target.params, decoding.init(target.model, target.params, *prompts))
+    got = decode(target.params, weights.params, decoding.prefill(target.model, target.params, *prompts))
+    want = plain(target.params, decoding.prefill(target.model, target.params, *prompts))
     np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
-def test_parts_of_other_models_and_kinds_are_refused(target, finished, tmp_path):
+def test_weights_of_other_models_and_kinds_are_refused(target, finished, tmp_path):
     out = finished[2]
-    facts = json.loads((out / "part.json").read_text())
+    facts = json.loads((out / "auxiliary.json").read_text())
     for change, message in (
-        ({"kind": "medusa"}, "needs a part of that kind, .* holds 'medusa'"),
-        ({"target_hidden_size": 24}, "hidden size is 24, and that of tiny is 22: train one .* `decodax train ppd`"),
+        ({"kind": "medusa"}, "needs weights of that kind, .* holds 'medusa'"),
+        ({"target_hidden_size": 24}, "hidden size is 24, and that of tiny is 22: train weights .* `decodax train ppd`"),
         ({"target_layers": 3}, "number of layers is 3, and that of tiny is 1"),
     ):
-        (tmp_path / "part.json").write_text(json.dumps(facts | change))
-        (tmp_path / "part.safetensors").write_bytes((out / "part.safetensors").read_bytes())
+        (tmp_path / "auxiliary.json").write_text(json.dumps(facts | change))
+        (tmp_path / "auxiliary.safetensors").write_bytes((out / "auxiliary.safetensors").read_bytes())
         with pytest.raises(ValueError, match=message):
-            find_part("ppd", target, tmp_path)
-    with pytest.raises(ValueError, match=r"needs a part trained for tiny: pass draft=FOLDER \(`decodax train ppd`"):
-        find_part("ppd", target, None)
-    (tmp_path / "part.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"part.safetensors is no intact safetensors file"):
-        read_part(tmp_path, jnp.float32)
-    with pytest.raises(FileNotFoundError, match=r"holds no part\.json"):
-        read_part(tmp_path / "none", jnp.float32)
+            find_auxiliary_weights("ppd", target, tmp_path)
+    with pytest.raises(ValueError, match=r"needs auxiliary weights trained for tiny: .* \(`decodax train ppd`"):
+        find_auxiliary_weights("ppd", target, None)
+    (tmp_path / "auxiliary.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"auxiliary.safetensors is no intact safetensors file"):
+        read_auxiliary_weights(tmp_path, jnp.float32)
+    with pytest.raises(FileNotFoundError, match=r"holds no auxiliary\.json"):
+        read_auxiliary_weights(tmp_path / "none", jnp.float32)
     with pytest.raises(ValueError, match="at least 1, got 0 and 1"):
         PromptTokensShape(0)

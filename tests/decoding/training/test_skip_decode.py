@@ -1,4 +1,4 @@
-"""The change learns to make up for the layers left out, by the schedule that decoding then follows."""
+"""SkipDecode training: a low-rank change compensates for skipped layers, by the schedule that decoding follows."""
 
 import json
 from dataclasses import replace
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import decodax
-from decodax.decoding.depth import SkipDecode
+from decodax.decoding.auxiliary_weights import read_auxiliary_weights
+from decodax.decoding.early_exit import SkipDecode
 from decodax.decoding.strategies import METHODS
-from decodax.decoding.trained_part import read_part
 from decodax.decoding.training.distillation import kl_divergence, window_logits
 from decodax.decoding.training.skip_decode import (
     SkipDecodeShape,
@@ -20,13 +20,13 @@ from decodax.decoding.training.skip_decode import (
     skipping_logits,
 )
 from decodax.layers.adapters.low_rank import merged
-from tests.decoding.training.depths import LAYERS, PLAN, PROMPT, deep_target
-from tests.decoding.training.depths import TEXTS as PARTED
+from tests.decoding.training.deep_target import LAYERS, PLAN, PROMPT, deep_target
+from tests.decoding.training.deep_target import TEXTS as SPLIT
 from tests.decoding.training.small import WINDOW
 
 TARGET = deep_target()
-# Judged on what it learns from: a few steps on random weights are no text that one could generalise from.
-TEXTS = replace(PARTED, heldout=PARTED.train)
+# Evaluated on the training texts: a few steps on random weights do not generalise.
+TEXTS = replace(SPLIT, heldout=SPLIT.train)
 STEPS = replace(PLAN, peak=0.003).finishing_by(300)
 
 
@@ -54,11 +54,11 @@ def test_it_learns_and_leaves_the_target_alone(finished):
     assert found["heldout_loss"] < 0.8 * untrained["heldout_loss"]
     assert found["agreement_by_layers"][0][1] > untrained["agreement_by_layers"][0][1]
     assert log[-1]["heldout_loss"] == pytest.approx(facts["heldout"]["heldout_loss"])
-    depths = [layers for layers, _ in facts["heldout"]["agreement_by_layers"]]
-    assert depths == [2, 3] and untrained["agreement_by_layers"][1] == [3, 1.0]  # all layers, unchanged
+    num_layers = [layers for layers, _ in facts["heldout"]["agreement_by_layers"]]
+    assert num_layers == [2, 3] and untrained["agreement_by_layers"][1] == [3, 1.0]  # all layers, unchanged
 
 
-def test_the_first_step_costs_nothing_at_full_depth_and_draws_another_schedule_each_time(tmp_path):
+def test_the_first_loss_is_zero_with_all_layers_and_every_step_draws_another_schedule(tmp_path):
     rows = jnp.asarray(TEXTS.heldout_windows(WINDOW)[:5])
     whole, falling = training(tmp_path, min_layers=3), training(tmp_path)
     start = whole.initial()
@@ -68,14 +68,14 @@ def test_the_first_step_costs_nothing_at_full_depth_and_draws_another_schedule_e
     assert values[0] == values[2] != values[1] and min(values) > 1e-3
     gradient = jax.jit(jax.grad(falling.loss))(start, TARGET.params, rows, jnp.int32(0))
     changed = {
-        name: any(np.any(leaf != 0) for leaf in jax.tree.leaves(part)) for name, part in gradient["low_rank"].items()
+        name: any(np.any(leaf != 0) for leaf in jax.tree.leaves(own)) for name, own in gradient["low_rank"].items()
     }
     assert changed == {f"blocks_{index}": True for index in range(LAYERS)}
 
 
 def test_layers_fall_from_the_prompt_s_last_token():
-    depth = SkipDecode(max_layers=6, min_layers=2, decay_tokens=1)
-    found = falling_layers(depth, jnp.array([0, 3, 7, 8]), jnp.array([8, 2, 1, 1]), 9)
+    layer_policy = SkipDecode(max_layers=6, min_layers=2, decay_tokens=1)
+    found = falling_layers(layer_policy, jnp.array([0, 3, 7, 8]), jnp.array([8, 2, 1, 1]), 9)
     assert found.tolist() == [
         [6, 6, 5, 5, 4, 4, 3, 3, 2],
         [6, 6, 6, 6, 4, 2, 2, 2, 2],
@@ -85,11 +85,13 @@ def test_layers_fall_from_the_prompt_s_last_token():
 
 
 def test_the_loss_is_that_of_its_definition(finished):
-    """Token by token: the window up to it is read anew, each token through its own layers, later ones not there."""
+    """Token by token: the window up to it is run again, each token through its own layers, without later ones."""
     run, _, _, _, _ = finished
     tokens = jnp.asarray(TEXTS.heldout_windows(WINDOW)[:1, :7])
     number = jnp.array([[3, 3, 3, 2, 2, 2, 2]])
-    found = jax.jit(lambda params: skipping_logits(TARGET.model, params, tokens, run.depth, number))(TARGET.params)
+    found = jax.jit(lambda params: skipping_logits(TARGET.model, params, tokens, run.layer_policy, number))(
+        TARGET.params
+    )
     position = jnp.arange(7)[None]
     hidden = TARGET.model.embed(TARGET.params, tokens)
     hidden = TARGET.model.apply(TARGET.params, hidden, position, layers=(0, 1)).hidden
@@ -102,25 +104,25 @@ def test_the_loss_is_that_of_its_definition(finished):
     assert np.all(np.abs(kl[:3]) < 1e-6) and np.all(kl[3:] > 1e-4)  # sums of 37 float32 terms
 
 
-def test_what_is_decoded_with_the_part_is_what_it_was_trained_for(finished):
+def test_decoding_with_the_weights_is_the_forward_they_were_trained_for(finished):
     _, _, out, _, _ = finished
     speculation = METHODS["skip_decode"].build(TARGET, out, None)
-    assert speculation.depth == SkipDecode(LAYERS, 2, 128) and speculation.params.keys() == TARGET.params.keys()
-    change = read_part(out, "float32").params["low_rank"]
+    assert speculation.layer_policy == SkipDecode(LAYERS, 2, 128) and speculation.params.keys() == TARGET.params.keys()
+    change = read_auxiliary_weights(out, "float32").params["low_rank"]
     for got, want in zip(
         jax.tree.leaves(speculation.params), jax.tree.leaves(merged(TARGET.params, change)), strict=True
     ):
         np.testing.assert_array_equal(got, want)
     fast = SkipDecode(LAYERS, 2, 5)
     by_hand = decodax.decoding.strategies.Speculation(
-        speculation.drafter, speculation.verifier, depth=fast, params=speculation.params
+        speculation.drafter, speculation.verifier, layer_policy=fast, params=speculation.params
     )
     out_tokens = decodax.generate(TARGET, [PROMPT], strategy=by_hand, max_new_tokens=12).tokens[0]
     text = jnp.concatenate([PROMPT, out_tokens])[None]
     number = fast.num_layers(jnp.maximum(jnp.arange(text.shape[1]) - (len(PROMPT) - 1), 0))[None]
     logits = jax.jit(lambda params: skipping_logits(TARGET.model, params, text, fast, number))(speculation.params)
-    likeliest = np.argmax(logits, axis=-1)[0, len(PROMPT) - 1 : -1]
-    np.testing.assert_array_equal(out_tokens, likeliest)
+    most_probable = np.argmax(logits, axis=-1)[0, len(PROMPT) - 1 : -1]
+    np.testing.assert_array_equal(out_tokens, most_probable)
 
 
 def test_what_does_not_fit_is_refused(finished, tmp_path):

@@ -18,7 +18,7 @@ def test_folders_give_their_text_files_by_name(tmp_path):
     assert texts == ["c.txt \u00e4", "a.md \u00e4", "c.txt \u00e4", "b/a.py \u00e4"]
 
 
-def test_what_is_no_text_is_refused_when_it_was_named(tmp_path):
+def test_a_named_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe4")
     with pytest.raises(ValueError, match=r"latin.txt must be text in UTF-8"):
         read_texts([tmp_path / "latin.txt"])

@@ -1,4 +1,4 @@
-"""The rows of a training step: each token about once per pass, and every step computed from its number alone."""
+"""Rows of a training step hold each token about once per pass, and depend on the number of the step alone."""
 
 from dataclasses import replace
 
@@ -24,13 +24,13 @@ def windows(plan=PLAN, rotating=ROTATING, share=0.1):
     return TextWindows(TEXTS, plan, rotating=rotating, rotating_share=share, separator=(0,))
 
 
-def test_a_pass_reads_every_token_about_once():
+def test_a_pass_uses_every_token_about_once():
     rows = windows(replace(PLAN, long_from=10**6), share=0.0)
     count = len(rows.one_pass(0))
     read = np.concatenate([rows.at(step)[:, :-1].ravel() for step in range(count // PLAN.windows_per_step)])
     there = np.concatenate([np.append(0, ids) for ids in TEXTS])
     missing = np.bincount(there, minlength=31) - np.bincount(read, minlength=31)
-    # What fills no window, and the window that fills no step, are left out; nothing is read twice.
+    # Tokens that fill no window, and windows that fill no step, are left out; nothing is used twice.
     assert missing.min() >= 0 and missing.sum() <= PLAN.tokens_per_step
 
 

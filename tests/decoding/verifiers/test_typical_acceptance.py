@@ -1,4 +1,4 @@
-"""Typical acceptance takes what the paper's threshold lets pass, says that it is lossy, and can be turned off."""
+"""Typical acceptance accepts what the paper's threshold allows, is marked lossy, and can be turned off."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ SETTINGS = {
 }
 RANDOM = np.random.default_rng(5)
 SHAPE = (ROWS, len(PARENTS))
-# Laws from nearly certain to nearly flat, with tokens that cannot come, and drafts that are mostly likely tokens.
+# Distributions from nearly certain to nearly flat, with impossible tokens, and drafts that are mostly likely
+# tokens.
 LOGITS = RANDOM.normal(size=(*SHAPE, VOCABULARY)) * RANDOM.uniform(0.2, 5, (ROWS, 1, 1))
 LOGITS[RANDOM.random(LOGITS.shape) < 0.2] = -np.inf
 LOGITS[..., 3] = 0.5
@@ -80,15 +81,15 @@ def test_it_accepts_more_where_the_target_is_unsure():
     for logits in (flat, sharp):
         rows = jnp.asarray(np.broadcast_to(logits, LOGITS.shape), jnp.float32)
         accepted.append(int(np.sum(np.asarray(verify(jnp.array([0.09, 0.3], jnp.float32), rows).node) > 0)))
-    # Every token of the flat law has 1/11, above min(0.09, 0.3/11); of the sharp one only the first passes.
+    # Every token of the flat distribution has 1/11, above min(0.09, 0.3/11); of the sharp one only token 0 passes.
     assert accepted[0] > 100 and 0 < accepted[1] < accepted[0]
 
 
 def test_equally_long_paths_are_chosen_by_likelihood():
     parents = (-1, 0, 0, 0)
-    law = np.log(np.array([0.2, 0.5, 0.3], np.float32))
+    logprobs = np.log(np.array([0.2, 0.5, 0.3], np.float32))
     proposal = fixed_proposal(Tree.fixed(parents), jnp.array([[0, 0, 2, 1]]), jnp.ones((1, 4), bool))
-    logits = jnp.asarray(np.broadcast_to(law, (1, 4, 3)))
+    logits = jnp.asarray(np.broadcast_to(logprobs, (1, 4, 3)))
     position = jnp.array([[1, 2, 2, 2]])
     assert TypicalAcceptance().verify(proposal, logits, True, SEED[:1], position).node[0] == 3
 
@@ -101,7 +102,7 @@ def test_turned_off_it_is_plain_decoding():
     np.testing.assert_array_equal(verdict.token, np.argmax(np.asarray(logits[:, 0] + noise_at(POSITION[:, 0])), axis=1))
 
 
-def test_it_says_that_it_is_lossy_and_refuses_settings_without_meaning():
+def test_it_is_marked_lossy_and_refuses_meaningless_settings():
     assert not TypicalAcceptance.lossless and "Lossy" in typical_acceptance.__doc__
     for epsilon in (0.0, -0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="epsilon must be above 0 and at most 1"):

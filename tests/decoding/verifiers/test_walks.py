@@ -1,4 +1,4 @@
-"""With given random numbers every rejection rule walks as a plain loop in float64 does, in every row of a batch."""
+"""With given random numbers every rejection rule walks the tree as a plain float64 loop does, in every row."""
 
 import dataclasses
 from functools import cache, partial
@@ -19,7 +19,7 @@ from decodax.decoding.verifiers import (
     TreeRejectionWithoutReplacement,
     TypicalAcceptance,
 )
-from decodax.decoding.verifiers._acceptance import acceptance_draws
+from decodax.decoding.verifiers._acceptance import acceptance_uniforms
 from decodax.decoding.verifiers._walk import walk
 from decodax.decoding.verifiers.chain_rejection import judge
 from tests.oracles import verification as oracle
@@ -43,7 +43,7 @@ def log(probability):
 
 @cache
 def drafts(kind, parents, num_rows=ROWS):
-    """Random laws p and q, and children of every node drawn from q; a few nodes hold no draft. All float64."""
+    """Random distributions p and q, and children of every node drawn from q; a few nodes hold no draft. All float64."""
     random = np.random.default_rng(len(parents))
     shape = (num_rows, len(parents), VOCABULARY)
     p = np.exp(1.5 * random.normal(size=shape)) * (random.random(shape) > 0.2)
@@ -64,7 +64,7 @@ def drafts(kind, parents, num_rows=ROWS):
     is_candidate = random.random(shape[:2]) < 0.9
     is_candidate[:, 0] = False
     if kind is Children.WITHOUT_REPLACEMENT:
-        # Of siblings only the last may be missing, as those behind were drawn with it left out.
+        # Of siblings only the last may be missing, as later ones were drawn with it left out.
         for node in range(len(parents)):
             children = np.flatnonzero(np.array(parents) == node)
             is_candidate[:, children] = np.cumprod(is_candidate[:, children], axis=1)
@@ -73,13 +73,13 @@ def drafts(kind, parents, num_rows=ROWS):
 
 def proposal_of(kind, parents, rows=slice(None)):
     p, q, token, is_candidate = (array[rows] for array in drafts(kind, parents))
-    law = None if kind is Children.CHOSEN else jnp.asarray(log(q), jnp.float32)
-    proposal = fixed_proposal(Tree.fixed(parents), jnp.asarray(token), jnp.asarray(is_candidate), law=law)
+    logprobs = None if kind is Children.CHOSEN else jnp.asarray(log(q), jnp.float32)
+    proposal = fixed_proposal(Tree.fixed(parents), jnp.asarray(token), jnp.asarray(is_candidate), logprobs=logprobs)
     return proposal, jnp.asarray(log(p), jnp.float32)
 
 
 def positions(parents, rows):
-    """Rows that stand at different places."""
+    """Rows at different positions."""
     return jnp.asarray(Tree.fixed(parents).depth + np.arange(3, 3 + ROWS)[rows, None], jnp.int32)
 
 
@@ -88,7 +88,7 @@ MORE_CASES = {
     "exact match": (ExactMatch(), Children.CHOSEN, TREE),
     "typical": (TypicalAcceptance(), Children.CHOSEN, TREE),
 }
-uniform_numbers = jax.jit(acceptance_draws)
+uniform_numbers = jax.jit(acceptance_uniforms)
 
 
 @jax.jit
@@ -104,12 +104,12 @@ def end(rule, proposal, logits, uniform):
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def verify(rule, proposal, logits, draws, seed, position):
-    return rule.verify(proposal, logits, draws, seed, position)
+def verify(rule, proposal, logits, do_sample, seed, position):
+    return rule.verify(proposal, logits, do_sample, seed, position)
 
 
 def greedy(logits):
-    """The law of a row at temperature 0."""
+    """The distribution of a row at temperature 0."""
     best = np.argmax(np.asarray(logits), axis=2)[:, :, None] == np.arange(VOCABULARY)
     return jnp.where(jnp.asarray(best), 0.0, -jnp.inf).astype(jnp.float32)
 
@@ -120,37 +120,37 @@ def assert_same(got, want, rows=slice(None)):
 
 
 @pytest.mark.parametrize("name", [*CASES, "independent, a chain"])
-def test_the_walk_and_the_law_after_it(name):
+def test_the_walk_and_the_distribution_after_it(name):
     rule, kind, parents = (CASES | {"independent, a chain": (TreeRejection(), Children.INDEPENDENT, CHAIN)})[name]
     uniform = np.random.default_rng(9).random((ROWS, len(parents))).astype(np.float32)
-    node, law = end(rule, *proposal_of(kind, parents), jnp.asarray(uniform))
+    node, probs = end(rule, *proposal_of(kind, parents), jnp.asarray(uniform))
     p, q, token, is_candidate = drafts(kind, parents)
     for row in range(ROWS):
-        want, wanted, margin, smallest = oracle.walk(
+        want, want_probs, margin, smallest = oracle.walk(
             parents, token[row], is_candidate[row], p[row], q[row], uniform[row], kind.value
         )
-        # Laws are good to 1e-6 in float32 (logarithms up to 10, rounded at 6e-8), a difference of laws that sums to
-        # `smallest` to 1e-6 over that. The seed has no row that is nearer to a threshold.
+        # Distributions are good to 1e-6 in float32 (logarithms up to 10, rounded at 6e-8), a difference of
+        # distributions that sums to `smallest` to 1e-6 over that. The seed has no row nearer to a threshold.
         error = 1e-6 / smallest
         assert margin > error
         assert node[row] == want
-        np.testing.assert_allclose(law[row], wanted, atol=error)
-        np.testing.assert_array_equal(np.asarray(law[row])[p[row, want] == 0], 0)
+        np.testing.assert_allclose(probs[row], want_probs, atol=error)
+        np.testing.assert_array_equal(np.asarray(probs[row])[p[row, want] == 0], 0)
     depths = Tree.fixed(parents).depth[0][np.asarray(node)]
     assert set(depths.tolist()) == set(range(max(Tree.fixed(parents).depth[0]) + 1))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_token_behind_the_path_is_drawn_with_the_noise_of_its_position(name):
+def test_the_token_after_the_path_is_drawn_with_the_noise_of_its_position(name):
     rule, kind, parents = CASES[name]
     proposal, logits = proposal_of(kind, parents)
     position = positions(parents, slice(None))
     verdict = verify(rule, proposal, logits, True, SEED, position)
-    node, law = end(rule, proposal, logits, uniform_numbers(proposal, SEED, position))
+    node, probs = end(rule, proposal, logits, uniform_numbers(proposal, SEED, position))
     np.testing.assert_array_equal(verdict.node, node)
-    behind = jnp.asarray(np.asarray(position)[np.arange(ROWS), np.asarray(node)])
-    noise = np.asarray(noise_at(behind))
-    np.testing.assert_array_equal(verdict.token, np.argmax(log(np.asarray(law)) + noise, axis=1))
+    after_node = jnp.asarray(np.asarray(position)[np.arange(ROWS), np.asarray(node)])
+    noise = np.asarray(noise_at(after_node))
+    np.testing.assert_array_equal(verdict.token, np.argmax(log(np.asarray(probs)) + noise, axis=1))
 
 
 def test_acceptance_draws_are_uniform_and_independent():
@@ -163,11 +163,11 @@ def test_acceptance_draws_are_uniform_and_independent():
     counts = np.histogram(uniform, 10, (0, 1))[0]
     assert np.square(counts - uniform.size / 10).sum() / (uniform.size / 10) < 27.9  # chi-square, 9 degrees, 0.001
     assert np.abs(np.corrcoef(uniform.T) - np.eye(len(TREE))).max() < 4 / np.sqrt(ROWS)
-    # What a seed means: the row's seed, the node's own place, the kind of draw, the node's number.
+    # A draw is defined by the row's seed, the node's own position, the kind of draw, and the node's number.
     key = draw_keys(SEED[:1], position[:1, TREE[9]], Draw.ACCEPT)[0]
     bits = jax.random.bits(jax.random.fold_in(key, 9), (), jnp.uint32)
     assert uniform[0, 9] == int(bits >> 8) / 2**24
-    # A node's number depends on where it stands, which is where the token after its parent does, and on its own row.
+    # A node's draw depends on its position, that of the token after its parent, and on its own row.
     moved = uniform_numbers(proposal, SEED, position.at[:, 3].add(1))
     np.testing.assert_array_equal(moved, uniform)  # node 3 has no children
     moved = np.asarray(uniform_numbers(proposal, SEED, position.at[:, 4].add(1)))
@@ -198,8 +198,8 @@ def test_greedy_matching_follows_the_largest_logits():
     certain = np.eye(VOCABULARY)[np.argmax(p, axis=2)]
     half = np.full(len(TREE), 0.5)
     for row in range(ROWS):
-        node, law, _, _ = oracle.walk(TREE, token[row], is_candidate[row], certain[row], q[row], half, "chosen")
-        assert (got.node[row], got.token[row]) == (node, np.argmax(law))
+        node, probs, _, _ = oracle.walk(TREE, token[row], is_candidate[row], certain[row], q[row], half, "chosen")
+        assert (got.node[row], got.token[row]) == (node, np.argmax(probs))
     assert len(set(np.asarray(got.node).tolist())) > 5
 
 
@@ -212,7 +212,7 @@ def test_where_nothing_is_drawn_every_rule_is_greedy_matching(name):
         verify(rule, proposal, logits, False, SEED, position),
         verify(ExactMatch(), proposal, logits, False, SEED, position),
     )
-    code = str(jax.make_jaxpr(partial(rule.verify, draws=False))(proposal, logits, seed=SEED, position=position))
+    code = str(jax.make_jaxpr(partial(rule.verify, do_sample=False))(proposal, logits, seed=SEED, position=position))
     assert "random" not in code and "while" not in code
 
 
@@ -223,15 +223,15 @@ def test_greedy_rows_among_sampled_ones_match_greedily(name):
     position = positions(parents, slice(None))
     is_greedy = np.arange(ROWS) % 2 == 0
     where_greedy = jnp.asarray(is_greedy)[:, None, None]
-    if proposal.law is not None:
-        # The draft's law is one token as well; it is the first child, and the others do not come about.
+    if proposal.logprobs is not None:
+        # The draft's distribution is one token as well: the first child; the others are no candidates.
         first_child = np.array([parents.index(node) if node in parents else 0 for node in range(len(parents))])
         certain = jnp.where(jax.nn.one_hot(proposal.token, VOCABULARY, dtype=bool), 0.0, -jnp.inf)[:, first_child]
-        keeps = jnp.asarray(np.isin(np.arange(len(parents)), first_child)[None, :] | ~is_greedy[:, None])
+        is_kept = jnp.asarray(np.isin(np.arange(len(parents)), first_child)[None, :] | ~is_greedy[:, None])
         proposal = dataclasses.replace(
             proposal,
-            law=jnp.where(where_greedy, certain, proposal.law),
-            is_candidate=proposal.is_candidate & keeps,
+            logprobs=jnp.where(where_greedy, certain, proposal.logprobs),
+            is_candidate=proposal.is_candidate & is_kept,
         )
     mixed = verify(rule, proposal, jnp.where(where_greedy, greedy(logits), logits), True, SEED, position)
     assert_same(mixed, verify(ExactMatch(), proposal, logits, False, SEED, position), rows=is_greedy)
@@ -246,8 +246,8 @@ def test_with_nothing_drafted_the_token_is_plain_decoding_s(name):
     nothing = dataclasses.replace(proposal, is_candidate=jnp.zeros_like(proposal.is_candidate))
     cases = [(nothing, len(parents))]
     if name in ("chain, drawn", "without replacement"):  # a tree of the root alone, too
-        law = proposal.law[:, :1]
-        cases += [(fixed_proposal(Tree.fixed([-1]), proposal.token[:, :1], nothing.is_candidate[:, :1], law=law), 1)]
+        root = (Tree.fixed([-1]), proposal.token[:, :1], nothing.is_candidate[:, :1])
+        cases += [(fixed_proposal(*root, logprobs=proposal.logprobs[:, :1]), 1)]
     for empty, width in cases:
         verdict = verify(rule, empty, logits[:, :width], True, SEED, position[:, :width])
         np.testing.assert_array_equal(verdict.node, 0)
@@ -255,22 +255,22 @@ def test_with_nothing_drafted_the_token_is_plain_decoding_s(name):
 
 
 @pytest.mark.parametrize("name", ["chain, drawn", "independent"])
-def test_a_draft_that_is_the_target_is_always_taken(name):
+def test_a_draft_that_is_the_target_is_always_accepted(name):
     rule, kind, parents = CASES[name]
     proposal, _ = proposal_of(kind, parents)
     every = jnp.ones(proposal.token.shape, bool).at[:, 0].set(False)
     same = dataclasses.replace(proposal, is_candidate=every)
-    verdict = verify(rule, same, proposal.law, True, SEED, positions(parents, slice(None)))
+    verdict = verify(rule, same, proposal.logprobs, True, SEED, positions(parents, slice(None)))
     first_leaf = {CHAIN: 4, TREE: 3}[parents]  # the first child of the first child ...
     np.testing.assert_array_equal(verdict.node, first_leaf)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_row_that_is_not_finite_harms_no_other(name):
+def test_a_nonfinite_row_changes_no_other(name):
     rule, kind, parents = CASES[name]
     proposal, logits = proposal_of(kind, parents)
     position = positions(parents, slice(None))
-    broken = verify(rule, proposal, logits.at[1].set(jnp.nan), True, SEED, position)
-    whole = verify(rule, proposal, logits, True, SEED, position)
-    assert_same(broken, whole, rows=np.arange(ROWS) != 1)
-    assert broken.node[1] == 0 and 0 <= broken.token[1] < VOCABULARY
+    nonfinite = verify(rule, proposal, logits.at[1].set(jnp.nan), True, SEED, position)
+    finite = verify(rule, proposal, logits, True, SEED, position)
+    assert_same(nonfinite, finite, rows=np.arange(ROWS) != 1)
+    assert nonfinite.node[1] == 0 and 0 <= nonfinite.token[1] < VOCABULARY

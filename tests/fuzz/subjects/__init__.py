@@ -1,6 +1,7 @@
-"""What is damaged: each module has `cases(work)`, all its cases; their files stand in the folder `work`."""
+"""Lists the subjects that are damaged: each module's `cases(work)` gives all its cases, with files in folder `work`."""
 
 from tests.fuzz.subjects import (
+    auxiliary_weights,
     config,
     generation_config,
     index,
@@ -8,7 +9,6 @@ from tests.fuzz.subjects import (
     orbax,
     safetensors,
     tokenizer,
-    trained_part,
 )
 
 SUBJECTS = {
@@ -16,7 +16,7 @@ SUBJECTS = {
     "safetensors": safetensors,
     "index": index,
     "tokenizer": tokenizer,
-    "trained_part": trained_part,
+    "auxiliary_weights": auxiliary_weights,
     "orbax": orbax,
     "options": options,
     "generation_config": generation_config,

@@ -1,7 +1,7 @@
-"""config.json: each field of every family absent, null, of another type, negative and huge, and the file damaged.
+"""Damages config.json: each field of every family absent, null, of another type, negative or huge, and the file.
 
-What an absent or null field means is what transformers' class makes of it (`class_defaults.json`): such a folder must
-load as one in which that value stands, or be refused as that one is.
+An absent or null field has the value that transformers' class gives it (`class_defaults.json`): such a folder must
+load as one with that value, or be refused as that one is.
 """
 
 import json
@@ -53,7 +53,7 @@ _FREE_NUMBERS = frozenset(
         "num_attention_heads",
     ]
 )
-# Fields that together say what shapes the weights have: a message may name any of them for another one's damage.
+# Fields that together define the shapes of the weights: a message may name any of them for another one's damage.
 _SIZES = tuple(
     [
         "hidden_size",
@@ -85,7 +85,7 @@ _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "rope_type", "original
 
 
 def cases(work: Path) -> Iterator[Case]:
-    """All of them; the golden folders are copied into `work`."""
+    """All cases; the golden folders are copied into `work`."""
     seen: set[tuple[str, str, str]] = set()  # a field with the same value in two folders of a family is one
     bases = one_of_each_family()
     for base in bases + [name for name in golden_cases() if name not in bases]:
@@ -130,7 +130,7 @@ def _field_cases(work: Path, base: str, field: str, value: Any) -> Iterator[Case
 
 
 def _nested_cases(work: Path, base: str, field: str, value: dict[str, Any]) -> Iterator[Case]:
-    """The same one level deeper: rope scalings, quantisation. Most of their numbers are free."""
+    """The same one level deeper: rope scalings, quantisation. Most of their numbers may be changed."""
     config = config_of(base)
     for inner, number in value.items():
         without = {key: value[key] for key in value if key != inner}
@@ -145,7 +145,7 @@ def _nested_cases(work: Path, base: str, field: str, value: dict[str, Any]) -> I
 
 
 def _added_fields(work: Path, base: str) -> Iterator[Case]:
-    """Fields that no class knows: they change nothing, and a message that names them makes their names printable."""
+    """Fields unknown to any class: they change nothing, and messages print their names escaped."""
     for index, name in enumerate(("zzz_unknown", "", "a b", "\x1b[31mred", "é" * 300, "hidden_size ")):
         content = _text(config_of(base) | {name: 1})
         named = ((_FILE,),) if index else ((_FILE,), (name,))
@@ -164,7 +164,7 @@ def _added_fields(work: Path, base: str) -> Iterator[Case]:
 def _whole_file(work: Path, base: str) -> Iterator[Case]:
     content = (copy_of(base, work) / _FILE).read_bytes()
     for damage in (*text_damages(content), *byte_damages(content, range(300))):
-        # A byte turned may spell another number, or another field.
+        # A changed byte may give another number, or another field.
         allowed = Allowed.OTHER if ":" in damage.kind else damage.allowed
         act = partial(_load, work, base, damage.content, allowed)
         yield Case(f"config/{base}/file:{damage.kind}", act, ((_FILE, "safetensors"),), given=damage.content)
@@ -173,7 +173,7 @@ def _whole_file(work: Path, base: str) -> Iterator[Case]:
 def _case(name: str, field: str, act: Any, given: bytes) -> Case:
     words = (field, *(_SIZES if field in _SIZES else ()), *(_ROPE if field in _ROPE else ()))
     if field == "layer_types":
-        # Of what kinds the layers are, names of tensors do not tell in general: those of the layers are listed.
+        # Tensor names do not show the kinds of layers in general: the layers' tensors are listed.
         words += ("num_hidden_layers", "sliding_window", "missing: model.layers.")
     return Case(name, act, ((_FILE,), words), given=given)
 
@@ -189,7 +189,7 @@ def _load(work: Path, base: str, content: bytes, allowed: Allowed) -> None:
 
 
 def _like(work: Path, base: str, changed: dict[str, Any], explicit: dict[str, Any]) -> None:
-    """The changed config means what the explicit one says."""
+    """The changed config means the same as the explicit one."""
     folder = copy_of(base, work)
     (folder / _FILE).write_bytes(_text(explicit))
     try:

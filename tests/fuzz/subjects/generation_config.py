@@ -1,7 +1,7 @@
-"""generation_config.json, and the end tokens in config.json: rows end at tokens of the vocabulary, whatever they hold.
+"""Damages generation_config.json, and end tokens in config.json: rows end at tokens of the vocabulary in any case.
 
-A file that only says how to generate must not keep a model from loading: it may be refused or passed over with a
-warning, but never be half understood.
+A file about generation only must not keep a model from loading: it may be refused or ignored with a warning, but
+never be used in part.
 """
 
 import json
@@ -18,7 +18,7 @@ from tests.fuzz.verdict import Case, WrongResult
 _BASE, _FILE = "llama", "generation_config.json"
 _RIGHT = {"bos_token_id": 1, "eos_token_id": [2, 5], "do_sample": True, "temperature": 0.6, "transformers_version": "5"}
 _IN_CONFIG = 3
-# What stands for the end tokens -> the ids it means; None where it means none, and must be said.
+# Value of the end tokens -> the ids it means; None where it means none, and a warning is required.
 _END_TOKENS: tuple[tuple[Json, tuple[int, ...] | None], ...] = (
     *((0, (0,)), (66, (66,)), ([7], (7,)), ([7, 7], (7,)), ([7, 9], (7, 9)), ([7, 67], (7,)), (67, None), (-1, None)),
     *((10**9, None), (2**63, None), (10**400, None), (2.0, None), (2.5, None), (True, None), ("2", None), ([], None)),

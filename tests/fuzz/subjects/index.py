@@ -1,4 +1,4 @@
-"""model.safetensors.index.json: damaged, with names that lead elsewhere, and shards that contradict it."""
+"""Damages model.safetensors.index.json: its text, names that lead elsewhere, and shards that contradict it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -54,7 +54,7 @@ def cases(work: Path) -> Iterator[Case]:
 def _shards() -> dict[str, Tensors]:
     tensors = list(tensors_of((GOLDEN / _BASE / WEIGHTS).read_bytes()).items())
     third = -(-len(tensors) // 3)
-    return {name: dict(tensors[third * part : third * (part + 1)]) for part, name in enumerate(_SHARDS)}
+    return {name: dict(tensors[third * index : third * (index + 1)]) for index, name in enumerate(_SHARDS)}
 
 
 def _index_of(shards: Mapping[str, Tensors]) -> dict[str, Any]:

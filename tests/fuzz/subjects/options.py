@@ -1,7 +1,7 @@
-"""The options of `generate`, drawn at random, of right and of wrong types and sizes, and the prompts.
+"""Draws options and prompts of `generate` at random, of right and wrong types and sizes.
 
-A call raises an error of one line that names an option which was passed, or gives a generation for which everything
-holds that must hold of any (`tests/fuzz/metamorphic.py`). What is right must not be refused.
+A call raises a one-line error that names a passed option, or gives a generation for which all relations of
+`tests/fuzz/metamorphic.py` hold. Right options must not be refused.
 """
 
 import json
@@ -27,7 +27,7 @@ _PROMPTS = ([5, 6, 7], [9, 11], [3, 13, 17, 19, 23])
 _SECONDS = 15.0  # three programs may have to be compiled
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:;!?-+\né日"
 
-# Right values, which compile nothing new but for the options that are there at all.
+# Right values, which compile nothing new except where the set of options is new.
 _RIGHT: dict[str, tuple[Any, ...]] = {
     "max_new_tokens": (1, 2, 5, 9),
     "temperature": (0.0, 0, 0.7, 1, [0.0, 0.5, 1.3], np.float32(0.5)),
@@ -47,7 +47,7 @@ _RIGHT: dict[str, tuple[Any, ...]] = {
     "block_tokens": (1, 2, 16),
 }
 _NAMES = (*_RIGHT, "draft", "draft_tokens", "on_text")
-# Other values: an option that is "not given", other programs' types, and what makes no sense.
+# Other values: an option "not given", other libraries' types, and nonsense.
 _ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2.5, -0.0, 1e300, float("nan"), float("inf"), 10**9, 2**40, 2**63, 10**400),
     *("", "5", "auto", "greedy", "\x1b[2J", "\ud800", b"a", [], (), {}, [None], [[1]], ["a"], [1, 2], [1, 2, 3, 4]),
@@ -101,7 +101,7 @@ def model_with_tokenizer(work: Path) -> LanguageModel:
 
 
 def cases(work: Path) -> Iterator[Case]:
-    """Each option with each odd value, the prompts, unknown options, and at last what is drawn at random."""
+    """Each option with each odd value, the prompts, unknown options, and then random draws."""
     for option in _NAMES:
         for index, value in enumerate((*_ODD, *_JAX_ODD)):
             if _is_function_of_the_users(option, value):
@@ -131,12 +131,12 @@ def cases(work: Path) -> Iterator[Case]:
 
 
 def _is_function_of_the_users(option: str, value: Any) -> bool:
-    """What it raises when it is called is the user's own error, and comes as it is."""
+    """An error it raises when called is the user's own, and passes unchanged."""
     return callable(value) and (option == "on_text" or (option == "strategy" and not isinstance(value, type)))
 
 
 def _draw(rng: np.random.Generator, num_odd: int) -> dict[str, Any]:
-    """Some options with right values, and among them so many odd ones; few tokens."""
+    """Some options with right values, `num_odd` of them with odd ones; few tokens."""
     chosen = rng.choice(list(_RIGHT), rng.integers(1, 5), replace=False)
     options = {str(name): _RIGHT[name][int(rng.integers(len(_RIGHT[name])))] for name in chosen}
     for name in rng.choice(list(_RIGHT), num_odd, replace=False):
@@ -174,14 +174,14 @@ def _generate(work: Path, options: dict[str, Any], is_right: bool, jax_value: bo
         raise
     try:
         metamorphic.check_generation(lm, result, list(_PROMPTS), options)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # an odd value that was taken for another
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # an odd value that was accepted as another
         raise WrongResult(f"taken, and what does it mean? {options!r:.200}: {error}") from error
     if seed is not None:
         metamorphic.check_logprobs(lm, _PROMPTS, result, [seed % 3])
         metamorphic.check_rows_alone(lm, _PROMPTS, options, result, [seed % 3])
         if options.get("strategy") == "prompt_lookup" and not options.get("temperature"):
             plain = decodax.generate(lm, list(_PROMPTS), **{**options, "strategy": None})
-            metamorphic.check_same(result, plain, "prompt_lookup and plain decoding")
+            metamorphic.assert_same_on_all_processes(result, plain, "prompt_lookup and plain decoding")
 
 
 def _prompts(work: Path, prompts: Any) -> None:

@@ -1,4 +1,4 @@
-"""Folders with Orbax arrays: their metadata, and the files of their chunks, lost, cut, long, exchanged or no files."""
+"""Damages folders with Orbax arrays: metadata, and chunk files that are missing, cut, too long, swapped or no files."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from decodax.models.from_hf import from_hf
+from decodax.models.checkpoints.write_orbax import from_hf
 from tests.fuzz.damage import Allowed, Json, byte_damages, text_damages, tree_damages
 from tests.fuzz.folders import GOLDEN, check_loads, golden_model
 from tests.fuzz.verdict import Case
@@ -38,20 +38,21 @@ def cases(work: Path) -> Iterator[Case]:
         yield from _chunk_cases(work, folder, name)
 
 
-def _with_rest(whole: Json, part: Json, changed: Json) -> Json:
-    """What was changed in a part of the metadata, with the entries of the arrays that the part leaves out."""
-    if not isinstance(changed.get(_TREE), dict) or _TREE not in whole:
+def _with_rest(complete: Json, reduced: Json, changed: Json) -> Json:
+    """The changed metadata of some arrays, with the entries of the arrays that `reduced` leaves out."""
+    if not isinstance(changed.get(_TREE), dict) or _TREE not in complete:
         return changed
-    return changed | {_TREE: changed[_TREE] | {name: whole[_TREE][name] for name in whole[_TREE].keys() - part[_TREE]}}
+    rest = {name: entry for name, entry in complete[_TREE].items() if name not in reduced[_TREE]}
+    return changed | {_TREE: changed[_TREE] | rest}
 
 
 def _allowed(kind: str, allowed: Allowed) -> Allowed:
-    """Another order or type of the same bytes is another model; all else must be found out."""
+    """Another order or type of the same bytes is another model; all else must be detected."""
     return Allowed.OTHER if kind.endswith((":order", ":dtype")) else allowed
 
 
 def _zarray_cases(work: Path, folder: Path) -> Iterator[Case]:
-    """What a damage of single values does not come to: sizes that fit each other and nothing else."""
+    """Damage beyond single values: sizes that fit each other and nothing else."""
     file = f"{_ARRAYS[0]}/.zarray"
     value = json.loads((folder / "params" / file).read_bytes())
     changes: dict[str, dict[str, Any]] = {
@@ -119,7 +120,7 @@ def _case(work: Path, file: str, kind: str, content: bytes, allowed: Allowed, *,
 
 
 def _names(work: Path) -> bytes:
-    """The names of the arrays and the undamaged metadata, which a message may repeat."""
+    """The names of the arrays and the undamaged metadata, which a message may quote."""
     params = _folder(work) / "params"
     return " ".join(path.name for path in params.iterdir()).encode() + (params / "_METADATA").read_bytes()
 

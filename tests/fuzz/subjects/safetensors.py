@@ -1,4 +1,4 @@
-"""model.safetensors: the header's JSON, its sizes and names, and the bytes, of plain and of packed weights."""
+"""Damages model.safetensors: the header's JSON, sizes and names, and the bytes, of plain and packed weights."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.fuzz.folders import (
 from tests.fuzz.verdict import Case
 
 _BASES = ("llama", "gpt_oss_mxfp4", "deepseek_v3_fp8", "llama_tied")
-# Of other sizes than F32's four bytes, of the same, and none that exists.
+# Types of other sizes than F32's four bytes, of the same size, and an unknown one.
 _KINDS = ("F64", "F16", "BF16", "I32", "U32", "I64", "BOOL", "F8_E4M3", "F4", "C64", "f32", "", "F32\x1b[2J")
 
 
@@ -32,7 +32,7 @@ def cases(work: Path) -> Iterator[Case]:
         content = (copy_of(base, work) / WEIGHTS).read_bytes()
         for damage in (*_files(content), *_headers(content), *_tensors(content)):
             name = f"safetensors/{base}/{damage.kind}"
-            # The names that a message repeats stand in the header, which comes first.
+            # The names that a message quotes are in the header, which comes first.
             given = damage.content[: 2 * len(content)]
             yield Case(
                 name, partial(_load, work, base, damage.content, damage.allowed), ((WEIGHTS, base),), given=given

@@ -1,7 +1,7 @@
-"""tokenizer.json and the files beside it: whatever they hold, texts become ids and ids texts, or the files are refused.
+"""Damages tokenizer.json and the files beside it: texts are encoded and ids decoded, or the files are refused.
 
-Most damage of a tokenizer describes another tokenizer, so what is asked is that it works: every text is encoded and
-every id decoded without an error, and a stream of tokens gives the text of all of them.
+Most damage of a tokenizer gives another valid tokenizer, so it only has to work: every text is encoded and every id
+decoded without an error, and a stream of tokens gives the text of all of them.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from decodax.models.tokenizer import StreamDecoder, Tokenizer
+from decodax.models.tokenizers.tokenizer import StreamDecoder, Tokenizer
 from tests.fuzz.damage import Allowed, Damage, Json, byte_damages, text_damages, tree_damages
 from tests.fuzz.verdict import Case, WrongResult
 
@@ -99,7 +99,7 @@ def _case(work: Path, base: str, name: str, damage: Damage) -> Case:
 
 
 def _read_at_all(name: str) -> dict[str, bytes]:
-    """Without added_tokens_decoder in the settings, in whose presence no one reads added_tokens.json."""
+    """Whether a file is read: added_tokens.json only without added_tokens_decoder in the settings."""
     settings = {key: value for key, value in _BESIDE[_SETTINGS].items() if key != "added_tokens_decoder"}
     return {_SETTINGS: json.dumps(settings).encode()} if name == "added_tokens.json" else {}
 

@@ -1,4 +1,4 @@
-"""The state of recurrent layers: what is committed, how strong decays may be, and which kernels read chains."""
+"""States of recurrent layers: what is committed, strong decays, and the kernels that run chains."""
 
 import dataclasses
 
@@ -10,14 +10,14 @@ import pytest
 from decodax.layers.attention.mask import Ancestors, Causal
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVCache
-from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentRows
+from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
 from decodax.layers.recurrence.block import Past, past_of
 from decodax.layers.recurrence.delta import delta_recurrence
 from decodax.layers.recurrence.linear import linear_recurrence
 from tests.oracles.recurrence import recurrence
 
 BATCH, TOKENS, HEADS, KEY_SIZE, VALUE_SIZE = 3, 71, 2, 5, 7
-# Log decays of a token, apart from which nothing is random: none, weak, such that float32 ends, and forgetting all.
+# Log decays of a token: none, weak, beyond the range of float32 in sum, and forgetting everything.
 DECAYS = np.array([0.0, -0.01, -1.0, -50.0, -90.0, -1000.0, -np.inf], np.float32)
 
 
@@ -39,14 +39,14 @@ def past(state):
 
 
 def read(kind, mask, position, query, key, value, log_decay, beta, state, execution=None):
-    """Outputs, and the rows to commit."""
+    """Outputs, and the cache update to commit."""
     tokens = tuple(map(jnp.asarray, (query, key, value, log_decay)))
     if kind == "delta":
         output, corrected = delta_recurrence(*tokens, jnp.asarray(beta), position, mask, past(state), scale=0.4)
-        return output, RecurrentRows(tokens[1], corrected, tokens[3])
+        return output, RecurrentUpdate(tokens[1], corrected, tokens[3])
     options = {"scale": 0.4, "execution": execution or Execution()}
     output = linear_recurrence(*tokens, position, mask, past(state), **options)
-    return output, RecurrentRows(*tokens[1:])
+    return output, RecurrentUpdate(*tokens[1:])
 
 
 read_in_jit = jax.jit(read, static_argnums=0)
@@ -67,27 +67,27 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 
 
 @pytest.mark.parametrize(("kind", "per_channel"), [("linear", True), ("linear", False), ("delta", False)])
-def test_strong_decays_and_what_is_committed(kind, per_channel):
+def test_strong_decays_and_the_committed_state(kind, per_channel):
     """Decays of 0, and of which 70 in a row overflow: a chain, the same chain as a tree, and the state after it."""
     arrays = operands(per_channel)
-    output, rows = read_in_jit(kind, Causal(), chain(), *arrays)
+    output, update = read_in_jit(kind, Causal(), chain(), *arrays)
     as_tree = Ancestors(jnp.tril(jnp.ones((1, TOKENS, TOKENS), bool)))
-    tree_output, tree_rows = read_in_jit(kind, as_tree, chain(), *arrays)
+    tree_output, tree_update = read_in_jit(kind, as_tree, chain(), *arrays)
     count = np.array([TOKENS, 0, 40])
-    after = past(arrays[-1]).cache.commit(rows, jnp.asarray(count, jnp.int32))
+    after = past(arrays[-1]).cache.commit(update, jnp.asarray(count, jnp.int32))
     for row in range(BATCH):
         want, added, _ = want_row(kind, row, TOKENS, *arrays)
         np.testing.assert_allclose(output[row], want, **CLOSE)
         np.testing.assert_allclose(tree_output[row], want, **CLOSE)
-        np.testing.assert_allclose(tree_rows.value[row], added, **CLOSE)
+        np.testing.assert_allclose(tree_update.value[row], added, **CLOSE)
         np.testing.assert_allclose(after.state[row], want_row(kind, row, count[row], *arrays)[2], **CLOSE)
     np.testing.assert_array_equal(after.state[1], arrays[-1][1])
 
 
 def test_decays_per_channel_in_the_delta_rule():
     arrays = operands(per_channel=True)
-    output, rows = read_in_jit("delta", Causal(), chain(), *arrays)
-    after = past(arrays[-1]).cache.commit(rows, jnp.full(BATCH, TOKENS, jnp.int32))
+    output, update = read_in_jit("delta", Causal(), chain(), *arrays)
+    after = past(arrays[-1]).cache.commit(update, jnp.full(BATCH, TOKENS, jnp.int32))
     for row in range(BATCH):
         want, _, state = want_row("delta", row, TOKENS, *arrays)
         np.testing.assert_allclose(output[row], want, **CLOSE)
@@ -95,18 +95,18 @@ def test_decays_per_channel_in_the_delta_rule():
 
 
 def test_weights_are_sums_of_exactly_their_decays():
-    """Behind decays that sum up to -1e6 the last tokens still weigh what they should, to the last digits."""
-    rows = RecurrentRows(
+    """After decays that sum up to -1e6 the weights of the last tokens are still exact to the last digits."""
+    update = RecurrentUpdate(
         jnp.ones((1, 40, 1, 1)), jnp.ones((1, 40, 1, 1)), jnp.full((1, 40, 1, 1), -110.0).at[:, -3:].set(-1e-4)
     )
     cache = RecurrentCache.empty(1, (1, 1, 1), 0, jnp.float32)
-    got = cache.commit(rows, jnp.asarray([40], jnp.int32)).state
+    got = cache.commit(update, jnp.asarray([40], jnp.int32)).state
     np.testing.assert_allclose(got[0, 0, 0, 0], np.exp(-1e-4 * np.arange(4)).sum(), rtol=3e-7)
 
 
 @pytest.mark.parametrize(("implementation", "num_devices"), [("tpu_interpreted", 2), ("gpu_interpreted", 1)])
 def test_chains_run_in_kernels_on_every_device(implementation, num_devices):
-    """Each device runs the kernel on its heads; the result is that of plain JAX, broken tokens included."""
+    """Each device runs the kernel on its heads; the result is that of plain JAX, non-finite tokens included."""
     random = np.random.default_rng(0)
     shape = (1, 70, 2, 64)
     query, key, value = (random.standard_normal(shape).astype(np.float32) for _ in range(3))
@@ -134,9 +134,9 @@ def test_heads_that_do_not_divide_over_devices():
 
 def test_caches_of_another_kind():
     empty = RecurrentCache.empty(1, (1, 2, 3), 5, jnp.float32)
-    assert past_of(None, empty).cache is empty and past_of(empty, empty).rows is None and empty.capacity == 5
-    with pytest.raises(ValueError, match="needs a RecurrentCache"):
+    assert past_of(None, empty).cache is empty and past_of(empty, empty).update is None and empty.capacity == 5
+    with pytest.raises(ValueError, match="must be a RecurrentCache"):
         past_of(KVCache.empty(1, 1, 2, 3, jnp.float32), empty)
-    rows = empty.empty_rows(2, jnp.float32, per_channel=False)
+    update = empty.empty_update(2, jnp.float32, per_channel=False)
     with pytest.raises(ValueError, match="marked by `kept` cannot be staged"):
-        rows.place(dataclasses.replace(rows, kept=jnp.ones((1, 2), bool)), jnp.arange(2))
+        update.place(dataclasses.replace(update, kept=jnp.ones((1, 2), bool)), jnp.arange(2))

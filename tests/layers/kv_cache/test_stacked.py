@@ -1,4 +1,4 @@
-"""Stacks of caches do what their caches do one by one, and a part of one is read as those rows of that cache are."""
+"""Stacked caches act as their caches one by one, and a shard of a stack reads as those rows of its cache."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from jax.sharding import PartitionSpec
 from decodax.layers.attention.attend_xla import attend_in_xla
 from decodax.layers.attention.mask import Causal
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
-from decodax.layers.kv_cache.part import CachePart, MicroBatch, part_of
+from decodax.layers.kv_cache.micro_batch import MicroBatch, MicroBatchCache, micro_batch_cache
 from decodax.layers.kv_cache.stacked import Stacked
 from decodax.layers.mixers.cca import CCAConfig
 from decodax.layers.rope import Rope
-from decodax.sharding.layout import shardings
+from decodax.sharding.constraints import shardings
 from decodax.sharding.mesh import read_mesh
 from decodax.sharding.rules import RULES
 from tests.model_kinds import DELTA, FULL, LATENT, LINEAR
@@ -32,10 +32,10 @@ def random_like(tree, random):
 
 
 def filled(name, policy, seed):
-    """A cache with 1, 2, 3 and 4 tokens in its rows, and rows to be written next."""
+    """A cache with 1, 2, 3 and 4 tokens in its rows, and the next cache update."""
     random = np.random.default_rng(seed)
     cache = MIXERS[name].empty_cache(BATCH, CAPACITY, jnp.float32, policy)
-    rows = [random_like(MIXERS[name].empty_rows(BATCH, TOKENS, jnp.float32), random) for _ in range(2)]
+    rows = [random_like(MIXERS[name].empty_update(BATCH, TOKENS, jnp.float32), random) for _ in range(2)]
     return cache.commit(rows[0], jnp.arange(1, BATCH + 1, dtype=jnp.int32)), rows[1]
 
 
@@ -85,54 +85,56 @@ def test_layers_of_a_stack_are_split_over_the_pipeline():
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize(("name", "policy"), CASES)
-def test_a_part_reads_its_rows_of_its_layer(name, policy, in_place):
-    """Two parts of two groups: the second part is the second row of each group, rows 1 and 3."""
+def test_a_shard_reads_its_rows_of_its_layer(name, policy, in_place):
+    """Two shards of two groups: the second shard holds the second row of each group, rows 1 and 3."""
     caches = [filled(name, policy, seed)[0] for seed in range(LAYERS)]
     wanted = jax.tree.map(lambda leaf: leaf[jnp.array([1, 3])], caches[1])
-    part = part_of(stack(caches).each, jnp.int32(1), MicroBatch(jnp.int32(1), count=2, groups=2), in_place=in_place)
+    shard = micro_batch_cache(
+        stack(caches).each, jnp.int32(1), MicroBatch(jnp.int32(1), count=2, groups=2), in_place=in_place
+    )
     if name == "tailed":
-        np.testing.assert_array_equal(part.tail, wanted.tail)
-        part, wanted = part.kv, wanted.kv
+        np.testing.assert_array_equal(shard.tail, wanted.tail)
+        shard, wanted = shard.kv, wanted.kv
     if name in ("delta", "linear") or not in_place:
-        assert_same(part, wanted)
+        assert_same(shard, wanted)
         return
-    assert isinstance(part, CachePart)
-    assert part.capacity == CAPACITY and part.length.tolist() == wanted.length.tolist() == [2, 4]
+    assert isinstance(shard, MicroBatchCache)
+    assert shard.capacity == CAPACITY and shard.length.tolist() == wanted.length.tolist() == [2, 4]
     reads = ["read", "read_latents"] if name == "latent" else ["read"]
     for read in reads:
-        for got, row in zip(getattr(part, read)(jnp.int32(2), 7), getattr(wanted, read)(jnp.int32(2), 7), strict=True):
+        for got, row in zip(getattr(shard, read)(jnp.int32(2), 7), getattr(wanted, read)(jnp.int32(2), 7), strict=True):
             np.testing.assert_array_equal(got, row)
     with pytest.raises(TypeError, match="commit to the cache of all rows"):
-        part.commit(None, jnp.zeros(2, jnp.int32))
+        shard.commit(None, jnp.zeros(2, jnp.int32))
 
 
-def test_what_is_the_whole_is_handed_on():
-    """So that a kernel reads it where it lies."""
+def test_the_shard_of_all_rows_is_the_cache_itself():
+    """So that a kernel reads it in place."""
     each = stack([filled("full", KVCache, 0)[0]]).each
-    whole = part_of(each, jnp.int32(0), MicroBatch(jnp.int32(0), count=1, groups=2), in_place=True)
-    assert type(whole) is KVCache
+    cache = micro_batch_cache(each, jnp.int32(0), MicroBatch(jnp.int32(0), count=1, groups=2), in_place=True)
+    assert type(cache) is KVCache
 
 
-def test_rows_are_put_back_where_they_were_cut():
-    """Against NumPy: part i of each group's rows, in one of two arrays."""
+def test_rows_are_written_back_to_their_places():
+    """Against NumPy: shard i of each group's rows, in one of two arrays."""
     arrays = np.arange(2 * 12 * 3).reshape(2, 12, 3)
     for index in range(3):
         rows = MicroBatch(jnp.int32(index), count=3, groups=2)
         mine = [0 + 2 * index, 1 + 2 * index, 6 + 2 * index, 7 + 2 * index]
         np.testing.assert_array_equal(rows.cut(jnp.asarray(arrays[0])), arrays[0][mine])
         new = -np.ones((4, 3), int)
-        for is_wanted in (True, False):
+        for is_written in (True, False):
             wanted = arrays.copy()
-            if is_wanted:
+            if is_written:
                 wanted[1, mine] = new
-            got = rows.put_at(jnp.int32(1), jnp.asarray(arrays), jnp.asarray(new), jnp.bool_(is_wanted))
+            got = rows.put_at(jnp.int32(1), jnp.asarray(arrays), jnp.asarray(new), jnp.bool_(is_written))
             np.testing.assert_array_equal(got, wanted)
-            got = rows.put(jnp.asarray(arrays[1]), jnp.asarray(new), jnp.bool_(is_wanted))
+            got = rows.put(jnp.asarray(arrays[1]), jnp.asarray(new), jnp.bool_(is_written))
             np.testing.assert_array_equal(got, wanted[1])
 
 
-def test_a_part_is_not_copied_out_of_the_cache():
-    """Attention over a quarter of the rows makes nothing as large as their keys; cut out first, it does."""
+def test_a_shard_is_not_copied_out_of_the_cache():
+    """Attention over a quarter of the rows allocates nothing as large as their keys, unless they are cut out first."""
     batch, heads, capacity, size = 8, 3, 2048, 16
     stacked = jax.eval_shape(lambda: stack([KVCache.empty(batch, heads, capacity, size, jnp.float32)] * 2).each)
     query, new = jax.ShapeDtypeStruct((2, 1, 6, size), "float32"), jax.ShapeDtypeStruct((2, heads, 1, size), "float32")
@@ -140,13 +142,13 @@ def test_a_part_is_not_copied_out_of_the_cache():
 
     def temporary_bytes(in_place):
         def run(stacked, layer, index, query, key, position):
-            part = part_of(stacked, layer, MicroBatch(index, 4, 1), in_place=in_place)
-            # Block by block: for few queries the whole cache is read at once where it is filled, which copies it.
+            shard = micro_batch_cache(stacked, layer, MicroBatch(index, 4, 1), in_place=in_place)
+            # Block by block: for few queries the whole filled cache is read at once, which copies it.
             options = {"scale": 0.3, "softcap": None, "block_tokens": 256}
-            return attend_in_xla(query, key, key, position, Causal(), part, **options)
+            return attend_in_xla(query, key, key, position, Causal(), shard, **options)
 
         compiled = jax.jit(run).lower(stacked, index, index, query, new, position).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    part_bytes = 2 * heads * capacity * size * 4
-    assert temporary_bytes(in_place=True) < part_bytes / 2 < 2 * part_bytes < temporary_bytes(in_place=False)
+    shard_bytes = 2 * heads * capacity * size * 4
+    assert temporary_bytes(in_place=True) < shard_bytes / 2 < 2 * shard_bytes < temporary_bytes(in_place=False)

@@ -1,4 +1,4 @@
-"""Tokens staged in front of a cache are read like the tokens they are: as if committed, or of the same forward."""
+"""Staged tokens are attended to as if they were committed, or of the same forward."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.mask import Ancestors, Causal, Window
-from decodax.layers.kv_cache.full import KVCache, KVRows
+from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.staged import Staged, place, stage
 from tests.oracles.attention import attention
 
@@ -23,8 +23,8 @@ def example():
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
     cache = KVCache(*(draw(BATCH, KV_HEADS, CAPACITY, SIZE) for _ in "kv"), jnp.asarray(LENGTHS))
-    staged = KVRows(*(draw(BATCH, KV_HEADS, STAGED, SIZE) for _ in "kv"))
-    new = KVRows(*(draw(BATCH, KV_HEADS, NEW, SIZE) for _ in "kv"))
+    staged = KVUpdate(*(draw(BATCH, KV_HEADS, STAGED, SIZE) for _ in "kv"))
+    new = KVUpdate(*(draw(BATCH, KV_HEADS, NEW, SIZE) for _ in "kv"))
     return draw(BATCH, NEW, HEADS, SIZE), new, staged, cache
 
 
@@ -45,19 +45,19 @@ def test_a_staged_chain_is_read_as_if_committed(run, window):
     got = run(query, new, position, mask, Staged(cache, staged, positions(0, STAGED)))
     committed = cache.commit(staged, jnp.full(BATCH, STAGED))
     np.testing.assert_allclose(got, run(query, new, position, mask, committed), atol=TOLERANCE)
-    both = KVRows(*(jnp.concatenate(pair, axis=2) for pair in ((staged.key, new.key), (staged.value, new.value))))
+    both = KVUpdate(*(jnp.concatenate(pair, axis=2) for pair in ((staged.key, new.key), (staged.value, new.value))))
     padded = jnp.concatenate([jnp.zeros((BATCH, STAGED, HEADS, SIZE)), query], axis=1)
     chain = run(padded, both, positions(0, STAGED + NEW), mask, cache)
     np.testing.assert_allclose(got, chain[:, STAGED:], atol=TOLERANCE)
 
 
-def test_the_mask_says_who_reads_which_staged_token():
-    """Each row its own pattern, by the definition; a slot that nobody may read may hold anything finite."""
+def test_the_mask_decides_which_staged_tokens_a_query_attends_to():
+    """Each row has its own pattern, by the definition; a masked slot may hold anything finite."""
     query, new, staged, cache = example()
     allowed = np.random.default_rng(1).random((BATCH, NEW, STAGED + NEW)) < 0.5
     allowed[:, :, STAGED:] = np.eye(NEW, dtype=bool)
     allowed[:, :, 2] = False
-    staged = KVRows(*(rows.at[:, :, 2].set(1e4) for rows in (staged.key, staged.value)))
+    staged = KVUpdate(*(rows.at[:, :, 2].set(1e4) for rows in (staged.key, staged.value)))
     position = positions(2, NEW)
     mask = Ancestors(jnp.asarray(allowed))
     got = jax.jit(attended)(query, new, position, mask, Staged(cache, staged, positions(0, STAGED)))
@@ -82,19 +82,19 @@ def test_place_writes_slots_and_drops_those_beyond(apply):
     np.testing.assert_array_equal(got.value[:, :, :3], staged.value[:, :, :3])
 
 
-def test_rows_that_mark_tokens_are_refused():
-    """Staged, the mark would be lost, and a token that the layer did not run for would be read."""
+def test_updates_that_mark_tokens_are_refused():
+    """Staging would lose the mark, and a token that the layer did not run for would be attended to."""
     _, new, staged, _ = example()
     marked = dataclasses.replace(new, kept=jnp.ones((new.key.shape[0], new.key.shape[2]), bool))
     with pytest.raises(ValueError, match="cannot be staged"):
         place((staged,), (marked,), jnp.arange(new.key.shape[2]))
 
 
-def test_stage_pairs_every_layer_with_its_rows():
+def test_stage_pairs_every_layer_with_its_update():
     _, new, staged, cache = example()
     position = positions(0, STAGED)
     first, second = stage((cache, cache), (staged, new), position)
-    assert first.rows is staged and second.rows is new and first.cache is second.cache is cache
+    assert first.update is staged and second.update is new and first.cache is second.cache is cache
     np.testing.assert_array_equal(first.cache.length, LENGTHS)
     with pytest.raises(ValueError, match="argument 2 is longer"):
         stage((cache,), (staged, new), position)

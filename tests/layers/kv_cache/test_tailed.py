@@ -1,22 +1,22 @@
-"""A cache with a tail: keys and values as in the plain cache, and the columns of the tokens committed last."""
+"""A tailed cache keeps keys and values as the plain cache does, and the columns of the last committed tokens."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decodax.layers.kv_cache.full import KVCache, KVRows, MarkedCache
-from decodax.layers.kv_cache.tailed import TailedCache, TailedRows
+from decodax.layers.kv_cache.full import KVCache, KVUpdate, MarkedCache
+from decodax.layers.kv_cache.tailed import TailedCache, TailedUpdate
 
 BATCH, HEADS, TOKENS, SIZE, COLUMNS, CAPACITY, TAIL = 3, 2, 5, 7, 11, 13, 3
 PATH = np.array([[0, 2, 4], [0, 1, 3], [0, 0, 0]], np.int32)
 
 
-def rows(seed=0):
+def new_update(seed=0):
     random = np.random.default_rng(seed)
     key, value = random.normal(size=(2, BATCH, HEADS, TOKENS, SIZE)).astype(np.float32)
     columns = random.normal(size=(BATCH, TOKENS, COLUMNS)).astype(np.float32)
-    return TailedRows(KVRows(jnp.asarray(key), jnp.asarray(value)), jnp.asarray(columns))
+    return TailedUpdate(KVUpdate(jnp.asarray(key), jnp.asarray(value)), jnp.asarray(columns))
 
 
 def empty(policy=KVCache):
@@ -29,9 +29,11 @@ def test_commit(path):
     counts = np.array([[3, 1, 0], [2, 3, 1]], np.int32)
     cache, plain = empty(), KVCache.empty(BATCH, HEADS, CAPACITY, SIZE, jnp.float32)
     history = [np.zeros((0, COLUMNS), np.float32) for _ in range(BATCH)]
-    commit = jax.jit(lambda cache, rows, count: cache.commit(rows, count, None if path is None else jnp.asarray(path)))
+    commit = jax.jit(
+        lambda cache, update, count: cache.commit(update, count, None if path is None else jnp.asarray(path))
+    )
     for seed, count in enumerate(counts):
-        new = rows(seed)
+        new = new_update(seed)
         cache, plain = commit(cache, new, jnp.asarray(count)), commit(plain, new.kv, jnp.asarray(count))
         for row in range(BATCH):
             nodes = np.arange(TOKENS) if path is None else path[row]
@@ -47,7 +49,7 @@ def test_commit(path):
 
 
 def test_place_writes_slots_and_drops_those_beyond():
-    staged, new = TailedRows.empty(BATCH, HEADS, 4, SIZE, COLUMNS, jnp.float32), rows()
+    staged, new = TailedUpdate.empty(BATCH, HEADS, 4, SIZE, COLUMNS, jnp.float32), new_update()
     placed = staged.place(new, jnp.array([2, 0, 7, 9, 4]))
     np.testing.assert_array_equal(placed.columns[:, [2, 0]], new.columns[:, :2])
     np.testing.assert_array_equal(placed.kv.key[:, :, [2, 0]], new.kv.key[:, :, :2])

@@ -1,4 +1,4 @@
-"""What every layer with a recurrent state has to do, whatever its formulas: checked against an oracle of the layer.
+"""Checks what every layer with a recurrent state must do, against an oracle of the layer.
 
 An oracle maps (weights, hidden [T, D] of one row from its first token on) to the layer's outputs [T, D], in float64.
 """
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decodax.core.weight import Weight
 from decodax.layers.attention.mask import Ancestors, Causal
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.weight import Weight
 
 WIDTH = 13
-LENGTHS = np.array([5, 0, 2])  # tokens committed before a tree: behind, at, and within the reach of a convolution
+LENGTHS = np.array([5, 0, 2])  # tokens committed before a tree: beyond, at, and within the width of a convolution
 PARENTS = np.array(
     [
         [-1, 0, 0, 1, 3, 2, 4, 4, 6, 8, 9],
@@ -71,8 +71,8 @@ def in_forwards(layer, hidden, sizes):
     cache, outputs, start = layer.empty(len(hidden)), [], 0
     for size in sizes:
         position = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32)[None], (len(hidden), size))
-        output, rows = layer.run(jnp.asarray(hidden[:, start : start + size]), position, cache, Causal())
-        cache = commit(cache, rows, jnp.full(len(hidden), size, jnp.int32))
+        output, update = layer.run(jnp.asarray(hidden[:, start : start + size]), position, cache, Causal())
+        cache = commit(cache, update, jnp.full(len(hidden), size, jnp.int32))
         outputs.append(output)
         start += size
     return np.concatenate(outputs, axis=1), cache
@@ -90,16 +90,16 @@ def check_chunks(layer):
 
 
 class Tree:
-    """A tree per row behind a prefix of its own length."""
+    """A tree per row after a prefix of its own length."""
 
     def __init__(self, layer, seed=2):
         self.layer, self.prefix, self.nodes = layer, hidden_states(max(LENGTHS)), hidden_states(NODES, seed=seed)
         position = jnp.broadcast_to(jnp.arange(self.prefix.shape[1], dtype=jnp.int32)[None], self.prefix.shape[:2])
-        # Behind its prefix each row has tokens that are rejected, broken ones in the last row.
+        # After its prefix each row has tokens that are rejected, non-finite ones in the last row.
         prefix = self.prefix.copy()
         prefix[2, 3:] = np.nan
-        _, rows = layer.run(jnp.asarray(prefix), position, layer.empty(), Causal())
-        self.cache = commit(layer.empty(), rows, jnp.asarray(LENGTHS, jnp.int32))
+        _, update = layer.run(jnp.asarray(prefix), position, layer.empty(), Causal())
+        self.cache = commit(layer.empty(), update, jnp.asarray(LENGTHS, jnp.int32))
         self.ancestors = np.asarray(Ancestors.from_parents(jnp.asarray(PARENTS)).allowed)
         depth = self.ancestors.sum(2) - 1
         self.position = jnp.asarray(LENGTHS[:, None] + depth, jnp.int32)
@@ -119,7 +119,7 @@ class Tree:
 def check_trees(layer):
     """A node's output is that of its path run as a chain, and so is what follows when that path is committed."""
     tree = Tree(layer)
-    outputs, rows = tree.run(tree.nodes)
+    outputs, update = tree.run(tree.nodes)
     for row in range(BATCH):
         for node in range(NODES):
             close(outputs[row, node], layer.want(tree.chain(row, node)[None])[0, -1])
@@ -129,7 +129,7 @@ def check_trees(layer):
     path = np.full((BATCH, NODES), NODES - 1)
     for row, node in enumerate(accepted):
         path[row, : count[row]] = tree.path(row, node)
-    after = commit(tree.cache, rows, jnp.asarray(count, jnp.int32), jnp.asarray(path, jnp.int32))
+    after = commit(tree.cache, update, jnp.asarray(count, jnp.int32), jnp.asarray(path, jnp.int32))
     np.testing.assert_array_equal(after.length, LENGTHS + count)
     following = hidden_states(3, seed=3)
     position = jnp.asarray((LENGTHS + count)[:, None] + np.arange(3), jnp.int32)
@@ -137,25 +137,25 @@ def check_trees(layer):
     for row, node in enumerate(accepted):
         want = layer.want(np.concatenate([tree.chain(row, node), following[row]])[None])
         close(got[row], want[0, -3:])
-    return tree, outputs, rows
+    return tree, outputs, update
 
 
 def check_staged(layer):
-    """Nodes staged by an earlier forward are read as those of the same forward; empty slots may hold anything."""
+    """Nodes staged by an earlier forward are attended to like those of the same forward; empty slots may be NaN."""
     tree = Tree(layer)
     want, _ = tree.run(tree.nodes)
     first, slots = 4, 6
-    early, rows = layer.run(
+    early, update = layer.run(
         jnp.asarray(tree.nodes[:, :first]),
         tree.position[:, :first],
         tree.cache,
         Ancestors(jnp.asarray(tree.ancestors[:, :first, :first])),
     )
     close(early, want[:, :first])
-    nothing = jax.tree.map(lambda leaf: leaf + jnp.nan, layer.config.empty_rows(BATCH, slots, jnp.float32))
-    staged = nothing.place(rows, jnp.arange(first, dtype=jnp.int32))
+    nothing = jax.tree.map(lambda leaf: leaf + jnp.nan, layer.config.empty_update(BATCH, slots, jnp.float32))
+    staged = nothing.place(update, jnp.arange(first, dtype=jnp.int32))
     beyond = jnp.full(first, slots, jnp.int32)
-    for kept, dropped in zip(jax.tree.leaves(staged), jax.tree.leaves(staged.place(rows, beyond)), strict=True):
+    for kept, dropped in zip(jax.tree.leaves(staged), jax.tree.leaves(staged.place(update, beyond)), strict=True):
         np.testing.assert_array_equal(kept, dropped)
     unfilled = np.zeros((BATCH, NODES - first, slots - first), bool)
     late = tree.ancestors[:, first:]
@@ -169,40 +169,40 @@ def check_staged(layer):
 
 
 def check_rows(layer):
-    """A row is what it is alone, and what is broken in it stays with those that read it."""
+    """A row does not depend on the others, and its non-finite values reach only tokens that attend to them."""
     tree = Tree(layer)
-    want, rows = tree.run(tree.nodes)
+    want, update = tree.run(tree.nodes)
     for row in range(BATCH):
         alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], (tree.position, tree.cache, tree.mask))
         close(layer.run(jnp.asarray(tree.nodes[row : row + 1]), *alone)[0][0], want[row])
 
-    broken = tree.nodes.copy()
-    broken[0, 4, 2], broken[1, 5, 0] = np.nan, np.inf
-    got, broken_rows = tree.run(broken)
-    spoilt = np.zeros((BATCH, NODES), bool)
-    spoilt[0], spoilt[1] = tree.ancestors[0, :, 4], tree.ancestors[1, :, 5]
-    np.testing.assert_array_equal(np.isnan(got).all(2), spoilt)
-    np.testing.assert_array_equal(np.asarray(got)[~spoilt], np.asarray(want)[~spoilt])
+    nonfinite = tree.nodes.copy()
+    nonfinite[0, 4, 2], nonfinite[1, 5, 0] = np.nan, np.inf
+    got, nonfinite_update = tree.run(nonfinite)
+    is_nonfinite = np.zeros((BATCH, NODES), bool)
+    is_nonfinite[0], is_nonfinite[1] = tree.ancestors[0, :, 4], tree.ancestors[1, :, 5]
+    np.testing.assert_array_equal(np.isnan(got).all(2), is_nonfinite)
+    np.testing.assert_array_equal(np.asarray(got)[~is_nonfinite], np.asarray(want)[~is_nonfinite])
 
-    # Three tokens of the broken chain are sound; the middle row takes none, and does not move by a bit.
+    # Three tokens of the non-finite chain are finite; the middle row commits none and stays bit-identical.
     count, path = jnp.asarray([3, 0, 2], jnp.int32), jnp.asarray([[0, 1, 3, 4]] * BATCH, jnp.int32)
-    expected, after = (commit(tree.cache, new, count, path) for new in (rows, broken_rows))
+    expected, after = (commit(tree.cache, new, count, path) for new in (update, nonfinite_update))
     for name in ("state", "tail", "length"):
         left, right = getattr(expected, name), getattr(after, name)
         if left is not None:
             np.testing.assert_array_equal(left, right)
             np.testing.assert_array_equal(right[1], getattr(tree.cache, name)[1])
 
-    # In a chain, those before a broken token do not see it.
+    # In a chain, tokens before a non-finite token do not depend on it.
     chain = hidden_states(21)
     position = jnp.broadcast_to(jnp.arange(21, dtype=jnp.int32)[None], chain.shape[:2])
-    sound, sound_rows = layer.run(jnp.asarray(chain), position, layer.empty(), Causal())
+    finite, finite_update = layer.run(jnp.asarray(chain), position, layer.empty(), Causal())
     chain[1, 9] = np.nan
-    got, new_rows = layer.run(jnp.asarray(chain), position, layer.empty(), Causal())
+    got, new_update = layer.run(jnp.asarray(chain), position, layer.empty(), Causal())
     np.testing.assert_array_equal(np.isnan(got).any(2), (np.arange(BATCH) == 1)[:, None] & (np.arange(21) >= 9))
-    np.testing.assert_array_equal(got[1, :9], sound[1, :9])
+    np.testing.assert_array_equal(got[1, :9], finite[1, :9])
     count = jnp.asarray([21, 9, 0], jnp.int32)
-    left, right = (commit(layer.empty(), new, count) for new in (sound_rows, new_rows))
+    left, right = (commit(layer.empty(), new, count) for new in (finite_update, new_update))
     np.testing.assert_array_equal(left.state, right.state)
 
 
@@ -214,8 +214,8 @@ def check_long(layer, tolerance):
     @partial(jax.jit, static_argnums=1)
     def decode(hidden, num_tokens):
         def step(cache, inputs):
-            output, rows = layer.forward(inputs[:, None], cache.length[:, None], cache, Causal())
-            return cache.commit(rows, jnp.ones_like(cache.length)), output[:, 0]
+            output, update = layer.forward(inputs[:, None], cache.length[:, None], cache, Causal())
+            return cache.commit(update, jnp.ones_like(cache.length)), output[:, 0]
 
         return jax.lax.scan(step, layer.empty(1), jnp.swapaxes(hidden, 0, 1), length=num_tokens)
 
@@ -225,7 +225,7 @@ def check_long(layer, tolerance):
 
 
 def check_half_precision(layer):
-    """Computed in bfloat16, rows and tails are kept so and the state is not; outputs are right to a few percent."""
+    """In bfloat16, cache updates and tails are bfloat16 and the state is not; outputs are right to a few percent."""
     half = copy.copy(layer)
     half.run = jax.jit(half.forward)
     half.params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), layer.params)
@@ -235,15 +235,15 @@ def check_half_precision(layer):
     cache = layer.config.empty_cache(BATCH, 0, jnp.bfloat16)
     for size, mask in ((1, Causal()), (5, Causal()), (3, Ancestors(jnp.tril(jnp.ones((1, 3, 3), bool))))):
         position = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32)[None], (BATCH, size))
-        output, rows = half.run(hidden[:, start : start + size], position, cache, mask)
-        room = layer.config.empty_rows(BATCH, size, jnp.bfloat16).place(rows, jnp.arange(size, dtype=jnp.int32))
-        assert jax.tree.map(jax.typeof, room) == jax.tree.map(jax.typeof, rows)
-        after = commit(cache, rows, jnp.full(BATCH, size, jnp.int32))
+        output, update = half.run(hidden[:, start : start + size], position, cache, mask)
+        room = layer.config.empty_update(BATCH, size, jnp.bfloat16).place(update, jnp.arange(size, dtype=jnp.int32))
+        assert jax.tree.map(jax.typeof, room) == jax.tree.map(jax.typeof, update)
+        after = commit(cache, update, jnp.full(BATCH, size, jnp.int32))
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, cache)
         cache, start = after, start + size
         assert output.dtype == jnp.bfloat16 and cache.state.dtype == jnp.float32
         got.append(output.astype(jnp.float32))
-    # Products of 13 terms rounded to 8 bits, half a dozen of them one behind the other.
+    # Products of 13 terms rounded to 8 bits, half a dozen of them in sequence.
     close(np.concatenate(got, axis=1), want, 0.05)
 
 
@@ -251,16 +251,16 @@ def check_kept(layer):
     """A token that a layer did not run for leaves its state and its convolution as they were."""
     hidden = hidden_states(7)
     position = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[None], hidden.shape[:2])
-    _, rows = layer.run(jnp.asarray(hidden), position, layer.empty(), Causal())
+    _, update = layer.run(jnp.asarray(hidden), position, layer.empty(), Causal())
     kept = np.array([[1, 1, 0, 1, 0, 1, 1], [0] * 7, [1] * 7], bool)
     garbage = jnp.asarray(~kept)
-    rows = jax.tree.map(
-        lambda leaf: jnp.where(garbage.reshape(garbage.shape + (1,) * (leaf.ndim - 2)), jnp.nan, leaf), rows
+    update = jax.tree.map(
+        lambda leaf: jnp.where(garbage.reshape(garbage.shape + (1,) * (leaf.ndim - 2)), jnp.nan, leaf), update
     )
     count = jnp.asarray([6, 5, 4], jnp.int32)
-    got = commit(layer.empty(), dataclasses.replace(rows, kept=jnp.asarray(kept)), count)
+    got = commit(layer.empty(), dataclasses.replace(update, kept=jnp.asarray(kept)), count)
     path = jnp.asarray([[0, 1, 3, 5], [0] * 4, [0, 1, 2, 3]], jnp.int32)
-    want = commit(layer.empty(), rows, jnp.asarray([4, 0, 4], jnp.int32), path)
+    want = commit(layer.empty(), update, jnp.asarray([4, 0, 4], jnp.int32), path)
     np.testing.assert_array_equal(got.length, count)
     close(got.state, want.state)
     if want.tail is not None:

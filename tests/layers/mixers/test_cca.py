@@ -1,4 +1,4 @@
-"""Attention with convolutions is zaya's formula, however a row is cut, on the paths of trees, staged or committed."""
+"""Attention with convolutions equals zaya's formula in chunks, on the paths of trees, staged or committed."""
 
 import dataclasses
 from functools import partial
@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.core.weight import Weight
 from decodax.layers.attention.mask import Ancestors, Causal
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.kv_cache.full import MarkedCache
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.kv_cache.tailed import TailedRows
+from decodax.layers.kv_cache.tailed import TailedUpdate
 from decodax.layers.mixers.cca import CCAConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 from tests.oracles.convolutional_attention import convolutional_attention
@@ -45,7 +45,7 @@ def parameters(config, seed=0):
 
 
 def expected(config, params, hidden):
-    """The oracle's outputs for one row of tokens, each of which reads all before it."""
+    """The oracle's outputs for one row of tokens, each of which attends to all before it."""
     names = {
         "query": "q_proj", "key": "k_proj", "value": "v_proj_current", "delayed_value": "v_proj_delayed",
         "depthwise": "conv_qk_depthwise", "grouped": "conv_qk_grouped", "out": "o_proj",
@@ -70,7 +70,7 @@ def run(config, params, hidden, position, cache, mask):
     return module.apply({"params": params}, hidden, position, position + 1, cache, mask)
 
 
-commit = jax.jit(lambda cache, rows, count, path=None: cache.commit(rows, count, path))
+commit = jax.jit(lambda cache, update, count, path=None: cache.commit(update, count, path))
 
 
 def hidden_states(num_tokens, batch=BATCH, seed=1):
@@ -82,7 +82,7 @@ def positions(first, num_tokens):
 
 
 @pytest.mark.parametrize("config", [PLAIN, BIASED], ids=["plain", "biased"])
-def test_a_row_cut_in_any_way_is_the_formula_s(config):
+def test_a_row_in_chunks_of_any_size_equals_the_formula(config):
     """At once, in chunks shorter and longer than a tail, token by token, alone and in a batch."""
     params, hidden = parameters(config), hidden_states(16, batch=2)
     want = np.stack([expected(config, params, row) for row in hidden])
@@ -91,8 +91,8 @@ def test_a_row_cut_in_any_way_is_the_formula_s(config):
     cache, start, got = config.empty_cache(2, CAPACITY, jnp.float32), 0, []
     for size in (1, 1, 2, 7, 1, 4):
         chunk = hidden[:, start : start + size]
-        out, rows = run(config, params, chunk, positions([start, start], size), cache, Causal())
-        cache, start = commit(cache, rows, jnp.array([size, size])), start + size
+        out, update = run(config, params, chunk, positions([start, start], size), cache, Causal())
+        cache, start = commit(cache, update, jnp.array([size, size])), start + size
         got.append(out)
     np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=TOLERANCE)
     alone, _ = run(config, params, hidden[1:], positions([0], 16), None, Causal())
@@ -100,10 +100,10 @@ def test_a_row_cut_in_any_way_is_the_formula_s(config):
 
 
 def tree_operands(config, params):
-    """Rows of unequal length, each with a tree behind it, and what the formula gives for each node's path."""
+    """Rows of unequal length, each with a tree after it, and what the formula gives for each node's path."""
     before, nodes = hidden_states(LENGTHS.max()), hidden_states(len(PARENTS), seed=2)
-    _, rows = run(config, params, before, positions(np.zeros(BATCH), LENGTHS.max()), None, Causal())
-    cache = commit(config.empty_cache(BATCH, CAPACITY, jnp.float32), rows, jnp.asarray(LENGTHS))
+    _, update = run(config, params, before, positions(np.zeros(BATCH), LENGTHS.max()), None, Causal())
+    cache = commit(config.empty_cache(BATCH, CAPACITY, jnp.float32), update, jnp.asarray(LENGTHS))
     want = np.zeros((BATCH, len(PARENTS), WIDTH))
     for row, length in enumerate(LENGTHS):
         for node in range(len(PARENTS)):
@@ -120,15 +120,15 @@ def test_trees_and_staged_tokens(config):
     params = parameters(config)
     nodes, position, cache, want = tree_operands(config, params)
     ancestors = Ancestors.from_parents(jnp.asarray(PARENTS[None]))
-    got, rows = run(config, params, nodes, position, cache, ancestors & Causal())
+    got, update = run(config, params, nodes, position, cache, ancestors & Causal())
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
     order, allowed = np.array([1, 0, 3, 4]), np.zeros((1, 3, 8), bool)  # slot of each of the first four nodes
     allowed[:, :, order] = ancestors.allowed[:, 4:, :4]
     allowed[:, :, 5:] = ancestors.allowed[:, 4:, 4:]
-    buffer = config.empty_rows(BATCH, 5, jnp.float32)
-    buffer = dataclasses.replace(buffer, columns=buffer.columns.at[:, 2].set(jnp.nan))  # a slot that nobody may read
-    first = TailedRows(jax.tree.map(lambda leaf: leaf[:, :, :4], rows.kv), rows.columns[:, :4])
+    buffer = config.empty_update(BATCH, 5, jnp.float32)
+    buffer = dataclasses.replace(buffer, columns=buffer.columns.at[:, 2].set(jnp.nan))  # masked
+    first = TailedUpdate(jax.tree.map(lambda leaf: leaf[:, :, :4], update.kv), update.columns[:, :4])
     staged = buffer.place(first, jnp.asarray(order))
     place = np.array([1, 0, 0, 2, 3])  # node at each slot
     staged, mask = Staged(cache, staged, position[:, place]), Ancestors(jnp.asarray(allowed))
@@ -138,26 +138,26 @@ def test_trees_and_staged_tokens(config):
     got, _ = run(config, params, nodes[:1, 4:], position[:1, 4:], alone, mask)
     np.testing.assert_allclose(got, want[:1, 4:], atol=TOLERANCE)  # the first row has nothing before its tree
 
-    committed = commit(cache, rows, jnp.array([4, 0, 4]), jnp.array([[0, 2, 3, 5]] * BATCH))
+    committed = commit(cache, update, jnp.array([4, 0, 4]), jnp.array([[0, 2, 3, 5]] * BATCH))
     got, _ = run(config, params, nodes[:, 6:], position[:, 6:], committed, Causal())
     np.testing.assert_allclose(got[::2], want[::2, 6:], atol=TOLERANCE)
     np.testing.assert_array_equal(committed.tail[1], cache.tail[1])
 
 
-def test_broken_tokens_stay_where_they_are():
+def test_nonfinite_tokens_reach_only_tokens_that_attend_to_them():
     params = parameters(PLAIN)
     nodes, position, cache, want = tree_operands(PLAIN, params)
     nodes[0, 2] = np.nan
-    broken = dataclasses.replace(cache, tail=cache.tail.at[1].set(jnp.nan))
+    nonfinite = dataclasses.replace(cache, tail=cache.tail.at[1].set(jnp.nan))
     mask = Ancestors.from_parents(jnp.asarray(PARENTS[None])) & Causal()
-    got, _ = run(PLAIN, params, nodes, position, broken, mask)
+    got, _ = run(PLAIN, params, nodes, position, nonfinite, mask)
     assert np.isnan(got[1]).all() and np.isnan(got[0, [2, 3, 5, 6]]).all()
     np.testing.assert_allclose(got[2], want[2], atol=TOLERANCE)
     np.testing.assert_allclose(got[0, [0, 1, 4]], want[0, [0, 1, 4]], atol=TOLERANCE)
 
 
 def test_without_convolutions_it_is_attention_with_normed_heads():
-    """Identity convolutions, and query heads equal to their key's, so that the means change lengths alone."""
+    """Identity convolutions, and query heads equal to their key's, so that the means change only norms."""
     config, random = dataclasses.replace(PLAIN, window=6), np.random.default_rng(4)
     group = HEADS // KV_HEADS
     key = random.standard_normal((KV_HEADS, SIZE, WIDTH))
@@ -176,10 +176,10 @@ def test_without_convolutions_it_is_attention_with_normed_heads():
     plain = {"query": query, "key": key, "value": jnp.concatenate([value, jnp.zeros((SIZE, WIDTH))]), "out": out}
     gqa = GQAConfig(HEADS, KV_HEADS, SIZE, PLAIN.rope, 0.4, head_norm=RMSNormConfig(0.0), window=6)
     hidden, position = hidden_states(9), positions(np.zeros(BATCH), 9)
-    got, rows = run(config, params, hidden, position, None, Causal())
-    want, plain_rows = run(gqa, plain | {"query_norm": norm, "key_norm": norm}, hidden, position, None, Causal())
+    got, update = run(config, params, hidden, position, None, Causal())
+    want, plain_update = run(gqa, plain | {"query_norm": norm, "key_norm": norm}, hidden, position, None, Causal())
     np.testing.assert_allclose(got, want, atol=2 * TOLERANCE)
-    np.testing.assert_allclose(rows.kv.key, plain_rows.key, atol=TOLERANCE)
+    np.testing.assert_allclose(update.kv.key, plain_update.key, atol=TOLERANCE)
 
 
 def test_bytes_per_token_are_those_of_keys_and_values():
@@ -194,7 +194,7 @@ def test_bytes_per_token_are_those_of_keys_and_values():
     assert cache_bytes(0) == 2 * 2 * (10 * 128 + 128) + 4  # two tokens' queries, keys and delayed values; the length
 
 
-def test_what_it_refuses():
+def test_unsupported_options_are_refused():
     with pytest.raises(ValueError, match="has to run for every token"):
         PLAIN.empty_cache(1, 8, jnp.float32, MarkedCache)
     for changes, words in (

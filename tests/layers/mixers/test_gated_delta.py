@@ -1,4 +1,4 @@
-"""The gated delta layer is its recurrence behind its convolution, in chains, chunks and trees."""
+"""The gated delta layer equals its recurrence after its convolution, in chains, chunks and trees."""
 
 import numpy as np
 import pytest
@@ -35,13 +35,13 @@ def oracle(weights, hidden):
         own = fused[:, head * per_head : (head + 1) * per_head]
         bounds = np.cumsum([KEY_SIZE, KEY_SIZE, GROUP * VALUE_SIZE])
         query, key, value, gate = np.split(own, bounds, axis=1)
-        for part, new in zip(columns, (query, key, value), strict=True):
-            part.append(new)
+        for projected, new in zip(columns, (query, key, value), strict=True):
+            projected.append(new)
         gates.append(gate.reshape(tokens, GROUP, VALUE_SIZE))
         beta, decay = np.split(pairs[:, head * 2 * GROUP : (head + 1) * 2 * GROUP], 2, axis=1)
         betas.append(beta)
         decays.append(decay)
-    channels = np.concatenate([np.concatenate(part, axis=1) for part in columns], axis=1)
+    channels = np.concatenate([np.concatenate(one, axis=1) for one in columns], axis=1)
     convolved = np.zeros_like(channels)
     for token in range(tokens):
         for back in range(min(TAPS, token + 1)):
@@ -77,7 +77,7 @@ def test_it_is_its_recurrence(layer, check):
 
 
 def test_ten_thousand_steps(layer):
-    # The delta rule takes out what it writes over, so errors do not pile up.
+    # The delta rule removes what it overwrites, so errors do not accumulate.
     check_long(layer, 1e-4)
 
 

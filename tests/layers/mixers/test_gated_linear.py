@@ -1,4 +1,4 @@
-"""Gated linear attention is its recurrence, in chains, chunks and trees."""
+"""Gated linear attention equals its recurrence, in chains, chunks and trees."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_it_is_its_recurrence(layer, check):
 
 
 def test_ten_thousand_steps(layer):
-    # Decays leave some ten tokens in the state, so errors do not pile up.
+    # Decays leave some ten tokens in the state, so errors do not accumulate.
     check_long(layer, 1e-4)
 
 

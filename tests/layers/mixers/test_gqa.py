@@ -1,4 +1,4 @@
-"""Attention with every option at once, against float64: norms across heads, limits, sinks, a gate, biases, a window."""
+"""Attention with all options at once equals float64: norms across heads, limits, sinks, a gate, biases, a window."""
 
 import jax
 import jax.numpy as jnp

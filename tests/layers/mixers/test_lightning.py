@@ -1,4 +1,4 @@
-"""Lightning attention is its recurrence, in chains, chunks and trees; its slopes are those of the papers."""
+"""Lightning attention equals its recurrence, in chains, chunks and trees; its slopes are those of the papers."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tests.layers.mixers.recurrent_layers import (
 )
 from tests.oracles.recurrence import recurrence, rms_norm, sigmoid, silu
 
-SLOPES = (0.9, 0.0, 0.01)  # the second head never forgets
+SLOPES = (0.9, 0.0, 0.01)  # the second head has no decay
 
 
 def config(**changed):
@@ -47,7 +47,7 @@ def test_it_is_its_recurrence(layer, check):
 
 
 def test_ten_thousand_steps(layer):
-    # The head that never forgets adds up 10,000 tokens: sqrt(10,000) roundings of 6e-8 and some.
+    # The head without decay sums 10,000 tokens: sqrt(10,000) roundings of 6e-8 and some.
     check_long(layer, 1e-4)
 
 

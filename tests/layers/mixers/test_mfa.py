@@ -1,4 +1,4 @@
-"""Factorised queries over one shared key and value: the formula, with a cache, as a tree and in the invariant mode."""
+"""Factorised queries over one shared key and value equal the formula: with a cache, in trees, in the invariant mode."""
 
 from functools import partial
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.core.weight import Weight
 from decodax.layers.attention.mask import Ancestors, Causal
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.feed_forward import GatedMLPConfig
@@ -14,7 +15,6 @@ from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.mixers.mfa import MFAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model, commit
 from tests.oracles.attention import attention
@@ -40,7 +40,7 @@ def parameters():
 
 
 def expected(params, hidden):
-    """Multi-query attention in NumPy float64: every token of one row, [M, D], reads those up to itself."""
+    """Multi-query attention in NumPy float64: every token of one row, [M, D], attends to those up to itself."""
     params, hidden = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), np.asarray(hidden, np.float64)
     position, frequency = np.arange(len(hidden)), 100.0 ** (-np.arange(2) / 2)
 
@@ -66,19 +66,21 @@ def test_chunks_trees_and_staged_tokens_are_the_formula():
         random.standard_normal((2, size, WIDTH)).astype(np.float32) for size in (LENGTHS.max(), len(PARENTS))
     )
     position = jnp.broadcast_to(jnp.arange(LENGTHS.max()), before.shape[:2])
-    out, rows = run(params, before, position, None, Causal())
+    out, update = run(params, before, position, None, Causal())
     for row in range(2):
         np.testing.assert_allclose(out[row], expected(params, before[row]), atol=TOLERANCE)
-    cache = CONFIG.empty_cache(2, CAPACITY, jnp.float32).commit(rows, jnp.asarray(LENGTHS))
+    cache = CONFIG.empty_cache(2, CAPACITY, jnp.float32).commit(update, jnp.asarray(LENGTHS))
     want = np.zeros(nodes.shape)
     for row, length in enumerate(LENGTHS):
         for node, path in enumerate(([0], [0, 1], [0, 2], [0, 2, 3], [0, 1, 4])):
             want[row, node] = expected(params, np.concatenate([before[row, :length], nodes[row, path]]))[-1]
     position = jnp.asarray(LENGTHS[:, None] + DEPTHS)
     ancestors = Ancestors.from_parents(jnp.asarray(PARENTS[None]))
-    got, rows = run(params, nodes, position, cache, ancestors)
+    got, update = run(params, nodes, position, cache, ancestors)
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
-    staged = CONFIG.empty_rows(2, 2, jnp.float32).place(jax.tree.map(lambda leaf: leaf[:, :, :2], rows), jnp.arange(2))
+    staged = CONFIG.empty_update(2, 2, jnp.float32).place(
+        jax.tree.map(lambda leaf: leaf[:, :, :2], update), jnp.arange(2)
+    )
     mask = Ancestors(ancestors.allowed[:, 2:])
     got, _ = run(params, nodes[:, 2:], position[:, 2:], Staged(cache, staged, position[:, :2]), mask)
     np.testing.assert_allclose(got, want[:, 2:], atol=TOLERANCE)
@@ -105,7 +107,7 @@ def test_runs_in_the_invariant_mode():
     at_once = apply(tokens, tokens).hidden
     caches = model.empty_cache(1, CAPACITY, jnp.float32)
     first = apply(tokens[:, :3], tokens[:, :3], caches)
-    last = apply(tokens[:, 3:], tokens[:, 3:], commit(caches, first.rows, jnp.array([3]))).hidden
+    last = apply(tokens[:, 3:], tokens[:, 3:], commit(caches, first.cache_updates, jnp.array([3]))).hidden
     np.testing.assert_array_equal(last[:, 0], at_once[:, 3])
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.core.weight import Weight
 from decodax.layers.attention.mask import Ancestors, Causal, Window
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.feed_forward import GatedMLPConfig
@@ -17,7 +18,6 @@ from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope, YarnScaling
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 from tests.oracles.latent_attention import latent_attention
@@ -153,7 +153,7 @@ def test_trees_and_staged_tokens(form, monkeypatch):
     got, rows = run(config, params, nodes, position, cache, ancestors & Causal())
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
-    buffer = config.empty_rows(BATCH, 5, jnp.float32)
+    buffer = config.empty_update(BATCH, 5, jnp.float32)
     buffer = dataclasses.replace(buffer, latent=buffer.latent.at[:, 3:].set(jnp.nan))  # slots that nobody may read
     first, order = jax.tree.map(lambda leaf: leaf[:, :3], rows), np.array([1, 0, 2])  # node -> slot
     staged = Staged(cache, buffer.place(first, jnp.asarray(order)), position[:, np.array([1, 0, 2, 0, 0])])
@@ -163,7 +163,7 @@ def test_trees_and_staged_tokens(form, monkeypatch):
     mask = Ancestors(jnp.asarray(allowed)) & Causal()
     got, _ = run(config, params, nodes[:, 3:], position[:, 3:], staged, mask)
     np.testing.assert_allclose(got, want[:, 3:], atol=TOLERANCE)
-    alone = jax.tree.map(lambda leaf: leaf[:1], Staged(None, staged.rows, staged.position))
+    alone = jax.tree.map(lambda leaf: leaf[:1], Staged(None, staged.update, staged.position))
     got, _ = run(config, params, nodes[:1, 3:], position[:1, 3:], alone, mask)
     np.testing.assert_allclose(got, want[:1, 3:], atol=TOLERANCE)  # the first row has nothing before its tree
 
@@ -200,14 +200,14 @@ def test_broken_tokens_stay_where_they_are():
     config, params = STRETCHED, parameters(STRETCHED)
     nodes, position, cache, want = tree_operands(config, params)
     nodes[0, 2] = np.nan
-    broken = dataclasses.replace(cache, latent=cache.latent.at[1, 3].set(jnp.nan))
+    nonfinite = dataclasses.replace(cache, latent=cache.latent.at[1, 3].set(jnp.nan))
     mask = Ancestors.from_parents(jnp.asarray(PARENTS[None])) & Causal()
-    got, _ = run(config, params, nodes, position, broken, mask)
+    got, _ = run(config, params, nodes, position, nonfinite, mask)
     assert np.isnan(got[1]).all() and np.isnan(got[0, [2, 3, 5]]).all()
     np.testing.assert_allclose(got[2], want[2], atol=TOLERANCE)
     np.testing.assert_allclose(got[0, [0, 1, 4]], want[0, [0, 1, 4]], atol=TOLERANCE)
     chain = jnp.broadcast_to(nodes[:, :1], (BATCH, 15, WIDTH)).at[0, 9].set(jnp.nan)
-    got, _ = run(config, params, chain, positions(LENGTHS, 15), broken, Causal())
+    got, _ = run(config, params, chain, positions(LENGTHS, 15), nonfinite, Causal())
     assert np.isfinite(got[0, :9]).all() and np.isfinite(got[2]).all() and np.isnan(got[0, 9:]).all()
 
 

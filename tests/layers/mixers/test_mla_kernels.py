@@ -10,18 +10,19 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from decodax import decoding
+from decodax.core.weight import Weight
 from decodax.decoding.sampling import Sampling
-from decodax.decoding.state import _empty_state
-from decodax.layers.attention import attend_absorbed, attend_expanded
+from decodax.decoding.state import empty_state
+from decodax.layers.attention import expanded_kernels
+from decodax.layers.attention.attend_absorbed import select_absorbed
 from decodax.layers.attention.mask import Ancestors, Causal, Tokens, Window
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import GatedMLPConfig
-from decodax.layers.kv_cache.latent import LatentCache, LatentRows
+from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
 from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model, commit
 from decodax.sharding.rules import TENSOR
@@ -51,7 +52,7 @@ def operands(num_new: int, num_staged: int = 0):
     cache = LatentCache(draw(batch, CAPACITY, RANK), draw(batch, CAPACITY, ROPE), jnp.asarray(LENGTHS))
     position = jnp.asarray(LENGTHS[:, None] + num_staged + np.arange(num_new, dtype=np.int32))
     if num_staged:
-        rows = LatentRows(draw(batch, num_staged, RANK), draw(batch, num_staged, ROPE))
+        rows = LatentUpdate(draw(batch, num_staged, RANK), draw(batch, num_staged, ROPE))
         cache = Staged(cache, rows, jnp.asarray(LENGTHS[:, None] + np.arange(num_staged, dtype=np.int32)))
     return draw(batch, num_new, WIDTH), position, cache
 
@@ -72,7 +73,7 @@ def parameters(dtype=jnp.float32):
 def small_blocks(monkeypatch):
     """A chunk of 40 tokens reads keys and values, not latents, and a cache in two blocks."""
     monkeypatch.setattr(MLAConfig, "most_absorbed_tokens", 20)
-    monkeypatch.setattr(attend_expanded, "BLOCK_TOKENS", (128,))
+    monkeypatch.setattr(expanded_kernels, "KERNEL_BLOCK_TOKENS", (128,))
 
 
 def check_equals_plain_jax(name, execution):
@@ -103,10 +104,10 @@ def test_every_device_runs_its_heads(name):
 def test_broken_tokens_reach_only_their_readers(name):
     num_new, _, mask = CASES[name]
     hidden, position, cache = operands(num_new)
-    broken, tokens = hidden.at[:, 1].set(jnp.nan), Tokens(position, is_new=True)
+    nonfinite, tokens = hidden.at[:, 1].set(jnp.nan), Tokens(position, is_new=True)
     readers = np.array(mask.allows(tokens, tokens))[0, :, 1]
     execution = Execution("tpu_interpreted")
-    sound, got = (run(execution, parameters(), inputs, position, cache, mask) for inputs in (hidden, broken))
+    sound, got = (run(execution, parameters(), inputs, position, cache, mask) for inputs in (hidden, nonfinite))
     assert np.isnan(got[:, readers]).all() and np.isfinite(got[:, ~readers]).all() and not readers.all()
     np.testing.assert_array_equal(got[:, ~readers], sound[:, ~readers])
 
@@ -155,12 +156,12 @@ def test_what_else_no_kernel_takes():
     query = jax.ShapeDtypeStruct((2, 100, HEADS, RANK), jnp.float32)
     _, _, staged = operands(1, 30)
     with pytest.raises(NotImplementedError, match="at most 128 new and staged tokens, these are 130"):
-        attend_absorbed.choose_absorbed(query, query, Causal(), staged, Execution("tpu"))
+        select_absorbed(query, query, Causal(), staged, Execution("tpu"))
     wrapped = dataclasses.replace(staged, cache="something else")
     with pytest.raises(NotImplementedError, match="reads caches of the class LatentCache, this one is a str"):
-        attend_absorbed.choose_absorbed(query, query, Causal(), wrapped, Execution("tpu"))
-    assert attend_absorbed.choose_absorbed(query, query, Causal(), staged, Execution()).backend == "xla"
-    assert attend_expanded.choose_expanded(query, 32, Causal(), None, Execution()).backend == "xla"
+        select_absorbed(query, query, Causal(), wrapped, Execution("tpu"))
+    assert select_absorbed(query, query, Causal(), staged, Execution()).backend == "xla"
+    assert expanded_kernels.select_expanded(query, 32, Causal(), None, Execution()).backend == "xla"
 
 
 BATCH, CHIP_CAPACITY, LAYERS = 8, 16384, 1
@@ -181,7 +182,7 @@ def deepseek_v2_lite(mesh: Mesh):
     def start(sampling: Sampling) -> decoding.DecodeState:
         tokens, one = jnp.zeros((BATCH, CHIP_CAPACITY), jnp.int32), jnp.ones(BATCH, jnp.int32)
         stop_ids = jnp.zeros((BATCH, 0), jnp.int32)
-        return _empty_state(model, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
+        return empty_state(model, jnp.bfloat16, tokens, one, one, one.astype(jnp.uint32), stop_ids, sampling)
 
     params = jax.tree.map(weight, config.weights(), is_leaf=lambda leaf: isinstance(leaf, Weight))
     state = jax.eval_shape(start, Sampling.create(BATCH, config.vocab_size))
@@ -207,7 +208,7 @@ def test_compiled_for_tpu(monkeypatch):
 
     def read(params, tokens, position, caches):
         out = model.apply(params, tokens, position, caches)
-        return commit(caches, out.rows, jnp.sum(jnp.isfinite(out.hidden[:, :, 0]), axis=1, dtype=jnp.int32))
+        return commit(caches, out.cache_updates, jnp.sum(jnp.isfinite(out.hidden[:, :, 0]), axis=1, dtype=jnp.int32))
 
     tokens = on_every_chip(mesh, jax.ShapeDtypeStruct((BATCH, 512), jnp.int32))
     with jax.default_matmul_precision("default"):

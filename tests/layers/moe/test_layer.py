@@ -1,4 +1,4 @@
-"""The layer against NumPy float64, its options, and a whole model of such layers by every route."""
+"""The MoE layer equals NumPy float64 with its options, and a model of such layers is the same token by token."""
 
 import dataclasses
 from functools import cache
@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from decodax.core.weight import Weight
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.feed_forward import ClampedSwiGLU, GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
-from decodax.layers.moe.experts.all_to_all import AllToAll
+from decodax.layers.moe.dispatch.all_to_all import AllToAll
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.placement import Placement
 from decodax.layers.moe.routers.expert_choice import ExpertChoice
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.layers.weight import Weight
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model, commit
 from decodax.sharding.rules import Rules, place
@@ -127,7 +127,7 @@ CAPACITY, VOCABULARY, LENGTH = 16, 37, 9
 
 
 def tiny_model(placement=None, execution=ON_THIS_DEVICE):
-    """A dense layer, then two of experts, one of them with more experts than the other (a pyramid)."""
+    """A dense layer, then two of experts, the second with more experts (a pyramid)."""
     mixer = GQAConfig(6, 2, 8, Rope(8, 1e4), scale=8**-0.5)
     first = MoEConfig(TopK(8, 2, "sigmoid", True, selection_bias=True), 12, shared=SHARED, placement=placement)
     second = MoEConfig(TopK(16, 3, "softmax", True), 12, shared=SHARED, residual_mix=True)
@@ -145,7 +145,7 @@ def forward(model):
     @jax.jit
     def run(params, tokens, position, caches):
         out = model.apply(params, tokens, position, caches)
-        return model.logits(params, out.hidden), out.rows, out.routes
+        return model.logits(params, out.hidden), out.cache_updates, out.routes
 
     return run
 
@@ -175,7 +175,7 @@ def test_a_model_token_by_token_and_row_by_row():
 
 @pytest.mark.parametrize("experts", [None, AllToAll(2)], ids=["gathered", "exchanged"])
 def test_a_model_on_eight_devices(experts):
-    """Experts split over four of them, some twice, say the same as on one device."""
+    """Experts split over four of the devices, some twice, give the logits of one device."""
     kinds = (AxisType.Auto,) * 2
     mesh, rules = jax.make_mesh((4, 2), ("expert", "other"), axis_types=kinds), Rules((("E", "expert"),))
     copies = Placement(8, 4, 3, tuple(((e % 4, e // 4),) if e < 4 else ((e % 4, 2), (e % 4, 1)) for e in range(8)))
@@ -195,7 +195,7 @@ def test_a_model_on_eight_devices(experts):
     assert (routes[1].num_overflowed > 0) == (experts is not None)
 
 
-def test_the_dense_way_in_a_model():
+def test_the_dense_dispatch_in_a_model():
     dense = dataclasses.replace(MODEL, execution=Execution(experts="dense"))
     assert_same(whole(dense)[0], np.asarray(whole()[0]))
 
@@ -205,6 +205,6 @@ def test_experts_that_choose_are_a_layer_too():
     params = random_params(config, 2)
     inputs = np.random.default_rng(3).standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32)
     output, routes = layer(config)(params, jnp.asarray(inputs))
-    flat = [np.asarray(part).reshape(BATCH * TOKENS, 6) for part in (routes.expert, routes.gate)]
+    flat = [np.asarray(field).reshape(BATCH * TOKENS, 6) for field in (routes.expert, routes.gate)]
     wanted = mixture(inputs.reshape(-1, WIDTH), *flat, params["experts"])
     np.testing.assert_allclose(output.reshape(wanted.shape), wanted, rtol=0, atol=1e-5)

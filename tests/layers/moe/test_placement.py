@@ -1,4 +1,4 @@
-"""Tables of where experts are: what they refuse, how they bring weights into order, who works for which token."""
+"""Expert placements refuse bad tables, reorder weights, and map tokens to slots."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,18 +37,18 @@ def test_copies_and_empty_slots():
     np.testing.assert_array_equal(same_gate, gate)
 
 
-def test_slices_add_up():
+def test_outputs_of_slices_add_up():
     """Slice i of expert e has rows i F/s .. of gate and up, the same columns of down, and one has down's bias."""
     placement, weights = Placement.contiguous(2, 4, slices=4), random_weights(2)
     assert placement.slots_per_device == 2
     arranged = {name: np.asarray(weight) for name, weight in placement.arrange(weights).items()}
     for expert in range(2):
         for index in range(4):
-            part, features = expert * 4 + index, slice(3 * index, 3 * index + 3)
+            slot, features = expert * 4 + index, slice(3 * index, 3 * index + 3)
             for name in ("gate", "up", "gate_bias", "up_bias"):
-                np.testing.assert_array_equal(arranged[name][part], weights[name][expert][features])
-            np.testing.assert_array_equal(arranged["down"][part], weights["down"][expert][:, features])
-            np.testing.assert_array_equal(arranged["down_bias"][part], weights["down_bias"][expert] * (index == 0))
+                np.testing.assert_array_equal(arranged[name][slot], weights[name][expert][features])
+            np.testing.assert_array_equal(arranged["down"][slot], weights["down"][expert][:, features])
+            np.testing.assert_array_equal(arranged["down_bias"][slot], weights["down_bias"][expert] * (index == 0))
     for name, weight in placement.restore(arranged).items():
         np.testing.assert_array_equal(weight, weights[name])
     slot, gate = placement.assign(jnp.asarray([[1], [-1]], jnp.int32), jnp.asarray([[0.5], [2.0]]))
@@ -58,13 +58,13 @@ def test_slices_add_up():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Placement(3, 1, 3, (((0, 0),), (), ((0, 2),))), "expert 1 is nowhere"),
-        (lambda: Placement(1, 2, 1, (((0, 0),), ()), slices=2), "slice 1 of expert 0 is nowhere"),
+        (lambda: Placement(3, 1, 3, (((0, 0),), (), ((0, 2),))), r"expert 1 must have at least one \(device, slot\)"),
+        (lambda: Placement(1, 2, 1, (((0, 0),), ()), slices=2), "slice 1 of expert 0 must have at least one"),
         (lambda: Placement(2, 1, 2, (((0, 0),),)), r"one entry per expert and slice \(2 x 1\), got 1"),
         (lambda: Placement(2, 2, 1, (((0, 0),), ((1, 1),))), r"expert 1: .* within 2 devices of 1 slots, got \(1, 1\)"),
         (lambda: Placement(2, 2, 1, (((0, 0),), ((-1, 0),))), r"got \(-1, 0\)"),
-        (lambda: Placement(2, 2, 1, (((0, 0),), ((0, 0),))), "slot 0 has expert 0, and expert 1 wants it too"),
-        (lambda: Placement(1, 2, 1, (((0, 0), (0, 0)),)), "slot 0 has expert 0, and expert 0 wants it too"),
+        (lambda: Placement(2, 2, 1, (((0, 0),), ((0, 0),))), "slot 0 must hold one expert, got expert 0 and expert 1"),
+        (lambda: Placement(1, 2, 1, (((0, 0), (0, 0)),)), "slot 0 must hold one expert, got expert 0 and expert 0"),
         (lambda: Placement.contiguous(3, 8), "8 devices are more than 3 experts x 1 slices: .* slices=3"),
         (lambda: Placement.contiguous(2, 2, 5).arrange(random_weights(2)), "12 features do not divide into 5 slices"),
     ],

@@ -1,4 +1,4 @@
-"""Routers against NumPy float64, and against numbers that can be checked by hand."""
+"""Routers equal NumPy float64, and numbers that can be checked by hand."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.oracles.mixture_of_experts import route
 
 BATCH, TOKENS, WIDTH = 3, 11, 7
 
-# Router, and what the oracle calls its options.
+# Router, and the oracle's options for it.
 SOFTMAX, SIGMOID = {"score": "softmax"}, {"score": "sigmoid"}
 CASES = {
     "mixtral": (TopK(5, 2, "softmax", True), {**SOFTMAX, "renormalise": True}),
@@ -56,18 +56,18 @@ def test_equals_a_sort_in_float64(case):
     alone = run(jnp.asarray(tokens[1:2], jnp.float32), as_float32(weights))
     np.testing.assert_array_equal(alone.expert[0], got.expert[1])
 
-    # A broken token breaks no other, and has experts too.
+    # A non-finite token changes no other, and has experts too.
     tokens[1, 2] = np.nan
-    broken = run(jnp.asarray(tokens, jnp.float32), as_float32(weights))
+    nonfinite = run(jnp.asarray(tokens, jnp.float32), as_float32(weights))
     others = np.ones((BATCH, TOKENS), bool)
     others[1, 2] = False
-    np.testing.assert_array_equal(broken.expert[others], got.expert[others])
-    np.testing.assert_array_equal(broken.gate[others], got.gate[others])
-    assert np.all((broken.expert >= 0) & (broken.expert < router.num_experts))
+    np.testing.assert_array_equal(nonfinite.expert[others], got.expert[others])
+    np.testing.assert_array_equal(nonfinite.gate[others], got.gate[others])
+    assert np.all((nonfinite.expert >= 0) & (nonfinite.expert < router.num_experts))
 
 
 def by_hand(router, logits, **more):
-    """The choices of one token whose logits are these: its vector is (1, 0), the weights' first column the logits."""
+    """The choices of one token with these logits: its vector is (1, 0), the weights' first column the logits."""
     weight = jnp.stack([jnp.asarray(logits, jnp.float32), jnp.ones(len(logits))], axis=1)
     routes = router.route(jnp.asarray([[[1.0, 0.0]]]), {"weight": weight, **as_float32(more)})
     return routes.expert[0, 0].tolist(), routes.gate[0, 0].tolist()
@@ -87,12 +87,12 @@ def test_numbers_by_hand():
     assert chosen == [0, 1] and gates == pytest.approx([10 * 0.5 / 1.3, 10 * 0.8 / 1.3])
 
 
-def test_the_lowest_number_wins_among_equals():
+def test_the_lowest_index_wins_among_equal_scores():
     assert by_hand(TopK(5, 3, "softmax", True), [0.0, 1.0, 1.0, 1.0, 1.0])[0] == [1, 2, 3]
 
 
 def test_scores_are_float32_whatever_the_tokens_are():
-    """Products of bfloat16 that is exact, in sums that bfloat16 could not tell apart."""
+    """Exact products of bfloat16, in sums that bfloat16 could not distinguish."""
     weight = jnp.asarray([[1.0, 2.0**-9], [1.0, 2.0**-8], [1.0, 0.0]], jnp.bfloat16)
     routes = TopK(3, 3, "softmax", True).route(jnp.asarray([[[1.0, 1.0]]], jnp.bfloat16), {"weight": weight})
     assert routes.expert[0, 0].tolist() == [1, 0, 2] and routes.gate.dtype == jnp.float32
@@ -118,15 +118,15 @@ def test_each_expert_takes_its_best_tokens(experts_per_token):
             np.testing.assert_allclose(routes.gate[row, taken, expert], scores[taken, expert], rtol=2e-5)
 
 
-def test_a_broken_token_is_chosen_by_no_expert():
+def test_a_nonfinite_token_is_chosen_by_no_expert():
     run = jax.jit(ExpertChoice(3, 1.0).route)
     tokens = np.random.default_rng(6).standard_normal((2, 6, WIDTH)).astype(np.float32)
     weights = {"weight": jnp.asarray(np.random.default_rng(7).standard_normal((3, WIDTH)), jnp.float32)}
-    sound = run(jnp.asarray(tokens), weights)
+    finite = run(jnp.asarray(tokens), weights)
     tokens[1, 4] = np.nan
     got = run(jnp.asarray(tokens), weights)
     assert np.all(got.expert[1, 4] == -1) and np.all(got.gate[1, 4] == 0)
-    np.testing.assert_array_equal(got.expert[0], sound.expert[0])
+    np.testing.assert_array_equal(got.expert[0], finite.expert[0])
     assert (np.asarray(got.expert[1]) >= 0).sum() == 6
 
 
@@ -154,10 +154,10 @@ def test_without_jit():
         ({"group_score": "mean"}, "'max' or 'top2_sum', got 'mean'"),
     ],
 )
-def test_bad_numbers(options, words):
-    sound = TopK(6, 2, "softmax", True)
-    fields = {field.name: getattr(sound, field.name) for field in dataclasses.fields(sound)}
-    unchecked = object.__new__(TopK)  # outside tests nobody checks annotations
+def test_bad_options(options, words):
+    valid = TopK(6, 2, "softmax", True)
+    fields = {field.name: getattr(valid, field.name) for field in dataclasses.fields(valid)}
+    unchecked = object.__new__(TopK)  # outside tests annotations are not checked
     vars(unchecked).update(fields | options)
     with pytest.raises(ValueError, match=words):
         unchecked.__post_init__()

@@ -1,0 +1,3 @@
+"""Holds the version of decodax."""
+
+__version__ = "0.1.0"

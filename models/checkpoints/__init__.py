@@ -1,0 +1,1 @@
+"""Reads and writes the weights of models: safetensors and Orbax, and the conversion between them."""

@@ -1,0 +1,45 @@
+"""Detects a LoRA adapter (PEFT library) in a folder that is loaded as a model, and reports that it is not applied."""
+
+import warnings
+from pathlib import Path
+
+from decodax.core.printable import printable
+from decodax.models.checkpoints.model_files import find_file, read_json_object
+from decodax.models.checkpoints.orbax_arrays import has_arrays
+from decodax.models.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
+
+SETTINGS_FILE = "adapter_config.json"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_BASE = "base_model_name_or_path"
+_MERGE = "merge it into the model's weights (`merge_and_unload` of the PEFT library, then `save_pretrained`)"
+
+
+def refuse_adapter_alone(folder: Path) -> None:
+    """Raises FileNotFoundError for a folder that has an adapter but no model weights."""
+    files = _files(folder)
+    if files and not has_arrays(folder) and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise FileNotFoundError(
+            f"{printable(folder)} holds a LoRA adapter alone ({', '.join(files)}), and no model{_base(folder)}: "
+            f"{_MERGE}, and load the folder that this writes"
+        )
+
+
+def warn_of_adapter(folder: Path, stacklevel: int) -> None:
+    """Warns if a folder has an adapter beside its model."""
+    if files := _files(folder):
+        warnings.warn(
+            f"the LoRA adapter in {printable(folder)} ({', '.join(files)}) is not applied, the model there is used "
+            f"without it: {_MERGE}, or remove these files",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    return [name for name in (SETTINGS_FILE, *WEIGHTS_FILES) if (folder / name).exists()]
+
+
+def _base(folder: Path) -> str:
+    """Text with the model that the adapter was trained for, if its settings name it."""
+    settings = find_file(folder, SETTINGS_FILE)
+    base = None if settings is None else read_json_object(settings).get(_BASE)
+    return f"; it was trained for {printable(base)}" if base else ""

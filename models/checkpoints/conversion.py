@@ -1,0 +1,331 @@
+"""Converts a model between checkpoint formats: what both directions share (source weights, small files, manifest).
+
+A source is a folder that `decodax.load` takes, of either kind, or a loaded model. Weights keep their stored dtype;
+quantised ones (FP8, mxfp4) become float32, which holds their numbers exactly, or the dtype asked for.
+"""
+
+import fnmatch
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from decodax.core.arguments import folder_name
+from decodax.core.printable import printable
+from decodax.core.version import __version__
+from decodax.core.weight import Weight
+from decodax.models.checkpoints.adapter_files import SETTINGS_FILE
+from decodax.models.checkpoints.convert_target import (
+    MANIFEST,
+    Target,
+    check_place,
+    read_manifest,
+    source_paths,
+    written_files,
+)
+from decodax.models.checkpoints.model_files import find_file, parse_json_object
+from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape
+from decodax.models.checkpoints.name_map_selection import REDUNDANT_SUFFIXES
+from decodax.models.checkpoints.orbax_arrays import has_arrays
+from decodax.models.checkpoints.orbax_files import FOLDER, regular_files
+from decodax.models.checkpoints.reading import Progress, StoredWeights, flat_weights, open_params
+from decodax.models.checkpoints.safetensors_files import weight_files
+from decodax.models.checkpoints.staged_folder import StagedFolder, forget_partial, partial_of, staged
+from decodax.models.checkpoints.weight_formats import scales_of
+from decodax.models.config import ModelConfig
+from decodax.models.configs.hf_config import load_config
+from decodax.models.families.contract import HEAD_NAME, Family, ParameterPath
+from decodax.models.load import LanguageModel, find_folder, working_dtype
+from decodax.models.mtp_head import MTP_HEAD_KEY, holds_mtp_head, open_mtp_head
+
+_VERSION = 1  # of the manifest
+_BESIDE = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")  # the tokenizer, generation settings
+_NOT_BESIDE = {"config.json", MANIFEST, SETTINGS_FILE}  # an adapter's weights are not copied either
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """Parameters that can be read region by region (`StoredWeights`, `HeldWeights`)."""
+
+    @property
+    def weights(self) -> Mapping[ParameterPath, Weight]: ...
+
+    def dtype(self, path: ParameterPath) -> np.dtype: ...
+
+    def read(self, path: ParameterPath, region: Region, dtype: np.dtype) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class HeldWeights:
+    """The parameters of a loaded model."""
+
+    weights: Mapping[ParameterPath, Weight]
+    leaves: Mapping[ParameterPath, jax.Array]
+
+    def dtype(self, path: ParameterPath) -> np.dtype:
+        return np.dtype(self.leaves[path].dtype)
+
+    def read(self, path: ParameterPath, region: Region, dtype: np.dtype) -> np.ndarray:
+        """A host copy of a region, made from a temporary array: an array caches its own host copy."""
+        leaf = self.leaves[path]
+        starts = [bounds.start for bounds in region]
+        is_full = region == full_region(leaf.shape)
+        copied = leaf.copy() if is_full else jax.lax.dynamic_slice(leaf, starts, region_shape(region))
+        return np.ascontiguousarray(np.asarray(copied).astype(dtype, copy=False)).reshape(region_shape(region))
+
+
+class CombinedWeights:
+    """A model's parameters and those of its MTP head."""
+
+    def __init__(self, *members: Weights) -> None:
+        self._member = {path: member for member in members for path in member.weights}
+        self.weights = {path: weight for member in members for path, weight in member.weights.items()}
+
+    def dtype(self, path: ParameterPath) -> np.dtype:
+        return self._member[path].dtype(path)
+
+    def read(self, path: ParameterPath, region: Region, dtype: np.dtype) -> np.ndarray:
+        return self._member[path].read(path, region, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The model to convert.
+
+    folder: with its config and tokenizer.
+    family, config: of the model.
+    weights: its parameters.
+    name_maps: of its parameters in safetensors.
+    files: sizes in bytes and modification times of the files of its weights; None: it was a loaded model.
+    left_out: stored tensors that decodax does not read.
+    stored: those of the weights that are read from files.
+    """
+
+    folder: Path
+    family: Family
+    config: ModelConfig
+    weights: Weights
+    name_maps: Mapping[ParameterPath, NameMaps]
+    files: Mapping[str, Any] | None
+    left_out: tuple[str, ...] = ()
+    stored: tuple[StoredWeights, ...] = ()
+
+    def dtypes(self, dtype: DTypeLike | None) -> dict[ParameterPath, np.dtype]:
+        """The dtype in which each parameter is written; ValueError for one that models are not stored in."""
+        chosen = None if dtype is None else np.dtype(working_dtype(dtype))
+        return {path: chosen or self.weights.dtype(path) for path in self.weights.weights}
+
+
+def open_source(source: Any) -> Source:
+    """Opens a source without reading its numbers. Raises what `decodax.load` raises."""
+    if isinstance(source, LanguageModel):
+        folder = source.path
+    else:
+        folder = find_folder(folder_name("source", source, ", the id of a model on the hub, or a loaded model"))
+    family, config = load_config(folder)
+    model = _held(source, config) if isinstance(source, LanguageModel) else open_params(folder, family, config)
+    name_maps, mtp_head = family.name_maps(config), None
+    if family.mtp_head is not None and holds_mtp_head(folder, family, config):
+        mtp_head = open_mtp_head(folder, family, config)
+        name_maps |= {(MTP_HEAD_KEY, *path): stored for path, stored in family.mtp_head_name_maps(config).items()}
+    weights = model if mtp_head is None else CombinedWeights(model, mtp_head)
+    if isinstance(model, HeldWeights):
+        return Source(folder, family, config, weights, name_maps, None, (), () if mtp_head is None else (mtp_head,))
+    files = (
+        [folder / FOLDER / name for name in sorted(regular_files(folder))]
+        if has_arrays(folder)
+        else weight_files(folder)
+    )
+    stored = (model,) if mtp_head is None else (model, mtp_head)
+    return Source(folder, family, config, weights, name_maps, _stamps(folder, files), _left_out(stored, family), stored)
+
+
+def _left_out(opened: Sequence[StoredWeights], family: Family) -> tuple[str, ...]:
+    """The tensors that none of the opened weights uses, but for copies and what is derived from the config."""
+    stored = opened[0].stored
+    known = {
+        tensor_slice.name for weights in opened for filled in weights.filled.values() for tensor_slice, _ in filled
+    }
+    known |= {scales for name in known if (scales := scales_of(name, stored)) is not None}
+    known |= {HEAD_NAME, opened[0].names.in_file(HEAD_NAME)}
+    copies = rf".*\.(?:{family.mtp_head.copies})" if family.mtp_head is not None and len(opened) > 1 else "(?!)"
+    return tuple(
+        name
+        for name in stored
+        if name not in known and not name.endswith(REDUNDANT_SUFFIXES) and not re.fullmatch(copies, name)
+    )
+
+
+def _held(lm: LanguageModel, config: ModelConfig) -> HeldWeights:
+    weights = flat_weights(config.weights())
+    leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params)}
+    if lm.model.config != config or set(leaves) != set(weights):
+        raise ValueError(
+            f"the model is no longer the one that {lm.path} describes (other layers, weights, or expert placement): "
+            "convert it as it was loaded"
+        )
+    if not all(leaf.is_fully_addressable for leaf in leaves.values()):
+        raise ValueError("some weights are on devices of other processes: convert the folder that they came from")
+    return HeldWeights(weights, leaves)
+
+
+def _stamps(folder: Path, files: list[Path]) -> dict[str, Any]:
+    stamps = {}
+    for file in files:
+        if file.is_file():
+            status = file.stat()
+            name = str(file.relative_to(folder))
+            stamps[name] = {"num_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    return stamps
+
+
+def manifest(
+    source: Source, dtypes: Mapping[ParameterPath, np.dtype], form: str, weights: Iterable[str], **more: Any
+) -> dict[str, Any]:
+    """The manifest of a converted folder.
+
+    source: the model that is converted.
+    dtypes: of the written parameters.
+    form: "orbax" or "hf".
+    weights: the names of the files or folders that hold its weights.
+    more: further fields.
+    """
+    sizes = {path: weight.shape for path, weight in source.weights.weights.items()}
+    counts = {path: int(np.prod(shape)) for path, shape in sizes.items()}
+    return {
+        "manifest_version": _VERSION,
+        "form": form,
+        "written_by": f"decodax {__version__}",
+        "num_parameters": sum(counts.values()),
+        "num_bytes": sum(counts[path] * dtypes[path].itemsize for path in counts),
+        "dtypes": sorted({dtype.name for dtype in dtypes.values()}),
+        **more,
+        "files": written_files(weights, files_beside(source.folder)),
+        "source": {"name": source.folder.resolve().name, "files": source.files},
+    }
+
+
+def config_json(source: Source, dtypes: Mapping[ParameterPath, np.dtype]) -> bytes:
+    """The source's `config.json` for plain weights of these dtypes."""
+    file = source.folder / "config.json"
+    content = b"" if find_file(source.folder, file.name) is None else file.read_bytes()
+    config = parse_json_object(content, str(file))
+    was_quantised = config.pop("quantization_config", None) is not None
+    if not was_quantised and all(dtype == source.weights.dtype(path) for path, dtype in dtypes.items()):
+        return content
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    config |= dict.fromkeys(names, dtypes["embedding",].name)
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """The small files that belong to a model beside its weights and its config.
+
+    Raises ValueError for a link out of the model's folder, and for what is no regular file.
+    """
+    names = {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
+    found = {name for pattern in _BESIDE for name in fnmatch.filter(names, pattern)} - _NOT_BESIDE
+    files = (find_file(folder, name) for name in sorted(found) if not name.endswith(".index.json"))
+    return [file for file in files if file is not None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion.
+
+    target: the folder.
+    manifest: of the folder.
+    resumed_bytes: of weights that an earlier, interrupted run had written; all if the target existed already.
+    """
+
+    target: Path
+    manifest: Mapping[str, Any]
+    resumed_bytes: int
+
+
+Write = Callable[[StagedFolder, Callable[[int], None]], None]
+
+
+def convert(
+    source: Source,
+    target: Path,
+    description: Mapping[str, Any],
+    config: bytes,
+    pieces: Mapping[str, int],
+    write: Write,
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Conversion:
+    """Writes the target: its weights by `write`, then the small files, and its config last.
+
+    source: the model to convert.
+    target: the folder to write.
+    description: the target's manifest.
+    config: the bytes of its `config.json`.
+    pieces: the names of what `write` writes, with the bytes of each.
+    write: skips the pieces that are `done`, and reports the bytes of every other one when it is written.
+    overwrite: whether to replace a checkpoint that is there.
+    progress: called with (bytes done, bytes in all).
+    """
+    target = absolute_target(target)
+    guard = Target(target, description["form"], source_paths(source.folder), overwrite)
+    is_there = source.files is not None and not overwrite and _is_finished(target, description)
+    if not is_there:
+        guard.check()
+    if source.left_out:
+        names = ", ".join(source.left_out[:3]) + (", ..." if len(source.left_out) > 3 else "")
+        warnings.warn(
+            f"{len(source.left_out)} tensor(s) of {source.folder} are not read by decodax and not converted: {names}",
+            stacklevel=3,
+        )
+    total = sum(pieces.values())
+    if is_there:
+        forget_partial(target, guard)
+        return Conversion(target, description, total)
+    with staged(target, description, guard, resume=source.files is not None) as folder:
+        resumed = done = sum(size for piece, size in pieces.items() if piece in folder.done)
+        folder.require(total - done)
+
+        def wrote(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
+
+        wrote(0)
+        write(folder, wrote)
+        for file in files_beside(source.folder):
+            folder.write_file(file.name, file.read_bytes())
+        folder.write_file(MANIFEST, (json.dumps(dict(description), indent=2) + "\n").encode())
+        folder.write_file("config.json", config)
+    for weights in source.stored:
+        weights.warn(stacklevel=3)
+    return Conversion(target, description, resumed)
+
+
+def absolute_target(target: Any) -> Path:
+    """The target as an absolute path. Raises ValueError for what is no path, and what `check_place` raises."""
+    named = Path(folder_name("target", target))
+    try:
+        named = named.expanduser()
+    except RuntimeError as error:  # an unknown home folder
+        raise ValueError(f"{printable(named)} cannot be written: {printable(error)}") from None
+    # Links and ".." on the way to it are resolved here, once; the target itself must not be a link.
+    named = named.resolve() if named.name in ("", "..") else named.absolute().parent.resolve() / named.name
+    check_place(named)
+    folder_name("target", partial_of(named))  # which has a longer name
+    return named
+
+
+def _is_finished(target: Path, description: Mapping[str, Any]) -> bool:
+    """Whether the target already holds exactly this conversion, with all its files."""
+    return read_manifest(target) == description and all((target / name).exists() for name in description["files"])

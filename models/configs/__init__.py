@@ -1,0 +1,1 @@
+"""Reads `config.json` files of Hugging Face models into a `ModelConfig`."""

@@ -1,0 +1,275 @@
+"""Reads a Hugging Face `config.json` into a `ModelConfig`, as transformers does, and refuses what it cannot read.
+
+The fields that a family reads get its defaults, a check of their kind (`field_kinds.py`) and of each other
+(`field_relations.py`); `rope.py` reads the rotation; `unread_fields.py` handles all other fields. All problems are
+reported together in one ValueError, with the file's own names.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from decodax.core.printable import printable
+from decodax.layers.norm import RMSNormConfig
+from decodax.models.checkpoints.model_files import find_file, read_json_object
+from decodax.models.checkpoints.weight_formats import read_quantization
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.configs.field_kinds import quoted, unexpected
+from decodax.models.configs.field_relations import check_relations
+from decodax.models.configs.rope import ROPE_FIELDS, RopeSettings, read_rope, rope_settings, unread_rope_keys
+from decodax.models.configs.unread_fields import check_unread
+from decodax.models.families import FAMILIES
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import Layer
+
+_MAX_PROBLEMS = 20  # in one message
+_DERIVED = ("num_key_value_heads", "head_dim")  # from the other sizes if they are null, in every family
+_RENAMED_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}  # early names in layer_types
+_READ_ELSEWHERE = frozenset({"layer_types", "quantization_config", "auto_map"}) | ROPE_FIELDS
+
+
+@dataclass(frozen=True)
+class _File:
+    """A config.json that is being read.
+
+    raw: its fields under the family's names.
+    family: of the model.
+    written: the family's name of a field -> its name in the file, if that differs.
+    problems: what is refused.
+    notes: what a warning tells.
+    """
+
+    raw: Mapping[str, Any]
+    family: Family
+    written: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def name(self, field_name: str) -> str:
+        return self.written.get(field_name, field_name)
+
+
+def load_config(folder: Path) -> tuple[Family, ModelConfig]:
+    """Reads `config.json` of a folder, or such a file itself; warns about what it ignores, naming the file.
+
+    Raises FileNotFoundError without the file.
+    Raises ValueError if it is no JSON object or `read_config` refuses it.
+    """
+    path = folder if folder.is_file() else find_file(folder, "config.json")
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no config.json: a model folder in Hugging Face format is expected")
+    raw = read_json_object(path)
+    try:
+        family, config, notes = _read(raw)
+    except ValueError as error:
+        raise ValueError(f"{printable(path)}: {error}") from error
+    _warn(notes, f"{printable(path)}: ")
+    return family, config
+
+
+def read_config(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+    """The family and the frozen config that the fields of a `config.json` describe; warns about what it ignores.
+
+    Raises ValueError for an unknown `model_type`, or with a list of every missing, malformed or refused field.
+    """
+    family, config, notes = _read(raw)
+    _warn(notes, "")
+    return family, config
+
+
+def _warn(notes: list[str], where: str) -> None:
+    if notes:
+        warnings.warn(where + "; ".join(notes), UserWarning, stacklevel=3)
+
+
+def _read(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig, list[str]]:
+    """Family, config, and notes for a warning."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type must be one of {sorted(FAMILIES)} (the families decodax reads), got {quoted(model_type)}"
+        )
+    file = _with_family_names(raw, FAMILIES[model_type])
+    settings = rope_settings(file.raw, file.family.default_rope, file.problems)
+    fields = _fields(file)
+    context, blocks = (0, ()) if file.problems else _blocks(file, fields, settings)
+    _check_unread(file, settings)
+    _check_quantization(file)
+    if file.problems:
+        raise ValueError(f"this config cannot be used:{_listed(file.problems)}")
+    softcap, family = fields.get("final_logit_softcapping"), file.family
+    config = ModelConfig(
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["hidden_size"],
+        max_position_embeddings=context,
+        blocks=blocks,
+        final_norm=_norm(fields, family),
+        tie_embeddings=fields["tie_word_embeddings"],
+        embedding_scale=family.embedding_scale(fields),
+        logit_softcap=None if softcap is None else float(softcap),
+        logit_scale=family.logit_scale(fields),
+    )
+    return family, config, file.notes
+
+
+def _listed(problems: list[str]) -> str:
+    """Formats one problem on the line, several below it."""
+    if len(problems) == 1:
+        return f" {problems[0]}"
+    more = [f"and {len(problems) - _MAX_PROBLEMS:,} more"] if len(problems) > _MAX_PROBLEMS else []
+    return "".join(f"\n  - {problem}" for problem in [*problems[:_MAX_PROBLEMS], *more])
+
+
+def _with_family_names(raw: Mapping[str, Any], family: Family) -> _File:
+    """The fields under the names that the family reads."""
+    file = _File({name: value for name, value in raw.items() if name not in family.aliases}, family)
+    fields = dict(file.raw)
+    for alias, name in family.aliases.items():
+        if raw.get(alias) is None:
+            continue
+        if fields.get(name) is None:
+            fields[name], file.written[name] = raw[alias], alias
+        elif fields[name] != raw[alias]:
+            file.problems.append(
+                f"{alias} and {name} mean the same and differ: got {quoted(raw[alias])} and {quoted(fields[name])}"
+            )
+    return _File(fields, family, file.written, file.problems, file.notes)
+
+
+def _norm(fields: Mapping[str, Any], family: Family) -> RMSNormConfig:
+    return RMSNormConfig(float(fields["rms_norm_eps"]), family.unit_offset_norms)
+
+
+def _fields(file: _File) -> dict[str, Any]:
+    """The fields that the family reads, with defaults, checked for their kind and relations."""
+    family, raw = file.family, file.raw
+    fields = {name: raw.get(name, default) for name, default in family.defaults.items()}
+    if fields.get("use_sliding_window") is False:  # a field of the families that read it; others keep their window
+        fields["sliding_window"] = None
+    if fields["rope_theta"] is None and any(_inner_base(raw.get(name)) for name in ("rope_scaling", "rope_parameters")):
+        fields["rope_theta"] = family.defaults["rope_theta"]
+    for name, value in fields.items():
+        if value is None and (name in family.nullable or name in _DERIVED):
+            continue
+        if value is None and name not in raw:
+            file.problems.append(f"{name} is missing: every {family.model_type} config must give it")
+        elif expected := unexpected(name, value):
+            file.problems.append(f"{file.name(name)} must be {expected}, got {quoted(value)}")
+    if file.problems:
+        return fields
+    if fields.get("num_key_value_heads", 0) is None:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    if fields.get("head_dim", 0) is None:
+        fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_attention_heads"])
+        if rest:
+            file.problems.append("head_dim is needed where hidden_size is no multiple of num_attention_heads")
+    check_relations(fields, file.name, file.problems)
+    for name, other in family.same_as.items():
+        if raw.get(name) is not None and (raw[name] != fields[other] or isinstance(raw[name], bool)):
+            file.problems.append(f"{name} must be {fields[other]} ({other}) or absent, got {quoted(raw[name])}")
+    return fields
+
+
+def _inner_base(settings: Any) -> bool:
+    return isinstance(settings, Mapping) and settings.get("rope_theta") is not None
+
+
+def _blocks(file: _File, fields: Mapping[str, Any], settings: RopeSettings) -> tuple[int, tuple[BlockConfig, ...]]:
+    """The context in tokens, and every layer; no layers if there are problems."""
+    raw, family, problems = file.raw, file.family, file.problems
+    context, base = fields["max_position_embeddings"], float(fields["rope_theta"])
+    rotary_size = _rotary_size(fields, family, settings, problems)
+    rope, context = read_rope(raw, settings, rotary_size, context, base, problems, file.notes)
+    kinds = _layer_kinds(file, fields)
+    if problems or rope is None:
+        return context, ()
+    norm = _norm(fields, family)
+    layers = [Layer(family, index, kind, fields, rope, settings.values, norm) for index, kind in enumerate(kinds)]
+    return context, tuple(_block(layer) for layer in layers)
+
+
+def _block(layer: Layer) -> BlockConfig:
+    family = layer.family
+    residuals = family.residuals(layer)
+    return BlockConfig(family.mixer(layer), family.feed_forward(layer), layer.norm, family.post_norms, *residuals)
+
+
+def _rotary_size(fields: Mapping[str, Any], family: Family, settings: RopeSettings, problems: list[str]) -> int:
+    """The number of coordinates of each head that rotate."""
+    inner, source = settings.values.get("partial_rotary_factor"), f"{settings.source}.partial_rotary_factor"
+    if "partial_rotary_factor" not in fields:
+        name = "head_dim" if family.rotary_size is None else family.rotary_size
+        if inner is not None and inner != 1:
+            problems.append(f"{source} must be 1.0 or absent (these families rotate whole heads), got {quoted(inner)}")
+        if fields[name] % 2:
+            derived = " (hidden_size / num_attention_heads where it is absent)" if name == "head_dim" else ""
+            problems.append(f"{name}{derived} must be even: rotary embedding turns pairs, got {fields[name]}")
+        return fields[name]
+    outer = fields["partial_rotary_factor"]
+    fraction, name = (outer, "partial_rotary_factor") if inner is None else (inner, source)
+    fraction = 1.0 if fraction is None else fraction
+    if expected := unexpected("partial_rotary_factor", fraction):
+        problems.append(f"{name} must be {expected}, got {quoted(fraction)}")
+        return fields["head_dim"]
+    size = int(fields["head_dim"] * fraction)
+    if size % 2 or not size:
+        problems.append(
+            f"{name} must let an even number of each head's {fields['head_dim']} coordinates (head_dim) rotate, "
+            f"got {size}"
+        )
+    return size
+
+
+def _layer_kinds(file: _File, fields: Mapping[str, Any]) -> list[str]:
+    """The kind of each layer, from `layer_types` or the family's rule."""
+    family, problems = file.family, file.problems
+    count: int = fields["num_hidden_layers"]
+    given = file.raw.get("layer_types")
+    by_rule = [family.layer_kind(fields, index) for index in range(count)]
+    if given is None:
+        kinds = by_rule
+    elif expected := unexpected("layer_types", given):
+        problems.append(f"layer_types must be {expected}, got {quoted(given)}")
+        return by_rule
+    else:
+        kinds = [str(_RENAMED_KINDS.get(kind, kind)) for kind in given]
+    if len(kinds) != count or not family.kinds.issuperset(kinds):
+        choices = " or ".join(repr(name) for name in sorted(family.kinds))
+        problems.append(
+            f"layer_types must hold {count} times {choices} (one per layer, num_hidden_layers), got "
+            f"{len(kinds):,}: {quoted(given)}"
+        )
+    elif "layer_types" not in family.defaults and kinds != by_rule:
+        problems.append(
+            f"layer_types must be absent or {by_rule[:1]} throughout for {family.model_type}, got {quoted(given)}"
+        )
+    elif "sliding_attention" in kinds and fields.get("sliding_window") is None:
+        problems.append(
+            "layers of type 'sliding_attention' need sliding_window (tokens), and where it is read "
+            "use_sliding_window = true; got none"
+        )
+    return kinds
+
+
+def _check_unread(file: _File, settings: RopeSettings) -> None:
+    """Checks the fields, and keys of the rope dictionary, that nothing here reads."""
+    raw, family, window = file.raw, file.family, file.raw.get("sliding_window")
+    unread = raw.keys() - {*family.defaults, *family.same_as, *_READ_ELSEWHERE}
+    if "sliding_window" not in family.defaults or raw.get("sliding_window", family.defaults["sliding_window"]) is None:
+        unread -= {"use_sliding_window", "max_window_layers"}  # no layer has a window, whatever these say
+    context = raw.get("max_position_embeddings", family.defaults["max_position_embeddings"])
+    is_wide = isinstance(window, int) and isinstance(context, int) and window >= context
+    if is_wide or raw.get("use_sliding_window") is False:
+        unread -= {"sliding_window"}
+    keys = unread_rope_keys(settings)
+    values = {**raw, **{f"{settings.source}.{key}": value for key, value in settings.values.items()}}
+    check_unread(values, sorted(unread) + keys, family, file.problems, file.notes)
+
+
+def _check_quantization(file: _File) -> None:
+    try:
+        read_quantization(file.raw.get("quantization_config"))
+    except ValueError as error:
+        file.problems.append(str(error))

@@ -1,0 +1,102 @@
+"""Defines `Layer`, the input of a family's builders, and the builders that most families share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.norm import RMSNormConfig
+from decodax.layers.rope import Rope
+
+if TYPE_CHECKING:
+    from decodax.models.families.contract import Family
+
+Fields = Mapping[str, Any]  # the fields of a config.json that a family reads, defaults filled in
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model whose config is being read.
+
+    family: of the model.
+    index: of the layer.
+    kind: its name in `layer_types` or by the family's rule.
+    fields: of the config.
+    rope: its rotation.
+    rope_settings: the file's own rope dictionary, for what else depends on it.
+    norm: of the model.
+    """
+
+    family: "Family"
+    index: int
+    kind: str
+    fields: Fields
+    rope: Rope
+    rope_settings: Mapping[str, Any]
+    norm: RMSNormConfig
+
+    def flag(self, source: bool | str) -> bool:
+        """A constant of the family, or the value of the field that it names."""
+        return self.fields[source] if isinstance(source, str) else source
+
+    @property
+    def activation(self) -> str:
+        return ACTIVATIONS[self.fields[self.family.activation_field]]
+
+
+def sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    """The default sizes of a family's class in transformers, for `Family.defaults`."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+def attention(layer: Layer) -> GQAConfig:
+    """Softmax attention with grouped query heads (GQA)."""
+    family, fields = layer.family, layer.fields
+    scaled_by = fields[family.score_scale_field] if family.score_scale_field else fields["head_dim"]
+    softcap = fields.get("attn_logit_softcapping")
+    return GQAConfig(
+        num_heads=fields["num_attention_heads"],
+        num_kv_heads=fields["num_key_value_heads"],
+        head_size=fields["head_dim"],
+        rope=layer.rope,
+        scale=float(scaled_by) ** -0.5,
+        qkv_bias=layer.flag(family.qkv_bias),
+        out_bias=layer.flag(family.out_bias),
+        head_norm=layer.norm if family.head_norms else None,
+        window=fields["sliding_window"] if layer.kind == "sliding_attention" else None,
+        softcap=None if softcap is None else float(softcap),
+    )
+
+
+def gated_mlp(layer: Layer) -> GatedMLPConfig:
+    """The feed-forward layer of a model without experts."""
+    return GatedMLPConfig(layer.fields["intermediate_size"], layer.activation, layer.flag(layer.family.mlp_bias))
+
+
+def slides_if_windowed(fields: Fields, index: int) -> str:
+    """All layers have sliding-window attention, if there is a window."""
+    return "full_attention" if fields["sliding_window"] is None else "sliding_attention"
+
+
+def slides_from_max_window_layers(fields: Fields, index: int) -> str:
+    """Layers from `max_window_layers` on have sliding-window attention, if there is a window."""
+    return slides_if_windowed(fields, index) if index >= fields["max_window_layers"] else "full_attention"

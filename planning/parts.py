@@ -1,0 +1,151 @@
+"""Lists the cost items of a forward on a chip: arithmetic, bytes read and written, and collectives.
+
+A forward runs T new tokens in each of B rows after S cached ones. Products and their bytes come from the weight
+descriptions as the rules split them; attention from its cache. Collectives are those of the compiled programs:
+
+    embedding, attention, feed-forward   one all-reduce over the tensor axis each, [tokens, D]
+    experts, few choices                 all-gather of tokens; all-reduce over tensor [choices, D], expert [tokens, D]
+    experts, many                        two all-to-alls, with capacity for twice the mean
+    pipeline                             permute of hidden states to the next stage, and from the last to the first
+    context                              a step merges partial softmaxes, [heads, H]; a prefill permutes keys and values
+    logits                               maximum, its index, and the sum for a log-probability: latency alone
+
+`mixture.py` has the experts.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from decodax.layers.mixers.contract import Mixer
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.moe.layer import MoEConfig
+from decodax.models.config import BlockConfig
+from decodax.planning.mixture import mixture
+from decodax.planning.split import Split
+from decodax.planning.work import Collective, CostItem, Shape, Tokens
+
+
+def forward_parts(split: Split, tokens: Tokens, *, with_logits: bool) -> list[CostItem]:
+    """All cost items of a forward; equal layers are one item with a count. Raises ValueError if sizes do not divide."""
+    items = [_embedding(split, tokens)]
+    for block, count in split.layers.items():
+        items += block_parts(split, tokens, block, count)
+    if (stages := split.degree("pipeline")) > 1:
+        permute = Collective("collective-permute", ("pipeline",), Shape(split, tokens).hidden_bytes)
+        items.append(CostItem("between stages", stages, 0, 0, 0, 0, (permute,)))
+    return [*items, _head(split, tokens)] if with_logits else items
+
+
+def block_parts(split: Split, tokens: Tokens, block: BlockConfig, count: int = 1) -> list[CostItem]:
+    """The cost items of `count` equal layers.
+
+    split: of the model.
+    tokens: of the forward.
+    block: the layer.
+    count: how many.
+    """
+    shape = Shape(split, tokens)
+    return [_mixer(shape, block, count), *_feed_forward(shape, block, count)]
+
+
+def _embedding(split: Split, tokens: Tokens) -> CostItem:
+    shape = Shape(split, tokens)
+    return CostItem("embedding", 1, 0, shape.hidden_bytes, 0, shape.hidden_bytes, tuple(shape.all_reduces("V")))
+
+
+def _head(split: Split, tokens: Tokens) -> CostItem:
+    """The logits of each row's last token, and the argmax with its log-probability."""
+    rows = Shape(split, tokens).rows
+    flops, weight_bytes, activations = Shape(split, tokens).products(
+        {"head": split.around_layers["embedding"], "final_norm": split.around_layers["final_norm"]}, rows
+    )
+    axes = split.axes_of("V")
+    few = (4, 4, 8)  # the maximum, its index; the chosen logit beside the sum of exponentials
+    collectives = [Collective("all-reduce", axes, size * rows) for size in few if axes]
+    by_rows = split.axes_of("B", tokens.rows)
+    collectives += [Collective("all-reduce", by_rows, 4)] * (2 if by_rows else 0)  # lengths, and whether all are done
+    return CostItem("logits", 1, flops, weight_bytes, 0, activations, tuple(collectives))
+
+
+def _mixer(shape: Shape, block: BlockConfig, count: int) -> CostItem:
+    split, tokens, mixer = shape.split, shape.tokens, block.mixer
+    weights = {name: value for name, value in block.weights(split.config.hidden_size).items() if "mixer" in name}
+    flops, weight_bytes, activations = shape.products(weights, shape.num_tokens)
+    num_keys = tokens.cached + (tokens.new + 1) / 2  # that a query attends to on average
+    cached = tokens.cached
+    if isinstance(mixer, GQAConfig) and mixer.window is not None:
+        num_keys, cached = min(num_keys, mixer.window), min(cached, mixer.window)
+    context = split.axes_of("S", 0)
+    share = 1 / split.degree("context") if context else 1.0
+    fixed, per_token = _cache_bytes(shape, block)
+    cache_bytes = fixed + per_token * cached * share
+    collectives = list(shape.all_reduces("N"))
+    if tokens.new > 1:
+        flops += _mixing_flops(shape, block, num_keys) * shape.num_tokens
+        if context:  # a ring permutes keys and values of the new tokens
+            hop = per_token * tokens.new / split.degree("context")
+            collectives += [Collective("collective-permute", context, hop)] * (split.degree("context") - 1)
+    else:
+        flops += _mixing_flops(shape, block, num_keys) * shape.num_tokens * share
+        if context and per_token:
+            heads = _num_heads(block) / split.num_parts("N")
+            merged = shape.rows * heads * (_value_size(block) + 2) * 4
+            collectives.append(Collective("all-reduce", context, merged))
+    return CostItem("attention", count, flops, weight_bytes, cache_bytes, activations, tuple(collectives))
+
+
+def _cache_bytes(shape: Shape, block: BlockConfig) -> tuple[float, float]:
+    """The bytes that one chip reads of a layer's cache: a fixed number, and a number per token that the chip holds."""
+    split, least = shape.split, 128 * shape.split.degree("context")
+
+    short, long = (
+        split.state_bytes(_empty_cache(block.mixer, shape.tokens.rows, capacity, shape.tokens.cache_dtype))
+        for capacity in (least, 2 * least)
+    )
+    per_token = (long - short) / 128
+    return 2 * (short - 128 * per_token), per_token  # a state is read and written
+
+
+@lru_cache(maxsize=256)
+def _empty_cache(mixer: Mixer, rows: int, capacity: int, dtype: str) -> Any:
+    return jax.eval_shape(lambda: mixer.empty_cache(rows, capacity, jnp.dtype(dtype)))
+
+
+def _mixing_flops(shape: Shape, block: BlockConfig, num_keys: float) -> float:
+    """FLOPs of one query's attention to `num_keys` tokens, on one device, without the products with weights."""
+    mixer, num_shards = block.mixer, shape.split.num_parts("N")
+    if isinstance(mixer, GQAConfig):
+        return 4 * mixer.num_heads * mixer.head_size * num_keys / num_shards
+    if isinstance(mixer, MLAConfig):
+        if shape.tokens.new <= mixer.most_absorbed_tokens:
+            return 2 * mixer.num_heads * (2 * mixer.latent_rank + mixer.rope_size) * num_keys / num_shards
+        mixing = 2 * mixer.num_heads * (mixer.nope_size + mixer.rope_size + mixer.value_size) * num_keys
+        expansion = 2 * mixer.latent_rank * mixer.num_heads * (mixer.nope_size + mixer.value_size)
+        return (mixing + expansion * shape.tokens.cached / shape.tokens.new) / num_shards
+    state = sum(leaf.size for leaf in jax.tree.leaves(_empty_cache(mixer, 1, 1, "float32")))
+    return 6 * state / num_shards  # decay, update, read
+
+
+def _num_heads(block: BlockConfig) -> int:
+    mixer = block.mixer
+    return mixer.num_heads if isinstance(mixer, GQAConfig | MLAConfig) else 1
+
+
+def _value_size(block: BlockConfig) -> int:
+    mixer = block.mixer
+    return mixer.head_size if isinstance(mixer, GQAConfig) else mixer.latent_rank if isinstance(mixer, MLAConfig) else 1
+
+
+def _feed_forward(shape: Shape, block: BlockConfig, count: int) -> list[CostItem]:
+    weights = {
+        name: value for name, value in block.weights(shape.split.config.hidden_size).items() if "mixer" not in name
+    }
+    layer = block.feed_forward
+    if not isinstance(layer, MoEConfig):
+        flops, weight_bytes, activations = shape.products(weights, shape.num_tokens)
+        return [CostItem("feed-forward", count, flops, weight_bytes, 0, activations, tuple(shape.all_reduces("F")))]
+    return mixture(shape, layer, weights, count)

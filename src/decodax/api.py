@@ -1,0 +1,140 @@
+"""Provides the functions most users need: load a model, generate with it, read its logits."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from decodax.core.arguments import choice, flag, folder_name, instance, shown
+from decodax.decoding.adapted import with_adapter
+from decodax.decoding.auxiliary_weights import AuxiliaryWeights
+from decodax.decoding.generation import Generation
+from decodax.decoding.generation import generate as _generate
+from decodax.decoding.options import GenerateOptions
+from decodax.decoding.programs import bounded_jit
+from decodax.kernels_pallas.selection import IMPLEMENTATIONS, Implementation
+from decodax.models.load import LanguageModel, working_dtype
+from decodax.models.load import load as _load
+from decodax.models.model import Model, Params
+from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
+from decodax.sharding.rules import RULES, Rules
+
+__all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
+
+
+def load(
+    path_or_id: str | os.PathLike[str] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | str | None = None,
+    rules: Rules | None = RULES,
+    invariant: bool | None = False,
+    adapter: str | os.PathLike[str] | AuxiliaryWeights | None = None,
+    implementation: Implementation | None = None,
+    sequence_parallel: bool | None = False,
+    pipeline: Pipeline | None = ONE_CHUNK,
+) -> LanguageModel:
+    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json), or with Orbax arrays.
+
+    path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
+        small model that decodax carries.
+    dtype: "float32", "bfloat16" or "float16", in which the weights are kept; by default float32 on CPU (where bfloat16
+        is many times slower) and bfloat16 on accelerators.
+    mesh: the devices to run on, as a text like "tensor=4,data=2" or a JAX mesh with such axes (data, pipeline, context,
+        expert, tensor); by default the first device. Weights are read straight to their devices.
+    rules: how weights and caches are sharded over the mesh (`sharding.rules`); the default serves every such mesh.
+    invariant: give a token the same logits, to the last bit, alone and in a draft, so that speculative decoding gives
+        plain decoding's tokens in every dtype; slower (`Model.invariant`).
+    adapter: a low-rank change made by `decodax train layer_skip`, to be merged into the weights: its folder, or the
+        name of one inside the model's folder.
+    implementation: which kernels the layers run, "xla", "tpu" or "gpu" (`kernels_pallas/selection.py`); by default
+        those of this device where supported, and XLA for the rest. `decodax bench --kernels` shows the selection.
+    sequence_parallel: on a mesh with an axis "tensor", let each device normalise its share of the tokens (`Execution`);
+        the all-reduces become reduce-scatters and all-gathers.
+    pipeline: on a mesh with an axis "pipeline", how many chunks each stage's layers are split into, and how many
+        micro-batches the rows (`sharding.pipeline.Pipeline`).
+    None for any of them means that it is not given.
+    Raises FileNotFoundError when there is no such folder or it lacks a file.
+    Raises ConnectionError when a download is needed and not possible.
+    Raises ValueError for files that do not fit or are not understood, and for a mesh that does not fit the devices or
+    the model.
+    """
+    path = None if path_or_id is None else folder_name("path_or_id", path_or_id, ", or the id of a model on the hub")
+    known_mesh = "a text like 'tensor=4,data=2' or a jax.sharding.Mesh"
+    options: Any = {
+        "mesh": None if mesh is None else instance("mesh", mesh, str | Mesh, known_mesh),
+        "rules": RULES if rules is None else instance("rules", rules, Rules, "decodax.sharding.rules.Rules"),
+        "invariant": invariant is not None and flag("invariant", invariant),
+        "implementation": None if implementation is None else choice("implementation", implementation, IMPLEMENTATIONS),
+        "sequence_parallel": sequence_parallel is not None and flag("sequence_parallel", sequence_parallel),
+        "pipeline": ONE_CHUNK
+        if pipeline is None
+        else instance("pipeline", pipeline, Pipeline, "decodax.sharding.pipeline.Pipeline"),
+    }
+    if adapter is not None and not isinstance(adapter, AuxiliaryWeights):
+        adapter = folder_name("adapter", adapter, ", or an AuxiliaryWeights")
+    lm = _load(path, dtype=working_dtype(dtype), **options)
+    return lm if adapter is None else with_adapter(lm, adapter)
+
+
+def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
+    """Continues one or more prompts, text or token ids, as one batch.
+
+    Options are those of `GenerateOptions`: max_new_tokens, temperature, top_k, top_p, min_p, typical_p,
+    repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_new_tokens, stop, stop_token_ids, seed,
+    strategy, draft, draft_tokens, on_text, block_tokens. Greedy unless a temperature is given.
+
+    Returns a `Generation` with lists `.tokens`, `.text`, `.logprobs`, `.finish_reasons` (one entry per prompt) and
+    `.stats`.
+    Raises TypeError for an option that does not exist.
+    Raises ValueError for values and prompts that cannot be run.
+    Raises MemoryError when the cache would not fit.
+
+    >>> import decodax
+    >>> lm = decodax.load()
+    >>> out = decodax.generate(lm, "def fibonacci(n):", max_new_tokens=8)
+    >>> len(out.tokens[0])
+    8
+    """
+    _check_model(lm)
+    return _generate(lm, prompts, GenerateOptions.read(options))
+
+
+def _check_model(lm: Any) -> None:
+    instance("lm", lm, LanguageModel, "a model as decodax.load gives it")
+
+
+def logits(
+    lm: LanguageModel, tokens: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]]
+) -> Float[Array, "B T V"]:
+    """Next-token logits in float32 after every token of full rows (no padding).
+
+    Raises ValueError for another shape, ids outside the vocabulary or rows longer than the context.
+    """
+    _check_model(lm)
+    try:
+        rows = np.asarray(tokens)
+    except Exception as error:  # rows of different lengths, or no numbers
+        raise ValueError(f"tokens must be whole numbers of shape [B, T], got {shown(tokens)}") from error
+    if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be whole numbers of shape [B, T], got {rows.dtype} of shape {rows.shape}")
+    if rows.min() < 0 or rows.max() >= lm.config.vocab_size:
+        raise ValueError(f"token ids must be in 0..{lm.config.vocab_size - 1}, got {rows.min()}..{rows.max()}")
+    if rows.shape[1] > lm.config.max_position_embeddings:
+        raise ValueError(
+            f"rows must hold at most {lm.config.max_position_embeddings} tokens (the model's context), "
+            f"got {rows.shape[1]}"
+        )
+    return _logits(lm.model, lm.params, rows.astype(np.int32))
+
+
+@bounded_jit(static_argnums=(0,))
+def _logits(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    row_length = jnp.full(tokens.shape, tokens.shape[1], jnp.int32)
+    return model.logits(params, model.apply(params, tokens, position, row_length=row_length).hidden)

@@ -1,0 +1,148 @@
+"""`decodax bench --kernels` shows which implementation of each kernel runs on this machine, and why. Nothing is run."""
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from decodax.cli.layer_kernels import LayerSizes, select_for_layer
+from decodax.kernels_pallas import KERNELS, module_of, shapes_of
+from decodax.kernels_pallas.selection import KernelSelection
+from decodax.layers.moe.layer import MoEConfig
+from decodax.models.config import ModelConfig
+from decodax.models.configs.hf_config import load_config
+from decodax.models.load import find_folder, working_dtype
+
+# The operands that decide, in the order of a kernel's `select_...` function.
+_DECIDING = {
+    "flash_prefill": ("query", "key", "value"),
+    "flash_decode": ("query", "key", "value", "new"),
+    "paged_decode": ("query", "key_pages", "value_pages", "table", "new"),
+    "block_sparse_prefill": ("query", "key", "value", "blocks"),
+    "gather_decode": ("query", "key", "value", "index", "new"),
+    "mla_decode": ("query_latent", "query_rope", "latent", "rope_key", "new"),
+    "grouped_matmul": ("tokens", "weight"),
+    "grouped_gate_up": ("tokens", "gate", "up"),
+    "linear_attention": ("query", "key", "value", "log_decay"),
+}
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """The kernel selection on this machine for one shape.
+
+    implementation, reason: what runs, and why.
+    tpu, gpu: why that kernel does not support the shape, None if it does.
+    """
+
+    kernel: str
+    shape: str
+    implementation: str
+    reason: str
+    tpu: str | None
+    gpu: str | None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """The kernel selection on this machine for some of a model's layers.
+
+    part: of these layers, the "mixer" or the "experts".
+    step: "prompt" or "decoding".
+    """
+
+    layers: str
+    part: str
+    step: str
+    implementation: str
+    reason: str
+
+
+def kernel_selections() -> list[KernelRow]:
+    """One for each kernel, on the first of its real sizes."""
+    rows = []
+    for kernel in KERNELS:
+        name, shape = next(iter(shapes_of(kernel).items()))
+        here = select(kernel, shape, None)
+        rows.append(KernelRow(kernel, name, here.implementation, here.reason, *unsupported_reasons(kernel, shape)))
+    return rows
+
+
+def select(kernel: str, shape: Any, implementation: str | None) -> KernelSelection:
+    """What the kernel's function runs for a shape.
+
+    Raises NotImplementedError if the implementation asked for does not support it.
+    """
+    module, operands = module_of(kernel), shape.operands()
+    function = getattr(module, f"select_{module.__name__.rpartition('.')[2]}")
+    parameters = inspect.signature(function).parameters
+    options = {name: value for name, value in shape.options().items() if name in parameters}
+    deciding = [operands.get(name) for name in _DECIDING[kernel] if name in operands or name == "new"]
+    return function(*deciding, **options, implementation=implementation)
+
+
+def unsupported_reasons(kernel: str, shape: Any) -> list[str | None]:
+    """Why the kernels for TPU and for GPU do not support a shape, None for one that does."""
+    found = []
+    for backend in ("tpu", "gpu"):
+        try:
+            select(kernel, shape, backend)
+            found.append(None)
+        except NotImplementedError as unsupported_reason:
+            found.append(str(unsupported_reason))
+    return found
+
+
+def read_model(path_or_id: str | None, dtype: str | None) -> tuple[str, ModelConfig, str]:
+    """A model's name, its sizes without its weights, and the dtype that it would be loaded with."""
+    folder = find_folder(path_or_id)
+    return folder.name, load_config(folder)[1], working_dtype(dtype).name
+
+
+def layer_selections(
+    config: ModelConfig, dtype: DTypeLike, batch_size: int, prompt_tokens: int, new_tokens: int
+) -> list[LayerRow]:
+    """For layers of the same sizes, what runs in prefill and in decoding."""
+    groups: dict[tuple[str, Any], list[int]] = {}
+    for index, block in enumerate(config.blocks):
+        groups.setdefault(("mixer", block.mixer), []).append(index)
+        if isinstance(block.feed_forward, MoEConfig):
+            groups.setdefault(("experts", block.feed_forward), []).append(index)
+    rows = []
+    for (part, layer), layers in groups.items():
+        for step, num_tokens in (("prompt", prompt_tokens), ("decoding", 1)):
+            sizes = LayerSizes(config.hidden_size, jnp.dtype(dtype), batch_size, num_tokens, prompt_tokens + new_tokens)
+            here = select_for_layer(layer, sizes)
+            named = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}..{layers[-1]} ({len(layers)})"
+            rows.append(LayerRow(named, part, step, here.implementation, here.reason))
+    return rows
+
+
+def document(kernels: list[KernelRow], layers: list[LayerRow]) -> dict[str, Any]:
+    """The document of `--json`."""
+    return {"kernels": [asdict(row) for row in kernels], "layers": [asdict(row) for row in layers]}
+
+
+def print_tables(name: str, kernels: list[KernelRow], layers: list[LayerRow], caption: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="kernels on their first named sizes", caption=caption)
+    for heading in ("kernel", "shape", "runs", "why", "supported on"):
+        table.add_column(heading)
+    for row in kernels:
+        backends = [
+            backend.upper()
+            for backend, unsupported_reason in (("tpu", row.tpu), ("gpu", row.gpu))
+            if unsupported_reason is None
+        ]
+        table.add_row(row.kernel, row.shape, row.implementation, row.reason, ", ".join(backends))
+    Console().print(table)
+    table = Table(title=f"layers of {name}")
+    for heading in ("layers", "part", "while", "runs", "why"):
+        table.add_column(heading)
+    for row in layers:
+        table.add_row(row.layers, row.part, row.step, row.implementation, row.reason)
+    Console().print(table)

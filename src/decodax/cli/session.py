@@ -1,0 +1,165 @@
+"""Provides what every command shares: errors as one line, common options, progress on stderr, versions."""
+
+import os
+import platform
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import jax
+import typer
+
+import decodax
+from decodax.cli import hosts, program_cache, streams
+from decodax.cli.interrupts import INTERRUPTED
+from decodax.cli.streams import READER_GONE
+from decodax.sharding.rules import MESH_AXES
+
+FAILED = 1
+_SILENT_SECONDS = 1.0  # a shorter progress display only flickers
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for programs.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(help="A model folder, or its id on the Hugging Face hub. Default: the small model inside decodax."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision of weights and cache: float32, bfloat16 or float16. Default: float32 on CPU, else bfloat16."
+    ),
+]
+
+Invariant = Annotated[
+    bool,
+    typer.Option(
+        "--invariant", help="Give a token the same logits, to the last bit, whatever else runs with it. Slower."
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="A low-rank change to merge into the model's weights: what `train layer_skip` wrote."),
+]
+
+MeshName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXIS=N,AXIS=N...",
+        help="Devices to split the model over, like tensor=4,data=2 "
+        f"(axes: {', '.join(MESH_AXES)}). Default: one device.",
+    ),
+]
+
+
+@contextmanager
+def reported_errors(debug: bool) -> Iterator[None]:
+    """Turns any error inside into one line on stderr and an exit code; warnings become lines too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warning_printer()
+            yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail again
+        hosts.leave_if_distributed(READER_GONE)
+        raise typer.Exit(READER_GONE) from None
+    except KeyboardInterrupt:
+        hosts.leave_if_distributed(INTERRUPTED)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debug or isinstance(error, typer.Exit | typer.BadParameter):
+            raise
+        if streams.is_of_stdout(error):
+            raise typer.Exit(FAILED) from error
+        print_error(hosts.error_prefix() + (str(error) or type(error).__name__))
+        hosts.leave_if_distributed(FAILED)
+        raise typer.Exit(FAILED) from error
+
+
+def print_error(message: str) -> None:
+    print(f"error: {_shown(message)}", file=sys.stderr)
+
+
+def _shown(message: str) -> str:
+    """A message without control characters for a terminal: names of files and tensors may hold any."""
+    escaped = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
+    return "".join(escaped)
+
+
+def _warning_printer() -> Callable[..., None]:
+    """Prints a warning as a line, and one for the compilation cache as a whole: JAX gives one for each program."""
+    is_cache_reported = False
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        nonlocal is_cache_reported
+        problem = program_cache.explain(str(message))
+        if problem is None or not is_cache_reported:
+            print(f"warning: {_shown(problem or str(message))}", file=sys.stderr)
+        is_cache_reported |= problem is not None
+
+    return show
+
+
+def bold(text: str) -> str:
+    """The text, bold on a terminal that can do that."""
+    return f"\x1b[1m{text}\x1b[0m" if text and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else text
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[], None]]:
+    """Shows progress on stderr after one second; gives a function that ends the display early."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    display = Progress(*columns, console=Console(stderr=True), transient=True)
+    display.add_task(label, total=None)
+    lock, ended = threading.Lock(), threading.Event()
+
+    def show() -> None:
+        with lock:
+            if not ended.is_set():
+                display.start()
+
+    def end() -> None:
+        with lock:
+            ended.set()
+            display.stop()
+
+    timer = threading.Timer(_SILENT_SECONDS, show)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield end
+    finally:
+        timer.cancel()
+        end()
+
+
+def versions() -> dict[str, str]:
+    """The versions and the device that a measurement depends on."""
+    return {
+        "decodax": decodax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
+    }
+
+
+def describe(lm: decodax.LanguageModel) -> dict[str, Any]:
+    """A model in numbers."""
+    leaves = jax.tree.leaves(jax.eval_shape(lm.model.unstacked, lm.params))  # without their padding on a mesh
+    return {
+        "path": str(lm.path),
+        "num_parameters": sum(leaf.size for leaf in leaves),
+        "num_bytes": lm.nbytes,
+        "dtype": str(leaves[0].dtype),
+        "context_tokens": lm.config.max_position_embeddings,
+    }
