@@ -23,9 +23,10 @@ from decodax.core.weight import Weight, fetch
 from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import Execution
 from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.models.checkpoints.model_files import has_orbax_arrays
 from decodax.models.checkpoints.name_map_selection import tensor_names
 from decodax.models.checkpoints.name_prefix import find_names
-from decodax.models.checkpoints.orbax_arrays import has_arrays, read_metadata
+from decodax.models.checkpoints.orbax_arrays import read_metadata
 from decodax.models.checkpoints.reading import StoredWeights, open_auxiliary_weights, read_params, shardings_on
 from decodax.models.checkpoints.safetensors_files import open_weights
 from decodax.models.config import BlockConfig, ModelConfig
@@ -143,7 +144,7 @@ def load_mtp_head(folder: Path, model: Model, *, dtype: DTypeLike) -> Params:
 def holds_mtp_head(folder: Path, family: Family, config: ModelConfig) -> bool:
     """Whether a model's folder holds an MTP head, or some of it; ValueError for a family without."""
     prefix = _prefix(family, config)
-    if has_arrays(folder):
+    if has_orbax_arrays(folder):
         return any(name.startswith(f"{MTP_HEAD_KEY}.") for name in read_metadata(folder).names)
     stored = open_weights(folder)
     names = find_names(stored, tensor_names(family.name_maps(config)))

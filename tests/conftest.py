@@ -95,6 +95,7 @@ def pytest_addoption(parser):
     parser.addoption("--sample-seed", default="", help="any text: the same text draws the same tests")
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items):
     """With --sample, keeps the N tests whose names have the lowest hashes with the seed: the same in every worker."""
     count = config.getoption("--sample")

@@ -68,7 +68,7 @@ def test_the_type_checker_sees_every_folder_and_users_see_the_types():
     assert (ROOT / "src" / "decodax" / "py.typed").is_file()
 
 
-# A Python 3.11 for .ci/run that only notes what it is asked to do; a command with FAILING in it fails.
+# A Python 3.11 for .ci/run that only notes what it should do; a command with FAILING in it prints OUTPUT and fails.
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
 "-c import ensurepip"*) [[ $(basename "$0") == python3.11 && "$*" == *"(3, 11) <="* ]] ; exit ;;
@@ -76,13 +76,13 @@ case "$*" in
 "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit ;;
 esac
 printf '%s\\n' "$*" >>"$NOTES"
-[[ -n "$FAILING" && "$*" == *"$FAILING"* ]] && { echo "2 failed, 1 passed in 1s"; exit 1; }
+[[ -n "$FAILING" && "$*" == *"$FAILING"* ]] && { echo "$OUTPUT"; exit 1; }
 [[ "$*" == *pytest* ]] && echo "3 passed in 1s"
 exit 0
 """
 
 
-def run_ci(folder, failing=""):
+def run_ci(folder, failing="", output=""):
     """Runs .ci/run in a folder without the project: how it ended, and the commands that it gave to Python."""
     (folder / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
@@ -97,6 +97,7 @@ def run_ci(folder, failing=""):
         "HOME": str(folder),
         "NOTES": str(notes),
         "FAILING": failing,
+        "OUTPUT": output,
         "PYENV_ROOT": str(folder / "nowhere"),
     }
     done = subprocess.run([folder / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=120)
@@ -119,9 +120,16 @@ def test_ci_runs_the_commands_of_the_readme(tmp_path):
     assert done.stdout.splitlines()[-1] == f"{3 * sum('pytest' in command for command in commands)} passed, 0 failed"
 
 
-@pytest.mark.parametrize(("failing", "last"), [("--budget", "4 passed, 2 failed"), ("[lint]", "6 passed, 1 failed")])
-def test_ci_fails_where_a_step_does(tmp_path, failing, last):
-    done, _ = run_ci(tmp_path, failing)
+@pytest.mark.parametrize(
+    ("failing", "output", "last"),
+    [
+        ("--budget", "2 failed, 1 passed in 1s", "4 passed, 2 failed"),
+        ("--sample", "Killed", "3 passed, 1 failed"),
+        ("[lint]", "ERROR: no matching distribution", "6 passed, 1 failed"),
+    ],
+)
+def test_ci_fails_where_a_step_does(tmp_path, failing, output, last):
+    done, _ = run_ci(tmp_path, failing, output)
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == last
 
 

@@ -4,8 +4,7 @@ import warnings
 from pathlib import Path
 
 from decodax.core.printable import printable
-from decodax.models.checkpoints.model_files import find_file, read_json_object
-from decodax.models.checkpoints.orbax_arrays import has_arrays
+from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, read_json_object
 from decodax.models.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 SETTINGS_FILE = "adapter_config.json"
@@ -17,7 +16,11 @@ _MERGE = "merge it into the model's weights (`merge_and_unload` of the PEFT libr
 def refuse_adapter_alone(folder: Path) -> None:
     """Raises FileNotFoundError for a folder that has an adapter but no model weights."""
     files = _files(folder)
-    if files and not has_arrays(folder) and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if (
+        files
+        and not has_orbax_arrays(folder)
+        and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    ):
         raise FileNotFoundError(
             f"{printable(folder)} holds a LoRA adapter alone ({', '.join(files)}), and no model{_base(folder)}: "
             f"{_MERGE}, and load the folder that this writes"

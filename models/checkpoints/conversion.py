@@ -31,10 +31,9 @@ from decodax.models.checkpoints.convert_target import (
     source_paths,
     written_files,
 )
-from decodax.models.checkpoints.model_files import find_file, parse_json_object
+from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, parse_json_object
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape
 from decodax.models.checkpoints.name_map_selection import REDUNDANT_SUFFIXES
-from decodax.models.checkpoints.orbax_arrays import has_arrays
 from decodax.models.checkpoints.orbax_files import FOLDER, regular_files
 from decodax.models.checkpoints.reading import Progress, StoredWeights, flat_weights, open_params
 from decodax.models.checkpoints.safetensors_files import weight_files
@@ -141,7 +140,7 @@ def open_source(source: Any) -> Source:
         return Source(folder, family, config, weights, name_maps, None, (), () if mtp_head is None else (mtp_head,))
     files = (
         [folder / FOLDER / name for name in sorted(regular_files(folder))]
-        if has_arrays(folder)
+        if has_orbax_arrays(folder)
         else weight_files(folder)
     )
     stored = (model,) if mtp_head is None else (model, mtp_head)

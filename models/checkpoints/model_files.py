@@ -15,6 +15,7 @@ from decodax.core.printable import printable
 MAX_JSON_BYTES = 2**28  # the index of a model with a million tensors has a third of it
 MAX_JSON_DEPTH = 64  # no config of a known model has ten levels; Python's own limit of recursion is near 1,000
 _MAX_DIGITS = 1_000  # of a whole number; one that a field can hold has ten
+ORBAX_METADATA = "params/_METADATA"
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # no file can have so long a name
 _HUB_SNAPSHOTS, _HUB_REPOSITORY = "snapshots", "models--"  # <hub cache>/models--org--name/snapshots/<revision>/file
 
@@ -168,3 +169,8 @@ def _is_deeper(value: Any, limit: int) -> bool:
         if not level:
             return False
     return True
+
+
+def has_orbax_arrays(folder: Path) -> bool:
+    """Whether a model's weights are an Orbax checkpoint (`models/checkpoints/orbax_arrays.py`)."""
+    return find_file(folder, ORBAX_METADATA) is not None

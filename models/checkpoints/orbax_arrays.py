@@ -199,11 +199,6 @@ def check_arrays(folder: Path, tensors: Iterable[Any]) -> None:
         )
 
 
-def has_arrays(folder: Path) -> bool:
-    """Whether a model's weights are an Orbax checkpoint."""
-    return find_file(folder, f"{FOLDER}/{METADATA}") is not None
-
-
 def array_name(path: tuple[str, ...]) -> str:
     """Orbax's name for the array of a parameter."""
     return ".".join(path)

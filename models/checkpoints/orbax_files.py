@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from decodax.core.printable import printable
-from decodax.models.checkpoints.model_files import find_file
+from decodax.models.checkpoints.model_files import ORBAX_METADATA, find_file
 
-FOLDER = "params"  # in the model's folder
-METADATA = "_METADATA"
+FOLDER, METADATA = ORBAX_METADATA.split("/")  # the folder of arrays in the model's, and its file
 DATABASE = "manifest.ocdbt"
 STORES_FILL = "store_array_data_equal_to_fill_value"  # a field of METADATA
 

@@ -30,11 +30,11 @@ from decodax.core.printable import printable, printable_list
 from decodax.core.weight import Weight
 from decodax.models.checkpoints.adapter_files import warn_of_adapter
 from decodax.models.checkpoints.mismatch_report import mismatch_error
-from decodax.models.checkpoints.model_files import find_file, read_json_object
+from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, read_json_object
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape, single_tensor, transfers
 from decodax.models.checkpoints.name_map_selection import Expected, Filled, Match, match_tensors
 from decodax.models.checkpoints.name_prefix import BODY, TensorNames
-from decodax.models.checkpoints.orbax_arrays import OTHER_WEIGHTS, array_name, check_arrays, has_arrays, open_arrays
+from decodax.models.checkpoints.orbax_arrays import OTHER_WEIGHTS, array_name, check_arrays, open_arrays
 from decodax.models.checkpoints.safetensors_files import Entry, forget_pages, mappings_of, open_weights
 from decodax.models.checkpoints.weight_formats import read_quantization
 from decodax.models.config import ModelConfig
@@ -144,7 +144,7 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
 
 
 def _open(folder: Path) -> Mapping[str, Entry]:
-    return open_arrays(folder) if has_arrays(folder) else open_weights(folder)
+    return open_arrays(folder) if has_orbax_arrays(folder) else open_weights(folder)
 
 
 def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Mapping[str, Any]) -> StoredWeights:
@@ -154,7 +154,7 @@ def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Map
 
 
 def _expected_model(folder: Path, family: Family, config: ModelConfig) -> Expected:
-    if has_arrays(folder):
+    if has_orbax_arrays(folder):
         return _expected(folder, {}, config.weights(), elsewhere=OTHER_WEIGHTS)
     tied_head = (HEAD_NAME, EMBEDDING_NAME) if config.tie_embeddings else None
     elsewhere = None if family.elsewhere is None else family.elsewhere(config)
@@ -170,7 +170,7 @@ def _expected(
     elsewhere: str | None,
 ) -> Expected:
     shapes = {path: weight.shape for path, weight in flat_weights(weights).items()}
-    if has_arrays(folder):
+    if has_orbax_arrays(folder):
         return Expected({path: single_tensor(array_name(path)) for path in shapes}, shapes, elsewhere=elsewhere)
     return Expected(name_maps, shapes, _quantization(folder), tied_head, elsewhere)
 

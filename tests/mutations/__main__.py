@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENT: dict[tuple[str, int, str], str] = {}
 
 
-def tests_for(root: Path, file: str) -> list[list[str]]:
+def select_tests(root: Path, file: str) -> list[list[str]]:
     """Names of tests in the order of hope: those named after the file, those of its folder, all."""
     stem = Path(file).stem.strip("_")
     named = [str(path.relative_to(root)) for path in sorted((root / "tests").rglob(f"test_*{stem}*.py"))]
@@ -42,7 +42,7 @@ def caught_by(mutation: Mutation, root: Path, workers: str) -> str | None:
     path.write_text(planted(text, mutation), "utf-8")
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        for names in tests_for(root, mutation.file):
+        for names in select_tests(root, mutation.file):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-n", workers]
             done = subprocess.run([*command, *names], cwd=root, env=environment, capture_output=True, text=True)
             if done.returncode not in (0, 5):  # 5: no quick test is among them

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from decodax.core.linear import linear
 from decodax.layers.feed_forward import gated
+from decodax.layers.moe.dispatch._devices import check_routes
 from decodax.layers.moe.dispatch.contract import Setting
 from decodax.layers.moe.routes import Routes
 
@@ -24,6 +25,7 @@ class Dense:
     def run(
         self, tokens: Float[Array, "M D"], routes: Routes, weights: dict[str, Any], setting: Setting
     ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
+        check_routes(routes, tokens)
         if setting.placement is not None:
             weights = setting.placement.restore(weights)
 

@@ -304,7 +304,9 @@ def test_bad_combinations(make, words):
         make()
 
 
-@pytest.mark.parametrize("name", ["sorted", "all to all", "hierarchical", "gather scatter", "sliced, degree 2"])
+@pytest.mark.parametrize(
+    "name", ["dense", "sorted", "all to all", "hierarchical", "gather scatter", "sliced, degree 2"]
+)
 @pytest.mark.parametrize("shape", [(TOKENS - 1, CHOICES), (1, CHOICES), (TOKENS, 1, CHOICES)], ids=str)
 def test_routes_of_other_tokens_are_refused(name, shape):
     """More, fewer or one route for all; padding and gathering would hide it, and some tokens get no expert."""
