@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-MAX_PROGRAMS = 500
+MAX_PROGRAMS = 700
 _SHOWN = 12
 _EVENT = "/jax/core/compile/backend_compile_duration"
 _compiled = Counter()

@@ -1,5 +1,8 @@
 """Folders import each other in one direction, nothing private crosses a folder, and there are no import cycles."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.imports import FOLDERS, Import, all_imports, folder_of, imports_of, sources
@@ -98,3 +101,17 @@ def test_a_cycle_is_found():
     ]
     for_types = planted("decodax.core.weight", "if TYPE_CHECKING:\n    import decodax.core.axes")
     assert a_cycle([*there, *back, *for_types]) is None
+
+
+MOST_MODULES = 60  # of ours: no strategy, drafter or kernel that is not used is among them
+
+
+def test_plain_decoding_imports_what_it_uses_and_no_more():
+    code = (
+        "import sys, decodax.decoding.autoregressive; "
+        "print(*sorted(name for name in sys.modules if name.split('.')[0] == 'decodax'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert "decodax.decoding.autoregressive" in names and len(names) <= MOST_MODULES, names
