@@ -114,6 +114,7 @@ def test_a_family_reads_the_fields_that_its_class_reads(model_type):
 
 # Fields that decodax refuses with some value that transformers' class lets pass.
 STRICTER = {
+    "rope_scaling": "must be an object; the classes take false and an empty list for null",
     "is_causal": "no model here looks ahead",
     "sliding_window": "where the class does not read it, transformers' cache and vLLM do",
     "partial_rotary_factor": "where the class does not read it, other programs do; transformers fails or ignores it",
