@@ -7,9 +7,6 @@ import numpy as np
 
 from decodax.core.arguments import in_order, is_number, is_whole, plain, refusal
 
-# A number, or one per row (a list, a tuple, an array, None in it or for all): whatever a program passes, as `per_row`
-# reads and refuses it.
-Option = Any
 _MOST = 2**31 - 1  # a whole number beyond it is cut to it: no row has as many tokens, no vocabulary as many entries
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 

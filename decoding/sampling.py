@@ -5,7 +5,7 @@ and `token_logprob` is how probable the model itself found a token, before any o
 model's dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -57,20 +57,23 @@ class Sampling:
         given = {name: option for name, option in options.items() if option is not None}
         given.setdefault("temperature", 0.0)
         created = {name: METHODS[name].create(given[name], batch) for name in METHODS if name in given}
-        active = [processor for processor in created.values() if processor is not None]
+        active = {name: processor for name, processor in created.items() if processor is not None}
         _check_some_token_is_left(active, batch)
         temperature = created["temperature"]
         do_sample = not isinstance(temperature, Temperature) or temperature.samples
-        return cls(tuple(processor for processor in active if do_sample or not processor.only_sampling), do_sample)
+        return cls(
+            tuple(processor for processor in active.values() if do_sample or not processor.only_sampling), do_sample
+        )
 
 
-def _check_some_token_is_left(processors: Sequence[LogitsProcessor], batch: Batch) -> None:
+def _check_some_token_is_left(processors: Mapping[str, LogitsProcessor], batch: Batch) -> None:
     """Raises ValueError where options together forbid a row's whole vocabulary."""
-    forbidden = [tokens for processor in processors if (tokens := processor.forbidden(batch)) is not None]
-    empty = np.nonzero(np.any(forbidden, axis=0).all(axis=1))[0] if forbidden else np.zeros(0)
+    found = {name: processor.forbidden(batch) for name, processor in processors.items()}
+    forbidden = {name: tokens for name, tokens in found.items() if tokens is not None}
+    empty = np.nonzero(np.any(list(forbidden.values()), axis=0).all(axis=1))[0] if forbidden else np.zeros(0)
     if empty.size:
         raise ValueError(
-            f"logit_bias and min_new_tokens must leave a token to choose, but forbid all {batch.vocab_size} in row "
+            f"{' and '.join(forbidden)} must leave a token to choose, but forbid all {batch.vocab_size} in row "
             f"{empty[0]}"
         )
 

@@ -10,9 +10,9 @@ Names are imported at their first use: the command line has to be ready for Ctrl
 which takes seconds.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from decodax.core.lazy import exports
 from decodax.core.version import __version__
 
 if TYPE_CHECKING:
@@ -26,15 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Generation", "LanguageModel", "__version__", "decoding", "generate", "load", "logits"]
 
 _PACKAGES = ("decoding", "kernels_pallas", "layers", "models", "sharding")
+_OF_API: dict[str, str] = dict.fromkeys(("Generation", "LanguageModel", "generate", "load", "logits"), "api")
 
-
-def __getattr__(name: str) -> Any:
-    if name not in (*__all__, *_PACKAGES):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = import_module(f"{__name__}.{name}") if name in _PACKAGES else getattr(import_module("decodax.api"), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+__getattr__, __dir__ = exports(__name__, {**dict.fromkeys(_PACKAGES, ""), **_OF_API})

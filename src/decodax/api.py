@@ -85,9 +85,7 @@ def load(
 def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
     """Continues one or more prompts, text or token ids, as one batch.
 
-    Options are those of `GenerateOptions`: max_new_tokens, temperature, top_k, top_p, min_p, typical_p,
-    repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_new_tokens, stop, stop_token_ids, seed,
-    strategy, draft, draft_tokens, on_text, block_tokens. Greedy unless a temperature is given.
+    Options are those of `decoding.GenerateOptions`, whose help lists them. Greedy unless a temperature is given.
 
     Returns a `Generation` with lists `.tokens`, `.text`, `.logprobs`, `.finish_reasons` (one entry per prompt) and
     `.stats`.

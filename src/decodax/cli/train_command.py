@@ -11,6 +11,7 @@ import typer
 
 from decodax.cli import interrupts, session
 from decodax.cli import train_options as option
+from decodax.cli.signatures import insert_options
 from decodax.decoding.training.auxiliary import AuxiliaryTraining
 
 Command = Callable[..., None]
@@ -60,22 +61,9 @@ def training(
 
 
 def _describe(command: Any, set_up: Callable[..., AuxiliaryTraining], without: tuple[str, ...]) -> None:
-    """Gives a command the name and the text of `set_up`, and its options too, after `tokens` among the shared ones.
-
-    Typer makes the options from the signature and the annotations of its function, and a function cannot be written
-    with parameters of another one: both are combined here.
-    """
-    shared = [
-        parameter
-        for parameter in inspect.signature(command).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in without
-    ]
+    """Gives a command the name and the text of `set_up`, and its options too, after `tokens` among the shared ones."""
     _, *own = inspect.signature(set_up).parameters.values()  # the first is `ready`
-    place = 1 + [parameter.name for parameter in shared].index("tokens")
-    # By keyword only, as Typer passes them: then one without a default may follow one that has one.
-    shared[place:place] = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in own]
-    command.__signature__ = inspect.Signature(shared, return_annotation=None)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in shared} | {"return": None}
+    insert_options(command, own, after="tokens", without=without)
     command.__name__, command.__qualname__, command.__doc__ = set_up.__name__, set_up.__qualname__, set_up.__doc__
 
 
