@@ -16,8 +16,7 @@ from benchmarks import _bench_common as common
 from benchmarks._bench_loop import replay
 from benchmarks._bench_runs import Runner, Scheme, row_rounds
 from decodax.decoding.draft_length import choose_tree_size, latency_curve
-from decodax.decoding.prompt_tree import dynamic_trees
-from decodax.decoding.prompt_tree import expected_tokens as expected_of_prompts
+from decodax.decoding.prompt_tree import dynamic_trees, stationary_expected_tokens
 from decodax.decoding.published_formats import PUBLISHED_ACCURACY
 from decodax.decoding.strategies.medusa import within_depth
 from decodax.decoding.tree_choice import best_tree, expected_tokens
@@ -87,7 +86,7 @@ def expected(sizes: tuple[int, ...]) -> dict[str, dict[int, float]]:
     table = [list(row) for row in PUBLISHED_ACCURACY]
     heads = within_depth(table)
     return {
-        "ppd": {size: expected_of_prompts(table, dynamic_trees(table, size)) for size in sizes if size >= 6},
+        "ppd": {size: stationary_expected_tokens(table, dynamic_trees(table, size)) for size in sizes if size >= 6},
         "medusa": {size: expected_tokens(heads, best_tree(heads, size - 1)) for size in sizes if size > 1},
     }
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from decodax.decoding.ranked_tokens import sibling_ranks
 from decodax.decoding.tree import Tree
-from decodax.decoding.tree_choice import best_tree
+from decodax.decoding.tree_choice import acceptance_probabilities, best_tree
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,7 @@ def node_probabilities(
     >>> accepted.tolist(), [round(float(value), 2) for value in ends]
     ([1.0, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2])
     """
-    ranks, depth = sibling_ranks(parents), np.asarray(Tree.fixed(parents).depth)[0]
-    accepted = np.ones(len(parents))
-    for node in range(1, len(parents)):
-        shares = accuracy[depth[node] - 1] if depth[node] <= len(accuracy) else ()
-        accepted[node] = accepted[parents[node]] * (shares[ranks[node]] if ranks[node] < len(shares) else 0.0)
+    accepted = acceptance_probabilities([*accuracy, ()], parents)
     ends = accepted.copy()
     np.subtract.at(ends, np.asarray(parents[1:], int), accepted[1:])
     return accepted, ends
@@ -93,7 +88,7 @@ def stationary_distribution(
     return np.linalg.lstsq(system, np.append(np.zeros(len(trees)), 1.0), rcond=None)[0]
 
 
-def expected_tokens(accuracy: Sequence[Sequence[float]], trees: Sequence[PromptTree]) -> float:
+def stationary_expected_tokens(accuracy: Sequence[Sequence[float]], trees: Sequence[PromptTree]) -> float:
     """Mean tokens per target forward in the long run, the target's own included. A single tree serves every state."""
     gains = [float(node_probabilities(accuracy, tree.parents)[0].sum()) for tree in trees]
     return gains[0] if len(trees) == 1 else float(stationary_distribution(accuracy, trees) @ np.asarray(gains))
@@ -135,7 +130,7 @@ def _score(accuracy, sizes: Sequence[int], num_nodes: int, ensemble: int) -> tup
     trees = tuple(
         _with_prompts(accuracy, parents, gains, (num_nodes - len(parents)) // ensemble) for parents in candidates
     )
-    return expected_tokens(accuracy, trees), trees
+    return stationary_expected_tokens(accuracy, trees), trees
 
 
 def _with_prompts(accuracy, parents: tuple[int, ...], gains: Sequence[float], room: int) -> PromptTree:

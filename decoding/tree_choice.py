@@ -10,8 +10,13 @@ depend on the depth or not.
 
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+
+from decodax.decoding.ranked_tokens import sibling_ranks
+from decodax.decoding.tree import Tree
 
 
 def best_tree(acceptance: Sequence[Sequence[float]] | Sequence[float], num_tokens: int) -> tuple[int, ...]:
@@ -43,18 +48,29 @@ def best_tree(acceptance: Sequence[Sequence[float]] | Sequence[float], num_token
     return (-1, *(index[path[:-1]] for path in paths))
 
 
+def acceptance_probabilities(
+    acceptance: Sequence[Sequence[float]] | Sequence[float], parents: Sequence[int]
+) -> Float[np.ndarray, " C"]:
+    """The probability that each node of a tree is accepted, under the same assumption; that of the root is 1.
+
+    acceptance: as in `best_tree`; a child beyond the ranks of its depth is never accepted.
+
+    >>> acceptance_probabilities([0.6, 0.2], (-1, 0, 0, 1)).tolist()
+    [1.0, 0.6, 0.2, 0.36]
+    """
+    levels: Sequence[Any] = acceptance if np.ndim(acceptance[0]) else [acceptance]
+    ranks, depth = sibling_ranks(parents), np.asarray(Tree.fixed(parents).depth)[0]
+    accepted = np.ones(len(parents))
+    for node in range(1, len(parents)):
+        shares = levels[min(depth[node], len(levels)) - 1]
+        accepted[node] = accepted[parents[node]] * (shares[ranks[node]] if ranks[node] < len(shares) else 0.0)
+    return accepted
+
+
 def expected_tokens(acceptance: Sequence[Sequence[float]] | Sequence[float], parents: Sequence[int]) -> float:
     """Expected tokens per target forward of a tree, the target's own included, under the same assumption.
 
     >>> round(expected_tokens([0.6], (-1, 0, 1)), 2)  # 1 + .6 + .36
     1.96
     """
-    table = np.atleast_2d(np.asarray(acceptance, np.float64))
-    value, depth, siblings = [1.0], [0], [0] * len(parents)
-    for parent in parents[1:]:
-        share = table[min(depth[parent], len(table) - 1)]
-        rank = siblings[parent]
-        siblings[parent] += 1
-        value.append(value[parent] * (share[rank] if rank < len(share) else 0.0))
-        depth.append(depth[parent] + 1)
-    return float(sum(value))
+    return float(acceptance_probabilities(acceptance, parents).sum())

@@ -13,8 +13,7 @@ import tokenizers
 from typer.testing import CliRunner
 
 import decodax
-from decodax.cli.app import app
-from decodax.cli.train import train
+from decodax.cli.app import TRAIN_COMMANDS, app
 from decodax.decoding.training.export import write_model
 from decodax.decoding.training.text_windows import TextWindows
 from decodax.models.configs.hf_config import read_config
@@ -30,7 +29,7 @@ SHARED_BEFORE = ["--text", "--out", "--model", "--dtype", "--tokens"]
 SHARED_AFTER = ["--batch", "--window", "--short-window", "--learning-rate", "--optimizer", "--heldout", "--seed"]
 SHARED_AFTER += ["--run", "--json", "--debug", "--help"]
 WITHOUT_OPTIMIZER = {"ppd", "skip_decode", "first_gates", "first"}  # always adamw
-KINDS = [command.name for command in train.registered_commands]
+KINDS = list(TRAIN_COMMANDS)
 pytestmark = pytest.mark.usefixtures("optax_may_promote")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from decodax.decoding.auxiliary_weights import find_auxiliary_weights
 from decodax.decoding.draft_length import DraftChoice, choose_tree_size, latency_curve
 from decodax.decoding.drafters.prompt_tokens import PromptTokens
-from decodax.decoding.prompt_tree import dynamic_trees, expected_tokens
+from decodax.decoding.prompt_tree import dynamic_trees, stationary_expected_tokens
 from decodax.decoding.strategies.contract import Speculation, Strategy
 from decodax.decoding.verifiers.exact_match import ExactMatch
 
@@ -49,7 +49,11 @@ def _choose_size(lm: "LanguageModel", accuracy: Sequence[Sequence[float]], ensem
     """The size with the most tokens per second, by measured times of forwards; takes seconds, mostly of compiling."""
     smallest = _smallest(accuracy, ensemble)
     seconds = latency_curve(lm.model, lm.params, (1, *(size for size in SIZES if size >= smallest)))
-    tokens = {size: expected_tokens(accuracy, dynamic_trees(accuracy, size, ensemble)) for size in seconds if size > 1}
+    tokens = {
+        size: stationary_expected_tokens(accuracy, dynamic_trees(accuracy, size, ensemble))
+        for size in seconds
+        if size > 1
+    }
     return choose_tree_size(seconds, tokens)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from decodax.core.printable import printable
-from decodax.models.families.layer import ACTIVATIONS
+from decodax.models.families.layer import ACTIVATION_NAMES
 
 _MAX_QUOTED = 80  # characters of a value in a message: enough for every mistyped value
 
@@ -85,7 +85,7 @@ class Listed:
 
 
 _SIZE = Whole()
-_ACTIVATION = Choice(frozenset(ACTIVATIONS))
+_ACTIVATION = Choice(frozenset(ACTIVATION_NAMES))
 
 KINDS: Mapping[str, Kind] = {
     "vocab_size": Whole(largest=MAX_VOCABULARY),

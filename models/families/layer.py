@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Fields = Mapping[str, Any]  # the fields of a config.json that a family reads, defaults filled in
 
-ACTIVATIONS = {
+ACTIVATION_NAMES = {  # of transformers: ours, in `layers.feed_forward.ACTIVATIONS`
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -54,7 +54,7 @@ class Layer:
 
     @property
     def activation(self) -> str:
-        return ACTIVATIONS[self.fields[self.family.activation_field]]
+        return ACTIVATION_NAMES[self.fields[self.family.activation_field]]
 
 
 def sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:

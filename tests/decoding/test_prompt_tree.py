@@ -8,10 +8,10 @@ import pytest
 from decodax.decoding.prompt_tree import (
     PromptTree,
     dynamic_trees,
-    expected_tokens,
     node_probabilities,
     static_tree,
     stationary_distribution,
+    stationary_expected_tokens,
 )
 
 ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.15, 0.1], [0.3, 0.1, 0.05]]
@@ -36,10 +36,10 @@ def simulate(trees, rounds=40_000, seed=0):
 
 
 @pytest.mark.parametrize("num_nodes", [9, 17])
-def test_expected_tokens_and_states_are_those_of_a_simulation(num_nodes):
+def test_stationary_expected_tokens_and_states_are_those_of_a_simulation(num_nodes):
     trees = dynamic_trees(ACCURACY, num_nodes)
     tokens, states = simulate(trees)
-    assert expected_tokens(ACCURACY, trees) == pytest.approx(tokens, abs=0.02)  # four standard errors
+    assert stationary_expected_tokens(ACCURACY, trees) == pytest.approx(tokens, abs=0.02)  # four standard errors
     np.testing.assert_allclose(stationary_distribution(ACCURACY, trees), states, atol=0.015)
 
 
@@ -55,8 +55,10 @@ def test_dynamic_trees_are_at_least_as_good_as_static_ones(num_nodes):
     trees = dynamic_trees(ACCURACY, num_nodes)
     assert all(tree.num_nodes() <= num_nodes and tree.depth <= state for state, tree in enumerate(trees, start=1))
     fitting = [static_tree(ACCURACY, count) for count in range(1, 12)]
-    best = max(expected_tokens(ACCURACY, [tree]) for tree in fitting if tree.num_nodes() <= max(num_nodes, 8))
-    assert expected_tokens(ACCURACY, trees) >= best - 1e-9
+    best = max(
+        stationary_expected_tokens(ACCURACY, [tree]) for tree in fitting if tree.num_nodes() <= max(num_nodes, 8)
+    )
+    assert stationary_expected_tokens(ACCURACY, trees) >= best - 1e-9
 
 
 @pytest.mark.parametrize(("num_nodes", "ways"), [(12, 10), (14, 23), (15, 26 * 6 * 6)])
@@ -69,15 +71,15 @@ def test_no_other_distribution_of_the_prompt_tokens_is_better(num_nodes, ways):
         options.append([PromptTree(tree.parents, (3, *rest)) for rest in dealt if 3 + sum(rest) <= room])
     choices = list(itertools.product(*options))
     assert len(choices) == ways and trees in choices
-    best = max(expected_tokens(ACCURACY, choice) for choice in choices)
-    assert expected_tokens(ACCURACY, trees) == pytest.approx(best, rel=1e-12)  # least squares in float64
+    best = max(stationary_expected_tokens(ACCURACY, choice) for choice in choices)
+    assert stationary_expected_tokens(ACCURACY, trees) == pytest.approx(best, rel=1e-12)  # least squares in float64
 
 
 def test_draft_tokens_that_were_never_right_do_not_make_a_tree_deeper():
     never = [[0.3, 0.0], [0.0, 0.0], [0.0, 0.0]]
     trees = dynamic_trees(never, 32)
     assert [tree.depth <= state for state, tree in enumerate(trees, start=1)] == [True] * 3
-    assert expected_tokens(never, trees) == pytest.approx(1.3)
+    assert stationary_expected_tokens(never, trees) == pytest.approx(1.3)
 
 
 def test_an_ensemble_needs_more_nodes():

@@ -21,11 +21,9 @@ from decodax.decoding.auxiliary_weights import AuxiliaryWeights
 from decodax.decoding.drafters import DraftModel, PromptLookup
 from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
 from decodax.decoding.find_draft import find_draft
-from decodax.decoding.prompt_tree import dynamic_trees
-from decodax.decoding.prompt_tree import expected_tokens as expected_of_prompts
+from decodax.decoding.prompt_tree import dynamic_trees, stationary_expected_tokens
 from decodax.decoding.strategies import Speculation, medusa, ppd
-from decodax.decoding.tree_choice import best_tree
-from decodax.decoding.tree_choice import expected_tokens as expected_of_tree
+from decodax.decoding.tree_choice import best_tree, expected_tokens
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.load import LanguageModel, load
 from tests.decoding.test_generation import LETTERS, LM, PROMPTS, letter_tokenizer
@@ -255,11 +253,11 @@ PROMPT_TOKENS = weights_of("ppd", {"embedding": jax.random.normal(jax.random.key
 HEADS = weights_of("medusa", {"heads": initial_heads(LM.params, MedusaShape(3))})
 # Module with the sizes that are tried, auxiliary weights, and expected tokens of a forward over as many nodes.
 OWN_TREES = {
-    "ppd": (ppd, PROMPT_TOKENS, lambda size: expected_of_prompts(RANKS, dynamic_trees(RANKS, size, 2))),
+    "ppd": (ppd, PROMPT_TOKENS, lambda size: stationary_expected_tokens(RANKS, dynamic_trees(RANKS, size, 2))),
     "medusa": (
         medusa,
         HEADS,
-        lambda size: expected_of_tree([*RANKS, [0.0] * 10], best_tree([*RANKS, [0.0] * 10], size - 1)),
+        lambda size: expected_tokens([*RANKS, [0.0] * 10], best_tree([*RANKS, [0.0] * 10], size - 1)),
     ),
 }
 

@@ -1,25 +1,25 @@
-"""Assembles the commands of the command line; `session.py` holds what they share."""
+"""Assembles the command line from the commands, whose files are imported when they are run."""
 
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 import decodax
 from decodax.cli import main as main
-from decodax.cli.bench import bench
-from decodax.cli.convert import convert
-from decodax.cli.generate import generate
-from decodax.cli.methods import methods
-from decodax.cli.plan import plan
+from decodax.cli.late_commands import late_group
 from decodax.cli.prompts import PromptCommand
-from decodax.cli.train import train
 
+COMMANDS = {"generate": PromptCommand} | dict.fromkeys(("bench", "convert", "plan", "methods"), TyperCommand)
+_TRAINED = ("draft", "layer_skip", "ppd", "specee", "kangaroo", "skip_decode", "first_gates", "first")
+TRAIN_COMMANDS = dict.fromkeys((*_TRAINED, "medusa", "medusa_joint"), TyperCommand)
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 failed, with one line on stderr that says why (--debug: the whole traceback); 2 the command "
     "line is wrong; 130 interrupted (143 by SIGTERM); 141 the reader of the output went away."
 )
 
 app = typer.Typer(
+    cls=late_group(COMMANDS, epilog=_EXIT_CODES),
     help="Run language models fast, and research how to run them faster.",
     epilog=_EXIT_CODES,
     add_completion=False,
@@ -27,9 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=_EXIT_CODES, cls=PromptCommand)(generate)
-for command in (bench, convert, plan, methods):
-    app.command(epilog=_EXIT_CODES)(command)
+train = typer.Typer(
+    cls=late_group(TRAIN_COMMANDS, prefix="train_"),
+    help="Train the auxiliary weights that make decoding faster.",
+    no_args_is_help=True,
+)
 app.add_typer(train, name="train", epilog=_EXIT_CODES)
 
 
