@@ -37,7 +37,7 @@ def chunk_tokens(num_tokens: int, most_per_device: int, execution: Execution) ->
 
     Where tokens are sharded, every device has the same number, in two blocks (`sharding/ring.py`).
     """
-    num_shards = execution.num_parts("T")
+    num_shards = execution.num_shards("T")
     chunk = min(bucket(num_tokens), most_per_device * num_shards)
     multiple = 1 if num_shards == 1 else 2 * num_shards
     return -(-chunk // multiple) * multiple

@@ -63,13 +63,13 @@ class Execution:
     @property
     def cache_multiple(self) -> int:
         """Tokens of which a cache's capacity should be a multiple, so that slots divide and kernels support it."""
-        return (1 if self.runs_xla else CACHE_TILE_TOKENS) * self.num_parts("S")
+        return (1 if self.runs_xla else CACHE_TILE_TOKENS) * self.num_shards("S")
 
     def mesh_axes(self, axis_name: str, count: int | None = None) -> tuple[str, ...]:
         """The mesh axes over which a logical axis of `count` items is split (None: any number)."""
         return () if self.mesh is None else self.rules.mesh_axes(self.mesh, axis_name, count)
 
-    def num_parts(self, axis_name: str, count: int | None = None) -> int:
+    def num_shards(self, axis_name: str, count: int | None = None) -> int:
         """The number of devices over which a logical axis of `count` items is split (None: any number)."""
         return 1 if self.mesh is None else num_devices(self.mesh, self.mesh_axes(axis_name, count))
 
@@ -77,10 +77,10 @@ class Execution:
         """A weight as the devices hold it: some axes that do not divide are padded with zeros (`sharding/rules.py`)."""
         return weight if self.mesh is None else self.rules.padded(self.mesh, weight)
 
-    def part_shape(self, shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
+    def shard_shape(self, shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
         """The shape of each device's shard in `per_device`, for an array of this shape."""
         names = ("_" if axis_name in _TOKENS else axis_name for axis_name in axes.split())
-        return tuple(size // self.num_parts(name, size) for name, size in zip(names, shape, strict=True))
+        return tuple(size // self.num_shards(name, size) for name, size in zip(names, shape, strict=True))
 
     def per_device(
         self,
@@ -142,7 +142,7 @@ class Execution:
 
     def sharded_by_token(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states between blocks, in a jitted function: split by tokens if they are a prefill chunk."""
-        is_split = hidden.shape[1] > MAX_STEP_TOKENS and self.num_parts("T") > 1 and not self.sequence_parallel
+        is_split = hidden.shape[1] > MAX_STEP_TOKENS and self.num_shards("T") > 1 and not self.sequence_parallel
         return self.split(hidden, "B T D") if is_split else hidden
 
     def gathered_tokens(self, array: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
@@ -150,7 +150,7 @@ class Execution:
 
         A state passes from token to token, and with split tokens the compiler would send it from device to device.
         """
-        if self.mesh is None or self.num_parts("T") == 1:
+        if self.mesh is None or self.num_shards("T") == 1:
             return array
         unconstrained = PartitionSpec.UNCONSTRAINED
         spec = PartitionSpec(unconstrained, None, *[unconstrained] * (array.ndim - 2))

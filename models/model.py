@@ -67,7 +67,7 @@ class Model:
 
         Raises ValueError, naming the layers, when they do not divide into stages or differ between them.
         """
-        num_stages = self.execution.num_parts("L")
+        num_stages = self.execution.num_shards("L")
         return None if num_stages == 1 else find_stages(self.config.blocks, num_stages, self.execution.pipeline)
 
     def weights(self) -> dict[str, Any]:

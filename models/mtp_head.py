@@ -35,7 +35,7 @@ from decodax.models.families.contract import Family
 from decodax.models.model import Model, Params
 from decodax.models.transformer import Block
 
-MTP_HEAD_KEY = "next_layer"  # of its parameters beside the model's
+MTP_HEAD_KEY = "mtp_head"  # of its parameters beside the model's
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def run_in_stages(
     assert execution.mesh is not None
     (axis,) = execution.mesh_axes("L")
     batch, num_tokens = hidden.shape[:2]
-    groups = execution.num_parts("B", batch)
+    groups = execution.num_shards("B", batch)
     schedule = Schedule(
         stages.num_stages, stages.chunks, _micro_batches(execution, stages, batch // groups, batch * num_tokens)
     )

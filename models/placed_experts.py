@@ -27,7 +27,7 @@ def place_experts(
     if set(placements) != set(sparse):
         raise ValueError(f"layers {sparse} have experts and need a placement each, got them for {sorted(placements)}")
     execution = replace(model.execution, mesh=mesh, rules=rules)
-    num_devices = execution.num_parts("E")
+    num_devices = execution.num_shards("E")
     blocks, params = list(model.config.blocks), dict(model.unstacked(params))
     for index, table in placements.items():
         if table.num_devices != num_devices:

@@ -53,7 +53,7 @@ def room(plan: Plan) -> Room:
     least = 128 * plan.split.degree("context")
     held = [plan.split.decode_state_bytes(workload.batch, size, workload.cache_dtype) for size in (least, 2 * least)]
     per_token = (held[1] - held[0]) / least
-    row_bytes = plan.memory.cache / max(workload.batch // plan.split.num_parts("B", workload.batch), 1)
+    row_bytes = plan.memory.cache / max(workload.batch // plan.split.num_shards("B", workload.batch), 1)
     return Room(per_token, rows, tokens, tokens == context, row_bytes / plan.topology.chip.host_bandwidth)
 
 

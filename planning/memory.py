@@ -92,16 +92,16 @@ def _temporaries(split: Split, workload: Workload) -> int:
     """An estimate: hidden states, the widest layer's products and the logits of one chunk or step."""
     config, item = split.config, jnp.dtype(workload.dtype).itemsize
     chunk = min(MAX_CHUNK_TOKENS, workload.context)
-    rows = workload.batch // split.num_parts("B", workload.batch)
-    tokens = rows * chunk // split.num_parts("T", chunk)
+    rows = workload.batch // split.num_shards("B", workload.batch)
+    tokens = rows * chunk // split.num_shards("T", chunk)
     widest = 0
     for block in split.layers:
         for half in ("mixer", "feed_forward"):
             outputs = sum(
-                split.part_shape(weight, name)[0]
+                split.shard_shape(weight, name)[0]
                 for name, weight in named_weights(block.weights(config.hidden_size)[half])
                 if len(weight.shape) == 2
             )
             widest = max(widest, outputs)
-    logits = rows * config.vocab_size // split.num_parts("V") * 4
+    logits = rows * config.vocab_size // split.num_shards("V") * 4
     return tokens * (widest + 4 * config.hidden_size) * item + 2 * logits

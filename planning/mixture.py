@@ -33,13 +33,13 @@ def mixture(shape: Shape, layer: MoEConfig, weights: dict[str, Any], count: int)
 def _busiest(shape: Shape, layer: MoEConfig, experts: dict[str, Any]) -> tuple[float, float, float, float]:
     """FLOPs, and bytes of weights, caches (none) and activations, of the device that runs the most experts."""
     split, tokens, router = shape.split, shape.tokens, layer.router
-    gathered_tokens, num_devices = _group_tokens(shape), split.num_parts("E")
+    gathered_tokens, num_devices = _group_tokens(shape), split.num_shards("E")
     chance = 1 - (1 - router.experts_per_token / router.num_experts) ** gathered_tokens
     num_used = busiest_experts(router.num_experts // num_devices, num_devices, chance)
     choices = max(gathered_tokens * router.experts_per_token / num_devices, num_used)
     flops = weight_bytes = activations = 0.0  # of one expert, or of one token in it
     for name, weight in named_weights(experts, "feed_forward/experts/"):
-        shard = split.part_shape(weight, name)
+        shard = split.shard_shape(weight, name)
         held = stored_bytes(shard, name, weight, tokens.dtype, int8=tokens.weights == "int8")
         weight_bytes += held / shard[0]
         if len(shard) == 3:
@@ -66,7 +66,7 @@ def _collectives(shape: Shape, layer: MoEConfig) -> Iterator[Collective]:
         if over:
             yield Collective("all-reduce", over, of_group * width)
         return
-    num_devices = split.num_parts("E")
+    num_devices = split.num_shards("E")
     own = -(-of_group // num_devices)
     room = default_capacity(round(own * per_token), num_devices) * num_devices
     yield from [Collective("all-to-all", over, room * width)] * 2

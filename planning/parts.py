@@ -92,7 +92,7 @@ def _mixer(shape: Shape, block: BlockConfig, count: int) -> CostItem:
     else:
         flops += _mixing_flops(shape, block, num_keys) * shape.num_tokens * share
         if context and per_token:
-            heads = _num_heads(block) / split.num_parts("N")
+            heads = _num_heads(block) / split.num_shards("N")
             merged = shape.rows * heads * (_value_size(block) + 2) * 4
             collectives.append(Collective("all-reduce", context, merged))
     return CostItem("attention", count, flops, weight_bytes, cache_bytes, activations, tuple(collectives))
@@ -117,7 +117,7 @@ def _empty_cache(mixer: Mixer, rows: int, capacity: int, dtype: str) -> Any:
 
 def _mixing_flops(shape: Shape, block: BlockConfig, num_keys: float) -> float:
     """FLOPs of one query's attention to `num_keys` tokens, on one device, without the products with weights."""
-    mixer, num_shards = block.mixer, shape.split.num_parts("N")
+    mixer, num_shards = block.mixer, shape.split.num_shards("N")
     if isinstance(mixer, GQAConfig):
         return 4 * mixer.num_heads * mixer.head_size * num_keys / num_shards
     if isinstance(mixer, MLAConfig):

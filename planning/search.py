@@ -261,7 +261,7 @@ def plan_for(config: ModelConfig, topology: Topology, workload: Workload, sizes:
 
 def micro_batches(split: Split, workload: Workload, num_new: int) -> int:
     """The number of micro-batches of a forward over `num_new` tokens of every row, as in decoding."""
-    rows = workload.batch // split.num_parts("B", workload.batch)
+    rows = workload.batch // split.num_shards("B", workload.batch)
     stages = split.degree("pipeline")
     return 1 if stages == 1 else best_micro_batches(rows, workload.batch * num_new, stages, 1)
 

@@ -110,10 +110,10 @@ class Split:
         names = self.rules.mesh_axes(self.mesh, axis_name, count)
         return tuple(dict.fromkeys("tensor" if name == COPIES else name for name in names if self.mesh.shape[name] > 1))
 
-    def num_parts(self, axis_name: str, count: int | None = None) -> int:
+    def num_shards(self, axis_name: str, count: int | None = None) -> int:
         return math.prod(self.mesh.shape[name] for name in self.rules.mesh_axes(self.mesh, axis_name, count))
 
-    def part_shape(self, weight: Weight, name: str) -> tuple[int, ...]:
+    def shard_shape(self, weight: Weight, name: str) -> tuple[int, ...]:
         """The shape of a weight's shard on one chip. Raises ValueError, naming it, if it does not divide."""
         key = (weight, name)
         if key not in self._shard_shapes:
@@ -150,7 +150,7 @@ class Split:
     def weight_bytes(self, weights: Mapping[str, Any], dtype: DTypeLike, *, int8: bool = False) -> int:
         """Bytes of these weights on one chip."""
         return sum(
-            stored_bytes(self.part_shape(weight, name), name, weight, dtype, int8=int8)
+            stored_bytes(self.shard_shape(weight, name), name, weight, dtype, int8=int8)
             for name, weight in named_weights(weights)
         )
 

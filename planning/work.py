@@ -91,12 +91,12 @@ class Shape:
 
     @cached_property
     def rows(self) -> int:
-        return self.tokens.rows // self.split.num_parts("B", self.tokens.rows)
+        return self.tokens.rows // self.split.num_shards("B", self.tokens.rows)
 
     @cached_property
     def new(self) -> int:
         """New tokens of a row on one device; every device has the single token of a decoding step."""
-        return self.tokens.new // self.split.num_parts("T", self.tokens.new)
+        return self.tokens.new // self.split.num_shards("T", self.tokens.new)
 
     @property
     def num_tokens(self) -> int:
@@ -111,7 +111,7 @@ class Shape:
         """FLOPs, bytes of weights and bytes of activations of a device's products with `num_tokens` tokens."""
         flops = weight_bytes = activation_bytes = 0.0
         for name, weight in named_weights(weights):
-            shard = self.split.part_shape(weight, name)
+            shard = self.split.shard_shape(weight, name)
             weight_bytes += stored_bytes(shard, name, weight, self.tokens.dtype, int8=self.tokens.weights == "int8")
             if len(shard) == 2:
                 flops += 2 * math.prod(shard) * num_tokens

@@ -3,7 +3,7 @@
     python -m decodax.scripts.make_golden_mtp
 
 The folder holds a model folder as published ones are (the MTP head's tensors are beside the model's, with copies of
-embedding and head), and next_layer.npz:
+embedding and head), and mtp_head.npz:
 
     tokens[B, T], length[B]    texts of different length, padded with 0
     logits[B, T, V]            of the MTP head at position i, which takes hidden state i of the model and token i + 1;
@@ -109,7 +109,7 @@ def main() -> None:
         tokens[index, : len(row)] = row
         logits[index, : len(row) - 1] = result[0]
     drafted, chained = (np.stack([result[index] for result in results]) for index in (1, 2))
-    file = FOLDER / "next_layer.npz"
+    file = FOLDER / "mtp_head.npz"
     lengths = np.int32(PROMPT_LENGTHS)
     np.savez(file, tokens=tokens, length=lengths, logits=logits, drafted=drafted.astype(np.int32), chained=chained)
     print(f"{FOLDER.name} seed {seed} gap {gap:.4f} rounding {rounding:.1e} drafted {drafted.tolist()}")

@@ -85,7 +85,7 @@ def test_tensors_missing_on_one_side_are_found(tmp_path):
     tensors = load_file(source / "model.safetensors")
     save_file({n: t for n, t in tensors.items() if not n.startswith("model.layers.2.")}, source / "model.safetensors")
     found = verify(source, tmp_path / "orbax")
-    assert all(name.startswith("next_layer/") for name in found.differing) and len(found.differing) > 10
+    assert all(name.startswith("mtp_head/") for name in found.differing) and len(found.differing) > 10
     assert not found.is_same and found.largest_logit_difference == 0
 
 
@@ -94,7 +94,7 @@ def test_arrays_sharded_for_a_mesh(tmp_path):
     source = Path(__file__).parent / "golden" / "deepseek_v3_mtp"
     done = convert(source, "-o", tmp_path / "orbax", "--mesh", "expert=2,data=4", "--verify")
     assert done.exit_code == 0, done.output
-    files = list((tmp_path / "orbax" / "params" / "next_layer.block.feed_forward.experts.gate").glob("[0-9]*"))
+    files = list((tmp_path / "orbax" / "params" / "mtp_head.block.feed_forward.experts.gate").glob("[0-9]*"))
     assert {file.name: file.stat().st_size for file in files} == {f"{i}.0.0": 4 * 3 * 11 * 30 for i in range(2)}
     on_mesh = decodax.load(tmp_path / "orbax", mesh="expert=2,data=4")
     jax.tree.map(np.testing.assert_array_equal, on_mesh.params, decodax.load(source).params)

@@ -1,11 +1,11 @@
-"""Trains a low-rank change of a model for early exit, after which the head can read the states of its first layers.
+"""Trains a LoRA adapter of a model for early exit, after which the head can read the states of its first layers.
 
 LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding, arXiv 2404.16710. Two things are trained
 together. Layer dropout: each row of a step skips layer l with a chance that grows with l, so that the model depends
 less on its last layers. The early-exit loss: the shared final norm and head are applied after layers before the last,
 too.
 
-Departs from the paper: only a low-rank change of the layers is trained, and not the whole model. Every exit, the last
+Departs from the paper: only a LoRA adapter of the layers is trained, and not the whole model. Every exit, the last
 one included, is distilled from the distributions of the unchanged model (self-distillation), not trained on the text's
 tokens. The weight of an exit is a power of its layer; the paper's grows with the square, which leaves the first exits
 of a model of few layers next to nothing, so here all weigh the same by default. Exits in the upper half of the layers
@@ -37,11 +37,11 @@ DRAFT_TOKENS = 6  # the longest draft among which the best fixed setting is repo
 
 @dataclass(frozen=True)
 class LayerSkipShape:
-    """The low-rank change and its training.
+    """The LoRA adapter and its training.
 
     rank: of the change of every matrix.
     max_dropout: the chance that a row skips the last layer in a step.
-    exit_scale, depth_power: the exit after l of L layers weighs exit_scale x (l / L)^depth_power, the last one 1.
+    exit_scale, exit_power: the exit after l of L layers weighs exit_scale x (l / L)^exit_power, the last one 1.
     exit_share: early exits are trained after up to this share of the layers, and after one layer at least.
     exits_per_step: exits before the last that a step trains; each costs a pass through the head.
     """
@@ -49,7 +49,7 @@ class LayerSkipShape:
     rank: int = 16
     max_dropout: float = 0.1
     exit_scale: float = 1.0
-    depth_power: float = 0.0
+    exit_power: float = 0.0
     exit_share: float = 0.5
     exits_per_step: int = 2
 
@@ -60,9 +60,9 @@ class LayerSkipShape:
             raise ValueError(f"max_dropout must be in 0..1 (a chance), got {self.max_dropout}")
         if not 0 < self.exit_share <= 1:
             raise ValueError(f"exit_share must be above 0 and at most 1, got {self.exit_share}")
-        if not self.exit_scale > 0 or not self.depth_power >= 0:
+        if not self.exit_scale > 0 or not self.exit_power >= 0:
             raise ValueError(
-                f"exit_scale must be above 0 and depth_power at least 0, got {self.exit_scale} and {self.depth_power}"
+                f"exit_scale must be above 0 and exit_power at least 0, got {self.exit_scale} and {self.exit_power}"
             )
 
 
@@ -143,7 +143,7 @@ class LayerSkipTraining(AuxiliaryTraining):
         states = hidden_states(model, params, tokens, dropped)
         early = exits_of_step(step, self.num_trained_exits, shape.exits_per_step)
         share = early.astype(jnp.float32) / len(rates)
-        weight = jnp.concatenate([shape.exit_scale * share**shape.depth_power, jnp.ones(1)])
+        weight = jnp.concatenate([shape.exit_scale * share**shape.exit_power, jnp.ones(1)])
         place = jnp.concatenate([early, jnp.array([len(rates)], jnp.int32)]) - 1
         distance = [kl_divergence(target, model.logits(params, states[place[i]])).mean() for i in range(len(weight))]
         return jnp.sum(weight * jnp.stack(distance)) / jnp.sum(weight)

@@ -1,7 +1,7 @@
-"""Trains Medusa heads together with a low-rank change of the model, which becomes easier to predict (Medusa-2).
+"""Trains Medusa heads together with a LoRA adapter of the model, which becomes easier to predict (Medusa-2).
 
 Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads, arXiv 2401.10774 (Medusa-2). The model
-gets a low-rank change (LoRA, arXiv 2106.09685), and the loss is L_model + 0.2 L_heads, with the heads on the changed
+gets a LoRA adapter (arXiv 2106.09685), and the loss is L_model + 0.2 L_heads, with the heads on the changed
 model's states. L_model keeps the model what it was: the divergence from the original, which is the changed model with
 its change switched off (the paper's self-distillation), or the cross-entropy of the text. The warm-up is the paper's
 two-stage one: it starts from heads that have been trained alone.

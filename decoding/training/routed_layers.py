@@ -1,9 +1,9 @@
-"""Trains FiRST in two stages: layer gates that skip layers per text, then a low-rank change that compensates.
+"""Trains FiRST in two stages: layer gates that skip layers per text, then a LoRA adapter that compensates.
 
 FiRST: Finetuning Router-Selective Transformers for Input-Adaptive Latency Reduction, arXiv 2410.12513. Stage one
 (`LayerGateTraining`) trains the layer gates alone. Each layer's contribution is scaled by the chance that the layer
 runs, and a regulariser rewards chances to skip. Stage two (`RoutedChangeTraining`) keeps the layer gates, decides as
-decoding does, and trains a low-rank change of the layers (LoRA, arXiv 2106.09685).
+decoding does, and trains a LoRA adapter of the layers (arXiv 2106.09685).
 
 Departs from the paper: the loss is the Kullback-Leibler divergence from the unchanged model with all its layers, not
 that of the text. A row of text is its own prompt: the chances are averaged over the whole row, with later tokens than a
@@ -175,7 +175,7 @@ class LayerGateTraining(_RoutedTraining):
 
 @dataclass(frozen=True)
 class RoutedChangeTraining(_RoutedTraining):
-    """Stage two: a low-rank change, with the frozen `layer_gates` of stage one; `shape` is a `RoutedChangeShape`."""
+    """Stage two: a LoRA adapter, with the frozen `layer_gates` of stage one; `shape` is a `RoutedChangeShape`."""
 
     shape: RoutedChangeShape
     layer_gates: Params

@@ -1,11 +1,11 @@
-"""Trains a low-rank change of a model for fewer layers at later tokens, with SkipDecode's layer schedule.
+"""Trains a LoRA adapter of a model for fewer layers at later tokens, with SkipDecode's layer schedule.
 
 SkipDecode, arXiv 2307.02628. Each row of text is treated as a prompt and a text generated after it, which begins at a
 random place; from there on the number of layers falls to its minimum, which it reaches at another random place.
 All layers are computed for all tokens, and a token keeps only what its own layers add. As the number never grows, the
 tokens that a token attends to have run the layer in question, so attention needs no further mask.
 
-Departs from the paper, which trains all weights on the text itself: what is trained is a low-rank change (LoRA, arXiv
+Departs from the paper, which trains all weights on the text itself: what is trained is a LoRA adapter (arXiv
 2106.09685), and the loss is the Kullback-Leibler divergence from the unchanged model with all its layers, so that the
 tokens stay those of the model.
 """
@@ -82,7 +82,7 @@ def falling_layers(
 
 @dataclass(frozen=True)
 class SkipDecodeTraining(AuxiliaryTraining):
-    """The training of the low-rank change; `shape` is a `SkipDecodeShape`."""
+    """The training of the LoRA adapter; `shape` is a `SkipDecodeShape`."""
 
     shape: SkipDecodeShape
 

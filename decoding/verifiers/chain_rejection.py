@@ -36,7 +36,7 @@ class ChainRejection(Verifier):
     """
 
     lossless: ClassVar[bool] = True
-    takes: ClassVar[frozenset[Children]] = frozenset(Children)
+    supported_children: ClassVar[frozenset[Children]] = frozenset(Children)
     only_chains: ClassVar[bool] = True
 
     def verify(

@@ -33,12 +33,12 @@ class Verifier:
     """What `speculative` needs of a verifier.
 
     lossless: the emitted tokens follow the target distribution exactly.
-    takes: the kinds of children for which that holds.
+    supported_children: how children may be found for that to hold.
     only_chains: whether it rejects trees with branches.
     """
 
     lossless: ClassVar[bool]
-    takes: ClassVar[frozenset[Children]]
+    supported_children: ClassVar[frozenset[Children]]
     only_chains: ClassVar[bool] = False
 
     def check(self, sampling: Sampling) -> None:
@@ -88,10 +88,10 @@ def at_node(values: Array, node: Int[Array, " B"]) -> Array:
 def check_pair(drafter: Drafter, verifier: Verifier) -> None:
     """Raises ValueError when the verifier would not preserve the target distribution for this drafter's proposals."""
     name, children = type(verifier).__name__, drafter.children
-    if children not in verifier.takes:
-        takes = " or ".join(sorted(kind.value for kind in verifier.takes))
+    if children not in verifier.supported_children:
+        supported = " or ".join(sorted(kind.value for kind in verifier.supported_children))
         raise ValueError(
-            f"{name} preserves the target distribution only for children that are {takes}, and those of "
+            f"{name} preserves the target distribution only for children that are {supported}, and those of "
             f"{type(drafter).__name__} are {children.value}: choose another verifier (ExactMatch takes all)"
         )
     if verifier.only_chains and drafter.num_nodes != drafter.max_depth + 1:

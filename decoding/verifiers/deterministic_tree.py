@@ -28,7 +28,7 @@ class DeterministicTree(TreeRule):
     """
 
     lossless: ClassVar[bool] = True
-    takes: ClassVar[frozenset[Children]] = frozenset(Children)
+    supported_children: ClassVar[frozenset[Children]] = frozenset(Children)
 
     def acceptance(
         self, target_probs: Float[Array, " V"], logprobs: Float[Array, " V"] | None, token: Int[Array, ""]

@@ -23,7 +23,7 @@ class ExactMatch(Verifier):
     """Accepts child x of node u if x = argmax(logits[u] + noise of the position), the noise being 0 in greedy rows."""
 
     lossless: ClassVar[bool] = True
-    takes: ClassVar[frozenset[Children]] = frozenset(Children)
+    supported_children: ClassVar[frozenset[Children]] = frozenset(Children)
 
     def verify(
         self,

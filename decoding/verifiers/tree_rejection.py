@@ -29,7 +29,7 @@ class TreeRejection(TreeRule):
     """
 
     lossless: ClassVar[bool] = True
-    takes: ClassVar[frozenset[Children]] = frozenset({Children.INDEPENDENT})
+    supported_children: ClassVar[frozenset[Children]] = frozenset({Children.INDEPENDENT})
 
     def acceptance(
         self, target_probs: Float[Array, " V"], logprobs: Float[Array, " V"] | None, token: Int[Array, ""]

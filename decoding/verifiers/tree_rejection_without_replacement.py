@@ -29,7 +29,7 @@ class TreeRejectionWithoutReplacement(TreeRule):
     """
 
     lossless: ClassVar[bool] = True
-    takes: ClassVar[frozenset[Children]] = frozenset({Children.WITHOUT_REPLACEMENT})
+    supported_children: ClassVar[frozenset[Children]] = frozenset({Children.WITHOUT_REPLACEMENT})
 
     def acceptance(
         self, target_probs: Float[Array, " V"], logprobs: Float[Array, " V"] | None, token: Int[Array, ""]

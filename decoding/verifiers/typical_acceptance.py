@@ -39,7 +39,7 @@ class TypicalAcceptance(Verifier):
     delta: float = 0.3
 
     lossless: ClassVar[bool] = False
-    takes: ClassVar[frozenset[Children]] = frozenset(Children)
+    supported_children: ClassVar[frozenset[Children]] = frozenset(Children)
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon <= 1:

@@ -95,7 +95,7 @@ def select_absorbed(
     bare, num_new = unstaged(cache), num_queries + num_staged(cache)
 
     def part(query: Any) -> jax.ShapeDtypeStruct:
-        heads = num_heads // execution.num_parts("N")
+        heads = num_heads // execution.num_shards("N")
         return jax.ShapeDtypeStruct((batch, min(num_queries, MAX_QUERIES), heads, query.shape[3]), query.dtype)
 
     def new(cached: Any) -> Any:

@@ -83,9 +83,9 @@ def _operands_reason(query: Any, key: Any, mask: Mask, cache: Any, execution: Ex
     if mask.span(is_new=False) is None or not (is_step or mask.span(is_new=True)):
         return f"its mask ({type(mask).__name__}) is no chain with a window"
     num_heads, num_kv_heads = query.shape[2], key.shape[1]
-    num_parts, num_kv_parts = execution.num_parts("N"), execution.num_parts("K", num_kv_heads)
-    if num_heads % num_parts or num_kv_parts not in (num_parts, num_kv_heads):
-        return f"{num_heads} heads for {num_kv_heads} of keys and values do not divide over {num_parts} devices"
+    num_shards, num_kv_shards = execution.num_shards("N"), execution.num_shards("K", num_kv_heads)
+    if num_heads % num_shards or num_kv_shards not in (num_shards, num_kv_heads):
+        return f"{num_heads} heads for {num_kv_heads} of keys and values do not divide over {num_shards} devices"
     return None
 
 
@@ -96,7 +96,7 @@ def _is_step(query: Any, cache: Any) -> bool:
 
 def _part(operand: Any, axes: str, execution: Execution) -> jax.ShapeDtypeStruct:
     """The shape of a device's share of an operand: of its rows and of its heads."""
-    return jax.ShapeDtypeStruct(execution.part_shape(operand.shape, axes), operand.dtype)
+    return jax.ShapeDtypeStruct(execution.shard_shape(operand.shape, axes), operand.dtype)
 
 
 def _new_tokens(own: tuple[Any, Any], num_queries: int, num_new: int) -> NewTokens:

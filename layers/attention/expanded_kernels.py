@@ -44,7 +44,7 @@ def select_expanded(query: Any, value_size: int, mask: Mask, cache: Any, executi
     if selection.backend == "xla":
         return selection
     batch, num_queries, num_heads, size = query.shape
-    num_heads //= execution.num_parts("N")
+    num_heads //= execution.num_shards("N")
     sources = [num_queries] if cache is None else [num_queries, block_tokens(cache.capacity)]
     queries = jax.ShapeDtypeStruct((batch, num_queries, num_heads, size), query.dtype)
     selections = []

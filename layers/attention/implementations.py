@@ -87,5 +87,5 @@ def cache_unsupported_reason(bare: Any, kind: type, keys: str, query: Any) -> st
 
 def heads_unsupported_reason(num_heads: int, execution: Execution) -> str | None:
     """Why heads that share no key-value heads do not divide over the devices; None if they do."""
-    num_parts = execution.num_parts("N")
-    return f"{num_heads} heads do not divide over {num_parts} devices" if num_heads % num_parts else None
+    num_shards = execution.num_shards("N")
+    return f"{num_heads} heads do not divide over {num_shards} devices" if num_heads % num_shards else None

@@ -80,7 +80,7 @@ def tokens_unsupported_reason(
     if unstaged(cache) is not None and num_tokens <= MAX_STEP_TOKENS:
         return f"up to {MAX_STEP_TOKENS} new tokens after a cache are on every device, these are {num_tokens}"
     if execution.mesh_axes("T", num_tokens) != execution.mesh_axes("S"):
-        return f"{num_tokens} tokens do not divide over {execution.num_parts('S')} devices"
+        return f"{num_tokens} tokens do not divide over {execution.num_shards('S')} devices"
     if mask.span(is_new=True) is None:
         return f"its mask ({type(mask).__name__}) is no chain with a window"
     return None
@@ -97,9 +97,9 @@ def slots_unsupported_reason(heads: Heads, cache: Any, execution: Execution) -> 
 def heads_unsupported_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
     """Why `over_heads` does not run; None if it does."""
     reason = _devices_reason(heads, cache, execution)
-    if reason is None and execution.num_parts("S") > 1:
+    if reason is None and execution.num_shards("S") > 1:
         return "slots are split over devices, too"
-    if reason is None and execution.num_parts("K", heads.key_value) == execution.num_parts("N"):
+    if reason is None and execution.num_shards("K", heads.key_value) == execution.num_shards("N"):
         return "XLA can split the heads by itself"
     return reason
 
@@ -108,10 +108,10 @@ def _slots_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
     """Why attention is not split over the devices that slots and tokens are split over."""
     bare = unstaged(cache)
     reason = _devices_reason(heads, cache, execution)
-    if reason is None and execution.num_parts("S") == 1:
+    if reason is None and execution.num_shards("S") == 1:
         return "neither slots nor tokens are split over devices"
     if reason is None and bare is not None and execution.mesh_axes("S", bare.capacity) != execution.mesh_axes("S"):
-        return f"{bare.capacity} slots do not divide over {execution.num_parts('S')} devices"
+        return f"{bare.capacity} slots do not divide over {execution.num_shards('S')} devices"
     return reason
 
 
@@ -119,9 +119,9 @@ def _devices_reason(heads: Heads, cache: Any, execution: Execution) -> str | Non
     """Why attention does not run on each device with its share of the operands."""
     if execution.mesh is None:
         return "there is one device"
-    bare, num_parts = unstaged(cache), execution.num_parts("N")
-    if heads.query % num_parts or execution.num_parts("K", heads.key_value) not in (num_parts, heads.key_value):
-        return f"the query heads of one of {num_parts} devices would not find their key-value heads on it"
+    bare, num_shards = unstaged(cache), execution.num_shards("N")
+    if heads.query % num_shards or execution.num_shards("K", heads.key_value) not in (num_shards, heads.key_value):
+        return f"the query heads of one of {num_shards} devices would not find their key-value heads on it"
     if bare is not None and not isinstance(bare, Splittable):
         return f"the cache ({type(bare).__name__}) is not Splittable"
     return None
@@ -151,7 +151,7 @@ def over_slots(attention: Attention, axes: tuple[str | None, ...], execution: Ex
     def on_device(position: Array, mask: Mask, cache: Any, *operands: Any) -> tuple[Array, Array]:
         device, bare = jax.lax.axis_index(axis), unstaged(cache)
         first = device * bare.capacity
-        own = bare.part(first)
+        own = bare.shard(first)
         if isinstance(cache, Staged):
             own = dataclasses.replace(cache, cache=own)
         output, lse = attention(*operands, position, OwnSlots(mask, first, device == 0), own)
@@ -182,7 +182,7 @@ def over_tokens(
         partial = among_new(*operands)
         if cache is not None:
             first = jax.lax.axis_index(axis) * cache.capacity
-            own_mask, own = OwnSlots(mask, first, jnp.bool_(False)), cache.part(first)
+            own_mask, own = OwnSlots(mask, first, jnp.bool_(False)), cache.shard(first)
             read = lambda query: cached(query, *others, position, own_mask, own)
             partial = merge(partial, read_by_all(query, read, axis=axis))
         return partial.output.astype(query.dtype), partial.lse
@@ -226,7 +226,7 @@ def exchange(
     algorithm = select_context_algorithm(
         execution.context,
         num_tokens=query.shape[1],
-        num_devices=execution.num_parts("T"),
+        num_devices=execution.num_shards("T"),
         num_heads=query.shape[2],
         num_kv_heads=key.shape[1],
         query_size=query.shape[3],

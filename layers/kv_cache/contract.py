@@ -59,7 +59,7 @@ class Splittable(Protocol):
     @property
     def capacity(self) -> int: ...
 
-    def part(self, first: Int[Array, ""]) -> Self:
+    def shard(self, first: Int[Array, ""]) -> Self:
         """The device's shard, whose slots begin at `first`, as a cache of its own tokens; called within `shard_map`.
 
         The buffers are the device's already, and `length` is still that of the full cache.

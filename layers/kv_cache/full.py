@@ -101,7 +101,7 @@ class KVCache:
         """The cache without the tokens after the first `length[b]` of a row."""
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))
 
-    def part(self, first: Int[Array, ""]) -> "KVCache":
+    def shard(self, first: Int[Array, ""]) -> "KVCache":
         """The shard of a device with the `capacity` slots from `first` on (see `Splittable`)."""
         return dataclasses.replace(self, length=jnp.clip(self.length - first, 0, self.capacity))
 

@@ -107,7 +107,7 @@ def select_chain_kernel(query: Any, key: Any, value: Any, log_decay: Any, execut
     execution: which kernel is requested, and the devices.
     Raises NotImplementedError if `execution` asks for a kernel that does not support the operands.
     """
-    num_shards = execution.num_parts("N")
+    num_shards = execution.num_shards("N")
     if query.shape[2] % num_shards:
         unsupported_reason = f"{query.shape[2]} heads do not divide over {num_shards} devices"
         return select_kernel("linear_attention", execution.implementation, lambda backend: unsupported_reason)

@@ -30,7 +30,7 @@ from decodax.models.checkpoints.weight_formats import PLAIN_DTYPES
 from decodax.models.checkpoints.zarr_metadata import KINDS, V2_FILE, V3_FILE, ZarrForm, read_v2, read_v3
 
 # Arrays of the MTP head (`models/mtp_head.py`), which are not the model's own.
-OTHER_WEIGHTS = r"next_layer\..*"
+OTHER_WEIGHTS = r"mtp_head\..*"
 
 _CACHE_BYTES = 2**24  # of chunks that are kept while pieces of them are read
 _THREADS = 2  # each keeps memory of its own for what it has read

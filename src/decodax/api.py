@@ -50,7 +50,7 @@ def load(
     rules: how weights and caches are sharded over the mesh (`sharding.rules`); the default serves every such mesh.
     invariant: give a token the same logits, to the last bit, alone and in a draft, so that speculative decoding gives
         plain decoding's tokens in every dtype; slower (`Model.invariant`).
-    adapter: a low-rank change made by `decodax train layer_skip`, to be merged into the weights: its folder, or the
+    adapter: a LoRA adapter made by `decodax train layer_skip`, to be merged into the weights: its folder, or the
         name of one inside the model's folder.
     implementation: which kernels the layers run, "xla", "tpu" or "gpu" (`kernels_pallas/selection.py`); by default
         those of this device where supported, and XLA for the rest. `decodax bench --kernels` shows the selection.

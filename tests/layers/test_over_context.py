@@ -210,7 +210,7 @@ def test_kernels_on_each_device(name):
     for device in range(4):
         first, slots = jnp.int32(256 * device), slice(256 * device, 256 * device + 256)
         buffers = (jnp.where(empty, jnp.nan, buffer)[:, :, slots] for buffer in (bare.key, bare.value))
-        own = behind(KVCache(*buffers, bare.length).part(first))
+        own = behind(KVCache(*buffers, bare.length).shard(first))
         seen = OwnSlots(mask, first, jnp.bool_(device == 0))
         operands_here = (*arrays, seen, own)
         attention = attention_by(ON_ONE_DEVICE, operands_here, Execution("tpu_interpreted"), **options)

@@ -77,7 +77,7 @@ def test_shipped_auxiliary_weights_fit_the_embedded_model(kind):
 
 
 def trained_last(weights):
-    """The weights trained by the last run: all, except the layer gates from which the low-rank change starts."""
+    """The weights trained by the last run: all, except the layer gates from which the LoRA adapter starts."""
     return {name: leaf for name, leaf in weights.params.items() if (weights.kind, name) != ("first", "layer_gates")}
 
 

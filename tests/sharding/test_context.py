@@ -36,7 +36,9 @@ TOLERANCE = 1e-4
 @pytest.fixture(autouse=True)
 def two_chunks(monkeypatch):
     """On each of eight devices 12 tokens at a time, 48 on each of two, and 96 on a device alone."""
-    for_one = lambda num_tokens, most, execution: chunk_tokens(num_tokens, CHUNK // execution.num_parts("T"), execution)
+    for_one = lambda num_tokens, most, execution: chunk_tokens(
+        num_tokens, CHUNK // execution.num_shards("T"), execution
+    )
     monkeypatch.setattr("decodax.decoding.chunked_prefill.chunk_tokens", for_one)
 
 

@@ -144,7 +144,7 @@ def run_exchanged(
     """
     execution, (slot, gate) = setting.execution, assigned
     assert execution.mesh is not None  # or experts would not be split
-    num_shards = execution.num_parts("E")
+    num_shards = execution.num_shards("E")
     if capacity is None:
         per_device = -(-tokens.shape[0] // (num_shards * num_devices(execution.mesh, row_axes(execution))))
         capacity = default_capacity(per_device * slot.shape[1], num_shards)

@@ -30,7 +30,7 @@ class AllToAll:
     ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
         check_routes(routes, tokens)
         over = expert_axes(setting.execution, "all_to_all")
-        placement = placement_for(setting, weights["gate"].shape[0], setting.execution.num_parts("E"))
+        placement = placement_for(setting, weights["gate"].shape[0], setting.execution.num_shards("E"))
         assigned = placement.assign(routes.expert, routes.gate)
         exchange = partial(jax.lax.all_to_all, axis_name=over, split_axis=0, concat_axis=0, tiled=True)
         return run_exchanged(tokens, assigned, weights, setting, exchange=exchange, over=over, capacity=self.capacity)

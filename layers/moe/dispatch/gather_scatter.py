@@ -28,7 +28,7 @@ class GatherScatter:
     ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
         check_routes(routes, tokens)
         over = expert_axes(setting.execution, "gather_scatter")
-        placement = placement_for(setting, weights["gate"].shape[0], setting.execution.num_parts("E"))
+        placement = placement_for(setting, weights["gate"].shape[0], setting.execution.num_shards("E"))
 
         def local(tokens: Array, slot: Array, gate: Array, weights: dict[str, Any]) -> tuple[Array, Array]:
             slots = local_slots(weights, setting)

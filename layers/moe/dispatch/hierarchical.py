@@ -45,7 +45,7 @@ class Hierarchical:
                 f"experts='hierarchical' needs experts that are split over two mesh axes, (nodes, devices of a node), "
                 f"got {over!r}: use rules with ('E', (one axis, another)), or 'all_to_all'"
             )
-        placement = placement_for(setting, weights["gate"].shape[0], setting.execution.num_parts("E"))
+        placement = placement_for(setting, weights["gate"].shape[0], setting.execution.num_shards("E"))
         mesh = setting.execution.mesh
         assert mesh is not None
         exchange = partial(_in_two_steps, nodes=over[0], devices=over[1], shape=(mesh.shape[over[0]], -1))

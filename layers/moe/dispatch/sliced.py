@@ -56,7 +56,7 @@ class Sliced:
     ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
         check_routes(routes, tokens)
         over = expert_axes(setting.execution, "sliced")
-        placement = placement_for(setting, weights["gate"].shape[0], setting.execution.num_parts("E"))
+        placement = placement_for(setting, weights["gate"].shape[0], setting.execution.num_shards("E"))
         slices, degree = placement.slices, self._degree(tokens, routes, weights, placement)
         _check_layout(placement, over)
         if degree == 0:

@@ -10,9 +10,11 @@ from decodax.cli import main as main
 from decodax.cli.late_commands import late_group
 from decodax.cli.prompts import PromptCommand
 
-COMMANDS = {"generate": PromptCommand} | dict.fromkeys(("bench", "convert", "plan", "methods"), TyperCommand)
+COMMANDS: dict[str, type[TyperCommand]] = {"generate": PromptCommand} | dict.fromkeys(
+    ("bench", "convert", "plan", "methods"), TyperCommand
+)
 _TRAINED = ("draft", "layer_skip", "ppd", "specee", "kangaroo", "skip_decode", "first_gates", "first")
-TRAIN_COMMANDS = dict.fromkeys((*_TRAINED, "medusa", "medusa_joint"), TyperCommand)
+TRAIN_COMMANDS: dict[str, type[TyperCommand]] = dict.fromkeys((*_TRAINED, "medusa", "medusa_joint"), TyperCommand)
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 failed, with one line on stderr that says why (--debug: the whole traceback); 2 the command "
     "line is wrong; 130 interrupted (143 by SIGTERM); 141 the reader of the output went away."

@@ -42,7 +42,7 @@ Invariant = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(help="A low-rank change to merge into the model's weights: what `train layer_skip` wrote."),
+    typer.Option(help="A LoRA adapter to merge into the model's weights: what `train layer_skip` wrote."),
 ]
 
 MeshName = Annotated[

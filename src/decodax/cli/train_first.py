@@ -1,4 +1,4 @@
-"""`decodax train first` trains a low-rank change that compensates for the layers that layer gates skip."""
+"""`decodax train first` trains a LoRA adapter that compensates for the layers that layer gates skip."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ def first(
 ) -> RoutedChangeTraining:
     """Train a model to do without the layers that its layer gates skip, on your text.
 
-    The output is a low-rank change of the layers, with the layer gates; the model itself stays as it is. The same
+    The output is a LoRA adapter of the layers, with the layer gates; the model itself stays as it is. The same
     command resumes an interrupted run.
 
     Example: decodax train first --model ./my-model --text ./my-code --layer-gates ./my-gates -o ./my-change

@@ -28,7 +28,7 @@ def first_gates(
 ) -> LayerGateTraining:
     """Train layer gates, with which a model skips the layers that a text does not need, on your text.
 
-    They can be used as they are, or with a low-rank change of the layers that remain (`decodax train first`). The model
+    They can be used as they are, or with a LoRA adapter of the layers that remain (`decodax train first`). The model
     itself stays as it is. The same command resumes an interrupted run.
 
     Example: decodax train first_gates --model ./my-model --text ./my-code -o ./my-gates

@@ -1,4 +1,4 @@
-"""`decodax train layer_skip` trains a low-rank change of a model with which its first layers can draft for it."""
+"""`decodax train layer_skip` trains a LoRA adapter of a model with which its first layers can draft for it."""
 
 from typing import Annotated, Any
 
@@ -32,9 +32,9 @@ def layer_skip(
     exit_scale: Annotated[float, typer.Option(help="Weight of the early exits; the last one's is 1.")] = (
         SHAPE.exit_scale
     ),
-    depth_power: Annotated[
+    exit_power: Annotated[
         float, typer.Option(min=0, help="0: all early exits weigh the same; more: the first ones less.")
-    ] = SHAPE.depth_power,
+    ] = SHAPE.exit_power,
     exit_share: Annotated[
         float, typer.Option(help="Exits are trained after up to this share of the layers.")
     ] = SHAPE.exit_share,
@@ -42,11 +42,11 @@ def layer_skip(
 ) -> LayerSkipTraining:
     """Teach a model to exit early, on your text, so that its own first layers can draft for it.
 
-    The output is a low-rank change of the weights, with its measures in auxiliary.json and the loss curve in loss.png.
+    The output is a LoRA adapter of the weights, with its measures in auxiliary.json and the loss curve in loss.png.
     The changed model is another model; decode with it by `--adapter` and the strategies layer_skip and del.
 
     Example: decodax train layer_skip --model ./my-model --text ./my-code -o ./my-change, then decodax generate --model
     ./my-model --adapter ./my-change --strategy del "def fibonacci(n):"
     """
-    shape = LayerSkipShape(rank, max_dropout, exit_scale, depth_power, exit_share, exits_per_step)
+    shape = LayerSkipShape(rank, max_dropout, exit_scale, exit_power, exit_share, exits_per_step)
     return LayerSkipTraining(ready.lm, shape, ready.plan, ready.texts, ready.run)

@@ -1,4 +1,4 @@
-"""`decodax train medusa_joint` trains Medusa heads further, together with a low-rank change of the model."""
+"""`decodax train medusa_joint` trains Medusa heads further, together with a LoRA adapter of the model."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ def medusa_joint(
 ) -> MedusaJointTraining:
     """Train Medusa heads on, and the model with them, on your text (Medusa-2).
 
-    The output is the heads and a low-rank change that makes the model easier to predict; what is decoded with them is
+    The output is the heads and a LoRA adapter that makes the model easier to predict; what is decoded with them is
     the changed model's text. The same command resumes an interrupted run.
 
     Example: decodax train medusa_joint --model ./my-model --text ./my-code --heads ./my-heads -o ./my-joint

@@ -1,4 +1,4 @@
-"""`decodax train skip_decode` trains a low-rank change with which later tokens run fewer layers."""
+"""`decodax train skip_decode` trains a LoRA adapter with which later tokens run fewer layers."""
 
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ def skip_decode(
 ) -> SkipDecodeTraining:
     """Train a model to run fewer layers the longer its text gets, on your text.
 
-    The output is a low-rank change of the layers; the model itself stays as it is. The same command resumes an
+    The output is a LoRA adapter of the layers; the model itself stays as it is. The same command resumes an
     interrupted run; more or fewer --tokens move its end.
 
     Example: decodax train skip_decode --model ./my-model --text ./my-code -o ./my-change

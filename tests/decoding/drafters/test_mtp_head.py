@@ -142,7 +142,7 @@ def assert_drafters_state(state, rows=(0, 1, 2)):
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(FOLDER / "next_layer.npz") as file:
+    with np.load(FOLDER / "mtp_head.npz") as file:
         return dict(file)
 
 

@@ -54,7 +54,7 @@ class AmongTopTokens(Verifier):
 
     count: int
     lossless = False
-    takes = frozenset(Children)
+    supported_children = frozenset(Children)
 
     def check(self, sampling):
         if sampling.do_sample:

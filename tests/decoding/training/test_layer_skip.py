@@ -89,7 +89,7 @@ def with_change(params, change):
 def test_the_loss(lm, tmp_path):
     """Weighted by depth over the first exit (of 2 layers) and the last; at step 0 the last one's share is 0."""
     training = LayerSkipTraining(
-        lm, replace(SHAPE, max_dropout=0.0, exit_scale=0.7, depth_power=2.0), PLAN, TEXTS, tmp_path
+        lm, replace(SHAPE, max_dropout=0.0, exit_scale=0.7, exit_power=2.0), PLAN, TEXTS, tmp_path
     )
     weight = 0.7 * (1 / 2) ** 2
     tokens = ROWS[:, :-1]

@@ -1,4 +1,4 @@
-"""Medusa heads learn to predict further tokens, alone and together with a low-rank change that starts at zero."""
+"""Medusa heads learn to predict further tokens, alone and together with a LoRA adapter that starts at zero."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""FiRST layer gates learn to skip more layers for a higher price; then a low-rank change compensates for them."""
+"""FiRST layer gates learn to skip more layers for a higher price; then a LoRA adapter compensates for them."""
 
 import json
 from dataclasses import replace

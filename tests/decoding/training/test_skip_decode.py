@@ -1,4 +1,4 @@
-"""SkipDecode training: a low-rank change compensates for skipped layers, by the schedule that decoding follows."""
+"""SkipDecode training: a LoRA adapter compensates for skipped layers, by the schedule that decoding follows."""
 
 import json
 from dataclasses import replace

@@ -104,7 +104,7 @@ def largest_error(rule, kind, distributions, **options):
 @pytest.mark.parametrize("kind", Children)
 def test_the_output_has_exactly_the_target_distribution(kind):
     rule = RULES[kind]
-    assert kind in rule.takes and rule.lossless
+    assert kind in rule.supported_children and rule.lossless
     assert largest_error(rule, kind, random_distributions(40)) < EXACT
     for name, (p, q) in ADVERSARIAL.items():
         output, _ = enumerate_draws(rule, p, q, kind)
@@ -122,14 +122,14 @@ def test_the_rule_is_exact_and_not_only_near(kind):
 
 @pytest.mark.parametrize("kind", Children)
 def test_the_rule_of_chosen_children_holds_for_drawn_ones(kind):
-    assert kind in DeterministicTree.takes
+    assert kind in DeterministicTree.supported_children
     assert largest_error(DeterministicTree(), kind, random_distributions(10)) < EXACT
 
 
 class ChosenByRatio(TreeRejection):
     """A common mistake: the draft's most probable tokens are accepted with p/q as if they had been drawn."""
 
-    takes = frozenset({Children.CHOSEN})
+    supported_children = frozenset({Children.CHOSEN})
 
 
 class TargetAfterRejection(TreeRejection):

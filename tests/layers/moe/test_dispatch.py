@@ -148,7 +148,7 @@ def overflow(case, expert):
     capacity = getattr(case.dispatch, "capacity", None)
     if not hasattr(case.dispatch, "capacity") or getattr(case.dispatch, "degree", None) == 0:
         return 0
-    num_devices = case.execution.num_parts("E")
+    num_devices = case.execution.num_shards("E")
     placement = case.placement or Placement.contiguous(case.num_experts, num_devices)
     slices = placement.slices
     degree = (getattr(case.dispatch, "degree", None) or slices) if isinstance(case.dispatch, Sliced) else slices
