@@ -10,7 +10,7 @@ per head that takes its share of the softmax and adds nothing (gpt-oss, arXiv 25
 from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention import attend_over_devices as over_devices
-from decodax.layers.attention.implementations import Implementation, attention_by
+from decodax.layers.attention.implementations import AttentionImplementation, attention_by
 from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.sinks import without_share
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
@@ -18,9 +18,15 @@ from decodax.layers.kv_cache.contract import Cache
 from decodax.layers.kv_cache.staged import Staged
 
 IMPLEMENTATIONS = {
-    "split tokens": Implementation(over_devices.tokens_unsupported_reason, over_devices.attend_over_tokens),
-    "split slots": Implementation(over_devices.slots_unsupported_reason, over_devices.attend_over_slots),
-    "split heads": Implementation(over_devices.heads_unsupported_reason, over_devices.attend_over_heads),
+    "split tokens": AttentionImplementation(
+        over_devices.tokens_unsupported_reason, over_devices.attend_over_tokens, needs_mesh=True
+    ),
+    "split slots": AttentionImplementation(
+        over_devices.slots_unsupported_reason, over_devices.attend_over_slots, needs_mesh=True
+    ),
+    "split heads": AttentionImplementation(
+        over_devices.heads_unsupported_reason, over_devices.attend_over_heads, needs_mesh=True
+    ),
     **over_devices.ON_ONE_DEVICE,
 }
 

@@ -22,7 +22,7 @@ from decodax.layers.attention import over_context
 from decodax.layers.attention.attend_kernels import allowed_among_new
 from decodax.layers.attention.attend_xla import attend_in_xla, is_for_cpu
 from decodax.layers.attention.implementations import (
-    Implementation,
+    AttentionImplementation,
     always_supported,
     attention_by,
     cache_unsupported_reason,
@@ -216,7 +216,10 @@ def attend_over_slots(*operands: Any, execution: Execution, scale: float) -> tup
 
 
 ON_ONE_DEVICE = {
-    "kernel": Implementation(unsupported_reason, attend_in_kernels),
-    "xla": Implementation(always_supported, attend_absorbed_in_xla),
+    "kernel": AttentionImplementation(unsupported_reason, attend_in_kernels),
+    "xla": AttentionImplementation(always_supported, attend_absorbed_in_xla),
 }
-IMPLEMENTATIONS = {"split slots": Implementation(slots_unsupported_reason, attend_over_slots), **ON_ONE_DEVICE}
+IMPLEMENTATIONS = {
+    "split slots": AttentionImplementation(slots_unsupported_reason, attend_over_slots, needs_mesh=True),
+    **ON_ONE_DEVICE,
+}

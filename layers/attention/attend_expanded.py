@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from decodax.layers.attention import expanded_over_devices as over_devices
 from decodax.layers.attention.expansion import Expansion
-from decodax.layers.attention.implementations import Implementation, attention_by
+from decodax.layers.attention.implementations import AttentionImplementation, attention_by
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
@@ -20,8 +20,12 @@ from decodax.layers.kv_cache.micro_batch import MicroBatchCache
 from decodax.layers.kv_cache.staged import Staged
 
 IMPLEMENTATIONS = {
-    "split tokens": Implementation(over_devices.tokens_unsupported_reason, over_devices.attend_over_tokens),
-    "split slots": Implementation(over_devices.slots_unsupported_reason, over_devices.attend_over_slots),
+    "split tokens": AttentionImplementation(
+        over_devices.tokens_unsupported_reason, over_devices.attend_over_tokens, needs_mesh=True
+    ),
+    "split slots": AttentionImplementation(
+        over_devices.slots_unsupported_reason, over_devices.attend_over_slots, needs_mesh=True
+    ),
     **over_devices.ON_ONE_DEVICE,
 }
 

@@ -16,15 +16,15 @@ from decodax.kernels_pallas.flash_prefill import flash_prefill
 from decodax.layers.attention import attend_kernels, over_context
 from decodax.layers.attention.attend_kernels import attend_in_kernels, select_attention
 from decodax.layers.attention.attend_xla import attend_in_xla
-from decodax.layers.attention.implementations import Implementation, always_supported, on_one_device
+from decodax.layers.attention.implementations import AttentionImplementation, always_supported, on_one_device
 from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.nonfinite import mask_nonfinite
 from decodax.layers.attention.over_context import Heads, OwnSlots, exchange, over_heads, over_slots, over_tokens
 from decodax.layers.execution import Execution
 
 ON_ONE_DEVICE = {
-    "kernel": Implementation(attend_kernels.unsupported_reason, attend_in_kernels),
-    "xla": Implementation(always_supported, attend_in_xla),
+    "kernel": AttentionImplementation(attend_kernels.unsupported_reason, attend_in_kernels),
+    "xla": AttentionImplementation(always_supported, attend_in_xla),
 }
 _AXES = ("B T N H", "B K T H", "B K T H")
 

@@ -16,7 +16,7 @@ from decodax.layers.attention import expanded_kernels, over_context
 from decodax.layers.attention.expanded_kernels import attend_in_kernels, merge_blocks, select_expanded
 from decodax.layers.attention.expanded_xla import attend_expanded_in_xla
 from decodax.layers.attention.expansion import Expansion
-from decodax.layers.attention.implementations import Implementation, always_supported, on_one_device
+from decodax.layers.attention.implementations import AttentionImplementation, always_supported, on_one_device
 from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.nonfinite import mask_nonfinite_latents
 from decodax.layers.attention.over_context import Heads, OwnSlots, exchange, over_slots, over_tokens
@@ -24,8 +24,8 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
 
 ON_ONE_DEVICE = {
-    "kernel": Implementation(expanded_kernels.unsupported_reason, attend_in_kernels),
-    "xla": Implementation(always_supported, attend_expanded_in_xla),
+    "kernel": AttentionImplementation(expanded_kernels.unsupported_reason, attend_in_kernels),
+    "xla": AttentionImplementation(always_supported, attend_expanded_in_xla),
 }
 
 

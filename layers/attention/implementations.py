@@ -16,19 +16,21 @@ from decodax.layers.execution import Execution
 
 
 @dataclass(frozen=True)
-class Implementation:
+class AttentionImplementation:
     """One way to compute attention. Operands are arrays, or shapes, that end with the positions, the mask, the cache.
 
     unsupported_reason: of (*operands, execution), why it does not support them; None if it does. Raises
-        NotImplementedError if `execution` asks for a kernel that does not.
+        NotImplementedError if `execution` asks for a kernel that does not. Not asked without a mesh if it needs one.
     run: of (*operands, execution=, **options), the attention outputs and the log-sum-exps of the scores.
+    needs_mesh: whether it splits the operands over devices.
     """
 
     unsupported_reason: Callable[..., str | None]
     run: Callable[..., tuple[Array, Array]]
+    needs_mesh: bool = False
 
 
-Table = Mapping[str, Implementation]
+Table = Mapping[str, AttentionImplementation]
 
 
 def always_supported(*operands: Any) -> None:
@@ -37,7 +39,8 @@ def always_supported(*operands: Any) -> None:
 
 def select_implementation(table: Table, operands: tuple[Any, ...], execution: Execution) -> str:
     """The name of the first implementation that supports the operands."""
-    return next(name for name, entry in table.items() if entry.unsupported_reason(*operands, execution) is None)
+    candidates = {name: entry for name, entry in table.items() if execution.mesh is not None or not entry.needs_mesh}
+    return next(name for name, entry in candidates.items() if entry.unsupported_reason(*operands, execution) is None)
 
 
 def attention_by(

@@ -117,8 +117,6 @@ def _slots_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
 
 def _devices_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
     """Why attention does not run on each device with its share of the operands."""
-    if execution.mesh is None:
-        return "there is one device"
     bare, num_shards = unstaged(cache), execution.num_shards("N")
     if heads.query % num_shards or execution.num_shards("K", heads.key_value) not in (num_shards, heads.key_value):
         return f"the query heads of one of {num_shards} devices would not find their key-value heads on it"

@@ -149,7 +149,8 @@ def _open(folder: Path) -> Mapping[str, Entry]:
 
 def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Mapping[str, Any]) -> StoredWeights:
     described, filled = flat_weights(weights), match.filled(stored)
-    check_arrays(folder, [tensor for pairs in filled.values() for _, tensor in pairs])
+    if has_orbax_arrays(folder):
+        check_arrays(folder, [tensor for pairs in filled.values() for _, tensor in pairs])
     return StoredWeights(folder, {path: described[path] for path in filled}, filled, stored, match.names)
 
 

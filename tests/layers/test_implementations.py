@@ -2,13 +2,19 @@
 
 import traceback
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from decodax.layers.attention import attend, attend_absorbed, attend_expanded
-from decodax.layers.attention.implementations import Implementation, always_supported, attention_by
+from decodax.layers.attention.implementations import (
+    AttentionImplementation,
+    always_supported,
+    attention_by,
+    select_implementation,
+)
 from decodax.layers.attention.mask import Causal
-from decodax.layers.execution import ON_THIS_DEVICE
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache.full import KVCache
 
 TABLES = {
@@ -25,7 +31,7 @@ def test_plain_jax_comes_last_and_supports_everything(name):
 
 def test_the_first_that_supports_the_operands_runs():
     def entry(name, reason):
-        return Implementation(lambda *_: reason, lambda *_, **options: (name, options))
+        return AttentionImplementation(lambda *_: reason, lambda *_, **options: (name, options))
 
     table = {"first": entry("first", "no"), "xla": entry("xla", None)}
     assert attention_by(table, (1, 2), ON_THIS_DEVICE, scale=3)(1, 2) == (
@@ -36,7 +42,20 @@ def test_the_first_that_supports_the_operands_runs():
         raise NotImplementedError("asked for")
 
     with pytest.raises(NotImplementedError, match="asked for"):
-        attention_by({"kernel": Implementation(refuses, refuses), **table}, (1,), ON_THIS_DEVICE)
+        attention_by({"kernel": AttentionImplementation(refuses, refuses), **table}, (1,), ON_THIS_DEVICE)
+
+
+def test_what_needs_a_mesh_is_asked_only_with_one():
+    asked = []
+
+    def reason(*operands):
+        asked.append(operands)
+
+    plain = AttentionImplementation(always_supported, always_supported)
+    table = {"split": AttentionImplementation(reason, reason, needs_mesh=True), "xla": plain}
+    assert select_implementation(table, (1,), ON_THIS_DEVICE) == "xla" and not asked
+    on_mesh = Execution(mesh=jax.make_mesh((2,), ("tensor",)))
+    assert select_implementation(table, (1,), on_mesh) == "split" and asked == [(1, on_mesh)]
 
 
 def test_three_calls_from_attend_to_the_first_product(monkeypatch):
