@@ -33,18 +33,24 @@ CASES = {  # new tokens, staged tokens, mask, soft-cap
 
 def operands(num_new: int, num_staged: int, *, heads: int = HEADS, kv_heads: int = KV_HEADS):
     random = np.random.default_rng(num_new)
-    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
+    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)
     query = draw(BATCH, num_new, heads, SIZE)
     key, value = (draw(BATCH, kv_heads, num_new, SIZE) for _ in "kv")
-    empty = jnp.arange(CAPACITY)[None, None, :, None] >= LENGTHS[:, None, None, None]
-    cached = [jnp.where(empty, jnp.nan, draw(BATCH, kv_heads, CAPACITY, SIZE)) for _ in "kv"]
+    empty = np.arange(CAPACITY)[None, None, :, None] >= LENGTHS[:, None, None, None]
+    cached = [jnp.asarray(np.where(empty, np.float32(np.nan), draw(BATCH, kv_heads, CAPACITY, SIZE))) for _ in "kv"]
     cache = KVCache(*cached, jnp.asarray(LENGTHS))
     position = jnp.asarray(LENGTHS[:, None] + num_staged + np.arange(num_new, dtype=np.int32))
     if num_staged:
-        rows = KVUpdate(*(draw(BATCH, kv_heads, num_staged, SIZE) for _ in "kv"))
+        rows = KVUpdate(*(jnp.asarray(draw(BATCH, kv_heads, num_staged, SIZE)) for _ in "kv"))
         staged_position = jnp.asarray(LENGTHS[:, None] + np.arange(num_staged, dtype=np.int32))
         cache = Staged(cache, rows, staged_position)
-    return query, key, value, position, cache
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), position, cache
+
+
+def run(attention, arrays, mask, cache, **options):
+    """The attention output, compiled as a whole."""
+    output = jax.jit(lambda *arrays: attention(*arrays, mask, cache, **options))(*arrays)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def zeroed(cache: KVCache | Staged) -> KVCache | Staged:
@@ -61,9 +67,8 @@ def test_equals_plain_jax(name, implementation):
     num_new, num_staged, mask, softcap = CASES[name]
     *arrays, cache = operands(num_new, num_staged)
     options = {"scale": SIZE**-0.5, "softcap": softcap}
-    execution = Execution(implementation)
-    got = jax.jit(lambda *operands: attend(*operands, mask, cache, execution=execution, **options))(*arrays)
-    want = attend_in_xla(*arrays, mask, zeroed(cache), **options)[0]
+    got = run(attend, arrays, mask, cache, execution=Execution(implementation), **options)
+    want = run(attend_in_xla, arrays, mask, zeroed(cache), **options)
     np.testing.assert_allclose(got, want, atol=TOLERANCE * np.abs(want).max())
 
 
@@ -72,8 +77,8 @@ def test_few_tokens_without_a_cache(implementation):
     """As when logits of a short text are asked for."""
     *arrays, _ = operands(5, 0)
     mask, options = Causal() & Window(3), {"scale": 0.1, "softcap": None}
-    got = attend(*arrays, mask, None, execution=Execution(implementation), **options)
-    np.testing.assert_allclose(got, attend_in_xla(*arrays, mask, None, **options)[0], atol=TOLERANCE)
+    got = run(attend, arrays, mask, None, execution=Execution(implementation), **options)
+    np.testing.assert_allclose(got, run(attend_in_xla, arrays, mask, None, **options), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["chain", "chunk with a window"])
@@ -81,10 +86,10 @@ def test_every_device_runs_its_heads(name):
     num_new, _, mask, softcap = CASES[name]
     *arrays, cache = operands(num_new, 0)
     mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
-    run = lambda execution: jax.jit(
-        lambda *operands: attend(*operands, mask, cache, scale=0.1, softcap=softcap, execution=execution)
-    )(*arrays)
-    one, two = run(Execution("tpu_interpreted")), run(Execution("tpu_interpreted", mesh))
+    one, two = (
+        run(attend, arrays, mask, cache, scale=0.1, softcap=softcap, execution=Execution("tpu_interpreted", devices))
+        for devices in (None, mesh)
+    )
     assert len(two.sharding.device_set) == 2
     np.testing.assert_array_equal(one, two)
 
@@ -100,7 +105,8 @@ def test_gradients_are_those_of_plain_jax():
 
     in_kernels = lambda *operands, **options: attend(*operands, **options, execution=Execution("tpu_interpreted"))
     in_xla = lambda *operands, **options: attend_in_xla(*operands, **options)[0]
-    got, want = (jax.grad(loss, argnums=(1, 2, 3))(attention, *arrays) for attention in (in_kernels, in_xla))
+    gradients = jax.jit(jax.grad(loss, argnums=(1, 2, 3)), static_argnums=0)
+    got, want = (gradients(attention, *arrays) for attention in (in_kernels, in_xla))
     for gradient, expected in zip(got, want, strict=True):
         np.testing.assert_allclose(gradient, expected, atol=TOLERANCE * np.abs(expected).max())
 
@@ -111,7 +117,7 @@ def test_broken_new_tokens_reach_only_their_readers():
     nonfinite = value.at[:, :, 1].set(jnp.nan)
     execution = Execution("tpu_interpreted")
     sound, got = (
-        attend(query, key, values, position, mask, cache, scale=0.1, softcap=None, execution=execution)
+        run(attend, (query, key, values, position), mask, cache, scale=0.1, softcap=None, execution=execution)
         for values in (value, nonfinite)
     )
     assert np.isnan(got[:, [1, 4]]).all()

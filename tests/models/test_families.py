@@ -1,4 +1,4 @@
-"""Every family gives the logits and greedy tokens of transformers for tiny random models, by every route."""
+"""Every family gives the logits of transformers for tiny random models, by every route."""
 
 import json
 from functools import lru_cache, partial
@@ -71,21 +71,11 @@ def test_every_family_has_a_golden_case():
 
 
 @pytest.mark.parametrize("name", golden_cases())
-def test_logits_and_greedy_tokens_of_a_ragged_batch(name):
+def test_logits_of_a_ragged_batch(name):
     golden, lm = load_golden(name), language_model(name)
-    logits, caches = prefill(lm, golden.tokens, golden.length, golden.tokens.shape[1])
+    logits, _ = prefill(lm, golden.tokens, golden.length, golden.tokens.shape[1])
     expected = prompts_only(golden.logits, golden.length)
     np.testing.assert_allclose(prompts_only(logits, golden.length), expected, rtol=0, atol=GOLDEN_TOLERANCE)
-    last = logits[np.arange(len(golden.length)), golden.length - 1]
-    generated = []
-    for index in range(golden.generated.shape[1]):
-        generated.append(last.argmax(axis=-1))
-        start = jnp.asarray(golden.length + index, jnp.int32)
-        token = jnp.asarray(generated[-1][:, None], jnp.int32)
-        one = jnp.ones(len(start), jnp.int32)
-        last, caches = step(lm.model, lm.params, caches, token, start, start[:, None] + 1, one)
-        last = np.asarray(last)[:, 0]
-    np.testing.assert_array_equal(np.stack(generated, axis=1), golden.generated)
 
 
 @pytest.mark.parametrize("name", ROUTE_CASES)
