@@ -66,9 +66,9 @@ class Method:
 
 
 KINDS = (
-    Kind("strategy", STRATEGIES, "decoding.strategies", True, "tests/decoding/test_strategies.py"),
+    Kind("strategy", STRATEGIES, "decoding.strategies", True, "tests/contracts/test_strategies.py"),
     Kind("drafter", DRAFTERS, "decoding.drafters", True, "tests/decoding/drafters/test_{file}.py"),
-    Kind("verifier", VERIFIERS, "decoding.verifiers", True, "tests/decoding/verifiers/test_walks.py"),
+    Kind("verifier", VERIFIERS, "decoding.verifiers", True, "tests/contracts/test_verifiers.py"),
     Kind("layer policy", LAYER_POLICIES, "decoding.early_exit", False, "tests/decoding/early_exit/test_{file}.py"),
     Kind(
         "logits processor",
@@ -80,8 +80,8 @@ KINDS = (
     Kind("mixer", MIXERS, "layers.mixers", True, "tests/layers/mixers/test_{file}.py"),
     Kind("cache", KV_CACHES, "layers.kv_cache", True, "tests/layers/kv_cache/test_{file}.py"),
     Kind("feed-forward", FEED_FORWARDS, "layers", True, "tests/layers/moe/test_layer.py"),
-    Kind("router", ROUTERS, "layers.moe.routers", True, "tests/layers/moe/test_routers.py"),
-    Kind("dispatch algorithm", DISPATCHES, "layers.moe.dispatch", True, "tests/layers/moe/test_dispatch.py"),
+    Kind("router", ROUTERS, "layers.moe.routers", True, "tests/contracts/test_routers.py"),
+    Kind("dispatch algorithm", DISPATCHES, "layers.moe.dispatch", True, "tests/contracts/test_dispatch.py"),
     *(
         Kind(f"{axis} parallelism", methods, "sharding", True, f"tests/sharding/test_{axis}.py")
         for axis, methods in PARALLELISMS.items()

@@ -1,4 +1,4 @@
-"""Rows end exactly where the model's context ends, under every strategy."""
+"""Rows end exactly where the model's context ends; with the embedded model see `contracts/test_strategies.py`."""
 
 import dataclasses
 import re
@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 import decodax
-from decodax.decoding.strategies import METHODS
-from decodax.decoding.strategies.contract import Strategy
 from tests.decoding.test_generation import LM
 
 CONTEXT = 61
@@ -21,7 +19,6 @@ SHORT = dataclasses.replace(
 DRAFT = dataclasses.replace(
     SHORT, params=jax.tree.map(lambda leaf: leaf + 0.03 * jax.random.normal(jax.random.key(2), leaf.shape), LM.params)
 )
-LOSSY = {"specee", "specee_tree", "skip_decode", "first"}  # whose tokens need not be those of plain decoding
 
 
 def prompts(vocab_size, *lengths):
@@ -51,21 +48,3 @@ def test_drafts_reach_the_end_of_the_context_and_stop_there(strategy):
 def test_a_prompt_as_long_as_the_context_is_refused():
     with pytest.raises(ValueError, match=re.escape(f"has {CONTEXT} tokens, and the model's context of {CONTEXT}")):
         decodax.generate(SHORT, prompts(37, CONTEXT), max_new_tokens=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "strategy",
-    [name for name, method in METHODS.items() if isinstance(method, type) and issubclass(method, Strategy)],
-)
-def test_every_strategy_reaches_the_end_of_the_context(strategy):
-    if strategy == "mtp":
-        pytest.skip("the embedded model has no layer that predicts further tokens")
-    lm = decodax.load()
-    context = lm.config.max_position_embeddings
-    rows = prompts(lm.config.vocab_size, context - 1, context - 29)
-    plain = check_end(lm, rows)
-    tokens = check_end(lm, rows, strategy=strategy)
-    if strategy not in LOSSY:
-        for got, want in zip(tokens, plain, strict=True):
-            np.testing.assert_array_equal(got, want)

@@ -1,7 +1,7 @@
-"""Every decoding scheme runs on every kind of model: experts, latent attention, recurrent layers.
+"""Every drafter and every layer policy runs on every kind of model: experts, latent attention, recurrent layers.
 
-A scheme that claims to be lossless has the tokens, logprobs and caches of plain decoding, which
-are tested against full forwards. A rejected node that changed a recurrent state would change all of these.
+With exact match the tokens, logprobs and caches are those of plain decoding, which is tested against full forwards. A
+rejected node that changed a recurrent state would change all of these.
 """
 
 import dataclasses
@@ -13,35 +13,23 @@ import numpy as np
 import pytest
 
 from decodax import decoding
-from decodax.decoding.drafters import (
-    DraftModel,
-    DynamicExit,
-    EarlyLayers,
-    Hints,
-    Kangaroo,
-    MedusaHeads,
-    NestedDraft,
-    NoDraft,
-    PromptLookup,
-    PromptTokens,
-    Recording,
-    Replay,
-)
-from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
-from decodax.decoding.early_exit import AllLayers, RoutedLayers, SkipDecode, SpeculativeExit
+from decodax.decoding import drafters, early_exit
+from decodax.decoding.drafters import DynamicExit, NoDraft
+from decodax.decoding.early_exit import AllLayers
 from decodax.decoding.early_exit.layer_stack import run_stack
-from decodax.decoding.prompt_tree import dynamic_trees
-from decodax.decoding.training.kangaroo import initial_adapter
 from decodax.decoding.training.prompt_tokens import _logits as prompt_token_logits
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.kv_cache.recurrent import RecurrentCache
 from decodax.models.model import Model, commit
+from tests.contracts.examples import drafters as drafter_examples
+from tests.contracts.examples import early_exit as policy_examples
+from tests.contracts.examples.drafters import Target
+from tests.contracts.lookup import examples_of
 from tests.model_kinds import (
     IS_RECURRENT,
     LAYERS,
     LENGTHS,
     NEW,
-    VOCABULARY,
     WIDTH,
     draft_of,
     full_forward,
@@ -50,107 +38,36 @@ from tests.model_kinds import (
     plain,
     start,
 )
-from tests.odd_drafters import RandomTrees
 from tests.speculation import TOLERANCE, assert_same, assert_same_caches
 
 ALL_LAYERS = AllLayers()
-TREES = dynamic_trees([[0.5, 0.2, 0.1], [0.4, 0.2, 0.1]], 12)
-CONFIDENCE = 0.2  # the adapters are more confident than this of about half of their tokens
+DRAFTERS = examples_of(drafter_examples, drafters.METHODS)
+POLICIES = examples_of(policy_examples, early_exit.METHODS)
+EXAMPLES = [*DRAFTERS, *(name for name in POLICIES if not name.endswith(policy_examples.SKIPS))]
+# Examples with their own handling of layers; the others, and the same for other kinds, are slow, because of compiling.
+FAST = {
+    "hybrid": {"draft_model, tree", "all_layers", "del_choice", "nested", "routed_layers, all layers"},
+    "recurrent": {"kangaroo", "speculative_exit, all layers"},
+    "mla": {"draft_model, tree", "speculative_exit, all layers"},
+    "moe": {"early_layers"},
+}
+assert all(FAST[kind] <= {*EXAMPLES} for kind in LAYERS)
+CASES = [
+    pytest.param(kind, name, marks=() if name in FAST[kind] else pytest.mark.slow, id=f"{kind}-{name}")
+    for kind in LAYERS
+    for name in EXAMPLES
+]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scheme:
-    """A drafter with its parameters; params: the target's, where they are not the kind's own."""
-
-    drafter: decoding.drafters.Drafter
-    draft_params: object = None
-    layer_policy: object = ALL_LAYERS
-    params: dict | None = None
-
-
-def recorded(kind):
-    return jnp.pad(plain(kind).tokens, ((0, 0), (0, 1)))
+@cache
+def example(kind, name):
+    recorded = jnp.pad(plain(kind).tokens, ((0, 0), (0, 1)))
+    made = DRAFTERS[name] if name in DRAFTERS else POLICIES[name]
+    return made(Target(model_of(kind), params_of(kind), draft_of(kind), recorded))
 
 
 def exit_layer(kind):
     return len(LAYERS[kind]) - 1
-
-
-def prompt_embeddings():
-    return {"embedding": jax.random.normal(jax.random.key(3), (2, 1, WIDTH))}
-
-
-def medusa(kind):
-    random = np.random.default_rng(11)
-    heads = initial_heads(params_of(kind), MedusaShape(2))
-    heads = jax.tree.map(lambda leaf: leaf + 0.3 * random.standard_normal(leaf.shape, np.float32), heads)
-    return Scheme(MedusaHeads(model_of(kind), (-1, 0, 0, 0, 1, 1, 2)), heads)
-
-
-def kangaroo(kind):
-    adapter = initial_adapter(model_of(kind), params_of(kind), exit_layer(kind))
-    return Scheme(Kangaroo(model_of(kind), exit_layer(kind), 3, CONFIDENCE), {"adapter": adapter})
-
-
-def nested(kind):
-    inner = decoding.speculative(model_of(kind), PromptTokens(model_of(kind), TREES), ExactMatch())
-    return Scheme(NestedDraft(inner, 3), {"model": draft_of(kind), "drafter": prompt_embeddings()})
-
-
-def specee(kind, *, exits=False):
-    """Predictors that always or never fire, whatever their input; all tokens are likely ones, so that all may exit."""
-    count = len(LAYERS[kind]) - 1
-    hidden, out = jnp.zeros((count, 3 * VOCABULARY, 2)), jnp.zeros((count, 2))
-    bias = jnp.full(count, 9.0 if exits else -9.0, jnp.float32)
-    weights = {"hidden": hidden, "hidden_bias": out, "out": out, "out_bias": bias}
-    drafter = Hints(model_of(kind), (-1, 0, 1), num_likely=VOCABULARY)
-    return Scheme(drafter, draft_of(kind), SpeculativeExit(), params_of(kind) | {"exit_predictors": weights})
-
-
-def routed(kind, weight=0.0, bias=-99.0, drafter=None):
-    count = len(LAYERS[kind])
-    weights = weight * jax.random.normal(jax.random.key(8), (count, WIDTH))
-    layer_gates = {"weight": weights, "bias": jnp.full(count, bias, jnp.float32)}
-    drafter = RandomTrees(model=model_of(kind)) if drafter is None else drafter
-    params = params_of(kind) | {"layer_gates": layer_gates}
-    return Scheme(drafter, recorded(kind), RoutedLayers(kept_first=0, kept_last=0), params)
-
-
-def skip_decode(kind):
-    """A schedule that begins to fall after the end of the texts."""
-    layer_policy = SkipDecode(len(LAYERS[kind]), 1, decay_tokens=1000, warmup=0)
-    return Scheme(RandomTrees(model=model_of(kind)), recorded(kind), layer_policy)
-
-
-SCHEMES = {
-    "draft chain": lambda kind: Scheme(DraftModel.chain(model_of(kind), 3), draft_of(kind)),
-    "draft tree": lambda kind: Scheme(DraftModel.top_k(model_of(kind), (-1, 0, 0, 1, 1, 2)), draft_of(kind)),
-    "random trees": lambda kind: Scheme(RandomTrees(model=model_of(kind)), recorded(kind)),
-    "replay": lambda kind: Scheme(Replay(4, VOCABULARY), Recording.create(recorded(kind), wrong_rate=0.2)),
-    "early layers": lambda kind: Scheme(EarlyLayers(model_of(kind), exit_layer(kind), 3)),
-    "kangaroo": kangaroo,
-    "del": lambda kind: Scheme(DynamicExit(model_of(kind), 3)),
-    "nested": nested,
-    "medusa": medusa,
-    "ppd": lambda kind: Scheme(PromptTokens(model_of(kind), TREES), prompt_embeddings()),
-    "prompt lookup": lambda kind: Scheme(PromptLookup(3, max_ngram=2)),
-    "specee without exits": specee,
-    "first with all layers": routed,
-    "skip_decode at full depth": skip_decode,
-}
-# Schemes with their own handling of layers; the others, and the same for other kinds, are slow, because of
-# compiling.
-FAST = {
-    "hybrid": {"draft tree", "random trees", "del", "nested", "first with all layers"},
-    "recurrent": {"kangaroo", "specee without exits"},
-    "mla": {"draft tree", "specee without exits"},
-    "moe": {"early layers"},
-}
-CASES = [
-    pytest.param(kind, scheme, marks=() if scheme in FAST[kind] else pytest.mark.slow, id=f"{kind}-{scheme}")
-    for kind in LAYERS
-    for scheme in SCHEMES
-]
 
 
 @cache
@@ -158,10 +75,10 @@ def compiled(kind, drafter, layer_policy):
     return jax.jit(decoding.speculative(model_of(kind), drafter, ExactMatch(), layer_policy))
 
 
-def run(kind, scheme, begun=None):
-    params = params_of(kind) if scheme.params is None else scheme.params
-    begun = start(kind, params, layer_policy=scheme.layer_policy) if begun is None else begun
-    return compiled(kind, scheme.drafter, scheme.layer_policy)(params, scheme.draft_params, begun)
+def run(kind, own, begun=None):
+    params, layer_policy = getattr(own, "params", params_of(kind)), getattr(own, "layer_policy", ALL_LAYERS)
+    begun = start(kind, params, layer_policy=layer_policy) if begun is None else begun
+    return compiled(kind, own.drafter, layer_policy)(params, own.draft_params, begun)
 
 
 def caches_of(kind, params, tokens, count):
@@ -191,26 +108,26 @@ def test_plain_decoding_is_that_of_full_forwards(kind):
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_equals_plain_decoding(kind, name):
-    scheme = SCHEMES[name](kind)
-    state = run(kind, scheme)
+    own = example(kind, name)
+    state = run(kind, own)
     assert_same(state, plain(kind))
     accepted, proposed = int(state.counts.accepted.sum()), int(state.counts.proposed.sum())
-    assert 2 < accepted < proposed  # otherwise nothing was tested
+    assert 2 < accepted < proposed or not own.drafter.max_depth  # otherwise nothing was tested
     check = DRAFT_CACHES.get(name)
     if check is not None:
-        check(kind, scheme, state)
+        check(kind, own, state)
 
 
-def check_draft_model(kind, scheme, state):
+def check_draft_model(kind, own, state):
     """The draft's own caches hold the first tokens of the text, and nothing that the target rejected."""
     count = state.draft[0].length
     assert np.all((np.asarray(count) < state.length) & (np.asarray(count) > state.length - 4))
     assert_same_caches(state.draft, caches_of(kind, draft_of(kind), state.tokens, count))
 
 
-def check_adapter(kind, scheme, state):
+def check_adapter(kind, own, state):
     """It holds every token of a text but the last one."""
-    adapter, layers = scheme.drafter.adapter, (0, exit_layer(kind))
+    adapter, layers = own.drafter.adapter, (0, exit_layer(kind))
 
     @jax.jit
     def read(params, weights, tokens):
@@ -218,12 +135,12 @@ def check_adapter(kind, scheme, state):
         out = model_of(kind).apply(params, tokens, position, layers=layers)
         return adapter.apply(weights, out.hidden, position)[1]
 
-    update = read(params_of(kind), scheme.draft_params["adapter"], state.tokens)
+    update = read(params_of(kind), own.draft_params["adapter"], state.tokens)
     empty = adapter.empty_cache(*state.tokens.shape, jnp.float32)
     assert_same_caches((state.draft,), committed((empty,), (update,), state.length - 1))
 
 
-def check_nested(kind, scheme, state):
+def check_nested(kind, own, state):
     """States that cannot be rolled back hold every token of the text but the last one."""
     caches = state.draft.caches
     read = caches_of(kind, draft_of(kind), state.tokens, state.length - 1)
@@ -233,8 +150,12 @@ def check_nested(kind, scheme, state):
         assert_same_caches(*zip(*pairs, strict=True))
 
 
-DRAFT_CACHES = {"draft chain": check_draft_model, "draft tree": check_draft_model, "kangaroo": check_adapter}
-DRAFT_CACHES["nested"] = check_nested
+DRAFT_CACHES = {
+    "draft_model, chain": check_draft_model,
+    "draft_model, tree": check_draft_model,
+    "kangaroo": check_adapter,
+    "nested": check_nested,
+}
 
 
 @pytest.mark.parametrize(
@@ -246,9 +167,9 @@ def test_tokens_that_exit_leave_deeper_layers_as_they_were(kind):
     For sampled rows: in a greedy row a single token is likely.
     """
     rows = np.array([1, 2])
-    scheme = specee(kind, exits=True)
-    begun = start(kind, scheme.params, layer_policy=scheme.layer_policy)
-    state = run(kind, scheme, begun)
+    own = example(kind, f"speculative_exit, {policy_examples.SKIPS}")
+    begun = start(kind, own.params, layer_policy=own.layer_policy)
+    state = run(kind, own, begun)
     one_layer = Model(dataclasses.replace(model_of(kind).config, blocks=model_of(kind).config.blocks[:1]))
     alone = dataclasses.replace(start(kind), caches=begun.caches[:1])
     want = jax.jit(decoding.autoregressive(one_layer))(params_of(kind), alone)
@@ -266,12 +187,12 @@ def test_tokens_that_exit_leave_deeper_layers_as_they_were(kind):
 @pytest.mark.parametrize("kind", ["hybrid", pytest.param("recurrent", marks=pytest.mark.slow)])
 def test_layers_that_a_row_leaves_out_stay_empty(kind):
     """Rows skip layers entirely: their states never change, and drafts change nothing of what is decoded."""
-    scheme = routed(kind, 2.0, 0.0)
-    begun = start(kind, scheme.params, layer_policy=scheme.layer_policy)
+    own = example(kind, f"routed_layers, {policy_examples.SKIPS}")
+    begun = start(kind, own.params, layer_policy=own.layer_policy)
     runs = np.asarray(begun.layer_policy)
     assert runs[2].all() and not runs[:2].all()  # a prompt of one token decides nothing
-    state = run(kind, scheme, begun)
-    alone = run(kind, dataclasses.replace(scheme, drafter=NoDraft(), draft_params=None), begun)
+    state = run(kind, own, begun)
+    alone = run(kind, dataclasses.replace(own, drafter=NoDraft(), draft_params=None), begun)
     np.testing.assert_array_equal(state.tokens, alone.tokens)
     np.testing.assert_allclose(state.logprobs, alone.logprobs, atol=TOLERANCE)
     for index, (got, want) in enumerate(zip(state.caches, alone.caches, strict=True)):
@@ -330,7 +251,7 @@ def test_the_invariant_mode_is_refused(kind):
 def test_prompt_tokens_train_on_the_model_s_continuation_at_each_cut(kind):
     """Against forwards over whole texts: the model's own continuation at every cut, and the prompt tokens after it."""
     model, params, distances, size = model_of(kind), params_of(kind), 2, 12
-    embedding = prompt_embeddings()["embedding"]
+    embedding = jnp.asarray(np.random.default_rng(3).standard_normal((2, 1, WIDTH)), jnp.float32)
     tokens, cut = plain(kind).tokens[:2, :size], np.array([[0, 4, 11], [2, 2, 7]])
     target, predicted = jax.jit(prompt_token_logits, static_argnums=0)(
         model, params, embedding, tokens, jnp.asarray(cut, jnp.int32)

@@ -2,8 +2,8 @@
 
     python -m tests.mutations --seed 7 --count 40 --out tests/mutations/results.json
 
-Each bug goes into a copy of the checkout, where the tests run until the first one fails: those named after the file
-first, then those of its folder, then all. A bug that lives is listed with its place; one that changes nothing is
+Each bug goes into a copy of the checkout, where the tests run until the first one fails: those named after the file or
+its contract, then those of its folder, then all. A bug that lives is listed with its place; one that changes nothing is
 replaced by hand in EQUIVALENT, with the reason. Goes on where it was interrupted.
 """
 
@@ -26,9 +26,10 @@ EQUIVALENT: dict[tuple[str, int, str], str] = {}
 
 
 def select_tests(root: Path, file: str) -> list[list[str]]:
-    """Names of tests in the order of hope: those named after the file, those of its folder, all."""
-    stem = Path(file).stem.strip("_")
-    named = [str(path.relative_to(root)) for path in sorted((root / "tests").rglob(f"test_*{stem}*.py"))]
+    """Names of tests in the order of hope: those named after the file or its contract, those of its folder, all."""
+    stem, contract = Path(file).stem.strip("_"), f"contracts/test_{Path(file).parent.name}.py"
+    paths = (*sorted((root / "tests").rglob(f"test_*{stem}*.py")), *(root / "tests").glob(contract))
+    named = [str(path.relative_to(root)) for path in dict.fromkeys(paths)]
     folder = root / "tests" / Path(file).parent
     while not folder.is_dir():
         folder = folder.parent

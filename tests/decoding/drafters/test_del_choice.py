@@ -251,19 +251,6 @@ def test_penalties_count_the_draft_s_own_tokens():
     assert np.max(np.abs(kinds[0] - kinds[1])) > 0.5
 
 
-def test_options():
-    options = "every option"
-    got = decode(EARLY, None, start(options=options))
-    assert_same(got, plain_decode(EARLY, start(options=options)))
-    assert int(np.sum(got.counts.accepted)) > 0
-
-
-def test_a_row_alone_gives_the_same():
-    together = plain_decode(EARLY, start())
-    for row in (0, 2):
-        assert_same(decode(EARLY, None, start(slice(row, row + 1))), together, (row,))
-
-
 @pytest.mark.parametrize(
     ("second", "third", "right", "wanted"),
     [

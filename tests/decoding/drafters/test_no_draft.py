@@ -1,18 +1,14 @@
-"""A tree of the root alone in the speculative loop is plain decoding, and its layers are counted."""
+"""The last token alone is proposed, and nothing may be accepted."""
 
-import jax
 import numpy as np
 
-from decodax import decoding
 from decodax.decoding.drafters import NoDraft
-from decodax.decoding.verifiers import ExactMatch
-from tests.speculation import LENGTHS, MODEL, PARAMS, assert_same, plain, start
+from tests.speculation import PARAMS, start
 
 
-def test_it_is_plain_decoding():
-    state = jax.jit(decoding.speculative(MODEL, NoDraft(), ExactMatch()))(PARAMS, None, start(options="every option"))
-    assert_same(state, plain("every option"))
-    new = np.asarray(state.length) - LENGTHS
-    np.testing.assert_array_equal(state.layer_counts.row, MODEL.config.num_layers * new)
-    assert int(state.layer_counts.batch) == MODEL.config.num_layers * new.max()
-    np.testing.assert_array_equal(state.layer_counts.row, plain("every option").layer_counts.row)
+def test_it_proposes_the_last_token_alone():
+    drafter, state = NoDraft(), start()
+    proposal, _ = drafter.propose(PARAMS, None, state)
+    assert (drafter.num_nodes, drafter.max_depth, proposal.tree.num_nodes) == (1, 0, 1)
+    np.testing.assert_array_equal(proposal.token, np.asarray(state.last_token())[:, None])
+    assert not np.any(proposal.is_candidate) and int(proposal.num_draft_forwards) == 0

@@ -1,4 +1,4 @@
-"""Prompt tokens: plain decoding's output whatever they draft, draft tokens from the right positions, clean caches."""
+"""Prompt tokens: draft tokens from the right positions, drafted with the tree of each row's state."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from decodax import decoding
 from decodax.decoding.drafters import PromptTokens
 from decodax.decoding.prompt_tree import PromptTree, dynamic_trees
 from decodax.decoding.verifiers import ExactMatch
-from tests.speculation import CAPACITY, MODEL, PARAMS, VOCABULARY, assert_same, plain, start, texts
+from tests.speculation import CAPACITY, MODEL, PARAMS, VOCABULARY, start, texts
 
 WIDTH = MODEL.config.hidden_size
 ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.2, 0.1], [0.3, 0.2, 0.1]]
@@ -27,25 +27,6 @@ KINDS = {
     "dynamic": (PromptTokens(MODEL, DYNAMIC), embedding(3)),
     "ensemble": (PromptTokens(MODEL, STATIC, ensemble=2), embedding(2, 2)),
 }
-
-
-def run(kind, options="greedy", rows=slice(None)):
-    drafter, draft_params = KINDS[kind]
-    decode = jax.jit(decoding.speculative(MODEL, drafter, ExactMatch()))
-    return decode(PARAMS, draft_params, start(rows, options=options))
-
-
-@pytest.mark.parametrize(("kind", "options"), [("dynamic", "greedy"), ("ensemble", "every option")])
-def test_output_and_caches_are_those_of_plain_decoding(kind, options):
-    state = run(kind, options)
-    assert_same(state, plain(options))
-    assert int(state.counts.accepted.sum()) > 0  # some draft tokens were right, so that caches were written from a tree
-
-
-def test_a_row_alone_gives_the_same():
-    whole, alone = run("dynamic"), run("dynamic", rows=slice(1, 2))
-    assert_same(alone, whole, (1,))
-    np.testing.assert_array_equal(alone.draft.token[0], whole.draft.token[1])
 
 
 EMBEDDED = np.asarray(MODEL.embed(PARAMS, jnp.arange(VOCABULARY, dtype=jnp.int32)[None]))[0]

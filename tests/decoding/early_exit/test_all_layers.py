@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decodax.decoding.drafters import NoDraft
 from decodax.decoding.early_exit import AllLayers, run_layer
 from decodax.decoding.speculative_decoding import speculative
 from decodax.decoding.verifiers import ExactMatch
@@ -66,16 +65,6 @@ def test_one_flag_for_all_tokens(middle):
     new, _, ran = layer_one(PARAMS, hidden, position, caches, jnp.array(True), otherwise)[0]
     assert bool(ran)
     np.testing.assert_allclose(new, out.hidden, atol=TOLERANCE)
-
-
-def test_without_a_draft_the_loop_is_plain_decoding():
-    wanted = plain("every option")  # a greedy row and two that are drawn
-    state = jax.jit(speculative(MODEL, NoDraft(), ExactMatch()))(PARAMS, None, start(options="every option"))
-    assert_same(state, wanted)
-    assert int(state.num_target_forwards) == int(wanted.num_target_forwards)
-    new = np.asarray(state.history.num_new_tokens)
-    assert int(state.layer_counts.batch) == L * int(new.max())
-    np.testing.assert_array_equal(state.layer_counts.row, L * new)
 
 
 @dataclass(frozen=True)

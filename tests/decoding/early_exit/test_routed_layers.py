@@ -84,25 +84,12 @@ def test_a_later_chunk_of_the_prompt_follows_the_first(monkeypatch):
     assert_follows(PARAMS, texts(state), layers_in_row(runs))
 
 
-def test_layer_gates_that_keep_every_layer_are_plain_decoding():
-    state = decode()(KEEPING, None, start(POLICY, KEEPING))
-    assert np.all(state.layer_policy)
-    assert_follows(PARAMS, texts(state), layers_in_row(np.ones((3, L), bool)))
-    np.testing.assert_array_equal(state.layer_counts.row, L * NEW)
-
-
 def test_a_draft_changes_no_token():
     wanted = decoded()
     state = decode(RandomTrees())(ROUTED, padded(texts(wanted), 48), start(POLICY, ROUTED))
     for got, want in zip(texts(state), texts(wanted), strict=True):
         np.testing.assert_array_equal(got, want)
     assert int(state.num_target_forwards) < int(wanted.num_target_forwards)
-
-
-def test_a_row_does_not_depend_on_the_batch():
-    alone = decode()(ROUTED, None, start(POLICY, ROUTED, slice(1, 2)))
-    np.testing.assert_array_equal(alone.layer_policy[0], decoded().layer_policy[1])
-    np.testing.assert_array_equal(texts(alone)[0], texts(decoded())[1])
 
 
 def test_a_skipped_layer_leaves_no_trace():

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decodax.decoding.drafters import DraftModel, NoDraft
+from decodax.decoding.drafters import NoDraft
 from decodax.decoding.early_exit import SkipDecode
 from decodax.decoding.speculative_decoding import speculative
 from decodax.decoding.verifiers import ExactMatch
 from tests.decoding.early_exit.deep import DEEP, PARAMS, L, assert_follows, read, start
 from tests.odd_drafters import RandomTrees, ShallowExit
-from tests.speculation import DRAFT_PARAMS, LENGTHS, MODEL, NEW, assert_same, padded, plain, texts
+from tests.speculation import LENGTHS, MODEL, NEW, padded, texts
 from tests.speculation import PARAMS as SMALL_PARAMS
 from tests.speculation import start as small_start
 
@@ -106,12 +106,6 @@ def test_a_draft_changes_no_token_though_its_nodes_differ_in_depth():
         np.testing.assert_array_equal(cache_.length, want.length)
 
 
-def test_a_row_does_not_depend_on_the_batch():
-    np.testing.assert_array_equal(
-        texts(decode(FALLING)(PARAMS, None, start(FALLING, rows=slice(1, 2))))[0], texts(decoded(FALLING))[1]
-    )
-
-
 @pytest.mark.parametrize("far", [0, 2])
 def test_a_layer_runs_if_any_row_that_is_not_done_needs_it(far):
     state = start(FALLING)
@@ -136,16 +130,6 @@ def test_layers_that_are_never_run_are_not_computed():
     assert not np.any(state.failed)
     for got, want in zip(texts(state), texts(decoded(LOW)), strict=True):
         np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize(
-    ("drafter", "draft_params"),
-    [pytest.param(NoDraft(), None, marks=pytest.mark.slow), (DraftModel.chain(MODEL, 3), DRAFT_PARAMS)],
-)
-def test_all_layers_at_all_times_is_plain_decoding(drafter, draft_params):
-    whole = SkipDecode(max_layers=2, min_layers=2, decay_tokens=5)
-    run = jax.jit(speculative(MODEL, drafter, ExactMatch(), whole))
-    assert_same(run(SMALL_PARAMS, draft_params, small_start(options="sampled", layer_policy=whole)), plain("sampled"))
 
 
 @pytest.mark.parametrize(

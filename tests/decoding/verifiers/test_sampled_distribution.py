@@ -19,14 +19,7 @@ from decodax.decoding.draft_vocabulary import in_target_vocabulary
 from decodax.decoding.drafters import Children, Drafter, DraftModel, fixed_proposal
 from decodax.decoding.drafters._expand import draw_children
 from decodax.decoding.tree import Tree, expansion
-from decodax.decoding.verifiers import (
-    ChainRejection,
-    DeterministicTree,
-    ExactMatch,
-    TreeRejection,
-    TreeRejectionWithoutReplacement,
-    TypicalAcceptance,
-)
+from decodax.decoding.verifiers import ChainRejection, TreeRejectionWithoutReplacement
 from decodax.models.model import Model
 from tests.oracles.logits_processors import probs
 from tests.speculation import disturbed
@@ -38,7 +31,6 @@ MODEL = Model(replace(CONFIG, blocks=CONFIG.blocks[1:]))  # one layer, which com
 PARAMS = disturbed(MODEL.init(jax.random.key(0)), 0.2)
 PROMPT = [3, 0, 5, 5]
 OPTIONS = {
-    "plain": {"temperature": 1.0},
     "cut": {"temperature": 0.8, "top_k": 6, "top_p": 0.9},
     "penalty": {"temperature": 1.1, "repetition_penalty": 1.7},
     "forbidden": {"temperature": 1.0, "logit_bias": dict.fromkeys(range(5), -np.inf)},
@@ -151,15 +143,11 @@ def decode(drafter, verifier, draft_params, options):
 
 CASES = {
     "chain": (FromTable((1, 1), Children.INDEPENDENT), ChainRejection(), "penalty"),
-    "chain, chosen": (FromTable((1, 1), Children.CHOSEN), ChainRejection(), "plain"),
-    "independent": (FromTable((3, 2), Children.INDEPENDENT), TreeRejection(), "plain"),
     "without replacement": (
         FromTable((3, 2), Children.WITHOUT_REPLACEMENT),
         TreeRejectionWithoutReplacement(),
         "cut",
     ),
-    "chosen": (FromTable((3, 2), Children.CHOSEN), DeterministicTree(), "plain"),
-    "exact match": (FromTable((2, 1), Children.INDEPENDENT), ExactMatch(), "plain"),
 }
 
 
@@ -229,50 +217,11 @@ def test_a_draft_with_only_forbidden_tokens_proposes_nothing(name):
     )
 
 
-class TargetAfterRejection(TreeRejection):
-    """Wrong: after a rejection the token is drawn from p and not from the residual distribution."""
-
-    def reject(self, target_probs, logprobs, token):
-        return target_probs, logprobs
-
-
-@dataclass(frozen=True)
-class ChosenFromTable(FromTable):
-    """Claims that its children were drawn, and takes the most probable."""
-
-    def propose(self, params: Any, draft_params: Any, state: Any) -> tuple[Any, Any]:
-        chosen, draft = FromTable(self.branches, Children.CHOSEN).propose(params, draft_params, state)
-        return replace(chosen, logprobs=draft_params[chosen.token]), draft
-
-
-@pytest.mark.parametrize(
-    "drafter, verifier",
-    [
-        (FromTable((1, 1), Children.INDEPENDENT), TargetAfterRejection()),
-        (ChosenFromTable((1, 1), Children.INDEPENDENT), TreeRejection()),
-    ],
-    ids=["target after a rejection", "chosen by ratio"],
-)
-def test_wrong_distributions_are_detected(drafter, verifier):
-    tokens, _ = decode(drafter, verifier, jnp.asarray(TABLES["rough"]), "plain")
-    assert (
-        max(check_distribution(tokens, joint_distribution("plain"))[name] for name in ("1", "1, 2", "1, 2, 3")) < 1e-9
-    )
-
-
-def test_rules_are_only_paired_with_children_they_are_exact_for():
-    def pair(children, verifier, branches=(2, 1)):
-        return decoding.speculative(MODEL, FromTable(branches, children), verifier)
-
-    with pytest.raises(
-        ValueError, match="TreeRejection preserves the target distribution only for children that are independent"
-    ):
-        pair(Children.CHOSEN, TreeRejection())
-    with pytest.raises(ValueError, match="those of FromTable are independent: choose another verifier"):
-        pair(Children.INDEPENDENT, TreeRejectionWithoutReplacement())
-    with pytest.raises(ValueError, match="ChainRejection verifies chains, and FromTable drafts a tree of 5 nodes"):
-        pair(Children.INDEPENDENT, ChainRejection())
-    for children in Children:
-        pair(children, ChainRejection(), (1, 1))
-        for verifier in (ExactMatch(), DeterministicTree(), TypicalAcceptance()):
-            pair(children, verifier)
+def test_another_distribution_is_found():
+    """Tokens drawn from the distribution of other options, in NumPy."""
+    random, values = np.random.default_rng(0), {}
+    for options in ("cut", "penalty"):
+        drawn = random.choice(VOCABULARY**3, ROWS, p=joint_distribution(options).ravel())
+        tokens = np.stack(np.unravel_index(drawn, (VOCABULARY,) * 3), axis=1)
+        values[options] = check_distribution(tokens, joint_distribution("cut"))
+    assert min(values["cut"].values()) > 1e-3 and max(values["penalty"].values()) < 1e-9

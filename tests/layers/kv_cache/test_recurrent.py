@@ -137,6 +137,3 @@ def test_caches_of_another_kind():
     assert past_of(None, empty).cache is empty and past_of(empty, empty).update is None and empty.capacity == 5
     with pytest.raises(ValueError, match="must be a RecurrentCache"):
         past_of(KVCache.empty(1, 1, 2, 3, jnp.float32), empty)
-    update = empty.empty_update(2, jnp.float32, per_channel=False)
-    with pytest.raises(ValueError, match="marked by `kept` cannot be staged"):
-        update.place(dataclasses.replace(update, kept=jnp.ones((1, 2), bool)), jnp.arange(2))

@@ -1,4 +1,4 @@
-"""Stacked caches act as their caches one by one, and a shard of a stack reads as those rows of its cache."""
+"""A stack of caches is split over the pipeline, and a shard of its rows is read and written in place."""
 
 import jax
 import jax.numpy as jnp
@@ -8,71 +8,19 @@ from jax.sharding import PartitionSpec
 
 from decodax.layers.attention.attend_xla import attend_in_xla
 from decodax.layers.attention.mask import Causal
-from decodax.layers.kv_cache.full import KVCache, MarkedCache
+from decodax.layers.kv_cache.full import KVCache
+from decodax.layers.kv_cache.latent import LatentCache
 from decodax.layers.kv_cache.micro_batch import MicroBatch, MicroBatchCache, micro_batch_cache
 from decodax.layers.kv_cache.stacked import Stacked
-from decodax.layers.mixers.cca import CCAConfig
-from decodax.layers.rope import Rope
 from decodax.sharding.constraints import shardings
 from decodax.sharding.mesh import read_mesh
 from decodax.sharding.rules import RULES
-from tests.model_kinds import DELTA, FULL, LATENT, LINEAR
 
-LAYERS, BATCH, CAPACITY, TOKENS = 2, 4, 11, 5
-CONVOLVED = CCAConfig(4, 2, 8, Rope(4, 100.0), 0.4)
-MIXERS = {"full": FULL, "latent": LATENT, "delta": DELTA, "linear": LINEAR, "tailed": CONVOLVED}
-CASES = [("full", MarkedCache), *((name, KVCache) for name in MIXERS)]
-
-
-def random_like(tree, random):
-    def draw(leaf):
-        return leaf if leaf.dtype == jnp.int32 else jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype)
-
-    return jax.tree.map(draw, tree)
-
-
-def filled(name, policy, seed):
-    """A cache with 1, 2, 3 and 4 tokens in its rows, and the next cache update."""
-    random = np.random.default_rng(seed)
-    cache = MIXERS[name].empty_cache(BATCH, CAPACITY, jnp.float32, policy)
-    rows = [random_like(MIXERS[name].empty_update(BATCH, TOKENS, jnp.float32), random) for _ in range(2)]
-    return cache.commit(rows[0], jnp.arange(1, BATCH + 1, dtype=jnp.int32)), rows[1]
+BATCH, CAPACITY = 4, 11
 
 
 def stack(trees):
     return Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
-
-
-def assert_same(got, wanted):
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6)  # sums of a few numbers of about 1, in another order
-
-
-@pytest.mark.parametrize(("name", "policy"), CASES)
-def test_commit(name, policy):
-    caches, rows = zip(*(filled(name, policy, seed) for seed in range(LAYERS)), strict=True)
-    count = jnp.array([2, 0, 3, 1], jnp.int32)
-    path = jnp.array([[0, 2, 4], [0, 1, 2], [0, 3, 4], [1, 2, 3]], jnp.int32)
-    stacked = stack(caches)
-    assert stacked.capacity == CAPACITY and stacked.length.tolist() == [1, 2, 3, 4]
-    for chosen in (None, path):
-        wanted = stack([cache.commit(new, count, chosen) for cache, new in zip(caches, rows, strict=True)])
-        assert_same(stacked.commit(stack(rows), count, chosen), wanted)
-
-
-@pytest.mark.parametrize("name", MIXERS)
-def test_place(name):
-    staged, new = zip(*(filled(name, KVCache, seed)[1:] * 2 for seed in range(LAYERS)), strict=True)
-    slot = jnp.array([3, 1, 9, 0, 2], jnp.int32)
-    wanted = stack([one.place(fresh, slot) for one, fresh in zip(staged, new, strict=True)])
-    assert_same(stack(staged).place(stack(new), slot), wanted)
-
-
-def test_marks_are_those_of_the_caches():
-    assert stack([filled("full", MarkedCache, 0)[0]]).marks_tokens
-    assert not stack([filled("full", KVCache, 0)[0]]).marks_tokens
-    assert not stack([filled("tailed", KVCache, 0)[0]]).marks_tokens
 
 
 def test_layers_of_a_stack_are_split_over_the_pipeline():
@@ -83,34 +31,27 @@ def test_layers_of_a_stack_are_split_over_the_pipeline():
     assert found.length.spec == PartitionSpec("pipeline", "data")
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize(("name", "policy"), CASES)
-def test_a_shard_reads_its_rows_of_its_layer(name, policy, in_place):
+def test_a_shard_reads_latents_of_its_rows():
     """Two shards of two groups: the second shard holds the second row of each group, rows 1 and 3."""
-    caches = [filled(name, policy, seed)[0] for seed in range(LAYERS)]
-    wanted = jax.tree.map(lambda leaf: leaf[jnp.array([1, 3])], caches[1])
-    shard = micro_batch_cache(
-        stack(caches).each, jnp.int32(1), MicroBatch(jnp.int32(1), count=2, groups=2), in_place=in_place
-    )
-    if name == "tailed":
-        np.testing.assert_array_equal(shard.tail, wanted.tail)
-        shard, wanted = shard.kv, wanted.kv
-    if name in ("delta", "linear") or not in_place:
-        assert_same(shard, wanted)
-        return
-    assert isinstance(shard, MicroBatchCache)
-    assert shard.capacity == CAPACITY and shard.length.tolist() == wanted.length.tolist() == [2, 4]
-    reads = ["read", "read_latents"] if name == "latent" else ["read"]
-    for read in reads:
-        for got, row in zip(getattr(shard, read)(jnp.int32(2), 7), getattr(wanted, read)(jnp.int32(2), 7), strict=True):
-            np.testing.assert_array_equal(got, row)
+    random = np.random.default_rng(0)
+    latent, rope_key = (random.standard_normal((2, BATCH, CAPACITY, size)).astype(np.float32) for size in (5, 2))
+    layers = ((latent[layer], rope_key[layer], np.arange(4, dtype=np.int32) + 1 + 4 * layer) for layer in range(2))
+    each = stack([LatentCache(*map(jnp.asarray, arrays)) for arrays in layers]).each
+    rows = MicroBatch(jnp.int32(1), count=2, groups=2)
+    shard = micro_batch_cache(each, jnp.int32(1), rows, in_place=True)
+    assert isinstance(shard, MicroBatchCache) and shard.capacity == CAPACITY and shard.length.tolist() == [6, 8]
+    got = shard.read_latents(jnp.int32(2), 5)
+    np.testing.assert_array_equal(got[0], latent[1, [1, 3], 2:7])
+    np.testing.assert_array_equal(got[1], rope_key[1, [1, 3], 2:7])
+    np.testing.assert_array_equal(got[2], np.arange(2, 7)[None])
+    np.testing.assert_array_equal(got[3], np.arange(2, 7) < np.array([[6], [8]]))
     with pytest.raises(TypeError, match="commit to the cache of all rows"):
         shard.commit(None, jnp.zeros(2, jnp.int32))
 
 
 def test_the_shard_of_all_rows_is_the_cache_itself():
     """So that a kernel reads it in place."""
-    each = stack([filled("full", KVCache, 0)[0]]).each
+    each = stack([KVCache.empty(BATCH, 2, CAPACITY, 8, jnp.float32)]).each
     cache = micro_batch_cache(each, jnp.int32(0), MicroBatch(jnp.int32(0), count=1, groups=2), in_place=True)
     assert type(cache) is KVCache
 

@@ -1,6 +1,4 @@
-"""Staged tokens are attended to as if they were committed, or of the same forward."""
-
-import dataclasses
+"""The mask decides which staged tokens a query attends to."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +6,9 @@ import numpy as np
 import pytest
 
 from decodax.layers.attention.attend import attend
-from decodax.layers.attention.mask import Ancestors, Causal, Window
+from decodax.layers.attention.mask import Ancestors
 from decodax.layers.kv_cache.full import KVCache, KVUpdate
-from decodax.layers.kv_cache.staged import Staged, place, stage
+from decodax.layers.kv_cache.staged import Staged, stage
 from tests.oracles.attention import attention
 
 BATCH, STAGED, NEW, HEADS, KV_HEADS, SIZE, CAPACITY = 3, 4, 2, 6, 2, 7, 19
@@ -36,21 +34,6 @@ def positions(first, count):
     return jnp.asarray(LENGTHS[:, None] + first + np.arange(count), jnp.int32)
 
 
-@pytest.mark.parametrize("run", [attended, jax.jit(attended)], ids=["eager", "jitted"])
-@pytest.mark.parametrize("window", [None, 3])
-def test_a_staged_chain_is_read_as_if_committed(run, window):
-    query, new, staged, cache = example()
-    mask = Causal() if window is None else Causal() & Window(window)
-    position = positions(STAGED, NEW)
-    got = run(query, new, position, mask, Staged(cache, staged, positions(0, STAGED)))
-    committed = cache.commit(staged, jnp.full(BATCH, STAGED))
-    np.testing.assert_allclose(got, run(query, new, position, mask, committed), atol=TOLERANCE)
-    both = KVUpdate(*(jnp.concatenate(pair, axis=2) for pair in ((staged.key, new.key), (staged.value, new.value))))
-    padded = jnp.concatenate([jnp.zeros((BATCH, STAGED, HEADS, SIZE)), query], axis=1)
-    chain = run(padded, both, positions(0, STAGED + NEW), mask, cache)
-    np.testing.assert_allclose(got, chain[:, STAGED:], atol=TOLERANCE)
-
-
 def test_the_mask_decides_which_staged_tokens_a_query_attends_to():
     """Each row has its own pattern, by the definition; a masked slot may hold anything finite."""
     query, new, staged, cache = example()
@@ -70,24 +53,6 @@ def test_the_mask_decides_which_staged_tokens_a_query_attends_to():
             readable = np.concatenate([np.ones(length, bool), allowed[row, token]])
             want = attention(np.asarray(query[row, token]), keys, values, readable, 0.3, 2.0)
             np.testing.assert_allclose(got[row, token], want, atol=TOLERANCE, rtol=TOLERANCE)
-
-
-@pytest.mark.parametrize("apply", [place, jax.jit(place)], ids=["eager", "jitted"])
-def test_place_writes_slots_and_drops_those_beyond(apply):
-    _, new, staged, _ = example()
-    (got,) = apply((staged,), (new,), jnp.array([3, STAGED]))
-    np.testing.assert_array_equal(got.key[:, :, 3], new.key[:, :, 0])
-    np.testing.assert_array_equal(got.value[:, :, 3], new.value[:, :, 0])
-    np.testing.assert_array_equal(got.key[:, :, :3], staged.key[:, :, :3])
-    np.testing.assert_array_equal(got.value[:, :, :3], staged.value[:, :, :3])
-
-
-def test_updates_that_mark_tokens_are_refused():
-    """Staging would lose the mark, and a token that the layer did not run for would be attended to."""
-    _, new, staged, _ = example()
-    marked = dataclasses.replace(new, kept=jnp.ones((new.key.shape[0], new.key.shape[2]), bool))
-    with pytest.raises(ValueError, match="cannot be staged"):
-        place((staged,), (marked,), jnp.arange(new.key.shape[2]))
 
 
 def test_stage_pairs_every_layer_with_its_update():

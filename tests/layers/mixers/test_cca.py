@@ -1,4 +1,4 @@
-"""Attention with convolutions equals zaya's formula in chunks, on the paths of trees, staged or committed."""
+"""Attention with convolutions equals zaya's formula, and attention where its convolutions do nothing."""
 
 import dataclasses
 from functools import partial
@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from decodax.core.weight import Weight
-from decodax.layers.attention.mask import Ancestors, Causal
+from decodax.layers.attention.mask import Causal
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.kv_cache.full import MarkedCache
-from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.kv_cache.tailed import TailedUpdate
 from decodax.layers.mixers.cca import CCAConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
@@ -24,12 +22,9 @@ from decodax.models.model import Model
 from tests.oracles.convolutional_attention import convolutional_attention
 
 HEADS, KV_HEADS, SIZE, ROTARY, WIDTH = 6, 2, 5, 4, 11
-BATCH, CAPACITY = 3, 24
-LENGTHS = np.array([0, 1, 9])
+BATCH, CAPACITY = 2, 24
 PLAIN = CCAConfig(HEADS, KV_HEADS, SIZE, Rope(ROTARY, 100.0), 0.4)
 BIASED = dataclasses.replace(PLAIN, depthwise_width=3, bias=True)
-PARENTS = np.array([-1, 0, 0, 2, 1, 3, 5])
-DEPTHS = np.array([0, 1, 1, 2, 2, 3, 4])
 # Projections of 11, convolutions of 10 to 15, attention over at most 16 tokens, in float32 against float64.
 TOLERANCE = 1e-5
 
@@ -70,90 +65,20 @@ def run(config, params, hidden, position, cache, mask):
     return module.apply({"params": params}, hidden, position, position + 1, cache, mask)
 
 
-commit = jax.jit(lambda cache, update, count, path=None: cache.commit(update, count, path))
+def hidden_states(num_tokens):
+    return np.random.default_rng(1).standard_normal((BATCH, num_tokens, WIDTH)).astype(np.float32)
 
 
-def hidden_states(num_tokens, batch=BATCH, seed=1):
-    return np.random.default_rng(seed).standard_normal((batch, num_tokens, WIDTH)).astype(np.float32)
-
-
-def positions(first, num_tokens):
-    return jnp.asarray(np.reshape(first, (-1, 1)) + np.arange(num_tokens), jnp.int32)
+def positions(num_tokens):
+    return np.broadcast_to(np.arange(num_tokens, dtype=np.int32), (BATCH, num_tokens))
 
 
 @pytest.mark.parametrize("config", [PLAIN, BIASED], ids=["plain", "biased"])
-def test_a_row_in_chunks_of_any_size_equals_the_formula(config):
-    """At once, in chunks shorter and longer than a tail, token by token, alone and in a batch."""
-    params, hidden = parameters(config), hidden_states(16, batch=2)
-    want = np.stack([expected(config, params, row) for row in hidden])
-    at_once, _ = run(config, params, hidden, positions([0, 0], 16), None, Causal())
-    np.testing.assert_allclose(at_once, want, atol=TOLERANCE)
-    cache, start, got = config.empty_cache(2, CAPACITY, jnp.float32), 0, []
-    for size in (1, 1, 2, 7, 1, 4):
-        chunk = hidden[:, start : start + size]
-        out, update = run(config, params, chunk, positions([start, start], size), cache, Causal())
-        cache, start = commit(cache, update, jnp.array([size, size])), start + size
-        got.append(out)
-    np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=TOLERANCE)
-    alone, _ = run(config, params, hidden[1:], positions([0], 16), None, Causal())
-    np.testing.assert_allclose(alone[0], want[1], atol=TOLERANCE)
-
-
-def tree_operands(config, params):
-    """Rows of unequal length, each with a tree after it, and what the formula gives for each node's path."""
-    before, nodes = hidden_states(LENGTHS.max()), hidden_states(len(PARENTS), seed=2)
-    _, update = run(config, params, before, positions(np.zeros(BATCH), LENGTHS.max()), None, Causal())
-    cache = commit(config.empty_cache(BATCH, CAPACITY, jnp.float32), update, jnp.asarray(LENGTHS))
-    want = np.zeros((BATCH, len(PARENTS), WIDTH))
-    for row, length in enumerate(LENGTHS):
-        for node in range(len(PARENTS)):
-            path = [node]
-            while PARENTS[path[0]] >= 0:
-                path.insert(0, PARENTS[path[0]])
-            want[row, node] = expected(config, params, np.concatenate([before[row, :length], nodes[row, path]]))[-1]
-    return nodes, jnp.asarray(LENGTHS[:, None] + DEPTHS), cache, want
-
-
-@pytest.mark.parametrize("config", [PLAIN, BIASED], ids=["plain", "biased"])
-def test_trees_and_staged_tokens(config):
-    """A node's output is that of its path, whether its ancestors are of the same forward, staged, or committed."""
-    params = parameters(config)
-    nodes, position, cache, want = tree_operands(config, params)
-    ancestors = Ancestors.from_parents(jnp.asarray(PARENTS[None]))
-    got, update = run(config, params, nodes, position, cache, ancestors & Causal())
-    np.testing.assert_allclose(got, want, atol=TOLERANCE)
-
-    order, allowed = np.array([1, 0, 3, 4]), np.zeros((1, 3, 8), bool)  # slot of each of the first four nodes
-    allowed[:, :, order] = ancestors.allowed[:, 4:, :4]
-    allowed[:, :, 5:] = ancestors.allowed[:, 4:, 4:]
-    buffer = config.empty_update(BATCH, 5, jnp.float32)
-    buffer = dataclasses.replace(buffer, columns=buffer.columns.at[:, 2].set(jnp.nan))  # masked
-    first = TailedUpdate(jax.tree.map(lambda leaf: leaf[:, :, :4], update.kv), update.columns[:, :4])
-    staged = buffer.place(first, jnp.asarray(order))
-    place = np.array([1, 0, 0, 2, 3])  # node at each slot
-    staged, mask = Staged(cache, staged, position[:, place]), Ancestors(jnp.asarray(allowed))
-    got, _ = run(config, params, nodes[:, 4:], position[:, 4:], staged, mask)
-    np.testing.assert_allclose(got, want[:, 4:], atol=TOLERANCE)
-    alone = jax.tree.map(lambda leaf: leaf[:1], dataclasses.replace(staged, cache=None))
-    got, _ = run(config, params, nodes[:1, 4:], position[:1, 4:], alone, mask)
-    np.testing.assert_allclose(got, want[:1, 4:], atol=TOLERANCE)  # the first row has nothing before its tree
-
-    committed = commit(cache, update, jnp.array([4, 0, 4]), jnp.array([[0, 2, 3, 5]] * BATCH))
-    got, _ = run(config, params, nodes[:, 6:], position[:, 6:], committed, Causal())
-    np.testing.assert_allclose(got[::2], want[::2, 6:], atol=TOLERANCE)
-    np.testing.assert_array_equal(committed.tail[1], cache.tail[1])
-
-
-def test_nonfinite_tokens_reach_only_tokens_that_attend_to_them():
-    params = parameters(PLAIN)
-    nodes, position, cache, want = tree_operands(PLAIN, params)
-    nodes[0, 2] = np.nan
-    nonfinite = dataclasses.replace(cache, tail=cache.tail.at[1].set(jnp.nan))
-    mask = Ancestors.from_parents(jnp.asarray(PARENTS[None])) & Causal()
-    got, _ = run(PLAIN, params, nodes, position, nonfinite, mask)
-    assert np.isnan(got[1]).all() and np.isnan(got[0, [2, 3, 5, 6]]).all()
-    np.testing.assert_allclose(got[2], want[2], atol=TOLERANCE)
-    np.testing.assert_allclose(got[0, [0, 1, 4]], want[0, [0, 1, 4]], atol=TOLERANCE)
+def test_is_the_formula(config):
+    params, hidden = parameters(config), hidden_states(16)
+    got, _ = run(config, params, hidden, positions(16), None, Causal())
+    for row in range(BATCH):
+        np.testing.assert_allclose(got[row], expected(config, params, hidden[row]), atol=TOLERANCE)
 
 
 def test_without_convolutions_it_is_attention_with_normed_heads():
@@ -175,7 +100,7 @@ def test_without_convolutions_it_is_attention_with_normed_heads():
     norm = {"weight": jnp.ones(SIZE)}
     plain = {"query": query, "key": key, "value": jnp.concatenate([value, jnp.zeros((SIZE, WIDTH))]), "out": out}
     gqa = GQAConfig(HEADS, KV_HEADS, SIZE, PLAIN.rope, 0.4, head_norm=RMSNormConfig(0.0), window=6)
-    hidden, position = hidden_states(9), positions(np.zeros(BATCH), 9)
+    hidden, position = hidden_states(9), positions(9)
     got, update = run(config, params, hidden, position, None, Causal())
     want, plain_update = run(gqa, plain | {"query_norm": norm, "key_norm": norm}, hidden, position, None, Causal())
     np.testing.assert_allclose(got, want, atol=2 * TOLERANCE)
@@ -207,8 +132,9 @@ def test_unsupported_options_are_refused():
             dataclasses.replace(PLAIN, **changes)
     block = BlockConfig(PLAIN, GatedMLPConfig(17), RMSNormConfig(1e-5))
     model = Model(ModelConfig(19, WIDTH, CAPACITY, (block,), RMSNormConfig(1e-5), False), invariant=True)
-    params, tokens = model.init(jax.random.key(0)), jnp.zeros((1, 2), jnp.int32)
+    params, tokens = jax.eval_shape(model.init, jax.random.key(0)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    caches = jax.eval_shape(lambda: model.empty_cache(1, CAPACITY, jnp.float32))
     with pytest.raises(ValueError, match="no invariant mode"):
-        model.apply(params, tokens, tokens)
+        jax.eval_shape(model.apply, params, tokens, tokens)
     with pytest.raises(ValueError, match=r"the invariant mode needs caches .* got TailedCache"):
-        model.apply(params, tokens, tokens, model.empty_cache(1, CAPACITY, jnp.float32))
+        jax.eval_shape(model.apply, params, tokens, tokens, caches)

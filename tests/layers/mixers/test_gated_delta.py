@@ -1,20 +1,11 @@
-"""The gated delta layer equals its recurrence after its convolution, in chains, chunks and trees."""
+"""The gated delta layer equals its recurrence after its convolution, in chunks and over many steps."""
 
 import numpy as np
 import pytest
 
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.norm import RMSNormConfig
-from tests.layers.mixers.recurrent_layers import (
-    Layer,
-    check_chunks,
-    check_half_precision,
-    check_kept,
-    check_long,
-    check_rows,
-    check_staged,
-    check_trees,
-)
+from tests.layers.mixers.recurrent_layers import Layer, check_chunks, check_long
 from tests.oracles.recurrence import recurrence, rms_norm, sigmoid, silu
 
 KEYS, GROUP, KEY_SIZE, VALUE_SIZE, TAPS = 2, 3, 5, 7, 4
@@ -69,11 +60,8 @@ def layer():
     return made
 
 
-@pytest.mark.parametrize(
-    "check", [check_chunks, check_trees, check_staged, check_rows, check_kept, check_half_precision]
-)
-def test_it_is_its_recurrence(layer, check):
-    check(layer)
+def test_it_is_its_recurrence(layer):
+    check_chunks(layer)
 
 
 def test_ten_thousand_steps(layer):

@@ -1,20 +1,11 @@
-"""Lightning attention equals its recurrence, in chains, chunks and trees; its slopes are those of the papers."""
+"""Lightning attention equals its recurrence, in chunks and over many steps; its slopes are those of the papers."""
 
 import numpy as np
 import pytest
 
 from decodax.layers.mixers.lightning import LightningConfig, minimax_slopes, transnormer_slopes
 from decodax.layers.norm import RMSNormConfig
-from tests.layers.mixers.recurrent_layers import (
-    Layer,
-    check_chunks,
-    check_half_precision,
-    check_kept,
-    check_long,
-    check_rows,
-    check_staged,
-    check_trees,
-)
+from tests.layers.mixers.recurrent_layers import Layer, check_chunks, check_long
 from tests.oracles.recurrence import recurrence, rms_norm, sigmoid, silu
 
 SLOPES = (0.9, 0.0, 0.01)  # the second head has no decay
@@ -39,11 +30,8 @@ def layer():
     return Layer(config(), oracle)
 
 
-@pytest.mark.parametrize(
-    "check", [check_chunks, check_trees, check_staged, check_rows, check_kept, check_half_precision]
-)
-def test_it_is_its_recurrence(layer, check):
-    check(layer)
+def test_it_is_its_recurrence(layer):
+    check_chunks(layer)
 
 
 def test_ten_thousand_steps(layer):

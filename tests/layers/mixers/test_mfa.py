@@ -1,4 +1,4 @@
-"""Factorised queries over one shared key and value equal the formula: with a cache, in trees, in the invariant mode."""
+"""Factorised queries over one shared key and value equal the formula, in the invariant mode, too."""
 
 from functools import partial
 
@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from decodax.core.weight import Weight
-from decodax.layers.attention.mask import Ancestors, Causal
+from decodax.layers.attention.mask import Causal
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.feed_forward import GatedMLPConfig
-from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.mixers.mfa import MFAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
@@ -22,21 +21,18 @@ from tests.oracles.latent_attention import rms_norm, rotated
 
 HEADS, SIZE, RANK, WIDTH, EPS, CAPACITY = 5, 6, 7, 11, 1e-5, 24
 CONFIG = MFAConfig(HEADS, SIZE, RANK, Rope(4, 100.0), 0.4, RMSNormConfig(EPS))
-LENGTHS = np.array([0, 9])
-PARENTS = np.array([-1, 0, 0, 2, 1])
-DEPTHS = np.array([0, 1, 1, 2, 2])
-# Projections of 11 and attention over at most 12 tokens, in float32 against float64.
+# Projections of 11 and attention over at most 9 tokens, in float32 against float64.
 TOLERANCE = 1e-5
 
 
-def parameters():
+def parameters(described):
     random = np.random.default_rng(0)
 
     def draw(weight):
         size = weight.shape[-1] ** -0.5 if weight.init == "normal" else 0.5
         return jnp.asarray(random.standard_normal(weight.shape) * size + (weight.init == "ones"), jnp.float32)
 
-    return jax.tree.map(draw, CONFIG.weights(WIDTH), is_leaf=lambda leaf: isinstance(leaf, Weight))
+    return jax.tree.map(draw, described, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
 def expected(params, hidden):
@@ -55,35 +51,18 @@ def expected(params, hidden):
 
 
 @jax.jit
-def run(params, hidden, position, cache, mask):
+def run(params, hidden, position):
     module = CONFIG.module(WIDTH, "mixer", ON_THIS_DEVICE)
-    return module.apply({"params": params}, hidden, position, position + 1, cache, mask)
+    return module.apply({"params": params}, hidden, position, position + 1, None, Causal())[0]
 
 
-def test_chunks_trees_and_staged_tokens_are_the_formula():
-    params, random = parameters(), np.random.default_rng(1)
-    before, nodes = (
-        random.standard_normal((2, size, WIDTH)).astype(np.float32) for size in (LENGTHS.max(), len(PARENTS))
-    )
-    position = jnp.broadcast_to(jnp.arange(LENGTHS.max()), before.shape[:2])
-    out, update = run(params, before, position, None, Causal())
+def test_is_the_formula():
+    params = parameters(CONFIG.weights(WIDTH))
+    hidden = np.random.default_rng(1).standard_normal((2, 9, WIDTH)).astype(np.float32)
+    position = np.broadcast_to(np.arange(9, dtype=np.int32), hidden.shape[:2])
+    got = run(params, hidden, position)
     for row in range(2):
-        np.testing.assert_allclose(out[row], expected(params, before[row]), atol=TOLERANCE)
-    cache = CONFIG.empty_cache(2, CAPACITY, jnp.float32).commit(update, jnp.asarray(LENGTHS))
-    want = np.zeros(nodes.shape)
-    for row, length in enumerate(LENGTHS):
-        for node, path in enumerate(([0], [0, 1], [0, 2], [0, 2, 3], [0, 1, 4])):
-            want[row, node] = expected(params, np.concatenate([before[row, :length], nodes[row, path]]))[-1]
-    position = jnp.asarray(LENGTHS[:, None] + DEPTHS)
-    ancestors = Ancestors.from_parents(jnp.asarray(PARENTS[None]))
-    got, update = run(params, nodes, position, cache, ancestors)
-    np.testing.assert_allclose(got, want, atol=TOLERANCE)
-    staged = CONFIG.empty_update(2, 2, jnp.float32).place(
-        jax.tree.map(lambda leaf: leaf[:, :, :2], update), jnp.arange(2)
-    )
-    mask = Ancestors(ancestors.allowed[:, 2:])
-    got, _ = run(params, nodes[:, 2:], position[:, 2:], Staged(cache, staged, position[:, :2]), mask)
-    np.testing.assert_allclose(got, want[:, 2:], atol=TOLERANCE)
+        np.testing.assert_allclose(got[row], expected(params, hidden[row]), atol=TOLERANCE)
 
 
 def test_bytes_are_those_of_one_key_and_one_value():
@@ -102,7 +81,7 @@ def test_runs_in_the_invariant_mode():
     norm = RMSNormConfig(EPS)
     config = ModelConfig(19, WIDTH, CAPACITY, (BlockConfig(CONFIG, GatedMLPConfig(17), norm),), norm, False)
     model = Model(config, invariant=True)
-    params, tokens = model.init(jax.random.key(0)), jnp.arange(4)[None]
+    params, tokens = parameters(config.weights()), np.arange(4)[None]
     apply = jax.jit(partial(model.apply, params))
     at_once = apply(tokens, tokens).hidden
     caches = model.empty_cache(1, CAPACITY, jnp.float32)

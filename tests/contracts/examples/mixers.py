@@ -1,0 +1,53 @@
+"""Gives an example config of every mixer, with sizes that all differ."""
+
+from decodax.layers.mixers.cca import CCAConfig
+from decodax.layers.mixers.gated_delta import GatedDeltaConfig
+from decodax.layers.mixers.gated_linear import GatedLinearConfig
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.mixers.lightning import LightningConfig
+from decodax.layers.mixers.mfa import MFAConfig
+from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.norm import RMSNormConfig
+from decodax.layers.rope import Rope
+
+_ROPE = Rope(4, 100.0)
+_NORM = RMSNormConfig(1e-5)
+
+
+def gqa():
+    options = {"head_norm": _NORM, "sinks": True, "output_gate": True, "softcap": 2.0, "qkv_bias": True}
+    return {
+        "all tokens": GQAConfig(6, 2, 5, _ROPE, 0.4, norm_across_heads=True, head_norm=_NORM, clip=1.5, out_bias=True),
+        "window": GQAConfig(6, 2, 5, _ROPE, 0.4, window=4, **options),
+    }
+
+
+def mla():
+    """After a cache, few tokens attend to latents; with small heads one token, and more to expanded keys."""
+    return {
+        "absorbed": MLAConfig(3, 5, 7, 11, 8, _ROPE, 0.35, _NORM, rope_interleaved=False, bias=True),
+        "expanded": MLAConfig(3, 1, 2, 11, None, _ROPE, 0.5, _NORM, rope_interleaved=True),
+    }
+
+
+def mfa():
+    return MFAConfig(5, 6, 7, _ROPE, 0.4, _NORM)
+
+
+def cca():
+    return {
+        "three tokens": CCAConfig(6, 2, 5, _ROPE, 0.4),
+        "window": CCAConfig(6, 2, 5, _ROPE, 0.4, depthwise_width=3, bias=True, window=5),
+    }
+
+
+def gated_linear():
+    return GatedLinearConfig(3, 5, 7, gate_rank=2, gate_temperature=4.0, scale=0.4, norm=_NORM)
+
+
+def lightning():
+    return LightningConfig(3, 5, slopes=(0.9, 0.0, 0.01), activation="silu", scale=1.0, norm=_NORM)
+
+
+def gated_delta():
+    return GatedDeltaConfig(2, 6, 5, 7, convolution_width=4, activation="silu", scale=0.4, norm=_NORM)
