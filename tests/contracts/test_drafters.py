@@ -1,7 +1,7 @@
 """Every drafter keeps the contract: whatever it proposes, exact match writes what plain decoding writes.
 
-One target, one shape, and for each example the same two compiled functions: one round at a time for a batch of a greedy
-row and two sampled ones, with every sampling option, and the whole loop for a row alone.
+One target, one shape, and for each example one start and one loop, compiled for a batch of a greedy row and two sampled
+ones, with every sampling option. The loop is watched round by round.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Every strategy by name keeps the contract: `decodax.generate` with the embedded model and the weights that it brings.
 
 Greedy and sampled rows are in one batch, so that one program per strategy serves all. A strategy that needs another
-model has it in `OTHER_MODELS`. What is not lossless is slow here: fewer rules hold for it, and its layer policy is
-tested in `test_early_exit.py`.
+model has it in `OTHER_MODELS`. Loops take seconds to compile, so those of all but `QUICK` are slow tests, of which a
+sample runs every time; drafters and layer policies have tests of their own (`test_drafters.py`, `test_early_exit.py`).
 """
 
 import re
@@ -27,6 +27,7 @@ OTHER_MODELS = {
     "del": (None, "layer_skip"),
     "mtp": (Path(__file__).parents[1] / "golden" / "deepseek_v3_mtp", None),  # without a tokenizer
 }
+QUICK = ("autoregressive", "prompt_lookup", "draft_model", "medusa")  # without a draft, with a chain, with a tree
 PROMPTS = ["def fibonacci(n):", "import os\n\nclass Stack:\n    def", "for", "x = [1, 2, 3]\nprint("]
 IDS = [np.random.default_rng(length).integers(3, 50, length) for length in (5, 11, 1, 7)]
 TEMPERATURE, SEED, NEW = [0.0, 0.8, 0.0, 1.2], [1, 2, 3, 4], 24
@@ -41,7 +42,7 @@ def is_lossless(name):
 
 
 def marked(names):
-    return [pytest.param(name, marks=() if is_lossless(name) else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 # A greedy row of a batch with sampled rows has one likely token; alone it has all that its predictors read.

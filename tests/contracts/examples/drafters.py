@@ -145,15 +145,15 @@ def medusa_heads() -> Make:
 
 
 def mtp_head() -> Make:
-    """The target's own last layer, run on the last token's embedding and half of the hidden state before it."""
+    """The target's own last layer, run on the hidden state before the last token and half of the token's embedding."""
 
     def make(target: Target) -> Example:
-        size, last = target.model.config.hidden_size, target.exit_layer
+        size, last = target.model.config.hidden_size, target.model.config.num_layers - 1
         ones = {"weight": np.ones(size, np.float32)}
         head = {
             "embedding_norm": ones,
             "hidden_norm": ones,
-            "join": np.eye(size, 2 * size, dtype=np.float32) + np.eye(size, 2 * size, size, dtype=np.float32) / 2,
+            "join": np.eye(size, 2 * size, dtype=np.float32) / 2 + np.eye(size, 2 * size, size, dtype=np.float32),
             "block": target.params[f"blocks_{last}"],
             "final_norm": target.params["final_norm"],
         }

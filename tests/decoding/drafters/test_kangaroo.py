@@ -48,11 +48,11 @@ def compiled(confidence=SOMETIMES):
 begin = jax.jit(decoding.speculative(MODEL, Kangaroo(MODEL, 1, MOST), ExactMatch()).start)  # whatever the confidence
 
 
-def run(options="greedy", *, confidence=SOMETIMES, adapter=ADAPTER, blocks=(ALL_TOKENS,), rows=slice(None), **changes):
+def run(options="greedy", *, confidence=SOMETIMES, blocks=(ALL_TOKENS,), rows=slice(None), **changes):
     decode = compiled(confidence)
-    state = begin(PARAMS, adapter, start(rows, options=options, **changes))
+    state = begin(PARAMS, ADAPTER, start(rows, options=options, **changes))
     for max_tokens in blocks:
-        state = decode(PARAMS, adapter, state, max_tokens)
+        state = decode(PARAMS, ADAPTER, state, max_tokens)
     return state
 
 

@@ -23,7 +23,6 @@ LAYER_GATES = {
     "bias": jnp.array([0.3, -0.2, 0.1, 0.4]),
 }
 ROUTED = PARAMS | {"layer_gates": LAYER_GATES}
-KEEPING = PARAMS | {"layer_gates": {"weight": LAYER_GATES["weight"], "bias": jnp.full(L, -99.0)}}
 
 
 @cache

@@ -102,12 +102,6 @@ def verify(rule, proposal, logits, do_sample, seed, position):
     return rule.verify(proposal, logits, do_sample, seed, position)
 
 
-def greedy(logits):
-    """The distribution of a row at temperature 0."""
-    best = np.argmax(np.asarray(logits), axis=2)[:, :, None] == np.arange(VOCABULARY)
-    return jnp.where(jnp.asarray(best), 0.0, -jnp.inf).astype(jnp.float32)
-
-
 def assert_same(got, want, rows=slice(None)):
     for field in ("node", "token"):
         np.testing.assert_array_equal(np.asarray(getattr(got, field))[rows], np.asarray(getattr(want, field))[rows])
