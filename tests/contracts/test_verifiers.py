@@ -22,20 +22,18 @@ from decodax.decoding.sampling import choose
 from decodax.decoding.tree import Tree, expansion
 from decodax.decoding.verifiers import METHODS, TreeRejection, Verifier
 from decodax.models.model import Model
-from tests.contracts.examples import verifiers as made_by
-from tests.contracts.lookup import examples_of
 from tests.tiny import tiny_config
 
-EXAMPLES = examples_of(made_by, METHODS)
+RULES = {name: method() for name, method in METHODS.items()}
 ROWS, VOCABULARY = 10_007, 7
 CHAIN, TREE = expansion((1, 1)), expansion((3, 2))
 CASES = [
     pytest.param(name, children, id=f"{name}, {children.value}")
-    for name in EXAMPLES
-    for children in sorted(EXAMPLES.method_of(name).supported_children, key=lambda children: children.value)
+    for name, rule in RULES.items()
+    for children in sorted(rule.supported_children, key=lambda children: children.value)
 ]
 each_case = pytest.mark.parametrize(("name", "children"), CASES)
-each_example = pytest.mark.parametrize("name", EXAMPLES)
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 SEED = np.arange(ROWS, dtype=np.uint32) + 5
 
 
@@ -176,7 +174,7 @@ def p_values(rule, children):
 
 @each_case
 def test_tokens_have_the_distribution_of_the_target_where_the_verifier_is_lossless(name, children):
-    rule = EXAMPLES[name]
+    rule = RULES[name]
     found, lengths = p_values(rule, children)
     assert np.all(lengths > ROWS / 100)  # none to all of a draft was accepted
     # The draws are fixed, so this passes always or never. There are 126 numbers.
@@ -228,7 +226,7 @@ def assert_argmax_path(drafted, found, rows=slice(None)):
 @each_case
 def test_greedy_rows_accept_exactly_the_most_probable_tokens(name, children):
     """Where every row is greedy nothing is drawn."""
-    rule = EXAMPLES[name]
+    rule = RULES[name]
     drafted = drafts(children, parents_for(rule), "rough")
     logits = target_logits(drafted)
     assert_argmax_path(drafted, verify(rule, drafted, logits, do_sample=False))
@@ -240,7 +238,7 @@ def test_greedy_rows_accept_exactly_the_most_probable_tokens(name, children):
 @each_case
 def test_greedy_rows_beside_sampled_ones_do_so_too(name, children):
     """The distributions of target and draft are one token each there: the draft's is the first child of a node."""
-    rule = EXAMPLES[name]
+    rule = RULES[name]
     drafted = drafts(children, parents_for(rule), "rough")
     is_greedy = np.arange(ROWS) % 2 == 0
     parents, node = drafted.parents, np.arange(len(drafted.parents))
@@ -260,7 +258,7 @@ def test_greedy_rows_beside_sampled_ones_do_so_too(name, children):
 @each_case
 def test_what_is_no_candidate_is_never_accepted(name, children):
     """The target's distributions are the draft's, so that every token would be accepted often."""
-    rule = EXAMPLES[name]
+    rule = RULES[name]
     drafted = drafts(children, parents_for(rule), "rough")
     node, _ = verify(rule, drafted, jnp.asarray(log(Q["rough"])[drafted.token], jnp.float32))
     is_above = Tree.fixed(drafted.parents).ancestors[0][node]
@@ -271,7 +269,7 @@ def test_what_is_no_candidate_is_never_accepted(name, children):
 
 @each_case
 def test_where_nothing_is_drafted_the_token_is_plain_decoding_s(name, children):
-    rule = EXAMPLES[name]
+    rule = RULES[name]
     drafted = drafts(children, parents_for(rule), "rough")
     logits = target_logits(drafted)
     node, token = verify(rule, dataclasses.replace(drafted, is_candidate=drafted.is_candidate & False), logits)
@@ -287,7 +285,7 @@ def plain_tokens(logits, position):
 
 @each_case
 def test_a_row_alone_is_the_row_in_the_batch(name, children):
-    rule = EXAMPLES[name]
+    rule = RULES[name]
     drafted = drafts(children, parents_for(rule), "rough")
     logits = target_logits(drafted)
     node, token = verify(rule, drafted, logits)
@@ -299,7 +297,7 @@ def test_a_row_alone_is_the_row_in_the_batch(name, children):
 
 @each_case
 def test_a_row_that_is_not_finite_changes_no_other(name, children):
-    rule = EXAMPLES[name]
+    rule = RULES[name]
     drafted = drafts(children, parents_for(rule), "rough")
     logits = target_logits(drafted)
     want, got = verify(rule, drafted, logits), verify(rule, drafted, logits.at[1].set(jnp.nan))
@@ -317,9 +315,9 @@ class Stub(Drafter):
     children: Children
 
 
-@each_example
-def test_a_pair_is_refused_where_the_rule_does_not_hold(name):
-    rule, rule_name, model = EXAMPLES[name], type(EXAMPLES[name]).__name__, Model(tiny_config())
+@each_rule
+def test_a_pair_is_refused_where_the_rule_does_not_hold(rule):
+    rule_name, model = type(rule).__name__, Model(tiny_config())
     for children in Children:
         chain, tree = Stub(3, 2, children), Stub(4, 2, children)
         if children not in rule.supported_children:
@@ -336,10 +334,10 @@ def test_a_pair_is_refused_where_the_rule_does_not_hold(name):
             speculative(model, tree, rule)
 
 
-@each_example
-def test_it_is_frozen_and_hashable(name):
-    rule, again = EXAMPLES[name], examples_of(made_by, METHODS)[name]
-    assert type(rule) is EXAMPLES.method_of(name) and isinstance(rule, Verifier)
+@each_rule
+def test_it_is_frozen_and_hashable(rule):
+    again = type(rule)()
+    assert isinstance(rule, Verifier)
     assert rule == again and hash(rule) == hash(again)  # one compiled program serves both
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.lossless = not rule.lossless

@@ -3,25 +3,32 @@
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 import decodax
 from decodax.cli import main as main
 from decodax.cli.late_commands import late_group
 from decodax.cli.prompts import PromptCommand
 
-COMMANDS: dict[str, type[TyperCommand]] = {"generate": PromptCommand} | dict.fromkeys(
-    ("bench", "convert", "plan", "methods"), TyperCommand
+COMMANDS = ("generate", "bench", "convert", "plan", "methods")
+TRAIN_COMMANDS = (
+    "draft",
+    "layer_skip",
+    "ppd",
+    "specee",
+    "kangaroo",
+    "skip_decode",
+    "first_gates",
+    "first",
+    "medusa",
+    "medusa_joint",
 )
-_TRAINED = ("draft", "layer_skip", "ppd", "specee", "kangaroo", "skip_decode", "first_gates", "first")
-TRAIN_COMMANDS: dict[str, type[TyperCommand]] = dict.fromkeys((*_TRAINED, "medusa", "medusa_joint"), TyperCommand)
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 failed, with one line on stderr that says why (--debug: the whole traceback); 2 the command "
     "line is wrong; 130 interrupted (143 by SIGTERM); 141 the reader of the output went away."
 )
 
 app = typer.Typer(
-    cls=late_group(COMMANDS, epilog=_EXIT_CODES),
+    cls=late_group(COMMANDS, {"generate": PromptCommand}, epilog=_EXIT_CODES),
     help="Run language models fast, and research how to run them faster.",
     epilog=_EXIT_CODES,
     add_completion=False,

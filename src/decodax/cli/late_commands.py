@@ -1,10 +1,11 @@
 """Imports the file of a command when the command is run; `--help` only reads what the file says of it."""
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import typer
@@ -12,30 +13,33 @@ from typer.core import TyperCommand, TyperGroup
 
 
 def late_group(
-    commands: Mapping[str, type[TyperCommand]], epilog: str | None = None, prefix: str = ""
+    names: Collection[str],
+    classes: Mapping[str, type[TyperCommand]] = MappingProxyType({}),
+    epilog: str | None = None,
+    prefix: str = "",
 ) -> type[TyperGroup]:
     """A class of command groups, for `typer.Typer(cls=...)`.
 
-    commands: the name of each command, and the class it is made with. Its function has the same name, and stands in
-        the file of that name in this folder; the function's docstring is its help.
+    names: of the commands. The function of each has the same name, and stands in the file of that name in this folder;
+        the function's docstring is its help.
+    classes: what a command is made with, where that is not TyperCommand.
     epilog: the last paragraph of each one's help.
     prefix: before the name of each file.
     """
 
     class LateGroup(TyperGroup):
         def list_commands(self, ctx: Any) -> list[str]:
-            return [*commands, *super().list_commands(ctx)]
+            return [*names, *super().list_commands(ctx)]
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
-            if cmd_name not in commands:
+            if cmd_name not in names:
                 return super().get_command(ctx, cmd_name)
             module = f"{__package__}.{prefix}{cmd_name}"
 
             def load() -> Any:
                 single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-                single.command(cmd_name, epilog=epilog, cls=commands[cmd_name])(
-                    getattr(import_module(module), cmd_name)
-                )
+                command_class = classes.get(cmd_name, TyperCommand)
+                single.command(cmd_name, epilog=epilog, cls=command_class)(getattr(import_module(module), cmd_name))
                 return typer.main.get_command(single)
 
             return _LateCommand(load, name=cmd_name, help=_help(module, cmd_name))
