@@ -17,7 +17,17 @@ from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["Warpgroup", "gpu_kernel", "interpreter_clips", "store_plainly", "tpu_interpreter"]
+__all__ = [
+    "TILING_ROWS",
+    "Warpgroup",
+    "aligned_rows",
+    "gpu_kernel",
+    "interpreter_clips",
+    "store_plainly",
+    "tpu_interpreter",
+]
+
+TILING_ROWS = 8  # of shared memory that is tiled for wgmma (`tiled`)
 
 _NEW_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")  # that of JAX 0.12
 
@@ -197,11 +207,20 @@ def _transposed(ref: Any) -> Any:
     return ref.T if hasattr(plgpu, "InterpretGPUParams") else plgpu.transpose_ref(ref, (1, 0))
 
 
+def aligned_rows(start: Any, size: int) -> Any:
+    """Rows of an array in GPU memory that are copied to or from tiled shared memory; `start` is a multiple of 8.
+
+    A GPU copies whole tiles: from another row on it would lose rows, in silence, where an interpreter copies what it is
+    told. So the start is rounded down, and wrong rows show everywhere.
+    """
+    return pl.ds(pl.multiple_of(start // TILING_ROWS * TILING_ROWS, TILING_ROWS), size)
+
+
 def tiled(num_columns: int, dtype: Any) -> tuple[Any, Any]:
     """Transforms of shared memory for wgmma operands: tiles of 8 rows, with the widest swizzle that divides a row."""
     item_bytes = jnp.dtype(dtype).itemsize
     swizzle = math.gcd(num_columns * item_bytes, 128)
-    return plgpu.TilingTransform((8, swizzle // item_bytes)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.TilingTransform((TILING_ROWS, swizzle // item_bytes)), plgpu.SwizzleTransform(swizzle)
 
 
 def store_plainly(ref: Any, value: jax.Array) -> None:

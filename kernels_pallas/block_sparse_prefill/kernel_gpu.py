@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from decodax.kernels_pallas import online_softmax
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
-from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, tiled
+from decodax.kernels_pallas.compat import TILING_ROWS, Warpgroup, aligned_rows, gpu_kernel, tiled
 from decodax.kernels_pallas.online_softmax import OnlineSoftmax
 
 STAGES = 2  # tiles in the ring
@@ -44,8 +44,11 @@ def unsupported_reason(query: Any, key: Any, value: Any, blocks: BlockLists, *, 
     for name, size in (("keys", key.shape[3]), ("values", value.shape[3])):
         if size % 16 or size > 256:
             return f"the GPU kernel takes {name} of a multiple of 16 numbers up to 256, got {size}"
-    if key.shape[2] < TILE:
-        return f"the GPU kernel takes keys with room for at least {TILE} tokens, got {key.shape[2]}"
+    if key.shape[2] < TILE or key.shape[2] % TILING_ROWS:
+        return (
+            f"the GPU kernel takes keys with room for a multiple of {TILING_ROWS} tokens from {TILE} on, got "
+            f"{key.shape[2]}"
+        )
     return None
 
 
@@ -166,7 +169,7 @@ class _Copied(NamedTuple):
 def _read_list(warpgroup: Warpgroup, refs: _Refs, sizes: _Sizes, scale: float, softcap: float | None) -> None:
     walk = _walk(refs, sizes)
     for tile, queries in enumerate(walk.tiles):
-        tokens = pl.ds(queries.first_token, TILE)
+        tokens = aligned_rows(queries.first_token, TILE)
         source = refs.query.at[walk.row, tokens, queries.head]
         plgpu.copy_gmem_to_smem(source, refs.queries.at[tile], refs.query_barrier)
     dtype, head_size, value_size = refs.key.dtype, refs.key.shape[3], refs.value.shape[3]
@@ -188,7 +191,7 @@ def _read_list(warpgroup: Warpgroup, refs: _Refs, sizes: _Sizes, scale: float, s
             lse[tile] = log_sum_exp
         plgpu.commit_smem()
         for tile, queries in enumerate(walk.tiles):
-            tokens = pl.ds(queries.first_token, TILE)
+            tokens = aligned_rows(queries.first_token, TILE)
             plgpu.copy_smem_to_gmem(output.at[tile], refs.output.at[walk.row, tokens, queries.head])
             plgpu.copy_smem_to_gmem(lse.at[tile], refs.lse.at[walk.row, queries.head, tokens])
         plgpu.wait_smem_to_gmem(0)
@@ -249,7 +252,7 @@ def _read_tiles(
 
     def copy(slot: Any, place: Any) -> None:
         """Copies a tile; one that does not fit starts earlier, to end with the last slot."""
-        slots = (walk.row, walk.kv_head, pl.ds(jnp.minimum(slot, sizes.capacity - TILE), TILE))
+        slots = (walk.row, walk.kv_head, aligned_rows(jnp.minimum(slot, sizes.capacity - TILE), TILE))
         plgpu.copy_gmem_to_smem(refs.key.at[slots], keys.at[place], barrier.at[place])
         plgpu.copy_gmem_to_smem(refs.value.at[slots], values.at[place], barrier.at[place])
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from decodax.kernels_pallas.compat import aligned_rows
 from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
 from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, OrderedTiles, Tables, ordered
@@ -18,7 +18,7 @@ class _CacheTiles(OrderedTiles):
     num_pieces = 1
 
     def piece(self, tables: Tables, slab: jax.Array, tile: jax.Array, number: int) -> tuple[Any, ...]:
-        return slab, pl.ds(self.position(tables, slab, tile), TILE_TOKENS)
+        return slab, aligned_rows(self.position(tables, slab, tile), TILE_TOKENS)
 
 
 def unsupported_reason(query: Any, key: Any, value: Any, new: NewTokens | None, *, interpret: bool) -> str | None:

@@ -250,7 +250,7 @@ class _Body:
 
     def _load(self, operands: dict[str, Any], memory: _Memory, place: _Place, step: Array) -> None:
         """Starts the copies into a step's slot."""
-        slot, keys = _slot(step), pl.ds(self._first_keys(place, step)[1], self.key_block)
+        slot, keys = _slot(step), compat.aligned_rows(self._first_keys(place, step)[1], self.key_block)
         for name, full in (("key", memory.key_full), ("value", memory.value_full)):
             source = operands[name].at[place.row, place.kv_head, keys]
             plgpu.copy_gmem_to_smem(source, getattr(memory, name).at[slot], full.at[slot])
@@ -263,7 +263,7 @@ class _Body:
     ) -> None:
         """Processes the queries of one warpgroup, from loading them to storing their output."""
         row, head = place.row, place.head
-        tokens = pl.ds(place.first_token + index * _QUERIES, _QUERIES)
+        tokens = compat.aligned_rows(place.first_token + index * _QUERIES, _QUERIES)
         query, lse_smem, is_full = (x.at[index] for x in (memory.query, memory.lse, memory.query_full))
         plgpu.copy_gmem_to_smem(operands["query"].at[row, tokens, head], query, is_full)
         if self.has_segments:

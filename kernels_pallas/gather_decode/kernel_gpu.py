@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from decodax.kernels_pallas.compat import aligned_rows
 from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
 from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, Tables
@@ -42,7 +42,7 @@ class _ListedTiles:
         return jnp.where(is_listed, filled, 0)
 
     def piece(self, tables: Tables, slab: jax.Array, tile: jax.Array, number: int) -> tuple[Any, ...]:
-        return slab, pl.ds(self._slot(tables, slab, tile, number), TILE_TOKENS // self.num_pieces)
+        return slab, aligned_rows(self._slot(tables, slab, tile, number), TILE_TOKENS // self.num_pieces)
 
     def position(self, tables: Tables, slab: jax.Array, tile: jax.Array) -> jax.Array:
         raise NotImplementedError(

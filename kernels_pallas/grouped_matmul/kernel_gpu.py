@@ -1,4 +1,4 @@
-"""Computes grouped matmuls on Hopper GPUs: tiles of rows that begin where their group does, two warpgroups per tile.
+"""Computes grouped matmuls on Hopper GPUs: tiles of rows that begin just before their group, two warpgroups per tile.
 
 The grid has as many programs as run at a time. Program i does jobs i, i + programs, ..., numbered so that simultaneous
 jobs share tokens and weights in the L2 cache:
@@ -12,8 +12,10 @@ warpgroups do the same on their half of the columns: each loads half of the toke
 other's tokens. While one product runs in the tensor cores, the buffer of the one before is refilled. There is no warp
 specialisation, so that the interpreter runs the kernel as it is.
 
-A group's last tile may reach into the next group's rows, which another program writes: such a tile is stored in pieces
-of power-of-two rows, one per set bit of its number of rows (as in JAX's ragged_dot_mgpu).
+Tiles begin at multiples of 8 rows, as copies into tiled memory must. A group's first and last tile may hold rows of its
+neighbours, which another program writes: of such a tile the own rows are stored, in pieces of power-of-two rows, one
+per set bit of their number (as in JAX's ragged_dot_mgpu). Nothing relies on stores that clip: where columns would reach
+beyond the result, nothing is stored.
 """
 
 import math
@@ -26,7 +28,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, interpreter_clips, store_plainly
+from decodax.kernels_pallas.compat import (
+    TILING_ROWS,
+    Warpgroup,
+    aligned_rows,
+    gpu_kernel,
+    interpreter_clips,
+    store_plainly,
+)
 from decodax.kernels_pallas.grouped_matmul.work import WorkList, rows_per_group, work_list
 from decodax.kernels_pallas.hopper import num_cores
 from decodax.kernels_pallas.padding import padded
@@ -46,8 +55,8 @@ def unsupported_reason(tokens: Any, *weights: Any, interpret: bool) -> str | Non
     size, num_outputs = tokens.shape[1], weights[0].shape[1]
     if size % 64:
         return f"the kernel takes tokens and weights of a multiple of 64 numbers (D), not {size}"
-    if num_outputs % 8 or num_outputs < 64:
-        return f"the kernel takes weights of a multiple of 8 outputs from 64 on (F), not {num_outputs}"
+    if num_outputs % 64:
+        return f"the kernel takes weights of a multiple of 64 outputs (F), not {num_outputs}"
     return None
 
 
@@ -104,9 +113,10 @@ class _Tile:
 
 
 def _tile(tokens: jax.Array, weights: tuple[jax.Array, ...]) -> _Tile:
-    """Chooses small tiles for few tokens, when reading the weights takes the time."""
+    """Chooses small tiles for few tokens, when reading the weights takes the time; columns divide the result's."""
     few = rows_per_group(tokens, weights[0]) <= 64
-    return _Tile(64 if few else 128, 64 if few and len(weights) == 1 else 128, len(weights), tokens.dtype)
+    is_narrow = len(weights) == 1 and (few or weights[0].shape[1] % 128)
+    return _Tile(64 if few else 128, 64 if is_narrow else 128, len(weights), tokens.dtype)
 
 
 def _grouped(
@@ -119,14 +129,14 @@ def _grouped(
 ) -> jax.Array:
     num_rows, num_outputs = tokens.shape[0], weights[0].shape[1]
     tile = _tile(tokens, weights)
-    work = work_list(group_sizes, num_rows, tile.rows, aligned=False)
-    padded_rows, padded_outputs = max(tile.rows, pl.cdiv(num_rows, 8) * 8), num_outputs
-    if interpret and not interpreter_clips():
+    work = work_list(group_sizes, num_rows, tile.rows, multiple=TILING_ROWS)
+    padded_rows, padded_outputs = max(tile.rows, pl.cdiv(num_rows, TILING_ROWS) * TILING_ROWS), num_outputs
+    if interpret and not interpreter_clips():  # of reads
         padded_rows = num_rows + tile.rows
         padded_outputs = pl.cdiv(num_outputs, _WARPGROUPS * tile.columns) * _WARPGROUPS * tile.columns
         weights = tuple(padded(weight, 1, padded_outputs) for weight in weights)
-    result = _kernel(tile, work, padded(tokens, 0, padded_rows), weights, combine, name, interpret)
-    return result[:num_rows, :num_outputs]
+    tokens = padded(tokens, 0, padded_rows)
+    return _kernel(tile, work, tokens, weights, num_outputs, combine, name, interpret)[:num_rows]
 
 
 def _kernel(
@@ -134,11 +144,11 @@ def _kernel(
     work: WorkList,
     tokens: jax.Array,
     weights: tuple[jax.Array, ...],
+    num_outputs: int,
     combine: Callable[[jax.Array], jax.Array],
     name: str,
     interpret: bool,
 ) -> jax.Array:
-    num_outputs = weights[0].shape[1]
     num_blocks = pl.cdiv(num_outputs, _WARPGROUPS * tile.columns)
     jobs_together = _ITEMS_TOGETHER * num_blocks
     most_jobs = pl.cdiv(len(work.row), _ITEMS_TOGETHER) * jobs_together
@@ -169,7 +179,7 @@ def _kernel(
         jax.lax.fori_loop(jnp.int32(0), my_jobs, job, ())
 
     body.__name__ = name
-    transforms = (plgpu.TilingTransform((8, tile.step_size)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
+    transforms = (plgpu.TilingTransform((TILING_ROWS, tile.step_size)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
     scratch_types = [
         plgpu.SMEM((tile.stages, tile.rows, tile.step_size), tokens.dtype, transforms=transforms),
         plgpu.SMEM((tile.stages, _WARPGROUPS, tile.width, tile.step_size), tokens.dtype, transforms=transforms),
@@ -188,7 +198,7 @@ def _kernel(
         thread_name="warpgroup",
         scratch_types=scratch_types,
         interpret=interpret,
-    )(work.counts, work.row, work.group, work.last, tokens, *weights)
+    )(work.counts, work.row, work.group, work.first, work.last, tokens, *weights)
 
 
 def _divided(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
@@ -204,6 +214,7 @@ def _one_item(
     block: jax.Array,
     row_ref: Any,
     group_ref: Any,
+    first_ref: Any,
     last_ref: Any,
     tokens_ref: Any,
     *refs: Any,
@@ -211,9 +222,10 @@ def _one_item(
     weight_refs, (output_ref, *scratch_refs) = refs[: tile.num_weights], refs[tile.num_weights :]
     token_places, weight_places, result_places, filled, emptied, *interpreter_places = scratch_refs
     warpgroup, me = Warpgroup(interpret), jax.lax.axis_index("warpgroup")
-    row, group = row_ref[item], group_ref[item]
-    num_own_rows = last_ref[item] - row
+    row, group, first = row_ref[item], group_ref[item], first_ref[item]
+    num_own_rows = last_ref[item] - first
     column = (block * _WARPGROUPS + me) * tile.columns
+    has_columns = column < output_ref.shape[1]  # the last block of columns may be one warpgroup's alone
     num_steps = tokens_ref.shape[1] // tile.step_size
 
     def load(step: jax.Array, place: Any) -> None:
@@ -221,13 +233,13 @@ def _one_item(
         columns_of_step = pl.ds(step * tile.step_size, tile.step_size)
         my_rows = tile.rows // _WARPGROUPS
         plgpu.copy_gmem_to_smem(
-            tokens_ref.at[pl.ds(row + me * my_rows, my_rows), columns_of_step],
+            tokens_ref.at[aligned_rows(row + me * my_rows, my_rows), columns_of_step],
             token_places.at[place, pl.ds(me * my_rows, my_rows)],
             filled.at[place],
         )
         for index, weight_ref in enumerate(weight_refs):
             plgpu.copy_gmem_to_smem(
-                weight_ref.at[group, pl.ds(column, tile.columns), columns_of_step],
+                weight_ref.at[group, aligned_rows(column, tile.columns), columns_of_step],
                 weight_places.at[place, me, pl.ds(index * tile.columns, tile.columns)],
                 filled.at[place],
             )
@@ -261,7 +273,8 @@ def _one_item(
             @pl.when(num_own_rows & size != 0)
             def _(size: int = size, done: jax.Array = done) -> None:
                 plgpu.copy_smem_to_gmem(
-                    place.at[pl.ds(done, size)], output_ref.at[pl.ds(row + done, size), pl.ds(column, tile.columns)]
+                    place.at[pl.ds(first - row + done, size)],
+                    output_ref.at[pl.ds(first + done, size), pl.ds(column, tile.columns)],
                 )
 
     def store_full_tile(value: jax.Array) -> None:
@@ -274,7 +287,7 @@ def _one_item(
         for piece in pieces:
             plgpu.copy_smem_to_gmem(
                 weight_places.at[piece, me, pl.ds(0, tile.rows)],
-                output_ref.at[pl.ds(row, tile.rows), pl.ds(column + piece * tile.step_size, tile.step_size)],
+                output_ref.at[aligned_rows(row, tile.rows), pl.ds(column + piece * tile.step_size, tile.step_size)],
             )
 
     @pl.when(has_product)
@@ -286,13 +299,13 @@ def _one_item(
             output_ref.dtype
         )
         is_full = num_own_rows == tile.rows
-        if tile.columns // tile.step_size <= tile.stages and output_ref.shape[1] % tile.step_size == 0:
-            pl.when(is_full)(lambda: store_full_tile(value))
-            pl.when(~is_full)(lambda: store_in_pieces(value))
+        if tile.columns // tile.step_size <= tile.stages:
+            pl.when(has_columns & is_full)(lambda: store_full_tile(value))
+            pl.when(has_columns & ~is_full)(lambda: store_in_pieces(value))
         else:
-            store_in_pieces(value)
+            pl.when(has_columns)(lambda: store_in_pieces(value))
 
-    @pl.when(~has_product)
+    @pl.when(~has_product & has_columns)
     def _() -> None:
         store_in_pieces(warpgroup.full((tile.rows, tile.columns), 0.0).astype(output_ref.dtype))
 

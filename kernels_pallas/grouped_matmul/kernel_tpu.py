@@ -62,7 +62,7 @@ def _grouped(
 ) -> jax.Array:
     (num_rows, size), num_outputs = tokens.shape, weights[0].shape[1]
     rows, columns = _rows(tokens, weights[0]), _columns(tokens, *weights)
-    work = work_list(group_sizes, num_rows, rows, aligned=True)
+    work = work_list(group_sizes, num_rows, rows, multiple=rows)
     prefetched = (work.row // rows, work.group, work.first, work.last, work.counts)
     a_tile = pl.BlockSpec((rows, size), lambda column, item, tile, *_: (tile[item], 0))
     a_weight = pl.BlockSpec((None, columns, size), lambda column, item, tile, group, *_: (group[item], column, 0))

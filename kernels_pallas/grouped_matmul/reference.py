@@ -38,7 +38,7 @@ def _grouped(
 ) -> jax.Array:
     num_rows, num_outputs = tokens.shape[0], weights[0].shape[1]
     tile_rows = _tile_rows(num_rows, rows_per_group(tokens, weights[0]))
-    work = work_list(group_sizes, num_rows, tile_rows, aligned=False)
+    work = work_list(group_sizes, num_rows, tile_rows, multiple=1)
 
     @jax.checkpoint  # the backward pass reads the weights again, instead of keeping a copy of them per item
     def product(begin: jax.Array, group: jax.Array) -> jax.Array:

@@ -5,8 +5,9 @@ first .. last - 1 belong to the item's group; rows after the last group belong t
 Items with a product come first, then those that write zeros, then padding up to a length known at compile time. Empty
 groups have no items. (MegaBlocks, arXiv 2211.15841, has such lists of blocks; how items are counted differs.)
 
-    group        0 0 0 0 0 1 1 3 3 3 3 - - -        tiles of four rows that form a grid (`aligned`):    0 0 1 3 3 - -
-    tile         0 0 0 0 1 1 1 1 2 2 2 2 3 3        tiles of four rows from each group's start:         0 0 1 3 -
+    group of each row                                   0 0 0 0 0 1 1 3 3 3 3 - - -
+    rows that tiles of four begin at, multiple = 4      0: 0, 4: 0, 4: 1, 4: 3, 8: 3, 8: -, 12: -
+    the same, multiple = 1                              0: 0, 4: 0, 5: 1, 7: 3, 11: -
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ class WorkList(NamedTuple):
 
     row: where the tile begins.
     group: of the weights; if none are needed, that of the item before.
-    first, last: the rows first .. last - 1 are the item's own.
+    first, last: the rows first .. last - 1 are the item's own; the tile may begin before them.
     counts: items with a product, items with a product or zeros.
     """
 
@@ -31,23 +32,24 @@ class WorkList(NamedTuple):
     counts: Int[Array, " 2"]
 
 
-def work_list(group_sizes: Int[Array, " E"], num_rows: int, tile_rows: int, *, aligned: bool) -> WorkList:
+def work_list(group_sizes: Int[Array, " E"], num_rows: int, tile_rows: int, *, multiple: int) -> WorkList:
     """The items for tiles of rows.
 
     group_sizes: rows per group; negative sizes, and rows beyond `num_rows`, are cut.
     num_rows: of all tokens.
     tile_rows: of a tile.
-    aligned: tiles begin at multiples of `tile_rows`, else where groups do.
+    multiple: of which each tile begins at one, a divisor of `tile_rows`: the last before its group, or after the tile
+        before it.
     """
     ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes.astype(jnp.int32), 0)), num_rows)
     ends = jnp.concatenate([ends, jnp.full((1,), num_rows, jnp.int32)])
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
-    origins = starts // tile_rows * tile_rows if aligned else starts
+    origins = starts // multiple * multiple
     num_tiles = jnp.where(ends > starts, (ends - origins + tile_rows - 1) // tile_rows, 0)
     items_through = jnp.cumsum(num_tiles)
     num_items, num_products = items_through[-1], items_through[-2]
 
-    item = jnp.minimum(jnp.arange(most_items(num_rows, len(group_sizes), tile_rows, aligned)), num_items - 1)
+    item = jnp.minimum(jnp.arange(most_items(num_rows, len(group_sizes), tile_rows, multiple)), num_items - 1)
     owner = jnp.searchsorted(items_through, item, side="right", method="compare_all").astype(jnp.int32)
     row = origins[owner] + (item - items_through[owner] + num_tiles[owner]) * tile_rows
     last_with_weights = owner[jnp.maximum(num_products - 1, 0)]
@@ -56,15 +58,16 @@ def work_list(group_sizes: Int[Array, " E"], num_rows: int, tile_rows: int, *, a
     return WorkList(row, group, first, last, jnp.stack([num_products, num_items]))
 
 
-def most_items(num_rows: int, num_groups: int, tile_rows: int, aligned: bool) -> int:
+def most_items(num_rows: int, num_groups: int, tile_rows: int, multiple: int) -> int:
     """The length of a work list: enough for any group sizes; rows of no group count as one more group.
 
     num_rows, num_groups: of the tokens.
-    tile_rows, aligned: as for `work_list`.
+    tile_rows, multiple: as for `work_list`.
     """
-    if aligned:
+    if multiple == tile_rows:  # tiles are the same for all groups, and each boundary adds one item
         return min(num_rows, -(-num_rows // tile_rows) + num_groups)
-    return min(num_rows, num_rows // tile_rows + num_groups + 1)
+    foreign_rows = (multiple - 1) * (num_groups + 1)  # before the first own row of each group
+    return min(num_rows, (num_rows + foreign_rows) // tile_rows + num_groups + 1)
 
 
 def power_of_two(value: float, smallest: int, largest: int) -> int:

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, tiled
+from decodax.kernels_pallas.compat import Warpgroup, aligned_rows, gpu_kernel, tiled
 from decodax.kernels_pallas.linear_attention.reference import FORGOTTEN
 
 CHUNK_TOKENS = 64  # the rows of a matrix product
@@ -143,7 +143,7 @@ def _walk(
             exists = warpgroup.iota(output.shape, 0) < num_existing - chunk * CHUNK_TOKENS
             output_tile[...] = jnp.where(exists, output, 0.0).astype(out_dtype)
             plgpu.commit_smem()
-            rows = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
+            rows = aligned_rows(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
             plgpu.copy_smem_to_gmem(output_tile, output_ref.at[row, rows, head, mine])
 
         def chunk(index: Any, *step_refs: Any) -> tuple[jax.Array, ...]:
@@ -315,7 +315,7 @@ def _prepared(
         inputs, total_tile = zip((query_ref, key_ref, decay_ref), tiles[:3], strict=True), tiles[-1]
         row, head, chunk = (jax.lax.axis_index(name) for name in ("row", "head", "chunk"))
         start = chunk * CHUNK_TOKENS
-        rows = pl.ds(start, CHUNK_TOKENS)
+        rows = aligned_rows(start, CHUNK_TOKENS)
 
         @pl.when(start < length_ref[row])
         def _() -> None:

@@ -38,7 +38,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from decodax.kernels_pallas.compat import Warpgroup, gpu_kernel, tiled
+from decodax.kernels_pallas.compat import Warpgroup, aligned_rows, gpu_kernel, tiled
 from decodax.kernels_pallas.decode.partition import Partition, num_slots, partition
 from decodax.kernels_pallas.hopper import num_cores
 from decodax.kernels_pallas.mla_decode.new_latents import NewLatents, mask_nonfinite, packed
@@ -330,10 +330,10 @@ class _Walk:
 
         def copies(latent: Any, rope_key: Any, first: Array) -> None:
             arrived = memory.tile_arrived.at[place.stage]
-            source = latent.at[place.owner, pl.ds(first, TILE_TOKENS), pl.ds(half * columns, columns)]
+            source = latent.at[place.owner, aligned_rows(first, TILE_TOKENS), pl.ds(half * columns, columns)]
             plgpu.copy_gmem_to_smem(source, memory.latents.at[place.stage, half], arrived)
             tokens = half * _PIECE_TOKENS
-            source = rope_key.at[place.owner, pl.ds(first + tokens, _PIECE_TOKENS)]
+            source = rope_key.at[place.owner, aligned_rows(first + tokens, _PIECE_TOKENS)]
             target = memory.rope_keys.at[place.stage, pl.ds(tokens, _PIECE_TOKENS)]
             plgpu.copy_gmem_to_smem(source, target, arrived)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from decodax.kernels_pallas.compat import aligned_rows
 from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
 from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, OrderedTiles, Tables, ordered
@@ -38,7 +39,7 @@ class _PagedTiles(OrderedTiles):
         head = 0 if self.heads_per_page == 1 else jax.lax.rem(slab, jnp.int32(self.num_kv_heads))
         if self.page_tokens == piece_tokens:
             return pages[slab, entry], head, pl.ds(0, piece_tokens)
-        return pages[slab, entry], head, pl.ds(jax.lax.rem(position, page_tokens), piece_tokens)
+        return pages[slab, entry], head, aligned_rows(jax.lax.rem(position, page_tokens), piece_tokens)
 
 
 def unsupported_reason(
