@@ -44,7 +44,7 @@ def apply_in_tiles(
     """`Model.apply` in the invariant mode; every layer gets its cache as a `Tile`. Arguments as for `Model.apply`."""
     first, last = layers
     is_token = jnp.issubdtype(inputs.dtype, jnp.integer)
-    dtype = params["embedding"].dtype if is_token else inputs.dtype
+    dtype = model.dtype(params) if is_token else inputs.dtype
 
     def run(inputs, position, row_length, tiles, mask) -> Forward:
         hidden = jax.lax.optimization_barrier(model.embed(params, inputs)) if is_token else inputs
@@ -82,8 +82,14 @@ def run_in_tiles(
     inputs, position, row_length, mask: as for `Model.apply`.
     caches: of the layers that run.
     empty_update: (num_tokens) -> room for the layers' cache updates.
-    Raises ValueError for caches that do not return keys and values as committed.
+    Raises ValueError for caches that do not return keys and values as committed, and for a mask with which a token
+    attends to later ones.
     """
+    if mask.attends_ahead:
+        raise ValueError(
+            f"the invariant mode runs tokens in order, and {type(mask).__name__} lets them attend to later ones: use "
+            "another mask, or invariant=False"
+        )
     batch, num_tokens = position.shape
     bare, staged, staged_position = _unstage(caches)
     is_chain = isinstance(mask, Causal)

@@ -111,11 +111,11 @@ def _attend_to_new(
     scale: float,
     softcap: float | None,
 ) -> OnlineSoftmax:
-    """The softmax of some queries over the staged tokens and the new ones: none of those after them."""
+    """The softmax of some queries over the staged tokens and the new ones, up to the queries if the mask allows it."""
     num_queries, num_staged = position.shape[1], new.position.shape[1] - position.shape[1]
     group, start, end = grouped.shape[2] // num_queries, tile.start, min(tile.stop, num_queries)
     queries = grouped[:, :, start * group : end * group]
-    keys_end = num_staged + end
+    keys_end = num_staged + (num_queries if mask.attends_ahead else end)
     keys = Tokens(new.position[:, :keys_end], is_new=True)
     allowed = mask.allows(Tokens(position[:, start:end], is_new=True, first=start), keys)
     block = KeyBlock(new.key[:, :, :keys_end], new.value[:, :, :keys_end], allowed[:, None])

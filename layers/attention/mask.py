@@ -41,10 +41,15 @@ class Span:
 
 
 class Mask:
-    """The contract: which keys a query attends to, and the first position that any query attends to.
+    """The contract: which keys a query attends to, and the first position that any query attends to."""
 
-    No new token attends to one after it among the new ones.
-    """
+    @property
+    def attends_ahead(self) -> bool:
+        """Whether a new token may attend to one after it among the new ones, as in an encoder or a block of an image.
+
+        Where it says no, keys after a query are not even read; recurrent layers and the invariant mode need a no.
+        """
+        return True
 
     def span(self, *, is_new: bool) -> Span | None:
         """The span of the queries over the new tokens, or over those in the cache; None if a span does not say it all.
@@ -68,6 +73,10 @@ class Mask:
 class Causal(Mask):
     """A query attends to keys at its own position and before: the mask of a chain."""
 
+    @property
+    def attends_ahead(self) -> bool:
+        return False
+
     def span(self, *, is_new: bool) -> Span | None:
         return Span(None)
 
@@ -81,11 +90,16 @@ class Window(Mask):
 
     size: int = pytree.static()
 
+    @property
+    def attends_ahead(self) -> bool:
+        return False
+
     def span(self, *, is_new: bool) -> Span | None:
         return Span(self.size)
 
     def allows(self, query: Tokens, key: Tokens) -> Bool[Array, "B T S"]:
-        return key.position[:, None, :] > query.position[:, :, None] - self.size
+        distance = query.position[:, :, None] - key.position[:, None, :]
+        return (distance >= 0) & (distance < self.size)
 
     def first_visible(self, position: Int[Array, "B T"]) -> Int[Array, "B T"]:
         return position - self.size + 1
@@ -102,6 +116,10 @@ class Ancestors(Mask):
     """
 
     allowed: Bool[Array, "#B T U"]
+
+    @property
+    def attends_ahead(self) -> bool:
+        return False
 
     @classmethod
     def from_parents(cls, parent: Int[Array, "#B T"]) -> "Ancestors":
@@ -129,6 +147,10 @@ class Both(Mask):
 
     left: Mask
     right: Mask
+
+    @property
+    def attends_ahead(self) -> bool:
+        return self.left.attends_ahead and self.right.attends_ahead
 
     def span(self, *, is_new: bool) -> Span | None:
         spans = [mask.span(is_new=is_new) for mask in (self.left, self.right)]

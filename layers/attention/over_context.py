@@ -49,6 +49,10 @@ class OwnSlots(Mask):
     first: Int[Array, ""]
     attends_to_new: Bool[Array, ""]
 
+    @property
+    def attends_ahead(self) -> bool:
+        return self.mask.attends_ahead
+
     def span(self, *, is_new: bool) -> Span | None:
         return self.mask.span(is_new=is_new)
 

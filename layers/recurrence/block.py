@@ -33,7 +33,15 @@ class Past(NamedTuple):
     position: Int[Array, "B U"] | None
 
     def reads(self, position: Int[Array, "B T"], mask: Mask) -> tuple[Bool[Array, "B T U"], Int[Array, "B U"]]:
-        """Which of the staged and the new tokens each new token reads, and the positions of all those."""
+        """Which of the staged and the new tokens each new token reads, and the positions of all those.
+
+        Raises ValueError for a mask with which a token attends to later ones.
+        """
+        if mask.attends_ahead:
+            raise ValueError(
+                f"a recurrent layer reads tokens in order, and {type(mask).__name__} lets them attend to later ones: "
+                "use another mask, or set its attends_ahead to False if it does not"
+            )
         keys = position if self.position is None else jnp.concatenate([self.position, position], axis=1)
         reads = mask.allows(Tokens(position, is_new=True), Tokens(keys, is_new=True))
         return jnp.broadcast_to(reads, (*position.shape, keys.shape[1])), keys

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.core import pytree
 from decodax.layers.attention.attend import attend
-from decodax.layers.attention.attend_xla import attend_in_xla
-from decodax.layers.attention.mask import Ancestors, Causal, Window
-from decodax.layers.kv_cache.full import KVCache
+from decodax.layers.attention.attend_xla import QUERY_TILE_TOKENS, attend_in_xla
+from decodax.layers.attention.mask import Ancestors, Causal, Mask, Window
+from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from tests.oracles.attention import attention
 
 BATCH, QUERIES, HEADS, KV_HEADS, SIZE, CAPACITY = 3, 5, 6, 2, 7, 19
@@ -174,6 +175,40 @@ def test_many_new_tokens_in_tiles(tree, monkeypatch):
             readable = np.concatenate([np.ones(length, bool), allowed[row, token]])
             want = attention(query[row, token], keys, values, readable, 0.3)
             np.testing.assert_allclose(got[row, token], want, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytree.dataclass
+class InBlocks(Mask):
+    """A query attends to the cached tokens and to all new tokens of its own block: an image, or with one an encoder."""
+
+    size: int = pytree.static()
+
+    def allows(self, query, key):
+        if not key.is_new:
+            return jnp.ones((1, query.position.shape[1], key.position.shape[1]), bool)
+        return query.position[:, :, None] // self.size == key.position[:, None, :] // self.size
+
+
+@pytest.mark.parametrize("size", [50, 1000])
+@pytest.mark.parametrize("cached", [0, 7])
+def test_a_mask_of_ones_own_may_let_tokens_attend_to_later_ones(size, cached):
+    """Beyond the number of queries that attend at once, too."""
+    random, num_tokens = np.random.default_rng(3), 2 * QUERY_TILE_TOKENS + 5
+    query, key, value = (random.standard_normal((1, heads, num_tokens, SIZE)).astype(np.float32) for heads in (2, 1, 1))
+    position = np.arange(cached, cached + num_tokens)
+    cache = KVCache.empty(1, 1, 16, SIZE, jnp.float32)
+    past = random.standard_normal((2, 1, 1, cached, SIZE)).astype(np.float32)
+    cache = cache.commit(KVUpdate(*map(jnp.asarray, past)), jnp.array([cached]))
+    got = attend(
+        jnp.asarray(query.swapaxes(1, 2)), jnp.asarray(key), jnp.asarray(value), jnp.asarray(position)[None],
+        InBlocks(size), cache if cached else None, scale=0.3, softcap=None,
+    )  # fmt: skip
+    keys = np.concatenate([past[0, 0], key[0]], axis=1).swapaxes(0, 1)
+    values = np.concatenate([past[1, 0], value[0]], axis=1).swapaxes(0, 1)
+    for token in range(0, num_tokens, 29):
+        readable = np.r_[np.ones(cached, bool), position // size == position[token] // size][:, None]
+        want = attention(query[0, :, token], keys, values, readable, 0.3, None)
+        np.testing.assert_allclose(got[0, token], want, atol=TOLERANCE)
 
 
 def test_without_cache_equals_an_empty_one():

@@ -19,6 +19,13 @@ def test_ancestors_from_parents():
             assert set(np.nonzero(allowed[row, node])[0]) == path
 
 
+@pytest.mark.parametrize("mask", [Causal(), Window(3), Causal() & Window(4), Window(2)])
+def test_no_mask_of_ours_lets_a_token_attend_to_later_ones(mask):
+    assert not mask.attends_ahead
+    place = jnp.arange(9)[None]
+    assert not np.triu(mask.allows(Tokens(place, is_new=True), Tokens(place, is_new=True))[0], 1).any()
+
+
 @pytest.mark.parametrize("mask", [Causal(), Window(3), Causal() & Window(5), Window(2) & Window(7)])
 def test_the_first_allowed_key_is_a_lower_bound(mask):
     query = jnp.asarray([[2, 9, 13], [0, 1, 30]])
