@@ -82,11 +82,15 @@ class StreamDecoder:
         return text.rstrip(_REPLACEMENT) != "" or len(text) > _MAX_UNFINISHED
 
     def _forget(self, text: str) -> None:
-        """Keeps only the window's last few texts; if these are no context, waits until the window has doubled."""
+        """Keeps only the window's last few texts, or those that are not empty; if neither will do, waits until the
+        window has doubled."""
         last = self._window[-_CONTEXT_TOKENS:]
         num_unseen = len(text) - len(self._seen)
         if num_unseen < 0 or not self._is_context(last):
-            self._window_limit = 2 * len(self._window)
+            shown = [token_text for token_text in self._window if token_text]
+            if self._tokenizer.join(shown) == text:  # empty texts show nothing, so any number of them may go
+                self._window = shown
+            self._window_limit = 2 * max(_CONTEXT_TOKENS, len(self._window))
             return
         kept = self._tokenizer.join(last)
         self._window, self._seen = last, kept[: len(kept) - num_unseen]

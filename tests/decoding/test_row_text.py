@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from decodax.decoding.row_text import RowText
+from decodax.decoding.row_text import RowText, _StopSearch
 from decodax.models.tokenizers.tokenizer import Tokenizer
 from tests.small_tokenizers import KINDS, SPECIAL
 
@@ -90,3 +90,44 @@ def test_random_tokens_and_stop_strings(kind):
                 break
         assert read(kind, tokens, stops, prompt, split=seed) == expected, (seed, stops)
     assert num_stopped > 40
+
+
+def test_stop_strings_are_found_across_pieces_wherever_they_begin():
+    stops = ["abc", "bcbcbcd", "d"]
+    for seed in range(200):
+        generator = random.Random(seed)
+        text = "".join(generator.choices("abcd", [6, 6, 6, 1], k=30))
+        search, at, found = _StopSearch(stops), 0, []
+        while at < len(text) and not found:
+            size = generator.randrange(0, 4)
+            found = search.push(text[at : at + size])
+            at += size
+        shown = text[:at]
+        assert found == [shown.find(stop) for stop in stops if stop in shown] and search.length == min(at, len(text))
+
+
+class OneToken(Tokenizer):
+    """Every token has the same text; counts the texts that are joined."""
+
+    def __init__(self, kind, text):
+        super().__init__(KINDS[kind]())
+        self.one_text, self.num_joined = text, 0
+
+    def token_texts(self, tokens, *, skip_special_tokens=True):
+        is_hidden = skip_special_tokens and self.one_text in SPECIAL
+        return [] if is_hidden else [self.one_text for _ in tokens]
+
+    def join(self, token_texts):
+        self.num_joined += len(token_texts)
+        return super().join(token_texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["</s>", "a", "<0xE2>", ""])
+def test_the_work_of_a_token_does_not_grow_with_the_text(kind, text):
+    tokenizer = OneToken(kind, text)
+    row = RowText(tokenizer, [0], ["never", "</s>never"])
+    row.read([0] * 400)
+    first = tokenizer.num_joined
+    row.read([0] * 2000)
+    assert row.num_read == 2400 and 0 < tokenizer.num_joined - first <= 6 * first
