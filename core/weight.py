@@ -32,6 +32,7 @@ class Weight:
     replicated: every device that runs the layer holds the full weight; for small weights such as a router's.
     block_size: how many consecutive entries of a dimension with several logical axes belong together, as a head's do;
         a mesh never splits such a block.
+    dtype: in which it is always held, such as "float32" for numbers that choose or decay; None for the model's.
     """
 
     axes: tuple[str, ...]
@@ -39,6 +40,7 @@ class Weight:
     init: Literal["normal", "ones", "zeros"] = "normal"
     replicated: bool = False
     block_size: int = 1
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape) or not AXES.issuperset("".join(self.axes)):
@@ -55,8 +57,13 @@ class Weight:
         sizes = zip(self.axes, self.shape, strict=True)
         return tuple(size // self.block_size if len(axis_names) > 1 else size for axis_names, size in sizes)
 
+    def dtype_in(self, model_dtype: DTypeLike) -> jnp.dtype:
+        """The dtype of this weight in a model of that dtype."""
+        return jnp.dtype(model_dtype if self.dtype is None else self.dtype)
+
     def initial(self, key: Array, dtype: DTypeLike = jnp.float32) -> Array:
         """An initial value of this weight."""
+        dtype = self.dtype_in(dtype)
         if self.init == "normal":
             return (jax.random.normal(key, self.shape) * self.shape[-1] ** -0.5).astype(dtype)
         return (jnp.ones if self.init == "ones" else jnp.zeros)(self.shape, dtype)

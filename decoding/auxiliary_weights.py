@@ -150,7 +150,7 @@ def find_auxiliary_weights(kind: str, lm: "LanguageModel", given: Any) -> Auxili
         given = lm.path / kind
     if not isinstance(given, AuxiliaryWeights):
         given = folder_name("draft", given, f" (for strategy {kind!r})")
-        given = read_auxiliary_weights(given, jax.tree.leaves(lm.params)[0].dtype)
+        given = read_auxiliary_weights(given, lm.dtype)
     if given.kind != kind:
         raise ValueError(
             f"strategy {kind!r} needs weights of that kind, {given.label} holds {printable(repr(given.kind))}"

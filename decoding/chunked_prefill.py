@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from decodax.core.axes import declared_axes
 from decodax.decoding.early_exit.contract import LayerPolicy
 from decodax.decoding.logits_processors import History
 from decodax.decoding.programs import bounded_jit
@@ -33,7 +34,7 @@ DRAFT_CHUNK_TOKENS = 128  # prompt tokens that a drafter runs per forward
 
 @runtime_checkable
 class PrefillForward(Protocol):
-    """Runs T tokens per row. Gives the updates of `caches`, and vectors that are finite where the token's forward was.
+    """Runs T tokens per row. Gives the updates of `caches`, and vectors that are finite where the layers' inputs were.
 
     caches: what the tokens attend to; not changed.
     tokens, position: ids and absolute positions.
@@ -76,7 +77,8 @@ def prefill(
     cache_policy: what the caches keep; by default what `layer_policy` needs.
     layer_policy: which layers the prompts run, all by default (`decoding/early_exit/`).
 
-    Raises ValueError for an empty row, token ids outside the vocabulary or shapes that do not match.
+    Raises ValueError for an empty row, token ids outside the vocabulary, shapes that do not match, and rows that would
+    be longer than the model's context.
     Raises MemoryError when the cache would not fit on the device.
     """
     tokens, length = np.asarray(tokens), np.asarray(length, np.int32)
@@ -84,7 +86,7 @@ def prefill(
     _check_prompt(model, tokens, length, limit)
     batch, longest = tokens.shape[0], int(length.max())
     capacity = cache_capacity(int(limit.max()), model.execution)
-    dtype = cache_dtype or jax.tree.leaves(params)[0].dtype
+    dtype = cache_dtype or model.dtype(params)
     policy = cache_policy or (KVCache if layer_policy is None else layer_policy.cache_policy)
     check_cache_fits(model, batch, capacity, dtype, policy)
     sampling = Sampling.create(batch, model.config.vocab_size) if sampling is None else sampling
@@ -131,9 +133,15 @@ def _check_prompt(model: Model, tokens: np.ndarray, length: np.ndarray, limit: n
         raise ValueError(f"tokens must be [B, T] and length [B], got shapes {tokens.shape} and {length.shape}")
     if limit.shape != length.shape or np.any(limit <= length):
         raise ValueError(f"max_new_tokens must be at least 1, for all rows or for each, got {limit - length}")
+    context = model.config.max_position_embeddings
     for row, (ids, count) in enumerate(zip(tokens, length, strict=True)):
         if not 1 <= count <= tokens.shape[1]:
             raise ValueError(f"length must be in 1..{tokens.shape[1]} (tokens of the row), got {count} in row {row}")
+        if limit[row] > context:
+            raise ValueError(
+                f"a prompt and its new tokens must fit in the model's context of {context}, got {count} + "
+                f"{limit[row] - count} tokens in row {row}: lower max_new_tokens or shorten the prompt"
+            )
         outside = ids[:count][(ids[:count] < 0) | (ids[:count] >= model.config.vocab_size)]
         if outside.size:
             raise ValueError(
@@ -214,9 +222,23 @@ def commit_chunk(
     updates, finite_check = run(caches, window, position, jnp.maximum(length[:, None], 1))
     is_new = is_prefilled(length, start, chunk)
     finite = jnp.all(jnp.isfinite(finite_check) | ~is_new[..., None], axis=(1, 2))
+    # A value that is not finite in a cache shows in the layers after it. The last layer has none.
+    finite = finite & _rows_are_finite(updates[-1], is_new)
     # The count depends on the forward, so XLA writes the caches in place (see KVCache.commit).
     count = jnp.where(finite & ~skip, jnp.sum(is_new, axis=1, dtype=jnp.int32), 0)
     return commit(caches, updates, count), finite
+
+
+def _rows_are_finite(update: Any, counted: Bool[Array, "B T"]) -> Bool[Array, " B"]:
+    """Which rows have no NaN or infinity in what a layer's cache would keep of the counted tokens."""
+    finite, kept = jnp.ones(counted.shape[0], bool), getattr(update, "kept", None)
+    counted = counted if kept is None else counted & kept
+    for leaf, axes in zip(jax.tree.leaves(update), declared_axes(update), strict=True):
+        if axes is not None and {"B", "T"} <= set(axes) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            others = tuple(axis for axis, name in enumerate(axes) if name not in "BT")
+            of_token = jnp.all(jnp.isfinite(leaf), axis=others)  # [B, T]: no class has them the other way round
+            finite = finite & jnp.all(of_token | ~counted, axis=1)
+    return finite
 
 
 def prefill_caches(

@@ -54,7 +54,7 @@ def latency_curve(
     cached_tokens: tokens in the cache of each row.
     """
     capacity = bucket(cached_tokens + max(num_tokens))
-    caches = model.empty_cache(batch_size, capacity, jax.tree.leaves(params)[0].dtype)
+    caches = model.empty_cache(batch_size, capacity, model.dtype(params))
     length = jnp.full(batch_size, cached_tokens, jnp.int32)
     caches = jax.tree.map(lambda leaf: length if leaf.ndim == 1 else leaf, caches)
 

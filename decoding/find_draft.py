@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from decodax.core.arguments import folder_name, shown
@@ -57,7 +56,7 @@ def find_draft(strategy: str, lm: LanguageModel, draft: Any) -> Draft:
     if not isinstance(draft, LanguageModel):
         found = folder_name("draft", draft, f" or a loaded model (for strategy {strategy!r})")
         try:
-            draft = _load(str(found), jax.tree.leaves(lm.params)[0].dtype.name, lm.model.execution.mesh)
+            draft = _load(str(found), lm.dtype.name, lm.model.execution.mesh)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"draft: {error}") from error
     _check_tokens(lm, draft)

@@ -19,6 +19,7 @@ from decodax.decoding.options import GenerateOptions
 from decodax.decoding.pace import Pace
 from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.ready_strategy import ReadyStrategy
+from decodax.decoding.rows import repeat_rows
 from decodax.decoding.state import DecodeState
 from decodax.decoding.text_watcher import TextWatcher
 from decodax.models.tokenizers.tokenizer import no_tokenizer_message
@@ -43,11 +44,12 @@ class Stats:
     layer_forwards: runs of single layers of it in the loop, by target or drafter; a layer that one row of a batch
         needs runs for all.
     row_layers: the layers that each row needed, summed over the rows.
+    num_cut_tokens: what the loop decoded after a stop string, which is not in the result.
     fallback: why plain decoding replaced the strategy, None where it did not.
     draft_forwards: runs of a drafter's own network in the loop.
     accepted_lengths[n]: how often one forward of the model gave a row n draft tokens and one of its own; where a stop
-        token or the row's limit cuts a round short, the last token counts as the model's. So new tokens are exactly
-        the sum of (n + 1) accepted_lengths[n].
+        token or the row's limit cuts a round short, the last token counts as the model's. So new tokens and those cut
+        off are exactly the sum of (n + 1) accepted_lengths[n].
     proposed[d]: how often the target verified a draft token at position d + 1 (those before it were accepted).
     accepted[d]: how often it accepted that token (in a tree: one of them).
     """
@@ -63,6 +65,7 @@ class Stats:
     num_layers: int
     layer_forwards: int
     row_layers: int
+    num_cut_tokens: int = 0
     fallback: str | None = None
     draft_forwards: int = 0
     accepted_lengths: tuple[int, ...] = ()
@@ -71,14 +74,18 @@ class Stats:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens per row and forward of the model; 1 for plain decoding."""
+        """Tokens decoded per row and forward of the model; 1 for plain decoding."""
         rounds = sum(self.accepted_lengths)
-        return self.num_new_tokens / rounds if rounds else 1.0
+        return self._num_decoded / rounds if rounds else 1.0
 
     @property
     def tokens_per_full_forward(self) -> float:
-        """New tokens per row and `num_layers` layer runs (the cost of one full forward); 1 for plain decoding."""
-        return self.num_new_tokens * self.num_layers / self.row_layers if self.row_layers else 1.0
+        """Tokens decoded per row and `num_layers` layer runs (the cost of one full forward); 1 for plain decoding."""
+        return self._num_decoded * self.num_layers / self.row_layers if self.row_layers else 1.0
+
+    @property
+    def _num_decoded(self) -> int:
+        return self.num_new_tokens + self.num_cut_tokens
 
     @property
     def acceptance_per_position(self) -> tuple[float | None, ...]:
@@ -97,19 +104,21 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """The generated text, one entry per prompt.
+    """The generated text, one entry per prompt, or per sample: all of the first prompt, then those of the second.
 
     tokens: Int32 arrays, new tokens only; a stop token that ended the row is the last one.
     text: text of the tokens without special ones, up to a stop string; None where the model has no tokenizer.
     logprobs: Float32 arrays, the model's own log-probability of each token (before any sampling option).
     finish_reasons: "stop" (stop token or string), "length" (max_new_tokens or the context), or "failed" (the logits
         became NaN or infinite; the tokens before that are kept).
+    seeds: of each row; with `seed=[its seed]` a prompt alone draws the same tokens.
     """
 
     tokens: list[np.ndarray]
     text: list[str] | None
     logprobs: list[np.ndarray]
     finish_reasons: list[str]
+    seeds: list[int]
     stats: Stats
 
 
@@ -126,7 +135,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     if options.stop_strings and lm.tokenizer is None:
         raise ValueError(no_tokenizer_message(lm.path, "use stop_token_ids instead of stop"))
     ends = options.end_tokens(lm.end_token_ids, lm.config.vocab_size)
-    seeds = options.seeds(len(rows))
+    seeds = options.sample_seeds(len(rows))
     if spans_processes(lm.model.execution.mesh):
         assert_same_on_all_processes(lm.model.execution.mesh, _run_fingerprint(lm, rows, options))
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
@@ -144,21 +153,23 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         tokens,
         lengths,
         limits,
-        seeds,
+        seeds[:: options.n],
         sampling=sampling,
         stop_token_ids=ends,
         layer_policy=plan.layer_policy,
     )
-    state = plan.start(state)
+    samples = [ids for ids in rows for _ in range(options.n)]
+    state = plan.start(state if options.n == 1 else repeat_rows(state, seeds, lm.model.execution))
     jax.block_until_ready(state)
     prefill_seconds = clock.lap()
     prefill_forwards = int(state.num_target_forwards)
-    watcher = TextWatcher(lm, options, rows)
+    watcher = TextWatcher(lm, options, samples)
     pace = Pace(lm.model.execution.mesh, prefill_seconds / max(prefill_forwards, 1))
     state = _decode(plan, state, watcher, pace)
     jax.block_until_ready(state.length)
     decode_seconds = clock.lap()
-    return _result(lm, state, watcher, plan, clock, (prefill_seconds, decode_seconds, prefill_forwards))
+    times = (prefill_seconds, decode_seconds, prefill_forwards)
+    return _result(lm, state, watcher, plan, clock, times, int(lengths.sum()))
 
 
 def _run_fingerprint(lm: "LanguageModel", rows: list[np.ndarray], options: GenerateOptions) -> dict[str, str | bytes]:
@@ -223,11 +234,13 @@ def _result(
     plan: ReadyStrategy,
     clock: "_Clock",
     times: tuple[float, float, int],
+    num_prompt_tokens: int,
 ) -> Generation:
     """Cuts each row's new tokens out of the final state."""
     prefill_seconds, decode_seconds, prefill_forwards = times
-    end_state = (state.tokens, state.logprobs, state.length, state.failed, state.stop_token_ids, state.layer_counts)
-    tokens, logprobs, lengths, failed, stop_ids, layer_counts = to_host(end_state)
+    end_state = (state.tokens, state.logprobs, state.length, state.failed, state.stop_token_ids, state.seed)
+    tokens, logprobs, lengths, failed, stop_ids, seeds = to_host(end_state)
+    layer_counts = to_host(state.layer_counts)
     new, scores, reasons = [], [], []
     for row, start in enumerate(watcher.prompt_lengths):
         kept = watcher.num_kept[row]
@@ -236,9 +249,10 @@ def _result(
         scores.append(logprobs[row, start:end].copy())
         ended = kept is not None or (end > start and tokens[row, end - 1] in stop_ids[row])
         reasons.append("failed" if failed[row] else "stop" if ended else "length")
+    num_new = sum(map(len, new))
     stats = Stats(
-        num_prompt_tokens=int(np.sum(watcher.prompt_lengths)),
-        num_new_tokens=int(np.sum(lengths - watcher.prompt_lengths)),
+        num_prompt_tokens=num_prompt_tokens,
+        num_new_tokens=num_new,
         prefill_forwards=prefill_forwards,
         target_forwards=int(state.num_target_forwards) - prefill_forwards,
         prefill_seconds=prefill_seconds,
@@ -248,10 +262,12 @@ def _result(
         num_layers=lm.config.num_layers,
         layer_forwards=int(layer_counts.batch),
         row_layers=int(np.sum(layer_counts.row)),
+        num_cut_tokens=int(np.sum(lengths - watcher.prompt_lengths)) - num_new,
         fallback=plan.fallback,
         **_draft_counts(state),
     )
-    return Generation(new, None if lm.tokenizer is None else watcher.text, scores, reasons, stats)
+    text = None if lm.tokenizer is None else watcher.text
+    return Generation(new, text, scores, reasons, seeds.tolist(), stats)
 
 
 def _draft_counts(state: DecodeState) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from decodax.core.arguments import in_order, inside, is_integer, plain, refusal, strings, token_ids, whole_number
 from decodax.decoding.logits_processors import METHODS as PROCESSORS
+from decodax.decoding.random import fold_seed
 from decodax.decoding.sampling import Sampling
 
 _OBJECTS = ("strategy", "draft", "on_text")  # which no array stands for
@@ -27,12 +28,15 @@ class _Options:
     Numbers may be Python's, NumPy's or JAX's, and lists also tuples or arrays; kept are Python's. What an option cannot
     take is refused by a ValueError that names it, so no annotation says less than the reader takes.
 
+    n: samples of each prompt, which is prefilled once. The result has all samples of the first prompt, then those of
+        the second.
     max_new_tokens: most tokens to add to each prompt; fewer where the model's context ends, so any number however large
         means to its end.
     stop: a string or several; a row ends where one appears, and the text ends before it.
     stop_token_ids: token ids that end a row; None means the model's own end tokens, [] none.
-    seed *: a whole number, taken modulo 2**32. One number gives every row the same seed, so a prompt's result does not
-        depend on its place in a batch; pass several to draw different continuations of one prompt.
+    seed *: a whole number, taken modulo 2**32. One number is the seed of the first prompt; every further prompt, and
+        every further sample of one, has a seed of its own, which follows from it and from their places
+        (`Generation.seeds`). With seeds for each prompt, a prompt draws the same tokens in any batch.
     strategy: how tokens are found: a name that `decodax methods` lists (None: "autoregressive"), a `Speculation` made
         of a drafter and a verifier, or a function from a model to a `decode(params, state, max_tokens)`.
     draft: the draft model or the auxiliary weights of a strategy that has some: a folder, a hub id or a loaded model;
@@ -43,6 +47,7 @@ class _Options:
     block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
     """
 
+    n: Any = 1
     max_new_tokens: Any = 128
     stop: Any = ()
     stop_token_ids: Any = None
@@ -61,7 +66,7 @@ class _Options:
                     list(value) if isinstance(value, Iterator) else plain(value)
                 )  # an iterator ends at its first use
             self._keep(field.name, field.default if value is None else value)
-        for name in ("max_new_tokens", "block_tokens"):
+        for name in ("n", "max_new_tokens", "block_tokens"):
             self._keep(name, min(whole_number(name, getattr(self, name), least=1), _MOST_TOKENS))
         self._keep("stop", strings("stop", self.stop))
         if self.stop_token_ids is not None:
@@ -98,11 +103,23 @@ class _Options:
         return tuple(dict.fromkeys(inside("stop_token_ids", list(self.stop_token_ids), vocab_size)))  # each once
 
     def seeds(self, num_rows: int) -> np.ndarray:
-        """UInt32[B]; raises ValueError when there are neither one nor as many seeds as rows."""
-        given = self.seed if isinstance(self.seed, Sequence) else [self.seed] * num_rows
-        if len(given) != num_rows:
-            raise ValueError(f"seed must be a whole number, or one per prompt ({num_rows}), got {len(given)} numbers")
-        return np.asarray([seed or 0 for seed in given], np.uint32)
+        """The seeds of `num_rows` prompts, as UInt32[B].
+
+        Raises ValueError when there are neither one nor as many seeds as prompts.
+        """
+        if not isinstance(self.seed, Sequence):
+            return np.asarray([fold_seed(self.seed, row) for row in range(num_rows)], np.uint32)
+        if len(self.seed) != num_rows:
+            raise ValueError(
+                f"seed must be a whole number, or one per prompt ({num_rows}), got {len(self.seed)} numbers"
+            )
+        seeds = (fold_seed(0, row) if seed is None else seed for row, seed in enumerate(self.seed))
+        return np.asarray(list(seeds), np.uint32)
+
+    def sample_seeds(self, num_rows: int) -> np.ndarray:
+        """The seeds of all samples of `num_rows` prompts, as UInt32[B n]; the first of each prompt has the prompt's."""
+        seeds = self.seeds(num_rows).tolist()
+        return np.asarray([fold_seed(seed, 0, sample) for seed in seeds for sample in range(self.n)], np.uint32)
 
     def sampling(self, num_rows: int, vocab_size: int, end_token_ids: Sequence[int]) -> Sampling:
         """The pipeline that these options ask for; warns where an option shapes a draw that greedy rows never make."""
@@ -111,6 +128,7 @@ class _Options:
         if not sampling.do_sample:
             given = [name for name, option in options.items() if option is not None]
             idle = [name for name in given if PROCESSORS[name].only_sampling and _is_on(name, options[name])]
+            idle += ["n"] * (self.n > 1)
             if idle:
                 warnings.warn(
                     f"{', '.join(idle)} changes nothing at temperature 0 (greedy): set temperature above 0 to sample",

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,13 +68,12 @@ def load_medusa(
                 expected[f"{head}.{block}.linear.{kind}"] = (f"head_{head}", f"block_{block}", kind)
         expected[f"{head}.{num_blocks}.weight"] = (f"head_{head}", "out")
     _check_names(path, set(expected), set(tensors), f"{num_heads} heads of {num_blocks} blocks")
-    dtype = jax.tree.leaves(lm.params)[0].dtype
     heads: Params = {}
     for name, (*nodes, leaf) in expected.items():
         subtree = heads
         for node in nodes:
             subtree = subtree.setdefault(node, {})
-        subtree[leaf] = jnp.asarray(tensors[name]).astype(dtype)
+        subtree[leaf] = jnp.asarray(tensors[name]).astype(lm.dtype)
     _check_ranks(path, heads)
     check_heads(lm.model, heads)
     shape = {"heads": num_heads, "blocks": num_blocks, "tied": False}
@@ -113,8 +111,7 @@ def load_prompt_tokens(
     if distances * ensemble != len(embedding):
         raise ValueError(f"{folder} names {distances} distances of {ensemble} embeddings, and holds {len(embedding)}")
     _reject_variants(folder, config, ensemble)
-    dtype = jax.tree.leaves(lm.params)[0].dtype
-    params = {"embedding": jnp.asarray(embedding).astype(dtype).reshape(distances, ensemble, width)}
+    params = {"embedding": jnp.asarray(embedding).astype(lm.dtype).reshape(distances, ensemble, width)}
     shape = {"distances": distances, "ensemble": ensemble}
     return AuxiliaryWeights("ppd", params, _facts(lm, shape, config, rank_accuracy, distances), folder.name)
 

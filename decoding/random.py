@@ -9,6 +9,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int32, Key, UInt32
 
 # Fixed, because `jax_default_prng_impl` is a user's global setting and must not change what a seed means.
@@ -22,6 +23,16 @@ class Draw(enum.IntEnum):
     TOKEN = 0
     DRAFT = 1  # what a drafter proposes
     ACCEPT = 2  # whether a verifier accepts it
+
+
+def fold_seed(seed: int, prompt: int, sample: int = 0) -> int:
+    """The seed of a prompt's sample, by their places from 0; the first of the first prompt has the seed itself.
+
+    Sample k of prompt i: fold_seed(fold_seed(seed, i), 0, k). No version of NumPy changes it.
+    """
+    if prompt == sample == 0:
+        return seed
+    return int(np.random.SeedSequence(seed, spawn_key=(prompt, sample)).generate_state(1, np.uint32)[0])
 
 
 def draw_keys(seed: UInt32[Array, "B"], position: Int32[Array, "B"], kind: Draw) -> Key[Array, "B"]:

@@ -109,7 +109,7 @@ def record_routes(
         raise NotImplementedError("pipeline stages do not hand out routes: record them on a mesh without pipeline")
     experts, gates, done, total = [], [], 0, sum(map(len, texts))
     for text in texts:
-        caches = lm.model.empty_cache(1, cache_capacity(len(text), lm.model.execution), lm.params["embedding"].dtype)
+        caches = lm.model.empty_cache(1, cache_capacity(len(text), lm.model.execution), lm.dtype)
         for start in range(0, len(text), CHUNK_TOKENS):
             piece = text[start : start + CHUNK_TOKENS]
             padded = np.zeros((1, bucket(len(piece))), np.int32)

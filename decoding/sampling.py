@@ -34,6 +34,11 @@ class Sampling:
     do_sample: bool = pytree.static()
 
     @property
+    def greedy(self) -> "Sampling":
+        """The pipeline where every row takes the most probable token: without the processors that shape a draw."""
+        return Sampling(tuple(processor for processor in self.processors if not processor.only_sampling), False)
+
+    @property
     def needs_counts(self) -> bool:
         """Whether `History` must hold the counts of tokens."""
         return any(processor.needs_counts for processor in self.processors)

@@ -88,9 +88,13 @@ def check_cache_fits(
     needed, free = cache_bytes(model, batch_size, capacity, dtype, policy), free_bytes()
     if free is None or needed <= free:
         return
-    per_token = cache_bytes(model, 1, 1, dtype, policy)
+    # A recurrent state has one size whatever the tokens, so only what grows with them can be saved by fewer.
+    of_one_token = cache_bytes(model, batch_size, 1, dtype, policy)
+    per_token = (needed - of_one_token) // max(capacity - 1, 1)
+    num_tokens = 1 + (free - of_one_token) // per_token if per_token else 0
+    shorter = f"{num_tokens:,} tokens (prompt and output) in each of {batch_size} rows, or " if num_tokens > 0 else ""
+    remedy = "lower max_new_tokens, shorten or split the batch" if shorter else "split the batch"
     raise MemoryError(
         f"the cache for {batch_size} rows of {capacity} tokens needs {needed:,} bytes, and {free:,} are free. "
-        f"That holds {free // (per_token * batch_size):,} tokens (prompt and output) in each of {batch_size} rows, or "
-        f"{free // (per_token * capacity):,} rows of {capacity}: lower max_new_tokens, shorten or split the batch."
+        f"That holds {shorter}{free * batch_size // needed:,} rows of {capacity}: {remedy}."
     )

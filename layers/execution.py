@@ -20,6 +20,7 @@ from decodax.sharding.regions import mesh_here, on_each_device
 from decodax.sharding.rules import RULES, Rules, automatic, num_devices
 
 CACHE_TILE_TOKENS = 128  # slots of a cache that a kernel reads at a time
+REPLICATED = "replicated"  # in place of axes, in `Execution.per_device`
 _TOKENS = "TS"  # a kernel gets all tokens and slots of its rows and heads
 
 
@@ -96,7 +97,7 @@ class Execution:
 
         function: of the shards.
         in_axes: the axes of each argument ("B K S H"); None for a tree whose arrays are split as its classes declare
-            (`sharding/constraints.py`), and replicated without declared axes.
+            (`sharding/constraints.py`), REPLICATED for one that every device has as a whole.
         out_axes: the axes of each result.
         split: which of tokens (T) and slots (S) are split; the others are replicated.
         """
@@ -108,13 +109,16 @@ class Execution:
         def run(*arguments: Any) -> Any:
             counts: dict[str, int] = {}
             for axes, argument in zip(in_axes, arguments, strict=True):
-                counts |= {} if axes is None else dict(zip(axes.split(), argument.shape, strict=True))
+                if axes not in (None, REPLICATED):
+                    counts |= dict(zip(axes.split(), argument.shape, strict=True))
 
             def spec(axes: str) -> PartitionSpec:
                 axis_names = axes.split()
                 return rules.spec(mesh, axis_names, [counts.get(axis_name) for axis_name in axis_names])
 
             def specs(axes: str | None, argument: Any) -> Any:
+                if axes == REPLICATED:
+                    return jax.tree.map(lambda leaf: PartitionSpec(), argument)
                 if axes is not None:
                     return spec(axes)
                 return jax.tree.map(lambda sharding: sharding.spec, constraints.shardings(argument, mesh, rules))

@@ -61,6 +61,11 @@ class LanguageModel:
     adapter: Any = field(default=None, repr=False)
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype in which the model computes."""
+        return self.model.dtype(self.params)
+
+    @property
     def nbytes(self) -> int:
         """Size of all weights in bytes, without their padding on a mesh."""
         leaves = jax.tree.leaves(jax.eval_shape(self.model.unstacked, self.params))

@@ -61,6 +61,10 @@ class Model:
         """Number of tokens that `logits` has a value for."""
         return self.config.vocab_size
 
+    def dtype(self, params: Params) -> jnp.dtype:
+        """The dtype in which the model computes: that of its embedding. Single weights may have another."""
+        return params["embedding"].dtype
+
     @property
     def stages(self) -> Stages | None:
         """The pipeline stages of the layers, on a mesh with a pipeline axis; None without.
@@ -101,7 +105,7 @@ class Model:
         token = jnp.zeros((1, 1), jnp.int32)
         plain = Transformer(self.config, Execution("xla"))  # used for its parameters' shapes only
         params = jax.jit(plain.init)(key, token, token, token + 1, Causal())["params"]
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = self._mapped(lambda weight, leaf: leaf.astype(weight.dtype_in(dtype)), self.config.weights(), params)
         return self.stacked(params)
 
     def stacked(self, params: Params) -> Params:

@@ -34,6 +34,7 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz ():\nABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 GOLDEN = load_golden("llama")
 # Each option of `decodax.generate`: its text on the command line, and the value that must arrive.
 PASSED_ON = {
+    "n": (["--n", "1"], 1),
     "max_new_tokens": (["--max-new-tokens", "3"], 3),
     "min_new_tokens": (["--min-new-tokens", "2"], 2),
     "temperature": (["--temperature", "0.5"], 0.5),
@@ -93,7 +94,7 @@ def recorded(monkeypatch):
         calls.append((lm, prompts, options))
         stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125, "autoregressive", 8, 0, 0)
         rows = [np.zeros(0, np.int32) for _ in prompts]
-        return Generation(rows, ["" for _ in prompts], rows, ["length" for _ in prompts], stats)
+        return Generation(rows, ["" for _ in prompts], rows, ["length" for _ in prompts], [0 for _ in prompts], stats)
 
     monkeypatch.setattr(decodax, "generate", record)
     return calls
@@ -252,10 +253,10 @@ def test_debug_shows_the_traceback():
 def test_rows_that_became_nan_end_with_1(folder, monkeypatch):
     rows = [np.zeros(0, np.int32)] * 3
     stats = Stats(1, 0, 1, 0, 0.5, 0.25, 0.125, "autoregressive", 8, 0, 0)
-    out = Generation(rows, ["", "", ""], rows, ["length", "failed", "stop"], stats)
+    out = Generation(rows, ["", "", ""], rows, ["length", "failed", "stop"], [0, 1, 2], stats)
     monkeypatch.setattr(decodax, "generate", lambda *_, **__: out)
     result = generate(folder, "a", "b", "c")
-    assert result.exit_code == 1 and "NaN or infinite in prompt 1" in result.stderr
+    assert result.exit_code == 1 and "NaN or infinite in row 1" in result.stderr
 
 
 def test_an_interruption_ends_with_130(folder, monkeypatch):

@@ -181,7 +181,7 @@ class DynamicExit(Drafter):
         tree, last_token = Tree.chain(self.num_nodes), state.last_token()
         exit_layer, length = best_exit(counts.agreement(), self.num_exits + 1, self.max_tokens)
         threshold = counts.threshold()[exit_layer - 1]
-        dtype, shape = params["embedding"].dtype, (*last_token.shape, self.num_nodes)
+        dtype, shape = self.model.dtype(params), (*last_token.shape, self.num_nodes)
         draft = _Draft(
             jnp.int32(0),
             length + 1,

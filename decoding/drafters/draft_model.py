@@ -97,7 +97,7 @@ class DraftModel(Drafter):
 
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Any, ...]:
         batch, capacity = state.tokens.shape
-        caches = self.model.empty_cache(batch, capacity, jax.tree.leaves(draft_params)[0].dtype)
+        caches = self.model.empty_cache(batch, capacity, self.model.dtype(draft_params))
         run = all_layers(self.model, draft_params)
         return prefill_caches(run, caches, state.tokens, state.length, skip=state.failed)
 
@@ -145,7 +145,7 @@ class DraftModel(Drafter):
         logprobs = None
         if state.sampling.do_sample and self.children is not Children.CHOSEN:
             logprobs = jnp.zeros((batch, num_nodes, self.model.vocab_size), jnp.float32)
-        dtype = jax.tree.leaves(draft_params)[0].dtype
+        dtype = self.model.dtype(draft_params)
         no = jnp.zeros((batch, num_nodes), bool)
         return _Draft(token, no, logprobs, self.model.empty_update(batch, num_nodes + 1, dtype))
 
@@ -167,13 +167,18 @@ class DraftModel(Drafter):
         return self.model.logits(draft_params, out.hidden), place(draft.cache_updates, out.cache_updates, level)
 
     def _expand(self, draft: _Draft, state: DecodeState, tree: Tree, level: Array, logits: Array) -> _Draft:
-        """Adds the children of a level's nodes."""
+        """Adds the children of a level's nodes.
+
+        The most probable ones do not depend on what shapes a draw. Without that, a greedy row beside sampled ones gets
+        the same children as alone.
+        """
+        kind = self.children if state.sampling.do_sample else Children.CHOSEN
+        sampling = state.sampling.greedy if kind is Children.CHOSEN else state.sampling
         history = node_history(state.history, tree, draft.token[:, : tree.num_nodes])
         node = jnp.minimum(level, tree.num_nodes - 1)
-        logits = node_logits(state.sampling, logits, jax.tree.map(lambda counts: counts[:, node], history))
+        logits = node_logits(sampling, logits, jax.tree.map(lambda counts: counts[:, node], history))
         children = jnp.asarray(_children(tree))[level]
         position = state.length[:, None] + jnp.asarray(tree.depth)[:, node]
-        kind = self.children if state.sampling.do_sample else Children.CHOSEN
         token, is_possible = draw_children(logits, kind, children.shape[1], state.seed, position)
         slot, batch, logprobs = children.reshape(-1), token.shape[0], draft.logprobs
         if logprobs is not None:

@@ -69,7 +69,7 @@ class EarlyLayers(Drafter):
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, Any]:
         tree, last_token, exit_layer = Tree.chain(self.num_nodes), state.last_token(), self.exit_layer
         position = state.length[:, None] - 1 + jnp.asarray(tree.depth)
-        dtype, batch = params["embedding"].dtype, last_token.shape[0]
+        dtype, batch = self.model.dtype(params), last_token.shape[0]
         draft = _Draft(
             jnp.zeros(position.shape, jnp.int32).at[:, 0].set(last_token),
             state.history,

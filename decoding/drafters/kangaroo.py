@@ -124,7 +124,7 @@ class Kangaroo(Drafter):
             return (*out.cache_updates, updates), normed
 
         batch, capacity = state.tokens.shape
-        own = self.adapter.empty_cache(batch, capacity, _dtype(draft_params))
+        own = self.adapter.empty_cache(batch, capacity, self.model.dtype(params))
         empty = jax.tree.map(jnp.zeros_like, shallow)  # caches of any kind begin as zeros
         return prefill_caches(run, (*empty, own), state.tokens, state.length, skip=state.failed)[-1]
 
@@ -154,7 +154,7 @@ class Kangaroo(Drafter):
 
     def _begin(self, params: Params, draft_params: Any, state: DecodeState) -> _Draft:
         batch, nodes = state.tokens.shape[0], self.num_nodes
-        dtype = _dtype(params)
+        dtype = self.model.dtype(params)
         return _Draft(
             node=jnp.int32(0),
             token=jnp.zeros((batch, nodes), jnp.int32).at[:, 0].set(state.last_token()),
@@ -210,7 +210,3 @@ class Kangaroo(Drafter):
             runs=drafts,
             goes_on=drafts & (confidence >= self.confidence),
         )
-
-
-def _dtype(params: Any) -> Any:
-    return jax.tree.leaves(params)[0].dtype

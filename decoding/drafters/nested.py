@@ -13,7 +13,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -59,8 +58,8 @@ class NestedDraft(Drafter):
     def start(self, params: Any, draft_params: Any, state: DecodeState) -> DecodeState:
         model, (batch, capacity) = self.inner.model, state.tokens.shape
         vocab_size = model.vocab_size
-        dtype = jax.tree.leaves(draft_params["model"])[0].dtype
-        run, caches = all_layers(model, draft_params["model"]), model.empty_cache(batch, capacity, dtype)
+        run = all_layers(model, draft_params["model"])
+        caches = model.empty_cache(batch, capacity, model.dtype(draft_params["model"]))
         caches = prefill_caches(run, caches, state.tokens, state.length, skip=state.failed)
         inner = dataclasses.replace(
             state,

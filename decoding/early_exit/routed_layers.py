@@ -4,7 +4,7 @@ FiRST: Finetuning Router-Selective Transformers for Input-Adaptive Latency Reduc
 reads its layer's input. In prefill the probabilities to skip are averaged over the prompt's tokens, which gives one bit
 per layer and row; it stays for the whole text, so a row never attends to a layer that it skipped.
 
-Departs from the paper: the decision is made on the first chunk of the prompt (up to 512 tokens) without its last token,
+Departs from the paper: the decision is made on the first tokens of the prompt (`DECIDING_TOKENS`) without its last one,
 which has not run yet; a prompt of one token therefore runs all layers. The input of the layer gates is scaled to a root
 mean square of 1, so that one learning rate suits all layers. The first and the last layer always run.
 """
@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from decodax.decoding.chunked_prefill import is_prefilled
+from decodax.decoding.chunked_prefill import MAX_CHUNK_TOKENS, is_prefilled
 from decodax.decoding.early_exit.contract import LayerPolicy
 from decodax.decoding.early_exit.layer_stack import forward_stack, prefill_stack
 from decodax.models.model import Model, Params
+
+DECIDING_TOKENS = MAX_CHUNK_TOKENS  # all in the first chunk, which is larger where devices split it
 
 
 def skip_probability(
@@ -89,12 +91,13 @@ class RoutedLayers(LayerPolicy):
     def prefill_chunk(self, model, params, state, start, chunk):
         """The first chunk decides layer by layer, each on its input after the decisions before it."""
         total, real = model.config.num_layers, is_prefilled(state.length, start, chunk)
+        counted = real & (jnp.arange(chunk) < DECIDING_TOKENS)[None, :]
         decided: list[Any] = [state.layer_policy[:, index] for index in range(total)]
 
         def active(index, hidden):
             if not self.is_routed(index, total):
                 return True
-            keep = ~(skip_probability(params["layer_gates"], index, hidden, real) > self.threshold)
+            keep = ~(skip_probability(params["layer_gates"], index, hidden, counted) > self.threshold)
             decided[index] = jnp.where(start == 0, keep, state.layer_policy[:, index])
             return decided[index][:, None] & real
 

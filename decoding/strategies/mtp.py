@@ -3,8 +3,6 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from decodax.core.arguments import folder_name, shown
 from decodax.decoding.drafters.mtp_head import MTPHead
 from decodax.decoding.strategies.contract import Speculation, Strategy
@@ -35,5 +33,5 @@ class MultiTokenPrediction(Strategy):
             raise ValueError(f"mtp reads its head from a folder: pass draft=FOLDER or none, got {shown(draft)}")
         drafter = MTPHead(lm.model, DRAFT_TOKENS if draft_tokens is None else draft_tokens)
         folder = lm.path if draft is None else find_folder(folder_name("draft", draft))
-        weights = load_mtp_head(folder, lm.model, dtype=jax.tree.leaves(lm.params)[0].dtype)
+        weights = load_mtp_head(folder, lm.model, dtype=lm.dtype)
         return Speculation(drafter, ChainRejection(), weights)

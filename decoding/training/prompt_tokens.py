@@ -130,7 +130,7 @@ def _continued(model: Model, params: Params, window: Window, num_tokens: int) ->
     step = jnp.arange(num_tokens, dtype=jnp.int32)
     after = (window.cut[:, None, :] + 1 + step[None, :, None]).reshape(batch, -1)
     position = jnp.concatenate([window.position, after], axis=1)
-    empty = model.empty_update(batch, position.shape[1], params["embedding"].dtype)
+    empty = model.empty_update(batch, position.shape[1], model.dtype(params))
     updates, token, found = place(empty, window.updates, jnp.arange(size, dtype=jnp.int32)), window.first, []
     own = np.eye(num_cuts, dtype=bool)
     for index in range(num_tokens):
@@ -155,7 +155,7 @@ def _prompted(
     chains = num_cuts * ensemble
     vectors = jnp.moveaxis(embedding, 1, 0).reshape(1, ensemble * distances, width)
     vectors = jnp.broadcast_to(vectors[:, None], (batch, num_cuts, ensemble * distances, width))
-    vectors = vectors.reshape(batch, chains * distances, width).astype(params["embedding"].dtype)
+    vectors = vectors.reshape(batch, chains * distances, width).astype(model.dtype(params))
     of_chain = jnp.repeat(window.cut, ensemble, axis=1)
     position = (of_chain[:, :, None] + 1 + jnp.arange(distances, dtype=jnp.int32)[None, None, :]).reshape(batch, -1)
     before = jnp.repeat(_before_cut(window), ensemble * distances, axis=1)

@@ -87,8 +87,8 @@ class GatedDeltaConfig(RecurrentConfig):
             "query_key_value_gate": Weight(("KH", "D"), (mixed, hidden_size), block_size=mixed // self.num_key_heads),
             "beta_decay": Weight(("KG", "D"), (2 * self.num_value_heads, hidden_size), block_size=2 * group),
             "convolution": Weight(("H", "W"), (self.num_columns, self.convolution_width)),
-            "decay_rate": Weight(("N",), (self.num_value_heads,), "zeros"),
-            "decay_bias": Weight(("N",), (self.num_value_heads,), "ones"),
+            "decay_rate": Weight(("N",), (self.num_value_heads,), "zeros", dtype="float32"),
+            "decay_bias": Weight(("N",), (self.num_value_heads,), "ones", dtype="float32"),
             "norm": self.norm.weights(self.value_size, "H"),
             "out": Weight(("D", "NH"), (hidden_size, values), block_size=self.value_size),
         }

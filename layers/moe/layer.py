@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch, fetch_own
-from decodax.layers.execution import Execution
+from decodax.layers.execution import REPLICATED, Execution
 from decodax.layers.feed_forward import Activation, GatedMLP, GatedMLPConfig, check_activation
 from decodax.layers.moe.dispatch.contract import Setting
 from decodax.layers.moe.dispatch.selection import select_dispatch
@@ -146,7 +146,7 @@ class MoE(nn.Module):
             routes = self.config.router.route(tokens, weights)
             return routes.expert, routes.gate
 
-        return Routes.of(*self.execution.per_device(route, ("B T D", None), ("B T X", "B T X"))(inputs, weights))
+        return Routes.of(*self.execution.per_device(route, ("B T D", REPLICATED), ("B T X", "B T X"))(inputs, weights))
 
     def _with_shared(
         self, inputs: Float[Array, "B T D"], output: Float[Array, "B T D"], described: dict[str, Any]

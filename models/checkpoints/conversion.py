@@ -118,9 +118,15 @@ class Source:
     stored: tuple[StoredWeights, ...] = ()
 
     def dtypes(self, dtype: DTypeLike | None) -> dict[ParameterPath, np.dtype]:
-        """The dtype in which each parameter is written; ValueError for one that models are not stored in."""
+        """The dtype in which each parameter is written; ValueError for one that models are not stored in.
+
+        A weight with a dtype of its own (`Weight.dtype`) keeps what is stored.
+        """
         chosen = None if dtype is None else np.dtype(working_dtype(dtype))
-        return {path: chosen or self.weights.dtype(path) for path in self.weights.weights}
+        return {
+            path: self.weights.dtype(path) if chosen is None or weight.dtype is not None else chosen
+            for path, weight in self.weights.weights.items()
+        }
 
 
 def open_source(source: Any) -> Source:

@@ -211,7 +211,7 @@ def load_params(
     """Loads the parameters of a folder, nested like `config.weights()`.
 
     folder, family, config: as for `open_params`.
-    dtype: to which every leaf is cast.
+    dtype: to which every leaf is cast that has no dtype of its own (`Weight.dtype`).
     sharding_of: (description, path) -> sharding of a parameter; by default all are on the first device.
     progress: called with (bytes done, bytes in all) after each parameter; of what this process's devices hold.
     Raises what `open_params` raises. Warns with NonFiniteWeightWarning.
@@ -232,17 +232,17 @@ def read_params(
     opened: the parameters.
     dtype, sharding_of, progress: as for `load_params`, and so is the warning.
     """
-    dtype = np.dtype(dtype)
+    dtypes = {path: weight.dtype_in(dtype) for path, weight in opened.weights.items()}
     shardings = {path: sharding_of(weight, path) if sharding_of else None for path, weight in opened.weights.items()}
     shapes = {path: held_shape(opened.weights[path].shape, sharding) for path, sharding in shardings.items()}
     slices = {path: _local_slices(shapes[path], sharding) for path, sharding in shardings.items()}
     sizes = {
-        path: sum(math.prod(region_shape(region)) for region, _ in local) * dtype.itemsize
+        path: sum(math.prod(region_shape(region)) for region, _ in local) * dtypes[path].itemsize
         for path, local in slices.items()
     }
     done, leaves = 0, {}
     for path, sharding in shardings.items():
-        leaves[path] = _leaf(opened, path, shapes[path], dtype, sharding, slices[path])
+        leaves[path] = _leaf(opened, path, shapes[path], dtypes[path], sharding, slices[path])
         done += sizes[path]
         if progress is not None:
             progress(done, sum(sizes.values()))

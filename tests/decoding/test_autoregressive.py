@@ -10,7 +10,8 @@ import pytest
 from decodax import decoding
 from decodax.decoding import programs
 from decodax.decoding.early_exit import AllLayers
-from decodax.decoding.sizes import bucket
+from decodax.decoding.sizes import bucket, cache_bytes, check_cache_fits
+from tests.model_kinds import model_of
 from tests.tiny import tiny_model
 
 MODEL, PARAMS = tiny_model()
@@ -121,6 +122,26 @@ def test_a_row_with_nonfinite_logits_fails_alone(where):
         np.testing.assert_array_equal(new_tokens(state)[row], greedy(row)[0])
 
 
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_a_prompt_whose_last_layer_overflows_fails(name):
+    """In float16: the keys and values of the last layer go into its cache alone, and no later layer shows them."""
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
+    last = half["blocks_1"]["mixer"]
+    params = {**half, "blocks_1": {**half["blocks_1"], "mixer": {**last, name: jnp.full_like(last[name], 6e4)}}}
+    state = decoding.prefill(MODEL, params, PROMPTS, LENGTHS, NEW, np.arange(3))
+    np.testing.assert_array_equal(state.failed, [True, True, False])  # one token of a prompt is not prefilled
+    np.testing.assert_array_equal(state.caches[1].length, 0)
+    assert not np.any(start(params=half).failed)
+
+
+def test_the_dtype_of_a_model_is_not_that_of_its_first_leaf():
+    """Weights may have dtypes of their own: here the first in the alphabet."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    params = {"a_bias": jnp.zeros(3), **params}
+    assert MODEL.dtype(params) == jnp.bfloat16 and jax.tree.leaves(params)[0].dtype == jnp.float32
+    assert start(params=params).caches[0].key.dtype == jnp.bfloat16
+
+
 def test_one_compile_per_bucket(monkeypatch):
     monkeypatch.setattr(programs, "_programs", type(programs._programs)())
     traces = []
@@ -166,6 +187,10 @@ def test_buckets_waste_at_most_a_quarter():
         ({"length": np.array([5, 14, 1])}, "got 14 in row 1"),
         ({"tokens": np.where(PROMPTS[1, 3] == PROMPTS, 37, PROMPTS)}, r"token ids must be in 0\.\.36 .* got 37"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        (
+            {"max_new_tokens": np.array([9, 500, 9])},
+            r"in the model's context of 512, got 13 \+ 500 tokens in row 1: lower",
+        ),
     ],
 )
 def test_bad_prompts(change, message):
@@ -179,3 +204,20 @@ def test_the_error_for_a_cache_that_does_not_fit_says_what_would(monkeypatch):
     monkeypatch.setattr(decoding.sizes, "free_bytes", lambda: 3 * 20 * per_token)
     with pytest.raises(MemoryError, match=rf"needs {3 * (24 * 320 + 8):,} bytes.* holds 20 tokens .* or 2 rows of 24"):
         start()
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "recurrent"])
+def test_a_recurrent_state_is_not_said_to_shrink_with_the_tokens(monkeypatch, kind):
+    model, (size, of_one) = model_of(kind), (cache_bytes(model_of(kind), 3, n, jnp.float32) for n in (40, 1))
+    monkeypatch.setattr(decoding.sizes, "free_bytes", lambda: size - 1)
+    with pytest.raises(MemoryError) as raised:
+        check_cache_fits(model, 3, 40, jnp.float32)
+    message = str(raised.value)
+    assert (message.endswith("split the batch.") and "or 2 rows" in message) or "holds 2 rows of 40" in message
+    assert ("tokens (prompt and output)" in message) == (size > of_one) == (kind == "hybrid")
+    if kind == "hybrid":
+        monkeypatch.setattr(decoding.sizes, "free_bytes", lambda: of_one - 1)
+        with pytest.raises(MemoryError, match=r"That holds \d rows of 40: split the batch"):
+            check_cache_fits(model, 3, 40, jnp.float32)
+        tokens = int(message.split("That holds ")[1].split(" tokens")[0])
+        assert cache_bytes(model, 3, tokens, jnp.float32) <= size - 1 < cache_bytes(model, 3, tokens + 1, jnp.float32)

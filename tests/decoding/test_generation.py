@@ -68,6 +68,16 @@ def test_options_as_programs_pass_them(plain):
         np.testing.assert_array_equal(generate(**options).tokens, plain.tokens)
 
 
+def test_tokens_after_a_stop_string_are_not_counted_as_new(plain):
+    result = generate(stop=[plain.text[0][:1]], block_tokens=8, strategy="prompt_lookup")
+    stats = result.stats
+    assert len(result.tokens[0]) == 1 and stats.num_new_tokens == sum(map(len, result.tokens))
+    assert stats.num_cut_tokens > 5 and stats.tokens_per_second == stats.num_new_tokens / stats.decode_seconds
+    decoded = sum((n + 1) * times for n, times in enumerate(stats.accepted_lengths))
+    assert stats.num_new_tokens + stats.num_cut_tokens == decoded
+    assert stats.tokens_per_forward == decoded / sum(stats.accepted_lengths)
+
+
 def test_stats_count(plain):
     stats = plain.stats
     assert (stats.num_prompt_tokens, stats.num_new_tokens) == (3 + 19 + 1, 36)
@@ -185,8 +195,44 @@ def test_seeds_belong_to_rows():
         np.testing.assert_allclose(alone.logprobs[0], together.logprobs[row], atol=2e-5)
     other = generate(temperature=1.0, seed=[4, 5, 6])
     assert any(list(a) != list(b) for a, b in zip(other.tokens, together.tokens, strict=True))
-    same = generate(["abc", "abc"], temperature=1.0, seed=7)
-    np.testing.assert_array_equal(*same.tokens)
+
+
+def test_one_seed_gives_every_row_its_own():
+    together = generate(["abc"] * 40, temperature=1.0, seed=7)
+    assert together.seeds[0] == 7 and len(set(together.seeds)) == 40
+    assert len({tuple(tokens) for tokens in together.tokens}) == 40
+    fewer = generate(["x", "abc"], temperature=1.0, seed=7)
+    assert fewer.seeds == together.seeds[:2]
+    for row in (0, 1, 39):
+        alone = generate("abc", temperature=1.0, seed=together.seeds[row : row + 1])
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+    # The values are part of what a seed means.
+    assert together.seeds[:3] == [7, 75971499, 1685402102] and generate(PROMPTS[:2], seed=(None, 5)).seeds == [0, 5]
+
+
+@pytest.mark.parametrize("strategy", [None, "prompt_lookup"])
+def test_samples_of_a_prompt_are_the_prompt_given_with_their_seeds(strategy):
+    options = {"temperature": [0.7, 1.3, 1.0], "strategy": strategy, "stop": "z"}
+    result = generate(n=3, seed=5, **options)
+    assert [len(found) for found in (result.tokens, result.text, result.seeds, result.finish_reasons)] == [9] * 4
+    assert len(set(result.seeds)) == 9 and result.seeds[::3] == generate(seed=5, **options).seeds
+    assert result.stats.num_prompt_tokens == 3 + 19 + 1 and result.stats.prefill_forwards == 1
+    assert len({tuple(tokens) for tokens in result.tokens[:3]}) == 3
+    for sample in range(3):
+        again = generate(seed=result.seeds[sample::3], **options)
+        for prompt in range(3):
+            np.testing.assert_array_equal(again.tokens[prompt], result.tokens[3 * prompt + sample])
+            assert again.text[prompt] == result.text[3 * prompt + sample]
+
+
+def test_streamed_samples_are_named_by_row():
+    pieces = [""] * 4
+    result = generate(
+        ["abc", "x"], n=2, temperature=1.0, on_text=lambda row, piece: pieces.__setitem__(row, pieces[row] + piece)
+    )
+    assert pieces == result.text
+    with pytest.warns(UserWarning, match="n changes nothing at temperature 0"):
+        generate("abc", n=2)
 
 
 def test_penalties_see_prompt_and_output(plain):

@@ -8,6 +8,7 @@ import pytest
 
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.prompts import encode_prompts
+from decodax.decoding.random import fold_seed
 from tests.decoding.test_generation import LM, ids
 
 DEFAULTS = GenerateOptions()
@@ -91,8 +92,8 @@ def test_stop_tokens_outside_the_vocabulary_are_named_as_they_were_passed():
 
 
 def test_seeds_per_row():
-    np.testing.assert_array_equal(GenerateOptions(seed=[7, None, -1]).seeds(3), [7, 0, 2**32 - 1])
-    np.testing.assert_array_equal(GenerateOptions(seed=np.uint64(2**63 + 7)).seeds(2), [7, 7])
+    np.testing.assert_array_equal(GenerateOptions(seed=[7, None, -1]).seeds(3), [7, fold_seed(0, 1), 2**32 - 1])
+    np.testing.assert_array_equal(GenerateOptions(seed=np.uint64(2**63 + 7)).seeds(2), [7, fold_seed(7, 1)])
     with pytest.raises(ValueError, match=r"seed must be a whole number, or one per prompt \(3\), got 2 numbers"):
         GenerateOptions(seed=[7, 11]).seeds(3)
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from decodax.models import load as load_module
 from decodax.models.checkpoints.reading import NonFiniteWeightWarning
+from decodax.models.checkpoints.write_hf import to_hf
 from decodax.models.load import find_folder, load
 from tests.golden_files import load_golden
 
@@ -54,6 +55,35 @@ def test_dtype():
     for dtype in ("int8", "float33", "fp32", jnp.int32):
         with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, float16 or None, got"):
             load(LLAMA, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("deepseek_v3", {"selection_bias": "mlp.gate.e_score_correction_bias"}),
+        ("qwen3_next", {"decay_rate": "linear_attn.A_log", "decay_bias": "linear_attn.dt_bias"}),
+    ],
+)
+def test_a_weight_with_a_dtype_of_its_own_keeps_it(name, kept, tmp_path):
+    """Loaded, made and converted; rounded, a bias of the router would choose other experts."""
+    folder = load_golden(name).folder
+    tensors = load_file(folder / "model.safetensors")
+    for stored in (part for part in tensors if part.endswith(tuple(kept.values()))):
+        tensors[stored] = tensors[stored].astype(np.float32) + np.float32(1e-5)  # which bfloat16 cannot hold
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    converted = tmp_path.with_name(f"{tmp_path.name}_converted")
+    to_hf(tmp_path, converted, dtype="bfloat16")
+    lm = load(tmp_path, dtype="bfloat16")
+    again = load(converted, dtype="bfloat16")
+    for params in (lm.params, again.params, lm.model.init(jax.random.key(0), "bfloat16")):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            assert leaf.dtype == ("float32" if path[-1].key in kept else "bfloat16")
+    assert kinds(lm) == {"bfloat16", "float32"} and lm.dtype == jnp.bfloat16
+    stored = [value for part, value in tensors.items() if part.endswith(tuple(kept.values()))]
+    for params in (lm.params, again.params):
+        found = [np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key in kept]
+        assert sorted(np.concatenate(found).tolist()) == sorted(np.concatenate(stored).tolist())
 
 
 @pytest.mark.parametrize(

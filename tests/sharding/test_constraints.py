@@ -24,15 +24,22 @@ class Odd:
 
 
 def test_by_annotation():
-    """Tokens of a forward are never sharded in a state, nor are fields without axes."""
+    """Tokens of a forward are never sharded in a state."""
     mesh = read_mesh("data=2,context=2,tensor=2")
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
-    found = shardings(Odd(shape(4, 2, 6), shape(4, 2, 5), (shape(2, 2),), 3), mesh, RULES)
+    found = shardings(Odd(shape(4, 2, 6), shape(4, 2, 5), (shape(),), 3), mesh, RULES)
     assert found.rows.spec == PartitionSpec("data", None, "tensor")
     assert found.either.spec == PartitionSpec("data", "tensor", None)
     assert found.bare[0].spec == PartitionSpec()
     found = shardings(Odd(shape(3, 2, 7), None, (), 3), mesh, RULES)  # three rows do not divide, and are replicated
     assert found.rows.spec[0] is None and found.either is None
+
+
+def test_arrays_without_axes_are_refused():
+    """On a mesh they would be whole on every device, without a word."""
+    mesh, shape = read_mesh("data=2,tensor=4"), jax.ShapeDtypeStruct((2, 2), np.float32)
+    with pytest.raises(ValueError, match=r"must declare their axes, and Odd\.bare\[0\] does not: annotate the field"):
+        shardings(Odd(jax.ShapeDtypeStruct((4, 2, 6), np.float32), None, (shape,), 3), mesh, RULES)
 
 
 def test_caches():

@@ -91,7 +91,8 @@ class TopK:
         if self.router_bias:
             weights["bias"] = Weight(("E",), (self.num_experts,), "zeros", replicated=True)
         if self.selection_bias:
-            weights["selection_bias"] = Weight(("E",), (self.num_experts,), "zeros", replicated=True)
+            # Scores of experts lie close together: rounded, the bias would choose others.
+            weights["selection_bias"] = Weight(("E",), (self.num_experts,), "zeros", replicated=True, dtype="float32")
         return weights
 
     def route(self, tokens: Float[Array, "B T D"], weights: dict[str, Any]) -> Routes:

@@ -45,6 +45,7 @@ def generate(
     stop_token_ids: Annotated[
         str | None, typer.Option(metavar="ID,ID...", help="End after these tokens; '' for none. Default: the model's.")
     ] = None,
+    n: Annotated[int, typer.Option("--n", help="Samples of each prompt.")] = _DEFAULT["n"],
     seed: Annotated[int, typer.Option(help="Another seed draws another text.")] = _DEFAULT["seed"],
     strategy: Annotated[str | None, typer.Option(help=f"How to find tokens: {', '.join(STRATEGIES)}.")] = None,
     draft: Annotated[
@@ -79,6 +80,7 @@ def generate(
             **_read_processors(processors),
             stop=tuple(as_text(text, "a stop text") for text in stop or ()),
             stop_token_ids=_read_ids(stop_token_ids),
+            n=n,
             seed=seed,
             strategy=_check_strategy(strategy),
             draft=draft,
@@ -122,13 +124,14 @@ def _run(lm: decodax.LanguageModel, texts: list[str], options: dict[str, Any], a
         out = _generate_quietly(lm, texts, options)
         _print_json(lm, texts, out)
     else:
-        out = _stream(lm, texts[0], options) if len(texts) == 1 else _generate_quietly(lm, texts, options)
-        if len(texts) > 1:
-            print("\n\n".join(session.bold(text) + new for text, new in zip(texts, out.text or (), strict=True)))
+        samples = [text for text in texts for _ in range(options["n"])]
+        out = _stream(lm, texts[0], options) if len(samples) == 1 else _generate_quietly(lm, texts, options)
+        if len(samples) > 1:
+            print("\n\n".join(session.bold(text) + new for text, new in zip(samples, out.text or (), strict=True)))
         print(_summary(out.stats, out.finish_reasons), file=sys.stderr)
     failed = [str(row) for row, reason in enumerate(out.finish_reasons) if reason == "failed"]
     if failed:
-        raise ArithmeticError(f"the logits became NaN or infinite in prompt {', '.join(failed)} (counted from 0)")
+        raise ArithmeticError(f"the logits became NaN or infinite in row {', '.join(failed)} (counted from 0)")
 
 
 def _options(**options: Any) -> dict[str, Any]:
@@ -233,6 +236,7 @@ def _print_json(lm: decodax.LanguageModel, texts: list[str], out: Generation) ->
         "tokens": [row.tolist() for row in out.tokens],
         "logprobs": [row.tolist() for row in out.logprobs],
         "finish_reasons": out.finish_reasons,
+        "seeds": out.seeds,
         "stats": stats,
         "model": session.describe(lm),
         "versions": session.versions(),

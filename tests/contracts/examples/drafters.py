@@ -145,7 +145,7 @@ def medusa_heads() -> Make:
 
 
 def mtp_head() -> Make:
-    """The target's own last layer, run on the hidden state before the last token and half of the token's embedding."""
+    """The target's own last layer, run on twice the hidden state before the last token and a quarter of its embedding."""
 
     def make(target: Target) -> Example:
         size, last = target.model.config.hidden_size, target.model.config.num_layers - 1
@@ -153,7 +153,7 @@ def mtp_head() -> Make:
         head = {
             "embedding_norm": ones,
             "hidden_norm": ones,
-            "join": np.eye(size, 2 * size, dtype=np.float32) / 2 + np.eye(size, 2 * size, size, dtype=np.float32),
+            "join": np.eye(size, 2 * size, dtype=np.float32) / 4 + 2 * np.eye(size, 2 * size, size, dtype=np.float32),
             "block": target.params[f"blocks_{last}"],
             "final_norm": target.params["final_norm"],
         }

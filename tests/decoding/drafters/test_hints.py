@@ -44,8 +44,10 @@ def most_probable(text, count=LIKELY):
 
 
 @pytest.mark.parametrize("drafter", [HINTED, Hints(MODEL, num_likely=LIKELY)], ids=["tree", "alone"])
-def test_hints_are_the_most_probable_tokens_after_every_node_that_was_run(drafter):
-    state, proposal = some_rounds(drafter, start())
+@pytest.mark.parametrize("options", ["greedy", "sampled"])
+def test_hints_are_the_most_probable_tokens_after_every_node_that_was_run(drafter, options):
+    """Of greedy rows beside sampled ones, too."""
+    state, proposal = some_rounds(drafter, start(options=options))
     tree = Tree.fixed(drafter.parents)
     assert proposal.token.shape == (3, drafter.num_nodes) and proposal.likely.shape == (3, drafter.num_nodes, LIKELY)
     np.testing.assert_array_equal(proposal.tree.parent, tree.parent)

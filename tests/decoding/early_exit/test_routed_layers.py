@@ -83,6 +83,16 @@ def test_a_later_chunk_of_the_prompt_follows_the_first(monkeypatch):
     assert_follows(PARAMS, texts(state), layers_in_row(runs))
 
 
+def test_a_first_chunk_of_more_tokens_decides_as_a_small_one(monkeypatch):
+    """As where a prompt's tokens are split over devices, each of which has a chunk."""
+    monkeypatch.setattr("decodax.decoding.early_exit.routed_layers.DECIDING_TOKENS", FIRST_CHUNK)
+    state = start(RoutedLayers(0.5 - 1e-9, kept_first=0), ROUTED)  # another policy than that of compiled programs
+    assert int(state.num_target_forwards) == 1
+    state = decode()(ROUTED, None, state)
+    np.testing.assert_array_equal(state.layer_policy, decisions(state, FIRST_CHUNK))
+    assert np.any(np.asarray(state.layer_policy) != decisions(state))
+
+
 def test_a_draft_changes_no_token():
     wanted = decoded()
     state = decode(RandomTrees())(ROUTED, padded(texts(wanted), 48), start(POLICY, ROUTED))

@@ -29,6 +29,7 @@ _CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:;!?-+\né
 
 # Right values, which compile nothing new except where the set of options is new.
 _RIGHT: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
     "max_new_tokens": (1, 2, 5, 9),
     "temperature": (0.0, 0, 0.7, 1, [0.0, 0.5, 1.3], np.float32(0.5)),
     "top_k": (None, 0, -1, 1, 5, [1, 2, 3]),

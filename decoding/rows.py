@@ -1,0 +1,50 @@
+"""Repeats the rows of a decoding state, found by the axis B that every array declares."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from decodax.core.axes import declared_axes, missing_axes
+from decodax.decoding.programs import bounded_jit
+from decodax.decoding.sizes import free_bytes
+from decodax.decoding.state import DecodeState
+from decodax.layers.execution import Execution
+
+
+def repeat_rows(state: DecodeState, seed: UInt32[Array | np.ndarray, " B_new"], execution: Execution) -> DecodeState:
+    """The state with every row several times, one after the other: samples of prompts that were prefilled once.
+
+    seed: of each new row; there are a whole number of them for each row.
+    execution: of the model.
+    Raises ValueError for arrays without declared axes, and for another number of seeds.
+    Raises MemoryError when the rows would not fit.
+    """
+    batch, num_rows = state.length.shape[0], seed.shape[0]
+    if num_rows % batch or not num_rows:
+        raise ValueError(f"seed must have one entry for each new row, a multiple of {batch} rows, got {num_rows}")
+    if missing := missing_axes(state):
+        raise ValueError(
+            f"rows are found by the axis B of each array, and DecodeState{', '.join(missing[:4])} declares none: "
+            'annotate the field with its shape, as in Float[Array, "B K S H"], or give its class a method axes()'
+        )
+    needed, free = num_rows // batch * sum(leaf.nbytes for leaf in jax.tree.leaves(state)), free_bytes()
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{num_rows} samples of {batch} prompts need {needed:,} bytes, and {free:,} are free: ask for fewer, lower "
+            "max_new_tokens, or split the batch"
+        )
+    return _repeated(execution, state, seed)
+
+
+@bounded_jit(static_argnums=(0,), name="repeat_rows")
+def _repeated(execution: Execution, state: DecodeState, seed: UInt32[Array, " B_new"]) -> DecodeState:
+    count = seed.shape[0] // state.length.shape[0]
+    leaves, structure = jax.tree.flatten(state)
+    rows = [
+        jnp.repeat(leaf, count, axis=axes.index("B")) if axes and "B" in axes else leaf
+        for leaf, axes in zip(leaves, declared_axes(state), strict=True)
+    ]
+    return execution.constrained(dataclasses.replace(jax.tree.unflatten(structure, rows), seed=seed))
