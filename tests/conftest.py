@@ -23,6 +23,7 @@ import gc
 import hashlib
 import os
 import signal
+from collections import defaultdict
 
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
@@ -93,6 +94,27 @@ def pytest_addoption(parser):
     parser.addoption("--sample", metavar="N", type=int, help="run N of the tests only, drawn by --sample-seed")
     parser.addoption("--budget", action="store_true", help="fail where a file takes more than tests/budget.py allows")
     parser.addoption("--sample-seed", default="", help="any text: the same text draws the same tests")
+
+
+class Cases:
+    """Marks the cases beyond those of `quick_cases` as slow, before -m and -k select."""
+
+    @staticmethod
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(items):
+        cases = defaultdict(list)
+        for item in items:
+            if item.get_closest_marker("quick_cases"):
+                cases[item.nodeid.split("[")[0]].append(item)
+        for same in cases.values():
+            (quick,), total = same[0].get_closest_marker("quick_cases").args, len(same)
+            for index, item in enumerate(same):
+                if (index + 1) * quick // total == index * quick // total:
+                    item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Cases)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k

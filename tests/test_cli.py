@@ -371,6 +371,7 @@ def process(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_the_second_start_finds_all_that_the_first_compiled(tmp_path):
     """Also the README's command: the embedded model, found without a name, offline."""
     arguments = ("generate", "def fibonacci(n):", "--max-new-tokens", "20")

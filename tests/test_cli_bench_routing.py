@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from decodax.cli.app import app
@@ -15,6 +16,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_writes_a_trace_and_its_picture(tmp_path):
     file = tmp_path / "trace.npz"
     sizes = ["--batch", 2, "--prompt-tokens", 9, "--new-tokens", 4]

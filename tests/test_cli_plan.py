@@ -38,6 +38,7 @@ def test_tables_and_a_picture(llama, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_json_into_a_file_and_from_the_cost_model_alone(llama):
     options = ("--topology", "gpu:h200x8", "--weights", "int8", "--objective", "throughput", "--batch", 16, "--json")
     done = run("--model", llama / "config.json", *options)
@@ -55,6 +56,7 @@ def test_json_into_a_file_and_from_the_cost_model_alone(llama):
     assert found["room"]["most_rows"] > 16 and found["workload"]["weights"] == "int8"
 
 
+@pytest.mark.slow
 def test_the_mesh_it_prints_is_one_that_loads():
     """A tiny model for eight chips, on eight CPU devices."""
     folder = load_golden("llama").folder

@@ -69,6 +69,7 @@ def uninterrupted(model, text, tmp_path_factory):
     return out, result
 
 
+@pytest.mark.slow
 def test_a_draft_is_written_with_its_measurements(model, uninterrupted):
     out, result = uninterrupted
     facts = json.loads(result.stdout)

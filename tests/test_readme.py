@@ -81,6 +81,7 @@ CHECKS = (use_it, functions, blocks, drafts, kernel)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.slow
 def test_example(check, capsys):
     found = {}
     exec(compile(EXAMPLES[CHECKS.index(check)], f"README example {check.__name__}", "exec"), found)

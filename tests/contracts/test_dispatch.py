@@ -88,6 +88,7 @@ def overflow(case, expert):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.quick_cases(13)
 def test_equals_a_loop_over_tokens(name):
     case, random = EXAMPLES[name], np.random.default_rng(1)
     assert type(case.dispatch) is EXAMPLES.method_of(name) and isinstance(case.dispatch, ExpertDispatch)
@@ -117,6 +118,7 @@ def test_equals_a_loop_over_tokens(name):
 
 
 @pytest.mark.parametrize("name", EXAMPLES.one_of_each)
+@pytest.mark.quick_cases(3)
 def test_a_token_alone(name):
     case, random = EXAMPLES[name], np.random.default_rng(2)
     weights, expert = weights_of(case.num_experts, case.bias), all_routes(case.num_experts)["gaps"]

@@ -153,6 +153,7 @@ def proposals(name):
 
 
 @each_example
+@pytest.mark.quick_cases(6)
 def test_what_is_written_is_what_plain_decoding_writes(name):
     state = rounds(name)[-1]
     assert_same(state, plain())

@@ -222,6 +222,7 @@ def test_after_a_committed_path_tokens_follow_it(layer, tree):
         close(got[row], layer.whole(text)[-CHUNK:])
 
 
+@pytest.mark.quick_cases(6)
 def test_staged_tokens_are_read_as_those_of_the_same_forward(layer, tree):
     """The first three nodes lie in slots in another order, and slots without a token hold NaN."""
     slots, order = 5, np.array([2, 0, 3])
@@ -267,6 +268,7 @@ def test_nonfinite_numbers_reach_only_what_reads_them(layer, tree):
         np.testing.assert_array_equal(got[~is_nonfinite], want[~is_nonfinite])
 
 
+@pytest.mark.quick_cases(4)
 def test_bfloat16_gives_the_same_roughly(layer, tree):
     """Weights and tokens that bfloat16 holds exactly; what it rounds is in between."""
     half = lambda leaf: np.asarray(leaf).astype(jnp.bfloat16)

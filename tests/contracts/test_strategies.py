@@ -78,6 +78,7 @@ def generate(name, **changes):
 
 
 @pytest.mark.parametrize("name", marked(STRATEGIES))
+@pytest.mark.quick_cases(2)
 def test_greedy_tokens_are_those_of_plain_decoding_where_the_strategy_is_lossless(name):
     out, plain = generate(name), run(model_of(name), "autoregressive")
     assert out.stats.strategy == name and out.stats.fallback is None

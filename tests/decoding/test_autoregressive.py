@@ -99,12 +99,13 @@ def test_cache_holds_all_tokens_but_the_last_one():
     state = decode(PARAMS, start())
     text = np.asarray(state.tokens)
     position = jnp.broadcast_to(jnp.arange(text.shape[1], dtype=jnp.int32), text.shape)
-    updates = MODEL.apply(PARAMS, jnp.asarray(text), position).cache_updates
+    updates = jax.jit(MODEL.apply)(PARAMS, jnp.asarray(text), position).cache_updates
     for cache_, want in zip(state.caches, updates, strict=True):
         np.testing.assert_array_equal(cache_.length, LENGTHS + NEW - 1)
         for row, length in enumerate(LENGTHS + NEW - 1):
-            np.testing.assert_allclose(cache_.key[row, :, :length], want.key[row, :, :length], atol=1e-5)
-            np.testing.assert_allclose(cache_.value[row, :, :length], want.value[row, :, :length], atol=1e-5)
+            for got, wanted in ((cache_.key, want.key), (cache_.value, want.value)):
+                written, read = np.asarray(got)[row, :, :length], np.asarray(wanted)[row, :, :length]
+                np.testing.assert_allclose(written, read, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["prefill", "loop"])
@@ -125,9 +126,9 @@ def test_a_row_with_nonfinite_logits_fails_alone(where):
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_a_prompt_whose_last_layer_overflows_fails(name):
     """In float16: the keys and values of the last layer go into its cache alone, and no later layer shows them."""
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
+    half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16), PARAMS)
     last = half["blocks_1"]["mixer"]
-    params = {**half, "blocks_1": {**half["blocks_1"], "mixer": {**last, name: jnp.full_like(last[name], 6e4)}}}
+    params = {**half, "blocks_1": {**half["blocks_1"], "mixer": {**last, name: np.full_like(last[name], 6e4)}}}
     state = decoding.prefill(MODEL, params, PROMPTS, LENGTHS, NEW, np.arange(3))
     np.testing.assert_array_equal(state.failed, [True, True, False])  # one token of a prompt is not prefilled
     np.testing.assert_array_equal(state.caches[1].length, 0)
@@ -136,9 +137,9 @@ def test_a_prompt_whose_last_layer_overflows_fails(name):
 
 def test_the_dtype_of_a_model_is_not_that_of_its_first_leaf():
     """Weights may have dtypes of their own: here the first in the alphabet."""
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
-    params = {"a_bias": jnp.zeros(3), **params}
-    assert MODEL.dtype(params) == jnp.bfloat16 and jax.tree.leaves(params)[0].dtype == jnp.float32
+    params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), PARAMS)
+    params = {"a_bias": np.zeros(3, np.float32), **params}
+    assert MODEL.dtype(params) == jnp.bfloat16 and jax.tree.leaves(params)[0].dtype == np.float32
     assert start(params=params).caches[0].key.dtype == jnp.bfloat16
 
 

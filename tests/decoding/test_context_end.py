@@ -37,6 +37,7 @@ def check_end(lm, rows, **options):
 
 
 @pytest.mark.parametrize("strategy", ["prompt_lookup", "draft_tree"])
+@pytest.mark.quick_cases(1)
 def test_drafts_reach_the_end_of_the_context_and_stop_there(strategy):
     rows = prompts(37, CONTEXT - 1, CONTEXT - 7, 5)
     draft = None if strategy == "prompt_lookup" else DRAFT

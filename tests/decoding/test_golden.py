@@ -16,6 +16,7 @@ def load(golden):
 
 
 @pytest.mark.parametrize("name", golden_cases())
+@pytest.mark.quick_cases(9)
 def test_same_tokens_as_transformers(name):
     golden = load_golden(name)
     lm = load(golden)
@@ -33,6 +34,7 @@ def test_same_logits_as_transformers():
 
 
 @pytest.mark.parametrize("name", ["llama_dynamic", "llama_longrope", "mistral"])
+@pytest.mark.quick_cases(1)
 def test_row_alone_in_chunks(name, monkeypatch):
     """Scalings that depend on the row's length, and windows, do not depend on how the prompt was cut."""
     monkeypatch.setattr("decodax.decoding.chunked_prefill.MAX_CHUNK_TOKENS", 5)

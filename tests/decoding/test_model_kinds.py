@@ -46,9 +46,9 @@ POLICIES = examples_of(policy_examples, early_exit.METHODS)
 EXAMPLES = [*DRAFTERS, *(name for name in POLICIES if not name.endswith(policy_examples.SKIPS))]
 # Examples with their own handling of layers; the others, and the same for other kinds, are slow, because of compiling.
 FAST = {
-    "hybrid": {"draft_model, tree", "all_layers", "del_choice", "nested", "routed_layers, all layers"},
-    "recurrent": {"kangaroo", "speculative_exit, all layers"},
-    "mla": {"draft_model, tree", "speculative_exit, all layers"},
+    "hybrid": {"draft_model, tree", "all_layers", "routed_layers, all layers"},
+    "recurrent": {"kangaroo"},
+    "mla": {"speculative_exit, all layers"},
     "moe": {"early_layers"},
 }
 assert all(FAST[kind] <= {*EXAMPLES} for kind in LAYERS)
@@ -91,6 +91,7 @@ committed = jax.jit(commit)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.quick_cases(2)
 def test_plain_decoding_is_that_of_full_forwards(kind):
     state = plain(kind)
     _, logits = full_forward(kind)(params_of(kind), state.tokens)
@@ -223,7 +224,7 @@ def test_tokens_that_leave_out_a_layer_change_no_state(kind):
 
     hidden = jax.random.normal(jax.random.key(5), (3, 5, WIDTH))
     whole, ran, nothing = caches(params_of(kind), hidden, count)
-    full = commit(commit(empty, nothing, none_of), nothing, all_of)
+    full = committed(committed(empty, nothing, none_of), nothing, all_of)
     for index, (got, want, untouched) in enumerate(zip(whole, ran, full, strict=True)):
         np.testing.assert_array_equal(got.length, all_of)
         if isinstance(got, RecurrentCache):

@@ -40,6 +40,7 @@ def found():
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_caches_are_written_in_place(name, found):
     assert found[name] == []
 

@@ -141,6 +141,7 @@ class Forked(Drafter):
 
 
 @pytest.mark.parametrize("drafter", [Replay(4, VOCABULARY), Forked(Replay(3, VOCABULARY))], ids=["chain", "tree"])
+@pytest.mark.quick_cases(1)
 def test_the_cache_policy(plugin, drafter):
     """Nothing of a rejected node reaches the small cache or a recurrent state, bit for bit.
 

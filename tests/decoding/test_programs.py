@@ -52,6 +52,7 @@ def live_programs():
     return len(jax.devices()[0].client.live_executables())
 
 
+@pytest.mark.slow
 def test_evicted_programs_free_their_memory():
     double, traced = counted()
     sizes = []

@@ -24,6 +24,7 @@ def trace(lm):
     return record_routes(lm, TEXTS, PROMPTS)
 
 
+@pytest.mark.slow
 def test_records_the_experts_that_the_model_chooses(lm, trace):
     assert trace.expert.shape == (1, 52, 3) and trace.expert.dtype == np.int16
     np.testing.assert_array_equal(trace.layer, [1])

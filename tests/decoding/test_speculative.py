@@ -80,6 +80,7 @@ ended = cache(run)
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
+@pytest.mark.quick_cases(2)
 def test_equals_plain_decoding(kind, options):
     got, want = ended(kind, options), plain(options)
     assert_same(got, want)
@@ -163,6 +164,7 @@ def test_blocks_end_after_max_tokens():
         np.testing.assert_array_equal(np.asarray(state.length) - LENGTHS, [gained] * 3)
 
 
+@pytest.mark.slow
 def test_jitted_equals_eager():
     kind, options = "replay", "greedy"
     state, draft_params = begin(kind, options)
@@ -263,6 +265,7 @@ def test_one_compile_per_bucket():
     ],
     ids=["chain", "tree"],
 )
+@pytest.mark.quick_cases(1)
 def test_a_draft_may_be_larger_than_the_buffers(drafter, draft_params):
     """Like the default draft of a strategy, where few tokens are requested."""
     assert drafter.num_nodes > CAPACITY

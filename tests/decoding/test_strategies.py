@@ -70,6 +70,7 @@ def test_an_exact_draft_is_fully_accepted():
     assert sampled.accepted_lengths[:3] == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_tokens():
     options = {"strategy": "draft_model", "draft": DRAFT, "temperature": 0.8, "top_p": 0.95}
     one, other = (generate(seed=seed, **options).tokens for seed in ([3, 1, 2], [4, 5, 6]))
@@ -178,6 +179,7 @@ def test_choice_of_the_size_of_a_tree():
 
 
 @pytest.mark.parametrize("number", [1, 3, 5])
+@pytest.mark.quick_cases(1)
 def test_drafts_of_a_number_of_tokens_are_counted(plain, number):
     """A chain has as many positions; a tree has one for each level, all accepted where the draft model is exact."""
     early = generate(strategy="layer_skip", draft_tokens=number)
@@ -213,6 +215,7 @@ OWN_TREES = {
 
 
 @pytest.mark.parametrize("name", OWN_TREES)
+@pytest.mark.quick_cases(1)
 def test_the_size_of_a_tree_is_chosen_from_measured_times(takes, plain, name):
     module, weights, expected = OWN_TREES[name]
     sizes = [size for size in module.SIZES if size >= 10 or name == "medusa"]  # 3 x 2 prompt tokens, 1 + 1 + 2 nodes
@@ -360,6 +363,7 @@ def resized(lm, size):
         pytest.param("draft_sampled_tree", 41, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.quick_cases(1)
 def test_a_draft_whose_vocabulary_has_another_size(plain, name, size):
     out = generate(strategy=name, draft=resized(DRAFT, size))
     np.testing.assert_array_equal(out.tokens, plain.tokens)

@@ -36,6 +36,7 @@ def _check(subject: str, report: Report, record_property: Callable[[str, object]
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.quick_cases(4)
 def test_some_damage(subject, tmp_path, record_property):
     cases = [case for case in SUBJECTS[subject].cases(tmp_path) if not case.may_kill and _is_quick(case)]
     report = judge_all(_sample(cases, _QUICK[subject]))

@@ -118,6 +118,7 @@ def assert_close(result, expected, value, dtype):
     [(name, jnp.float32) for name in CASES] + [(name, jnp.bfloat16) for name in list(CASES)[:1]],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
+@pytest.mark.quick_cases(5)
 def test_equals_numpy(name, dtype, implementation):
     case = CASES[name]
     operands, _ = case.operands(dtype)

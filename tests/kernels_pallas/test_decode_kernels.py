@@ -156,6 +156,7 @@ FLASH = {
 
 
 @everywhere(FLASH)
+@pytest.mark.quick_cases(6)
 def test_flash_decode_is_attention(name, implementation):
     case = FLASH[name]
     arrays = case.arrays()
@@ -214,6 +215,7 @@ PAGED = {
 
 
 @everywhere(PAGED)
+@pytest.mark.quick_cases(5)
 def test_paged_decode_is_attention(name, implementation):
     case = PAGED[name]
     arrays = case.arrays()
@@ -272,6 +274,7 @@ def gathered(case: Case) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
 
 
 @everywhere(GATHER)
+@pytest.mark.quick_cases(3)
 def test_gather_decode_is_attention(name, implementation):
     check(GATHER[name], implementation, *gathered(GATHER[name]))
 

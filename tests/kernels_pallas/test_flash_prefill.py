@@ -135,6 +135,7 @@ def check(output, lse, expected, value, dtype):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in CASES for dtype in CASES[name].dtypes])
+@pytest.mark.quick_cases(7)
 def test_is_what_the_definition_says(name, dtype, implementation):
     case = CASES[name]
     poisoned, plain = case.operands(dtype)

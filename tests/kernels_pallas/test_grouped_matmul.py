@@ -41,6 +41,7 @@ def oracle(tokens: np.ndarray, weight: np.ndarray, group_sizes: list[int]) -> np
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.quick_cases(6)
 def test_equals_a_loop_over_experts(case, implementation):
     num_rows, size, num_outputs, dtype, group_sizes, gated = CASES[case]
     if implementation == "gpu_interpreted":

@@ -107,12 +107,14 @@ def check(case, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.quick_cases(5)
 def test_equals_the_recurrence(name, implementation):
     check(EVERYWHERE[name], implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2])
 @pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.quick_cases(2)
 def test_equals_the_recurrence_at_sizes_the_gpu_kernel_does_not_take(name, implementation):
     check(ELSEWHERE[name], implementation)
 

@@ -126,6 +126,7 @@ def oracle(query_latent, query_rope, latent, rope_key, length, new, *, scale, so
 
 
 @pytest.mark.parametrize(("implementation", "name"), [(run, name) for run, names in RUNS.items() for name in names])
+@pytest.mark.quick_cases(4)
 def test_gives_the_oracles_output(implementation, name, monkeypatch):
     monkeypatch.setattr(kernel_gpu, "INTERPRETED_RUNS", 6)  # up to three parts of a row
     monkeypatch.setattr(kernel_gpu, "PARTIALS_AT_ONCE", 2)

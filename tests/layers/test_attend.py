@@ -80,6 +80,7 @@ def expected(query, key, value, cached, kept, position, window, new_readable, so
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("with_kept", [False, True])
 @pytest.mark.parametrize("block_tokens", [4, CAPACITY])
+@pytest.mark.quick_cases(10)
 def test_equals_the_definition(name, with_kept, block_tokens):
     query, key, value, cached, kept, position, mask, window, new_readable = example(name)
     kept = kept if with_kept else None

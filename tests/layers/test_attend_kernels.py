@@ -63,6 +63,7 @@ def zeroed(cache: KVCache | Staged) -> KVCache | Staged:
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.quick_cases(5)
 def test_equals_plain_jax(name, implementation):
     num_new, num_staged, mask, softcap = CASES[name]
     *arrays, cache = operands(num_new, num_staged)
@@ -82,6 +83,7 @@ def test_few_tokens_without_a_cache(implementation):
 
 
 @pytest.mark.parametrize("name", ["chain", "chunk with a window"])
+@pytest.mark.quick_cases(1)
 def test_every_device_runs_its_heads(name):
     num_new, _, mask, softcap = CASES[name]
     *arrays, cache = operands(num_new, 0)

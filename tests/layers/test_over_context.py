@@ -175,6 +175,7 @@ def test_latents_absorbed(name, mesh):
         pytest.param("chunk that does not divide", "context=8", None, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.quick_cases(1)
 def test_latents_expanded(name, mesh, way):
     """Latents are sent, R + H numbers for a token, and not the keys and values of all heads."""
     num_new, _, mask, *_ = CASES[name]
@@ -196,6 +197,7 @@ def test_latents_expanded(name, mesh, way):
 
 
 @pytest.mark.parametrize("name", ["chain", "tree", "staged"])
+@pytest.mark.quick_cases(1)
 def test_kernels_on_each_device(name):
     """Those of a TPU, interpreted, device by device: some have no token in their slots, and NaN where nothing stands.
 

@@ -71,6 +71,7 @@ def test_every_family_has_a_golden_case():
 
 
 @pytest.mark.parametrize("name", golden_cases())
+@pytest.mark.quick_cases(15)
 def test_logits_of_a_ragged_batch(name):
     golden, lm = load_golden(name), language_model(name)
     logits, _ = prefill(lm, golden.tokens, golden.length, golden.tokens.shape[1])
@@ -79,6 +80,7 @@ def test_logits_of_a_ragged_batch(name):
 
 
 @pytest.mark.parametrize("name", ROUTE_CASES)
+@pytest.mark.quick_cases(3)
 def test_prefill_at_once_in_chunks_and_token_by_token_are_equal(name):
     golden, lm = load_golden(name), language_model(name)
     whole, _ = prefill(lm, golden.tokens, golden.length, golden.tokens.shape[1])
@@ -91,6 +93,7 @@ def test_prefill_at_once_in_chunks_and_token_by_token_are_equal(name):
 
 
 @pytest.mark.parametrize("name", ROUTE_CASES)
+@pytest.mark.quick_cases(3)
 def test_a_row_in_a_batch_is_the_row_alone(name):
     golden, lm = load_golden(name), language_model(name)
     together, _ = prefill(lm, golden.tokens, golden.length, golden.tokens.shape[1])
@@ -100,6 +103,7 @@ def test_a_row_in_a_batch_is_the_row_alone(name):
         np.testing.assert_allclose(alone[0, :count], together[row, :count], rtol=0, atol=limit)
 
 
+@pytest.mark.slow
 def test_eager_is_jitted():
     golden, lm = load_golden("llama"), language_model("llama")
     row, count = golden.tokens[:1], golden.length[:1]

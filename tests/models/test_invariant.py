@@ -111,6 +111,7 @@ def assert_paths_equal_steps(model, params, tree, lengths, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.quick_cases(1)
 def test_a_token_alone_equals_the_token_among_others(dtype):
     model, params = built("tiny", dtype)
     for lengths in LENGTHS:
@@ -119,6 +120,7 @@ def test_a_token_alone_equals_the_token_among_others(dtype):
 
 
 @pytest.mark.parametrize("dtype", MAINLY_BFLOAT16)
+@pytest.mark.slow
 def test_a_token_alone_equals_the_token_among_others_in_the_embedded_model_s_shape(dtype):
     assert_paths_equal_steps(*built("embedded", dtype), TREE, (255,), dtype)
 
@@ -144,6 +146,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(dtype):
         assert_same_bits(alone, logits[row : row + 1])
 
 
+@pytest.mark.slow
 def test_a_chain_in_tiles_without_cache_equals_the_chain_in_pieces():
     model, params = built("tiny", "bfloat16")
     token, position = draw(model, (0, 0, 0), Tree.chain(78))
@@ -216,6 +219,7 @@ def decoded(model, params, drafter=None):
     return np.asarray(state.tokens)
 
 
+@pytest.mark.slow
 def test_speculative_tokens_are_those_of_plain_decoding_in_bfloat16():
     model, params = built("tiny", "bfloat16")
     normal = Model(model.config)
@@ -232,14 +236,17 @@ def test_a_nonfinite_token_reaches_only_tokens_that_attend_to_it():
     model, params = built("tiny", "float32")
     caches = filled(model, "float32", LENGTHS[0])
     tree = Tree.fixed([-1, 0, 0, 1, 2])
+
+    @partial(jax.jit, static_argnums=2)
+    def logits(weights, position, is_chain):
+        mask = (CHAIN if is_chain else tree).mask()
+        return model.logits(weights, model.apply(weights, tokens, position, caches, mask=mask).hidden)
+
+    tokens = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (3, 5))
     for shape, reads_it in ((CHAIN, [2, 3, 4]), (tree, [2, 4])):
-        tokens = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (3, 5))
         position = caches[0].length[:, None] + jnp.asarray(shape.depth)
         nonfinite = {**params, "embedding": params["embedding"].at[2].set(jnp.nan)}
-        whole, damaged = (
-            np.asarray(model.logits(weights, model.apply(weights, tokens, position, caches, mask=shape.mask()).hidden))
-            for weights in (params, nonfinite)
-        )
+        whole, damaged = (np.asarray(logits(weights, position, shape is CHAIN)) for weights in (params, nonfinite))
         assert np.isnan(damaged[:, reads_it]).all()
         others = [node for node in range(5) if node not in reads_it]
         np.testing.assert_array_equal(damaged[:, others], whole[:, others])

@@ -72,17 +72,20 @@ def forwards(model: Model, params: Params = PARAMS) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("implementation", ["tpu_interpreted", "gpu_interpreted"])
+@pytest.mark.quick_cases(1)
 def test_logits_are_those_without_kernels(implementation):
     for got, want in zip(forwards(in_kernels(implementation)), forwards(PLAIN), strict=True):
         np.testing.assert_allclose(got, want, atol=TOLERANCE * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_latents_experts_and_states_are_those_without_kernels():
     want, got = (forwards(model, MIXED_PARAMS) for model in (MIXED, in_kernels("tpu_interpreted", MIXED)))
     for with_kernels, without in zip(got, want, strict=True):
         np.testing.assert_allclose(with_kernels, without, atol=TOLERANCE * np.abs(without).max())
 
 
+@pytest.mark.slow
 def test_the_loop_writes_the_same_tokens():
     """`prefill` runs the prompts in a chunk and the loop steps through the rest; buffers have room for full tiles."""
     prompts = np.random.default_rng(2).integers(0, VOCABULARY, (2, 80)).astype(np.int32)

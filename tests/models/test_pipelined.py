@@ -103,6 +103,7 @@ def single_tokens(kind, repeats):
 @pytest.mark.parametrize(
     ("kind", "mesh", "chunks"), cases(("dense", FOUR, 1), ("moe", TWO, 2), ("mla", FOUR, 1), ("linear", TWO, 2))
 )
+@pytest.mark.quick_cases(1)
 def test_logits(kind, mesh, chunks):
     model, params = in_stages(kind, mesh, chunks, micro_batches=4)
     wanted = single_logits(kind, num_stages(mesh) * chunks)
@@ -128,6 +129,7 @@ def test_plain_decoding(kind, mesh, chunks):
 
 
 @pytest.mark.parametrize(("kind", "mesh", "chunks"), cases(("moe", TWO, 1), ("linear", TWO, 1)))
+@pytest.mark.slow
 def test_speculative_decoding(kind, mesh, chunks):
     """Another tree in every row and round, whose nodes are mostly plain decoding's tokens."""
     model, params = in_stages(kind, mesh, chunks, micro_batches=2)
@@ -155,6 +157,7 @@ def test_a_draft_model(kind, staged):
 
 
 @pytest.mark.parametrize("kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mla", "linear"))])
+@pytest.mark.slow
 def test_staged_tokens(kind):
     """A token after two staged ones, after five in the stacked cache of their layer."""
 

@@ -41,6 +41,7 @@ def logits_of(model, params):
 
 
 @pytest.mark.parametrize("dispatch", ["gather_scatter", "all_to_all"])
+@pytest.mark.quick_cases(1)
 def test_the_same_logits_and_the_same_choices(lm, dispatch):
     model, params = place_experts(lm.model, lm.params, TABLE, MESH, RULES)
     gate = params["blocks_0"]["feed_forward"]["experts"]["gate"]

@@ -178,6 +178,7 @@ MEMORY_SCRIPT = """
 @pytest.mark.skipif(not STATUS.is_file() or "RssAnon" not in STATUS.read_text(), reason="needs Linux's accounting")
 @pytest.mark.parametrize("keep", ["keep", "drop"])
 @pytest.mark.parametrize(("stored", "kept"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.quick_cases(2)
 def test_peak_host_memory(tmp_path, stored, kept, keep):
     """At most 1.3 largest tensors beyond the file mapping and the parameters themselves, which on CPU are host memory.
 

@@ -44,6 +44,7 @@ def reads(monkeypatch):
 
 
 @pytest.mark.parametrize("name", golden_cases())
+@pytest.mark.quick_cases(12)
 def test_every_device_has_its_slice(name):
     folder = load_golden(name).folder
     replicated, sharded = load(folder), load(folder, sharding_of=split)

@@ -503,6 +503,7 @@ def killed_and_resumed(tmp_path, kind, moments, number=signal.SIGKILL):
 
 
 @pytest.mark.parametrize(("kind", "number"), [("from_hf", signal.SIGTERM), ("to_hf", signal.SIGKILL)])
+@pytest.mark.quick_cases(1)
 def test_a_killed_conversion_resumes(tmp_path, kind, number):
     kills, resumed_bytes = killed_and_resumed(tmp_path, kind, [(7, 0.002)], number)
     assert kills == 1 and resumed_bytes > 0

@@ -33,6 +33,7 @@ def test_the_papers_example():
 
 
 @pytest.mark.parametrize(("sizes", "step"), [({"tensor": 8}, 1), ({"tensor": 4, "data": 2}, 2)])
+@pytest.mark.quick_cases(1)
 def test_one_more_does_not_fit(sizes, step):
     plan = plan_for(config_of("Llama-3.1-8B"), parse_topology("v5e:2x4"), Workload(8, 2048), sizes)
     found = room(plan)

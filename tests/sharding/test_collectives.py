@@ -33,6 +33,7 @@ def by_layer(program):
 
 
 @pytest.mark.parametrize("kind", ["dense", "mla", "odd"])
+@pytest.mark.quick_cases(1)
 def test_tensor_parallel_layers_have_two_all_reduces(kind):
     """No collective is as large as the logits, though half of the rows are sampled: the vocabulary stays sharded.
 
@@ -48,6 +49,7 @@ def test_tensor_parallel_layers_have_two_all_reduces(kind):
     )
 
 
+@pytest.mark.slow
 def test_a_replicated_draft_has_no_collectives():
     """Its state included, whatever the sharding rules of the target model."""
     model, params = wide.model_of("dense", "tensor=8"), wide.params_of("dense", "tensor=8")

@@ -62,6 +62,7 @@ def check(out, kind):
 
 
 @pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
+@pytest.mark.quick_cases(1)
 def test_logits(kind, mesh):
     @jax.jit
     def forward(params, tokens):
@@ -77,12 +78,14 @@ def test_logits(kind, mesh):
 
 
 @pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
+@pytest.mark.quick_cases(1)
 def test_plain_decoding(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     check(jax.jit(decoding.autoregressive(model))(params, start(model, params)), kind)
 
 
 @pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
+@pytest.mark.quick_cases(1)
 def test_a_tree_of_drafts(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     decode = decoding.speculative(model, DraftModel(wide.draft_model(kind, model), (-1, 0, 0, 1)), ExactMatch())
@@ -92,6 +95,7 @@ def test_a_tree_of_drafts(kind, mesh):
     assert out.counts.accepted.sum() > 0
 
 
+@pytest.mark.slow
 def test_a_ring():
     """Where Ulysses would be taken, the ring that was asked for."""
     model, params = wide.model_of("dense", "context=8", context="ring"), wide.params_of("dense", "context=8")
@@ -110,6 +114,7 @@ def decoding_loop(kind, *, speculative):
 
 @pytest.mark.parametrize(("kind", "heads_x_size"), [("dense", 8 * 6), ("mla", 8 * (11 + 4))])
 @pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.quick_cases(1)
 def test_decoding_sends_heads_and_no_slots(kind, heads_x_size, speculative):
     """Two sums a layer, of H + 1 numbers for each query and head, and of one; nothing else, and no cache moves."""
     compiled, state = decoding_loop(kind, speculative=speculative)

@@ -29,12 +29,14 @@ LOGITS_TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
+@pytest.mark.quick_cases(2)
 def test_logits(kind, mesh):
     split = wide.full_logits(wide.model_of(kind, mesh), wide.params_of(kind, mesh))
     np.testing.assert_allclose(split, wide.single_logits(kind), atol=LOGITS_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
+@pytest.mark.quick_cases(1)
 def test_plain_decoding(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     state = wide.start(model, params)
@@ -47,6 +49,7 @@ def test_plain_decoding(kind, mesh):
 
 
 @pytest.mark.parametrize(("kind", "mesh"), wide.runnable(CASES))
+@pytest.mark.quick_cases(1)
 def test_speculative_decoding(kind, mesh):
     model, params = wide.model_of(kind, mesh), wide.params_of(kind, mesh)
     drafter = DraftModel.top_k(wide.draft_model(kind, model), (-1, 0, 0, 1))
@@ -67,6 +70,7 @@ def test_sequence_parallelism(kind):
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.quick_cases(1)
 def test_fewer_rows_than_devices(num_rows):
     """Rows that do not divide over the devices are replicated."""
     model, params = wide.model_of("dense", "tensor=2,data=4"), wide.params_of("dense", "tensor=2,data=4")

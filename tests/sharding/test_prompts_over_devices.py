@@ -79,6 +79,7 @@ SHARED = {"heads": 7, "kv_heads": 1, "size": 3, "value_size": 2}
         (5, 35, GROUPED, None, None, False),  # seven tokens cannot be halved
     ],
 )
+@pytest.mark.quick_cases(3)
 def test_ring(num_devices, num_tokens, sizes, window, softcap, in_zigzag):
     assert is_zigzag(num_tokens // num_devices, num_devices, window) == in_zigzag
     check(in_a_ring(num_devices, window, softcap), operands(num_tokens, **sizes), window=window, softcap=softcap)

@@ -48,6 +48,7 @@ def check(result: dict[str, Any], expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(own, other, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_library_gives_one_devices_tokens(folder: Path, alone: decodax.LanguageModel):
     # Rows are in different processes; the command's test below splits heads and the vocabulary between them.
     cases = ("plain", "drafts", "differ", "settle")
@@ -84,6 +85,7 @@ def command(folder: Path, port: int, place: int, *more: str) -> list[str]:
     return ["-m", "decodax", "generate", one_of_two.PROMPTS[0], "--model", str(folder), *where, *more]
 
 
+@pytest.mark.slow
 def test_the_command_prints_once_and_the_same(folder: Path, alone: decodax.LanguageModel):
     port = processes.free_port()
     options = ("--mesh", "tensor=8", "--max-new-tokens", "7", "--no-compilation-cache")

@@ -145,7 +145,7 @@ def medusa_heads() -> Make:
 
 
 def mtp_head() -> Make:
-    """The target's own last layer, run on twice the hidden state before the last token and a quarter of its embedding."""
+    """The target's own last layer, on twice the hidden state before the last token and a quarter of its embedding."""
 
     def make(target: Target) -> Example:
         size, last = target.model.config.hidden_size, target.model.config.num_layers - 1

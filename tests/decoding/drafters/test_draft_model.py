@@ -56,6 +56,7 @@ def compiled(drafter):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_its_cache_holds_the_accepted_tokens(kind):
     """After every round: keys and values of the accepted tokens, as a plain run over the text gives them; nothing else.
 
@@ -157,6 +158,7 @@ SMALL, SMALL_PARAMS = tiny_model(vocab_size=5)
 
 
 @pytest.mark.parametrize("kind", [Children.WITHOUT_REPLACEMENT, Children.INDEPENDENT])
+@pytest.mark.quick_cases(1)
 def test_pairs_of_children_follow_the_distribution(kind):
     """Over 4,000 seeds: each pair (first, second child) as often as the sequential distribution says."""
     drafter = DraftModel(SMALL, (-1, 0, 0), kind)

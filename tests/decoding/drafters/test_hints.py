@@ -45,6 +45,7 @@ def most_probable(text, count=LIKELY):
 
 @pytest.mark.parametrize("drafter", [HINTED, Hints(MODEL, num_likely=LIKELY)], ids=["tree", "alone"])
 @pytest.mark.parametrize("options", ["greedy", "sampled"])
+@pytest.mark.quick_cases(2)
 def test_hints_are_the_most_probable_tokens_after_every_node_that_was_run(drafter, options):
     """Of greedy rows beside sampled ones, too."""
     state, proposal = some_rounds(drafter, start(options=options))

@@ -158,6 +158,7 @@ def test_logits_are_those_of_transformers(golden):
     np.testing.assert_allclose(chained, golden["chained"], rtol=0, atol=GOLDEN_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_output_and_caches_are_those_of_plain_decoding():
     """One row is greedy, the others are drawn."""
     state = ended()
@@ -220,6 +221,7 @@ def test_draft_tokens_follow_the_head_s_distribution():
     np.testing.assert_array_equal(proposal.is_candidate, np.tile([False, *[True] * MOST], (3, 1)))
 
 
+@pytest.mark.slow
 def test_rows_longer_than_the_training_context():
     """With dynamic rope scaling: a prompt's tokens rotate as in the whole prompt, each further one ends its row."""
     scaled = [dataclasses.replace(block.mixer.rope, scaling=DynamicScaling(4.0, 7)) for block in MODEL.config.blocks]
@@ -338,6 +340,7 @@ def test_the_copies_of_embedding_and_head_may_be_absent(tmp_path):
     assert named.drafter == MTPHead(MODEL, 2) and METHODS["mtp"].build(LM, None, None).drafter.num_tokens == 1
 
 
+@pytest.mark.slow
 def test_by_name(golden, tmp_path):
     """In the library, from the model's own folder, and at the command line, which finds the head as well."""
     prompts = [row[:length] for row, length in zip(golden["tokens"], golden["length"], strict=True)]

@@ -21,6 +21,7 @@ EMBEDDING = jax.random.normal(jax.random.key(3), (3, 1, MODEL.config.hidden_size
 DRAFT = {"model": DRAFT_PARAMS, "drafter": {"embedding": EMBEDDING}}
 
 
+@pytest.mark.slow
 def test_the_chain_is_what_the_draft_model_would_generate():
     decode = decoding.speculative(MODEL, DRAFTER, ExactMatch())
     state = jax.jit(decode.start)(PARAMS, DRAFT, start())

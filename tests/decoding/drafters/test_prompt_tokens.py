@@ -44,6 +44,7 @@ def most_probable(logits, count):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_cases(1)
 def test_draft_tokens_are_those_of_prompt_tokens_after_the_text(kind):
     """Round by round against a forward without cache over the text, with the prompt tokens appended."""
     drafter, draft_params = KINDS[kind]

@@ -78,6 +78,7 @@ def test_every_layer_that_a_token_needs_was_run_for_all_before_it(total, layer_p
 
 
 @pytest.mark.parametrize("layer_policy", [FALLING, LOW])
+@pytest.mark.quick_cases(1)
 def test_tokens_are_those_of_forwards_over_the_whole_text(layer_policy):
     state = decoded(layer_policy)
     assert_follows(PARAMS, texts(state), layers_in_row(layer_policy))

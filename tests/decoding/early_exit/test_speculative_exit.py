@@ -133,6 +133,7 @@ def kept_tokens(state):
 
 @pytest.mark.parametrize("weights", [ALWAYS, SOMETIMES], ids=["always", "sometimes"])
 @pytest.mark.parametrize("layer_policy", [EXIT, TWO_LEVEL], ids=["all", "two_level"])
+@pytest.mark.quick_cases(2)
 def test_every_exit_token_and_count_is_that_of_a_recomputation(weights, layer_policy):
     state = run(weights, layer_policy)
     rows, kept = texts(state), kept_tokens(state)
@@ -163,6 +164,7 @@ def test_every_exit_token_and_count_is_that_of_a_recomputation(weights, layer_po
     assert state.layer_policy.shape == (3, layer_policy.memory)
 
 
+@pytest.mark.slow
 def test_threshold_1_is_plain_decoding():
     """Whatever the predictors say; the drafter's nodes are often what will be decoded, so that paths are long."""
     wanted = plain("sampled")  # one row is greedy
@@ -225,6 +227,7 @@ def walk_agrees(draft_token, token, is_candidate, likely, parents):
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["children", "likely"])
+@pytest.mark.quick_cases(1)
 def test_a_tree_exits_when_the_path_of_its_own_tokens_agrees(given):
     state, proposal, position, draft_token = tree_cases()
     token, is_candidate, parents = (

@@ -103,6 +103,7 @@ def test_the_loss_is_the_cross_entropy_of_a_recomputation(finished):
     assert float(found) == pytest.approx(wanted, abs=1e-4)  # logits of size 10 in float32, through two small layers
 
 
+@pytest.mark.slow
 def test_the_predictors_learn_and_the_models_stay_as_they_were(finished, models):
     training, _, _, facts = finished
     entries = [json.loads(line) for line in (training.run / "log.jsonl").read_text().splitlines()]
@@ -139,6 +140,7 @@ def test_one_place_of_each_piece_is_chosen():
     np.testing.assert_array_equal(places_of(jax.random.key(1), 2, 3), [[0, 1, 2]] * 2)
 
 
+@pytest.mark.slow
 def test_the_folder_is_used_by_name(finished, models):
     _, params, out, facts = finished
     expected = ["auxiliary.json", "auxiliary.safetensors", "draft", "loss.png"]

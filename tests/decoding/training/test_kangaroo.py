@@ -170,6 +170,7 @@ def run(folder, *arguments):
     return CliRunner().invoke(app, ["train", "kangaroo", *map(str, usual)])
 
 
+@pytest.mark.slow
 def test_from_a_text_to_a_strategy(folder):
     out = folder / "weights"
     result = run(folder, "-o", out, "--exit-layer=2", "--json")

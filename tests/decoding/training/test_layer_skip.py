@@ -124,6 +124,7 @@ def test_layers_are_dropped_row_by_row_and_step_by_step(lm, tmp_path):
             assert len(set(late.round(4))) > 2  # another draw in every step
 
 
+@pytest.mark.slow
 def test_it_learns_and_the_model_stays_as_it_was(lm, finished):
     training, trained, _, facts, before = finished
     jax.tree.map(np.testing.assert_array_equal, lm.params, before)
@@ -137,6 +138,7 @@ def test_it_learns_and_the_model_stays_as_it_was(lm, finished):
     assert facts["best"]["exit_layer"] == 1 and facts["heldout"]["tokens"] == len(windows) * 14
 
 
+@pytest.mark.slow
 def test_the_measured_facts(lm, finished):
     training, trained, *_ = finished
     windows = TEXTS.heldout_windows(14)
@@ -156,6 +158,7 @@ def test_every_exit_is_trained_in_turn():
         assert seen.min() == 1 and len(set(seen[:per_step].tolist())) == per_step
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_when_a_model_is_loaded(folder, lm, finished):
     *_, out, _, _ = finished
     weights = read_auxiliary_weights(out, np.float32)
@@ -218,6 +221,7 @@ def test_bad_shapes(lm, target, tmp_path):
         LayerSkipTraining(target, SHAPE, PLAN, TEXTS, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_commands(folder, tmp_path):
     """`decodax train layer_skip`, then `decodax generate --adapter`."""
     text = tmp_path / "text.py"

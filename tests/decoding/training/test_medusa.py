@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,16 +68,17 @@ def own_labels(target, normed):
 
 
 @pytest.mark.parametrize(("labels", "stride"), [("text", 1), ("model", 1), ("model", 3)])
+@pytest.mark.quick_cases(1)
 def test_the_loss_of_heads_alone(target, tmp_path, labels, stride):
     training = MedusaTraining(target, SHAPE, PLAN, TEXTS, tmp_path, labels, stride)
     heads = disturbed(initial_heads(target.params, SHAPE), 0.3, seed=5)
-    normed = window_states(target.model, target.params, jnp.asarray(ROWS[:, :-1]))
+    normed = jax.jit(partial(window_states, target.model))(target.params, jnp.asarray(ROWS[:, :-1]))
     label = ROWS if labels == "text" else own_labels(target, normed)
     at = [place for place in np.asarray(places(STEP, stride, 14)).tolist() if place < 14]
     assert at == list(range(at[0], 14, stride)) and at[0] < stride
     surprise = oracle_surprise(target.params, heads, normed, label, at)
     want = sum(0.8**k * np.mean(one) for k, one in enumerate(surprise))
-    found = training.loss({"heads": heads}, target.params, ROWS, STEP)
+    found = jax.jit(training.loss)({"heads": heads}, target.params, ROWS, STEP)
     assert float(found) == pytest.approx(want, rel=TOLERANCE)
 
 
@@ -95,6 +97,7 @@ def finished(target, tmp_path_factory):
     return training, folder / "out", facts
 
 
+@pytest.mark.slow
 def test_heads_learn_and_their_accuracy_is_recorded(target, finished):
     training, out, facts = finished
     entries = [json.loads(line) for line in (training.run / "log.jsonl").read_text().splitlines()]
@@ -177,6 +180,7 @@ def test_the_joint_loss_of_a_changed_model(target, finished, tmp_path):
     assert float(training.loss(trained, target.params, ROWS, STEP)) == pytest.approx(want, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_joint_training_changes_the_named_matrices_and_decodes_the_changed_model(target, finished, tmp_path):
     before = jax.tree.map(np.array, target.params)
     training = joint(target, finished, tmp_path / "run")

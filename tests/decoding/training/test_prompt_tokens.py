@@ -87,6 +87,7 @@ def test_the_loss_is_that_of_separate_forwards(target):
     np.testing.assert_allclose(measured["rank_accuracy"][1], is_right.mean(axis=0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_prompt_tokens_learn_and_the_target_stays_as_it_was(target, finished):
     training, _, _, _, before = finished
     jax.tree.map(np.testing.assert_array_equal, target.params, before)

@@ -47,6 +47,7 @@ def layer_gates(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_a_higher_price_skips_more(layer_gates):
     found = [facts["heldout"] for facts, _, _ in layer_gates]
     rates = [heldout["skip_rate"] for heldout in found]
@@ -75,8 +76,13 @@ def test_the_loss_of_the_layer_gates_is_that_of_its_definition():
         skip = 1 / (1 + np.exp(-unit @ np.asarray(LAYER_GATES["weight"][index])))
         skips.append(skip.mean(axis=1))
         hidden = hidden + (1 - skips[-1])[:, None, None] * (new - hidden)
-    logits = TARGET.model.logits(TARGET.params, jnp.asarray(hidden))
-    kl = np.asarray(kl_divergence(window_logits(TARGET.model, TARGET.params, tokens), logits)).mean(axis=1)
+
+    @jax.jit
+    def divergence(hidden):
+        logits = TARGET.model.logits(TARGET.params, hidden)
+        return kl_divergence(window_logits(TARGET.model, TARGET.params, tokens), logits)
+
+    kl = np.asarray(divergence(jnp.asarray(hidden))).mean(axis=1)
     skip = np.stack(skips)
     wanted = kl + 0.7 * (1 - skip).mean(axis=0) + 0.3 * (4 * skip * (1 - skip)).mean(axis=0)
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
@@ -103,6 +109,7 @@ def changed(tmp_path_factory):
     return training, facts, folder / "out"
 
 
+@pytest.mark.slow
 def test_the_change_compensates_for_skipped_layers_and_the_layer_gates_stay(changed, tmp_path):
     training, facts, out = changed
     untrained = training.measure(training.initial(), TEXTS.heldout_windows(WINDOW))
@@ -115,6 +122,7 @@ def test_the_change_compensates_for_skipped_layers_and_the_layer_gates_stay(chan
         replace(training, layer_gates=LAYER_GATES).refuse_foreign(out)
 
 
+@pytest.mark.slow
 def test_both_stages_decode_by_name(layer_gates, changed):
     for folder, middle_runs in ((layer_gates[0][2], True), (layer_gates[2][2], False), (changed[2], False)):
         found = METHODS["first"].build(TARGET, folder, None)

@@ -46,6 +46,7 @@ def finished(tmp_path_factory):
     return run, log, folder / "out", facts, before
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_the_target_alone(finished):
     run, log, _, facts, before = finished
     jax.tree.map(np.testing.assert_array_equal, TARGET.params, before)
@@ -58,6 +59,7 @@ def test_it_learns_and_leaves_the_target_alone(finished):
     assert num_layers == [2, 3] and untrained["agreement_by_layers"][1] == [3, 1.0]  # all layers, unchanged
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_zero_with_all_layers_and_every_step_draws_another_schedule(tmp_path):
     rows = jnp.asarray(TEXTS.heldout_windows(WINDOW)[:5])
     whole, falling = training(tmp_path, min_layers=3), training(tmp_path)
@@ -104,6 +106,7 @@ def test_the_loss_is_that_of_its_definition(finished):
     assert np.all(np.abs(kl[:3]) < 1e-6) and np.all(kl[3:] > 1e-4)  # sums of 37 float32 terms
 
 
+@pytest.mark.slow
 def test_decoding_with_the_weights_is_the_forward_they_were_trained_for(finished):
     _, _, out, _, _ = finished
     speculation = METHODS["skip_decode"].build(TARGET, out, None)

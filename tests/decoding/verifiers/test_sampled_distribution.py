@@ -152,6 +152,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.quick_cases(1)
 def test_the_first_tokens_have_the_distribution_of_the_target(name):
     drafter, verifier, options = CASES[name]
     accepted = {}
@@ -165,6 +166,7 @@ def test_the_first_tokens_have_the_distribution_of_the_target(name):
 
 
 @pytest.mark.parametrize("name", ["chain", "tree"])
+@pytest.mark.quick_cases(1)
 def test_a_draft_that_is_the_target_is_always_accepted(name):
     drafter, verifier = {
         "chain": (DraftModel.chain(MODEL, 2), ChainRejection()),
@@ -190,6 +192,7 @@ def in_another_vocabulary(size):
 
 
 @pytest.mark.parametrize("name", ["prefix", pytest.param("padded", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_draft_of_another_vocabulary_keeps_the_distribution_of_the_target(name):
     model, params = in_another_vocabulary({"prefix": 5, "padded": 11}[name])
     drafter, verifier, options = {

@@ -163,6 +163,7 @@ def test_acceptance_draws_are_uniform_and_independent():
 
 
 @pytest.mark.parametrize("name", ["chain, drawn", "without replacement"])
+@pytest.mark.quick_cases(1)
 def test_eager_calls_decide_the_same(name):
     rule, kind, parents = CASES[name]
     arguments = *proposal_of(kind, parents), True, SEED, positions(parents, slice(None))

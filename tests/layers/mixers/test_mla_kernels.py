@@ -89,11 +89,13 @@ def test_more_queries_than_a_kernel_takes_at_once():
 
 
 @pytest.mark.parametrize("name", ["staged", "chunk with a window"])
+@pytest.mark.quick_cases(1)
 def test_gpu_kernels_equal_plain_jax(name):
     check_equals_plain_jax(name, Execution("gpu_interpreted"))
 
 
 @pytest.mark.parametrize("name", ["tree", "chunk"])
+@pytest.mark.quick_cases(1)
 def test_every_device_runs_its_heads(name):
     mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
     got = check_equals_plain_jax(name, Execution("tpu_interpreted", mesh))

@@ -174,6 +174,7 @@ def test_a_model_token_by_token_and_row_by_row():
 
 
 @pytest.mark.parametrize("experts", [None, AllToAll(2)], ids=["gathered", "exchanged"])
+@pytest.mark.quick_cases(1)
 def test_a_model_on_eight_devices(experts):
     """Experts split over four of the devices, some twice, give the logits of one device."""
     kinds = (AxisType.Auto,) * 2
