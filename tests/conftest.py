@@ -104,7 +104,7 @@ class Cases:
     def pytest_collection_modifyitems(items):
         cases = defaultdict(list)
         for item in items:
-            if item.get_closest_marker("quick_cases"):
+            if item.get_closest_marker("quick_cases") and not item.get_closest_marker("slow"):
                 cases[item.nodeid.split("[")[0]].append(item)
         for same in cases.values():
             (quick,), total = same[0].get_closest_marker("quick_cases").args, len(same)
