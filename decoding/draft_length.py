@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from decodax.decoding.sizes import bucket
-from decodax.models.model import Model, Params
+from decodax.models.model import Model, Params, commit
 from decodax.sharding.host import from_first
 
 if TYPE_CHECKING:
@@ -54,10 +54,14 @@ def latency_curve(
     cached_tokens: tokens in the cache of each row.
     """
     capacity = bucket(cached_tokens + max(num_tokens))
-    caches = model.empty_cache(batch_size, capacity, model.dtype(params))
-    length = jnp.full(batch_size, cached_tokens, jnp.int32)
-    caches = jax.tree.map(lambda leaf: length if leaf.ndim == 1 else leaf, caches)
+    dtype, length = model.dtype(params), jnp.full(batch_size, cached_tokens, jnp.int32)
 
+    @jax.jit
+    def filled() -> Any:
+        caches = model.empty_cache(batch_size, capacity, dtype)
+        return commit(caches, model.empty_update(batch_size, cached_tokens, dtype), length)
+
+    caches = filled()
     seconds = _alternating(forwards(model, params, caches, cached_tokens, num_tokens))
     return dict(zip(seconds, from_first(model.execution.mesh, list(seconds.values())), strict=True))
 
@@ -139,8 +143,8 @@ def choose_tree_size(target_seconds: dict[int, float], tokens: dict[int, float])
     return DraftChoice(best - 1, speed_up(best), about)
 
 
-def choose_for(lm: "LanguageModel", draft: "Draft") -> DraftChoice:
-    """The draft length for this model and draft on this machine; takes seconds, mostly of compiling.
+def choose_for(lm: "LanguageModel", draft: "Draft", batch_size: int = 1) -> DraftChoice:
+    """The draft length for this model, draft and batch on this machine; takes seconds, mostly of compiling.
 
     Raises ValueError when the draft's acceptance is not known.
     """
@@ -149,6 +153,7 @@ def choose_for(lm: "LanguageModel", draft: "Draft") -> DraftChoice:
             f"draft_tokens='auto' needs the acceptance that `decodax train draft` writes to draft.json, and "
             f"{draft.lm.path.name} has none: give a number"
         )
-    target = latency_curve(lm.model, lm.params, (1, *(length + 1 for length in LENGTHS)))
-    single = latency_curve(draft.lm.model, draft.lm.params, (1,))[1]
+    sizes = (1, *(length + 1 for length in LENGTHS))
+    target = latency_curve(lm.model, lm.params, sizes, batch_size=batch_size)
+    single = latency_curve(draft.lm.model, draft.lm.params, (1,), batch_size=batch_size)[1]
     return choose_draft_tokens(target, single, draft.acceptance)

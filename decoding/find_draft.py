@@ -1,6 +1,7 @@
 """Finds the draft model for a target, and checks that their vocabularies match."""
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from decodax.core.arguments import folder_name, shown
 from decodax.core.printable import printable
 from decodax.decoding.auxiliary_check import SHARE, SHARES, check_value
 from decodax.decoding.draft_vocabulary import in_target_vocabulary
-from decodax.models.checkpoints.model_files import find_file, read_json_object
+from decodax.models.checkpoints.model_files import find_file, read_json_object, stamp
 from decodax.models.load import LanguageModel, find_folder, load
 from decodax.models.tokenizers.tokenizer import Tokenizer
 from decodax.sharding.rules import DATA
@@ -56,7 +57,7 @@ def find_draft(strategy: str, lm: LanguageModel, draft: Any) -> Draft:
     if not isinstance(draft, LanguageModel):
         found = folder_name("draft", draft, f" or a loaded model (for strategy {strategy!r})")
         try:
-            draft = _load(str(found), lm.dtype.name, lm.model.execution.mesh)
+            draft = _load(str(found), stamp(found), lm.dtype.name, lm.model.execution.mesh)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"draft: {error}") from error
     _check_tokens(lm, draft)
@@ -69,7 +70,8 @@ def find_draft(strategy: str, lm: LanguageModel, draft: Any) -> Draft:
 
 
 @lru_cache(maxsize=4)
-def _load(path: str, dtype: str, mesh: Mesh | None) -> LanguageModel:
+def _load(path: str, files: Hashable, dtype: str, mesh: Mesh | None) -> LanguageModel:
+    """The draft in a folder, which is read again when its files have changed."""
     return load(path, dtype=dtype, mesh=mesh, rules=DRAFT_RULES)
 
 

@@ -139,7 +139,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     if spans_processes(lm.model.execution.mesh):
         assert_same_on_all_processes(lm.model.execution.mesh, _run_fingerprint(lm, rows, options))
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
-    plan = ReadyStrategy(lm, options)
+    plan = ReadyStrategy(lm, options, len(seeds))
     lengths = np.asarray([len(ids) for ids in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int64)
     for index, ids in enumerate(rows):
@@ -178,10 +178,11 @@ def _run_fingerprint(lm: "LanguageModel", rows: list[np.ndarray], options: Gener
     Of a strategy or a draft that is an object only its kind is compared. Streaming is compared because the text is
     read between blocks of tokens, so processes that stream run other programs than those that do not.
     """
-    arguments = {field.name: repr(getattr(options, field.name)) for field in dataclasses.fields(options)}
-    strategy = options.strategy
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    strategy = values.pop("strategy")
+    arguments = {name: str(values.pop(name) is not None) for name in ("draft", "on_text")}
+    arguments |= {name: repr(value) for name, value in values.items()}
     arguments["strategy"] = strategy if isinstance(strategy, str) else type(strategy).__name__
-    arguments |= {name: str(getattr(options, name) is not None) for name in ("draft", "on_text")}
     prompts = b";".join(ids.astype(np.int64).tobytes() for ids in rows)
     return {"model": repr(lm.config), "prompts": prompts, **arguments}
 

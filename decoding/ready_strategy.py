@@ -9,6 +9,7 @@ import numpy as np
 
 from decodax.core.arguments import is_hashable, refusal, shown
 from decodax.decoding.autoregressive import autoregressive
+from decodax.decoding.built_strategies import build_once, on_devices_of
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.programs import bounded_jit
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class ReadyStrategy:
     """A strategy prepared for one model: jitted functions, their parameters, and its name in the statistics."""
 
-    def __init__(self, lm: "LanguageModel", options: GenerateOptions) -> None:
+    def __init__(self, lm: "LanguageModel", options: GenerateOptions, batch_size: int) -> None:
         chosen, self.fallback = _find_strategy(options.strategy), None
         self.name = getattr(chosen, "__name__", type(chosen).__name__)
         if isinstance(options.strategy, str):
@@ -34,18 +35,20 @@ class ReadyStrategy:
         if isinstance(chosen, type) and issubclass(chosen, Strategy):
             if isinstance(options.draft_tokens, int):
                 check_draft_tokens(options.draft_tokens, lm.config.max_position_embeddings)
-            chosen = chosen.build(lm, options.draft, options.draft_tokens)
+            chosen = build_once(chosen, lm, options.draft, options.draft_tokens, batch_size)
         elif options.draft is not None or options.draft_tokens is not None:
             raise ValueError(
                 "draft and draft_tokens need the name of a strategy that drafts, as in strategy='draft_model' "
                 f"(`decodax methods` lists them), got {self.name!r}"
             )
+        elif isinstance(chosen, Speculation):
+            chosen = on_devices_of(lm, chosen)
         if isinstance(chosen, DraftChoice):
             self.fallback, chosen = chosen.reason, autoregressive
             warnings.warn(f"{self.name} falls back to plain decoding: {self.fallback}", stacklevel=4)
         self.params, self.draft_params, self.layer_policy = lm.params, None, None
         if isinstance(chosen, Speculation):
-            self.draft_params = lm.model.execution.replicated(chosen.draft_params)
+            self.draft_params = chosen.draft_params
             self.layer_policy = chosen.layer_policy
             self.params = lm.params if chosen.params is None else _checked_params(lm.params, chosen.params)
             if not isinstance(options.strategy, str):

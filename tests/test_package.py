@@ -123,9 +123,9 @@ def test_ci_runs_the_commands_of_the_readme(tmp_path):
 @pytest.mark.parametrize(
     ("failing", "output", "last"),
     [
-        ("--budget", "2 failed, 1 passed in 1s", "4 passed, 2 failed"),
-        ("--sample", "Killed", "3 passed, 1 failed"),
-        ("[lint]", "ERROR: no matching distribution", "6 passed, 1 failed"),
+        ("--budget", "2 failed, 1 passed in 1s", "7 passed, 2 failed"),
+        ("--sample", "Killed", "6 passed, 1 failed"),
+        ("[lint]", "ERROR: no matching distribution", "9 passed, 1 failed"),
     ],
 )
 def test_ci_fails_where_a_step_does(tmp_path, failing, output, last):

@@ -52,11 +52,14 @@ class Strategy:
     auxiliary_weights: ClassVar[str | None] = None
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation | DraftChoice:
+    def build(
+        lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1
+    ) -> Speculation | DraftChoice:
         """The strategy for this model; a `DraftChoice` of 0 tokens where plain decoding is faster, with the reason.
 
         draft: the auxiliary weights, a folder or its content; None for those of the embedded model.
         draft_tokens: tokens per draft, None for the strategy's default, "auto" to choose them for this machine.
+        batch_size: rows that are decoded together, for "auto".
         Raises ValueError where weights are missing or do not fit.
         """
         raise NotImplementedError

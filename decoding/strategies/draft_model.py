@@ -30,10 +30,12 @@ class DraftModelChain(Strategy):
     auxiliary_weights = DraftModel.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation | DraftChoice:
+    def build(
+        lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1
+    ) -> Speculation | DraftChoice:
         found = find_draft("draft_model", lm, draft)
         if isinstance(draft_tokens, str):
-            choice = choose_for(lm, found)
+            choice = choose_for(lm, found, batch_size)
             if not choice.num_tokens:
                 return choice
             draft_tokens = choice.num_tokens
@@ -50,7 +52,7 @@ class DraftModelTree(Strategy):
     auxiliary_weights = DraftModel.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         found = find_draft("draft_tree", lm, draft)
         return Speculation(DraftModel.top_k(found.lm.model, _tree(found, draft_tokens)), ExactMatch(), found.lm.params)
 
@@ -64,7 +66,7 @@ class DraftModelSampledTree(Strategy):
     auxiliary_weights = DraftModel.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         found = find_draft("draft_sampled_tree", lm, draft)
         drafter = DraftModel.sampled(found.lm.model, _tree(found, draft_tokens))
         return Speculation(drafter, TreeRejectionWithoutReplacement(), found.lm.params)

@@ -27,7 +27,7 @@ class PromptedDraft(Strategy):
     auxiliary_weights = NestedDraft.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         if isinstance(draft_tokens, str):
             raise ValueError("draft_tokens='auto' is for draft_model and ppd: give draft_ppd a number")
         found = find_draft("draft_ppd", lm, draft).lm

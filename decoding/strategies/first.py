@@ -24,7 +24,7 @@ class RoutedLayersStrategy(Strategy):
     auxiliary_weights = RoutedLayers.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         if draft_tokens is not None:
             raise ValueError(f"first drafts nothing: leave out draft_tokens, got {shown(draft_tokens)}")
         auxiliary = find_auxiliary_weights("first", lm, draft)

@@ -22,7 +22,7 @@ class KangarooDraft(Strategy):
     auxiliary_weights = Kangaroo.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         if isinstance(draft_tokens, str):
             raise ValueError("kangaroo ends each draft by its confidence: give draft_tokens, the most, as a number")
         auxiliary = find_auxiliary_weights("kangaroo", lm, draft)

@@ -30,11 +30,13 @@ class MedusaTree(Strategy):
     auxiliary_weights = MedusaHeads.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation | DraftChoice:
+    def build(
+        lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1
+    ) -> Speculation | DraftChoice:
         auxiliary = find_auxiliary_weights("medusa", lm, draft)
         accuracy = within_depth(auxiliary.rank_accuracy)
         if isinstance(draft_tokens, str):
-            seconds = latency_curve(lm.model, lm.params, (1, *SIZES))
+            seconds = latency_curve(lm.model, lm.params, (1, *SIZES), batch_size=batch_size)
             tokens = {size: expected_tokens(accuracy, best_tree(accuracy, size - 1)) for size in SIZES}
             choice = choose_tree_size(seconds, tokens)
             if not choice.num_tokens:

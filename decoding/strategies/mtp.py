@@ -26,7 +26,7 @@ class MultiTokenPrediction(Strategy):
     auxiliary_weights = MTPHead.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         if isinstance(draft_tokens, str):
             raise ValueError("mtp cannot choose the length of its drafts: give draft_tokens a number")
         if draft is not None and not isinstance(draft, str | os.PathLike):

@@ -27,11 +27,13 @@ class ParallelPrompt(Strategy):
     auxiliary_weights = PromptTokens.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation | DraftChoice:
+    def build(
+        lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1
+    ) -> Speculation | DraftChoice:
         auxiliary = find_auxiliary_weights("ppd", lm, draft)
         accuracy, ensemble = auxiliary.rank_accuracy, auxiliary.params["embedding"].shape[1]
         if isinstance(draft_tokens, str):
-            choice = _choose_size(lm, accuracy, ensemble)
+            choice = _choose_size(lm, accuracy, ensemble, batch_size)
             if not choice.num_tokens:
                 return choice
             draft_tokens = choice.num_tokens
@@ -45,10 +47,13 @@ class ParallelPrompt(Strategy):
         return Speculation(PromptTokens(lm.model, trees, ensemble), ExactMatch(), auxiliary.params)
 
 
-def _choose_size(lm: "LanguageModel", accuracy: Sequence[Sequence[float]], ensemble: int) -> DraftChoice:
+def _choose_size(
+    lm: "LanguageModel", accuracy: Sequence[Sequence[float]], ensemble: int, batch_size: int
+) -> DraftChoice:
     """The size with the most tokens per second, by measured times of forwards; takes seconds, mostly of compiling."""
     smallest = _smallest(accuracy, ensemble)
-    seconds = latency_curve(lm.model, lm.params, (1, *(size for size in SIZES if size >= smallest)))
+    sizes = (1, *(size for size in SIZES if size >= smallest))
+    seconds = latency_curve(lm.model, lm.params, sizes, batch_size=batch_size)
     tokens = {
         size: stationary_expected_tokens(accuracy, dynamic_trees(accuracy, size, ensemble))
         for size in seconds

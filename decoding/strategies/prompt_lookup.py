@@ -20,7 +20,7 @@ class PromptLookupChain(Strategy):
     """
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         if draft is not None:
             raise ValueError(f"prompt_lookup needs no auxiliary weights, got draft={shown(draft)}: leave it out")
         if isinstance(draft_tokens, str):

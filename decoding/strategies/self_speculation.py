@@ -32,7 +32,7 @@ class LayerSkip(Strategy):
     auxiliary_weights = EarlyLayers.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         given = _number("layer_skip", draft, draft_tokens)
         if lm.adapter is None:
             exit_layer, tokens = max(1, lm.config.num_layers // 4), FIXED_TOKENS
@@ -52,7 +52,7 @@ class Del(Strategy):
     auxiliary_weights = DynamicExit.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         given = _number("del", draft, draft_tokens)
         return Speculation(DynamicExit(lm.model, DYNAMIC_TOKENS if given is None else given), ExactMatch())
 

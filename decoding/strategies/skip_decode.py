@@ -27,7 +27,7 @@ class SkipDecodeStrategy(Strategy):
     auxiliary_weights = SkipDecode.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         if draft_tokens is not None:
             raise ValueError(f"skip_decode drafts nothing: leave out draft_tokens, got {shown(draft_tokens)}")
         auxiliary = find_auxiliary_weights("skip_decode", lm, draft)

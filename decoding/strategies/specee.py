@@ -34,7 +34,7 @@ class SpeculativeExitAlone(Strategy):
     auxiliary_weights = SpeculativeExit.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         if draft_tokens is not None:
             raise ValueError(
                 f"strategy 'specee' drafts no tokens, got draft_tokens={shown(draft_tokens)}: leave it out, or use "
@@ -55,7 +55,7 @@ class SpeculativeExitTree(Strategy):
     auxiliary_weights = SpeculativeExit.auxiliary_weights
 
     @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None) -> Speculation:
+    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
         if isinstance(draft_tokens, str):
             raise ValueError("draft_tokens='auto' chooses the length of a chain (draft_model): give a tree a number")
         auxiliary, found = _find("specee_tree", lm, draft)

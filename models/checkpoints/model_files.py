@@ -7,6 +7,7 @@ and text of a file is printed without its control characters.
 import errno
 import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,12 @@ def _is_deeper(value: Any, limit: int) -> bool:
 def has_orbax_arrays(folder: Path) -> bool:
     """Whether a model's weights are an Orbax checkpoint (`models/checkpoints/orbax_arrays.py`)."""
     return find_file(folder, ORBAX_METADATA) is not None
+
+
+def stamp(folder: str | os.PathLike[str]) -> Hashable:
+    """What tells whether the files of a folder have changed: their names, sizes and times; None for no folder."""
+    try:
+        found = ((entry.name, entry.stat()) for entry in os.scandir(Path(folder).expanduser()) if entry.is_file())
+        return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+    except (OSError, ValueError, RuntimeError):  # no folder; a name that no file has; an unknown home
+        return None

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from decodax import program_cache
 from decodax.core.arguments import choice, flag, folder_name, instance, shown
 from decodax.decoding.adapted import with_adapter
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights
@@ -38,6 +39,7 @@ def load(
     implementation: Implementation | None = None,
     sequence_parallel: bool | None = False,
     pipeline: Pipeline | None = ONE_CHUNK,
+    compilation_cache: bool | None = True,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json), or with Orbax arrays.
 
@@ -58,6 +60,8 @@ def load(
         the all-reduces become reduce-scatters and all-gathers.
     pipeline: on a mesh with an axis "pipeline", how many chunks each stage's layers are split into, and how many
         micro-batches the rows (`sharding.pipeline.Pipeline`).
+    compilation_cache: keep compiled programs for the next start, in the user's cache folder, at most a gigabyte;
+        `jax.config` and JAX's environment variables win. It holds for all that this process compiles.
     None for any of them means that it is not given.
     Raises FileNotFoundError when there is no such folder or it lacks a file.
     Raises ConnectionError when a download is needed and not possible.
@@ -76,6 +80,8 @@ def load(
         if pipeline is None
         else instance("pipeline", pipeline, Pipeline, "decodax.sharding.pipeline.Pipeline"),
     }
+    if compilation_cache is None or flag("compilation_cache", compilation_cache):
+        program_cache.use()
     if adapter is not None and not isinstance(adapter, AuxiliaryWeights):
         adapter = folder_name("adapter", adapter, ", or an AuxiliaryWeights")
     lm = _load(path, dtype=working_dtype(dtype), **options)

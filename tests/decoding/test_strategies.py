@@ -9,6 +9,7 @@ import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import tokenizers
 
 import decodax
 from decodax import decoding
-from decodax.decoding import draft_length, programs, strategies
+from decodax.decoding import built_strategies, draft_length, programs, strategies
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights
 from decodax.decoding.drafters import DraftModel, PromptLookup
 from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
@@ -127,6 +128,7 @@ def takes(monkeypatch):
             return {size: partial(run, size) for size in num_tokens}
 
         monkeypatch.setattr(draft_length, "forwards", forwards)
+        monkeypatch.setattr(built_strategies, "_built", WeakKeyDictionary())  # what other times led to
 
     monkeypatch.setattr(draft_length, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return set_to

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import decodax
-from decodax.cli import hosts, program_cache, session
+from decodax.cli import hosts, session
 from decodax.cli.prompts import as_text, read_prompts
 from decodax.cli.signatures import insert_options
 from decodax.decoding.generation import Generation, Stats
@@ -88,10 +88,15 @@ def generate(
             block_tokens=block_tokens,
         )
         texts = read_prompts(prompts or [], file or [])
-        if compilation_cache:
-            program_cache.use()
         with hosts.rendezvous(distributed, num_processes, process_id, join_timeout, mesh):
-            lm = decodax.load(model, dtype=dtype, mesh=mesh, invariant=invariant, adapter=adapter)
+            lm = decodax.load(
+                model,
+                dtype=dtype,
+                mesh=mesh,
+                invariant=invariant,
+                adapter=adapter,
+                compilation_cache=compilation_cache,
+            )
             _check_values(lm, options, len(texts))
             _run(lm, texts, options, as_json)
 

@@ -13,7 +13,8 @@ import jax
 import typer
 
 import decodax
-from decodax.cli import hosts, program_cache, streams
+from decodax import program_cache
+from decodax.cli import hosts, streams
 from decodax.cli.interrupts import INTERRUPTED
 from decodax.cli.streams import READER_GONE
 from decodax.sharding.rules import MESH_AXES
