@@ -7,8 +7,8 @@
   something on every platform.
 - Operations of a device run one after the other: side by side, devices may wait for each other in different
   collectives for ever (seen on JAX 0.10.2 with eight CPU devices on two cores; not on 0.12).
-- XLA optimises little, and where it still can (JAX 0.10) emits code for fused operations in the older, plainer way: most
-  of the time goes into compiling, and either halves that. What the results are must not depend on it.
+- XLA optimises little, and where it still can (JAX 0.10) emits code for fused operations in the older, plainer way:
+  most of the time goes into compiling, and either halves that. What the results are must not depend on it.
 
 Warnings are errors by `filterwarnings` in pyproject.toml.
 
@@ -26,15 +26,13 @@ import signal
 from collections import defaultdict
 from importlib.metadata import version
 
-_FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if version("jaxlib").startswith("0.10."):  # later versions do not know this flag, and end the process
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_cpu_parallel_codegen_split_count=1 "
+    # Later versions do not know this one, and end the process.
+    + ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith("0.10.") else "")
+    + os.environ.get("XLA_FLAGS", "")
+).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
