@@ -85,6 +85,7 @@ def test_a_draft_is_written_with_its_measurements(model, uninterrupted):
     assert [file.name for file in out.parent.iterdir() if file != out] == ["draft.run"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_and_ends_the_same(model, text, uninterrupted, tmp_path, monkeypatch):
     arguments = [
         "--model",

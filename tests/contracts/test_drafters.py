@@ -165,6 +165,7 @@ def test_what_is_written_is_what_plain_decoding_writes(name):
 
 
 @each_example
+@pytest.mark.quick_cases(5)
 def test_a_row_is_the_same_in_another_batch(name):
     """Elsewhere in the batch, beside itself, and where rows are missing; with the options, so that nothing compiles."""
     for rows in ([2, 0, 1], [0, 0, 2], [1, 1, 2], [2, 2, 2]):

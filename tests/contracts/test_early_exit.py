@@ -69,7 +69,7 @@ def row_rounds(name):
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.endswith(made_by.SKIPS)])
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 def test_what_skips_nothing_writes_what_plain_decoding_writes(name):
     state = rounds(name)[-1]
     assert_same(state, plain(OPTIONS))

@@ -16,7 +16,7 @@ def load(golden):
 
 
 @pytest.mark.parametrize("name", golden_cases())
-@pytest.mark.quick_cases(9)
+@pytest.mark.quick_cases(7)
 def test_same_tokens_as_transformers(name):
     golden = load_golden(name)
     lm = load(golden)

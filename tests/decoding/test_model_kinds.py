@@ -249,6 +249,7 @@ def test_the_invariant_mode_is_refused(kind):
 
 
 @pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("moe", "mla")), "hybrid"])
+@pytest.mark.slow
 def test_prompt_tokens_train_on_the_model_s_continuation_at_each_cut(kind):
     """Against forwards over whole texts: the model's own continuation at every cut, and the prompt tokens after it."""
     model, params, distances, size = model_of(kind), params_of(kind), 2, 12

@@ -124,6 +124,7 @@ class OneToken(Tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["</s>", "a", "<0xE2>", ""])
+@pytest.mark.quick_cases(7)
 def test_the_work_of_a_token_does_not_grow_with_the_text(kind, text):
     tokenizer = OneToken(kind, text)
     row = RowText(tokenizer, [0], ["never", "</s>never"])

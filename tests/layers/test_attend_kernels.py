@@ -63,7 +63,7 @@ def zeroed(cache: KVCache | Staged) -> KVCache | Staged:
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.quick_cases(5)
+@pytest.mark.quick_cases(3)
 def test_equals_plain_jax(name, implementation):
     num_new, num_staged, mask, softcap = CASES[name]
     *arrays, cache = operands(num_new, num_staged)

@@ -197,7 +197,7 @@ def test_latents_expanded(name, mesh, way):
 
 
 @pytest.mark.parametrize("name", ["chain", "tree", "staged"])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_kernels_on_each_device(name):
     """Those of a TPU, interpreted, device by device: some have no token in their slots, and NaN where nothing stands.
 

@@ -73,7 +73,7 @@ def shardings(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*golden_cases(), "deepseek_v3_mtp"])
-@pytest.mark.quick_cases(11)
+@pytest.mark.quick_cases(8)
 def test_there_and_back_for_every_family(tmp_path, name, cut_small, shardings):
     """Sharded by rows when written, by columns over other devices when read, and back from those arrays."""
     source = MTP if name == "deepseek_v3_mtp" else load_golden(name).folder

@@ -72,7 +72,7 @@ def forwards(model: Model, params: Params = PARAMS) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("implementation", ["tpu_interpreted", "gpu_interpreted"])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_logits_are_those_without_kernels(implementation):
     for got, want in zip(forwards(in_kernels(implementation)), forwards(PLAIN), strict=True):
         np.testing.assert_allclose(got, want, atol=TOLERANCE * np.abs(want).max())

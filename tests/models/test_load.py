@@ -64,6 +64,7 @@ def test_dtype():
         ("qwen3_next", {"decay_rate": "linear_attn.A_log", "decay_bias": "linear_attn.dt_bias"}),
     ],
 )
+@pytest.mark.quick_cases(1)
 def test_a_weight_with_a_dtype_of_its_own_keeps_it(name, kept, tmp_path):
     """Loaded, made and converted; rounded, a bias of the router would choose other experts."""
     folder = load_golden(name).folder

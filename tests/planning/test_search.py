@@ -102,6 +102,7 @@ def test_a_context_beyond_the_model_s_is_refused():
         best_plans(config_of("Llama-3.1-8B", max_position_embeddings=8192), V5E_8, Workload(8, 8193))
 
 
+@pytest.mark.slow
 def test_the_error_for_a_model_that_does_not_fit_gives_the_excess_and_a_larger_slice():
     workload = Workload(8, 2048)
     expected = r"does not fit on v5e:2x2.* too few\. The smallest that would do is"

@@ -24,7 +24,7 @@ def mesh_of(size, kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_same_tokens_as_on_one_device(kind):
     """And the same log-probabilities, though vocabulary and feed-forward are padded for sharding."""
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8, 9]]

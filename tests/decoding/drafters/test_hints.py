@@ -62,6 +62,7 @@ def test_hints_are_the_most_probable_tokens_after_every_node_that_was_run(drafte
     assert int(proposal.num_draft_forwards) in (1 + int(tree.depth.max()), max(1, int(tree.depth.max())))
 
 
+@pytest.mark.slow
 def test_a_tree_with_hints_drafts_as_the_tree_without_them():
     hinted, proposal = some_rounds(HINTED, start())
     state, wanted = some_rounds(DraftModel.top_k(MODEL, PARENTS), start())

@@ -167,6 +167,7 @@ def test_output_and_caches_are_those_of_plain_decoding():
     assert int(state.num_target_forwards) < int(plain().num_target_forwards)
 
 
+@pytest.mark.slow
 def test_drafts_are_counted():
     """Drafts are accepted fully, partly and not at all; a round takes as many forwards of the head as draft tokens."""
     counts = ended().counts

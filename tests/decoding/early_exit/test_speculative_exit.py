@@ -133,7 +133,7 @@ def kept_tokens(state):
 
 @pytest.mark.parametrize("weights", [ALWAYS, SOMETIMES], ids=["always", "sometimes"])
 @pytest.mark.parametrize("layer_policy", [EXIT, TWO_LEVEL], ids=["all", "two_level"])
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 def test_every_exit_token_and_count_is_that_of_a_recomputation(weights, layer_policy):
     state = run(weights, layer_policy)
     rows, kept = texts(state), kept_tokens(state)

@@ -176,6 +176,7 @@ def test_an_adapter_is_merged_when_a_model_is_loaded(folder, lm, finished):
             np.testing.assert_array_equal(mine, want)
 
 
+@pytest.mark.slow
 def test_adapters_that_do_not_fit(folder, lm, finished, tmp_path):
     *_, out, _, _ = finished
     with pytest.raises(FileNotFoundError, match=r"nowhere holds no auxiliary.json"):

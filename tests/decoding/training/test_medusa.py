@@ -134,6 +134,7 @@ def test_heads_learn_and_their_accuracy_is_recorded(target, finished):
     assert facts["heldout"]["greedy"] == facts["heldout"]["distance_1"] == facts["heldout"]["rank_accuracy"][0][0]
 
 
+@pytest.mark.slow
 def test_the_strategy_by_name(target, finished):
     _, out, _ = finished
     prompts = [[1, 2, 3], [30, 31]]
@@ -152,6 +153,7 @@ def joint(target, finished, folder, **options):
     return MedusaJointTraining(target, JOINT, PLAN, TEXTS, folder, "text", start=start, **options)
 
 
+@pytest.mark.slow
 def test_the_joint_loss_begins_with_an_unchanged_model(target, finished, tmp_path):
     """KL(original || changed) is 0 at step 0, and what is left is a fifth of the heads' loss."""
     training = joint(target, finished, tmp_path)

@@ -97,6 +97,7 @@ def test_prompt_tokens_learn_and_the_target_stays_as_it_was(target, finished):
     assert entries[-1]["heldout_loss"] < untrained["heldout_loss"]
 
 
+@pytest.mark.slow
 def test_the_weights_are_loaded_and_draft(target, finished):
     _, trained, out, facts, _ = finished
     weights = find_auxiliary_weights("ppd", target, out)

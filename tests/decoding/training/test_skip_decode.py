@@ -86,6 +86,7 @@ def test_layers_fall_from_the_prompt_s_last_token():
     ]
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_its_definition(finished):
     """Token by token: the window up to it is run again, each token through its own layers, without later ones."""
     run, _, _, _, _ = finished

@@ -152,7 +152,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_the_first_tokens_have_the_distribution_of_the_target(name):
     drafter, verifier, options = CASES[name]
     accepted = {}
@@ -166,7 +166,7 @@ def test_the_first_tokens_have_the_distribution_of_the_target(name):
 
 
 @pytest.mark.parametrize("name", ["chain", "tree"])
-@pytest.mark.quick_cases(1)
+@pytest.mark.slow
 def test_a_draft_that_is_the_target_is_always_accepted(name):
     drafter, verifier = {
         "chain": (DraftModel.chain(MODEL, 2), ChainRejection()),
