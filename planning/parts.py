@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from decodax.layers.mixers.contract import Mixer
-from decodax.layers.mixers.gqa import GQAConfig
-from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.models.config import BlockConfig
 from decodax.planning.mixture import mixture
@@ -75,25 +73,22 @@ def _mixer(shape: Shape, block: BlockConfig, count: int) -> CostItem:
     split, tokens, mixer = shape.split, shape.tokens, block.mixer
     weights = {name: value for name, value in block.weights(split.config.hidden_size).items() if "mixer" in name}
     flops, weight_bytes, activations = shape.products(weights, shape.num_tokens)
-    num_keys = tokens.cached + (tokens.new + 1) / 2  # that a query attends to on average
-    cached = tokens.cached
-    if isinstance(mixer, GQAConfig) and mixer.window is not None:
-        num_keys, cached = min(num_keys, mixer.window), min(cached, mixer.window)
+    cost, num_shards = mixer.mixing_cost(tokens.new, tokens.cached), split.num_shards("N")
     context = split.axes_of("S", 0)
     share = 1 / split.degree("context") if context else 1.0
     fixed, per_token = _cache_bytes(shape, block)
-    cache_bytes = fixed + per_token * cached * share
+    cache_bytes = fixed + per_token * cost.num_read * share
     collectives = list(shape.all_reduces("N"))
+    mixing_flops = cost.flops * shape.num_tokens / num_shards
     if tokens.new > 1:
-        flops += _mixing_flops(shape, block, num_keys) * shape.num_tokens
+        flops += mixing_flops
         if context:  # a ring permutes keys and values of the new tokens
             hop = per_token * tokens.new / split.degree("context")
             collectives += [Collective("collective-permute", context, hop)] * (split.degree("context") - 1)
     else:
-        flops += _mixing_flops(shape, block, num_keys) * shape.num_tokens * share
-        if context and per_token:
-            heads = _num_heads(block) / split.num_shards("N")
-            merged = shape.rows * heads * (_value_size(block) + 2) * 4
+        flops += mixing_flops * (share if cost.num_heads else 1.0)
+        if context and cost.num_heads:
+            merged = shape.rows * cost.num_heads / num_shards * (cost.value_size + 2) * 4
             collectives.append(Collective("all-reduce", context, merged))
     return CostItem("attention", count, flops, weight_bytes, cache_bytes, activations, tuple(collectives))
 
@@ -113,31 +108,6 @@ def _cache_bytes(shape: Shape, block: BlockConfig) -> tuple[float, float]:
 @lru_cache(maxsize=256)
 def _empty_cache(mixer: Mixer, rows: int, capacity: int, dtype: str) -> Any:
     return jax.eval_shape(lambda: mixer.empty_cache(rows, capacity, jnp.dtype(dtype)))
-
-
-def _mixing_flops(shape: Shape, block: BlockConfig, num_keys: float) -> float:
-    """FLOPs of one query's attention to `num_keys` tokens, on one device, without the products with weights."""
-    mixer, num_shards = block.mixer, shape.split.num_shards("N")
-    if isinstance(mixer, GQAConfig):
-        return 4 * mixer.num_heads * mixer.head_size * num_keys / num_shards
-    if isinstance(mixer, MLAConfig):
-        if shape.tokens.new <= mixer.most_absorbed_tokens:
-            return 2 * mixer.num_heads * (2 * mixer.latent_rank + mixer.rope_size) * num_keys / num_shards
-        mixing = 2 * mixer.num_heads * (mixer.nope_size + mixer.rope_size + mixer.value_size) * num_keys
-        expansion = 2 * mixer.latent_rank * mixer.num_heads * (mixer.nope_size + mixer.value_size)
-        return (mixing + expansion * shape.tokens.cached / shape.tokens.new) / num_shards
-    state = sum(leaf.size for leaf in jax.tree.leaves(_empty_cache(mixer, 1, 1, "float32")))
-    return 6 * state / num_shards  # decay, update, read
-
-
-def _num_heads(block: BlockConfig) -> int:
-    mixer = block.mixer
-    return mixer.num_heads if isinstance(mixer, GQAConfig | MLAConfig) else 1
-
-
-def _value_size(block: BlockConfig) -> int:
-    mixer = block.mixer
-    return mixer.head_size if isinstance(mixer, GQAConfig) else mixer.latent_rank if isinstance(mixer, MLAConfig) else 1
 
 
 def _feed_forward(shape: Shape, block: BlockConfig, count: int) -> list[CostItem]:

@@ -4,14 +4,32 @@ A mixer is a frozen config; `module` makes the linen module that runs it. The mo
 cache, mask) to (hidden, cache update) and never writes the cache; the cache's `commit` does, for accepted tokens.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 from jax.typing import DTypeLike
 
+from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
+
+
+@dataclass(frozen=True)
+class MixingCost:
+    """What a layer does for one new token beside the products with its weights, with all heads on one device.
+
+    flops: of the token.
+    num_read: cached tokens that it reads; 0 where a state stands for them.
+    num_heads, value_size: of the partial softmaxes that devices merge which have some of the cached tokens each; no
+        heads where there are none.
+    """
+
+    flops: float
+    num_read: float
+    num_heads: int = 0
+    value_size: int = 0
 
 
 @runtime_checkable
@@ -36,4 +54,12 @@ class Mixer(Protocol):
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> Any:
         """An empty cache update of `num_tokens` tokens, to stage them; has `place(new, slot)`."""
+        ...
+
+    def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
+        """The cost of each of `num_new` new tokens after `num_cached` cached ones, on average."""
+        ...
+
+    def kernel(self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike) -> KernelSelection:
+        """What runs for `num_new` new tokens per row, with a cache of that capacity, on this machine, and why."""
         ...

@@ -53,6 +53,7 @@ class GatedLinearConfig(RecurrentConfig):
     norm: RMSNormConfig
 
     decays_per_channel = True
+    has_kernel = True
 
     def __post_init__(self) -> None:
         sizes = (self.num_heads, self.key_size, self.value_size, self.gate_rank)

@@ -70,6 +70,8 @@ class LightningConfig(RecurrentConfig):
     scale: float
     norm: RMSNormConfig
 
+    has_kernel = True
+
     def __post_init__(self) -> None:
         if len(self.slopes) != self.num_heads or min(self.slopes, default=0) < 0:
             raise ValueError(f"slopes must be {self.num_heads} numbers (one per head) of at least 0, got {self.slopes}")

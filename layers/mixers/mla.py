@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -16,17 +17,19 @@ from jaxtyping import Array, Float, Int
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
 from decodax.kernels_pallas.decode.new_tokens import MAX_NEW_TOKENS
-from decodax.layers.attention.attend_absorbed import attend_absorbed
+from decodax.kernels_pallas.selection import KernelSelection
+from decodax.layers.attention.attend_absorbed import attend_absorbed, select_absorbed
 from decodax.layers.attention.attend_expanded import attend_expanded
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.expansion import Expansion
-from decodax.layers.attention.mask import Mask
-from decodax.layers.execution import Execution
+from decodax.layers.attention.mask import Causal, Mask
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
 from decodax.layers.kv_cache.micro_batch import MicroBatchCache
 from decodax.layers.kv_cache.staged import Staged, unstaged
+from decodax.layers.mixers.contract import MixingCost
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.row_parallel import row_parallel_linear
@@ -112,6 +115,27 @@ class MLAConfig:
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> LatentUpdate:
         return LatentUpdate.empty(batch_size, num_tokens, self.latent_rank, self.rope_size, dtype)
+
+    def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
+        num_keys, own = num_cached + (num_new + 1) / 2, (self.num_heads, self.latent_rank)
+        if num_new <= self.most_absorbed_tokens:
+            flops = 2 * self.num_heads * (2 * self.latent_rank + self.rope_size) * num_keys
+            return MixingCost(flops, num_cached, *own)
+        mixing = 2 * self.num_heads * (self.nope_size + self.rope_size + self.value_size) * num_keys
+        expansion = 2 * self.latent_rank * self.num_heads * (self.nope_size + self.value_size)
+        return MixingCost(mixing + expansion * num_cached / num_new, num_cached, *own)
+
+    def kernel(self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike) -> KernelSelection:
+        from decodax.layers.attention.expanded_kernels import select_expanded  # late: not before a kernel is asked for
+
+        def operand(size: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch_size, num_new, self.num_heads, size), dtype)
+
+        cache = jax.eval_shape(lambda: self.empty_cache(batch_size, capacity, dtype))
+        if num_new > self.most_absorbed_tokens:
+            query = operand(self.nope_size + self.rope_size)
+            return select_expanded(query, self.value_size, Causal(), cache, ON_THIS_DEVICE)
+        return select_absorbed(operand(self.latent_rank), operand(self.rope_size), Causal(), cache, ON_THIS_DEVICE)
 
 
 class MLA(nn.Module):

@@ -280,3 +280,28 @@ def test_bfloat16_gives_the_same_roughly(layer, tree):
     for row in range(BATCH):
         text = np.concatenate([tree.prefix[row, : LENGTHS[row]], following[row].astype(np.float32)])
         close(np.asarray(got[row], np.float32), layer.whole(text, rounded)[-CHUNK:], ROUGHLY)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_its_cost_grows_with_the_tokens_that_its_cache_holds(name):
+    """What a cache of a fixed size stands for costs nothing; a window reads no more than itself."""
+    config, (near, far) = EXAMPLES[name], (2000, 3000)
+    caches = (jax.eval_shape(partial(config.empty_cache, 1, capacity, jnp.float32)) for capacity in (near, far))
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(cache)) for cache in caches]
+    one, other = (config.mixing_cost(1, cached) for cached in (near, far))
+    grows, window = sizes[1] > sizes[0], getattr(config, "window", None)
+    if grows and window is None:
+        per_token = (other.flops - one.flops) / (far - near)
+        assert (one.num_read, other.num_read) == (near, far) and per_token > 0
+        assert one.flops == pytest.approx((near + 1) * per_token)
+        assert per_token >= 4 * one.num_heads * one.value_size  # a score and a weighted value, at least
+    else:
+        assert one == other and one.num_read == (window or 0) and one.flops > 0
+    assert (one.num_heads > 0) == grows
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("num_new", [1, 128])
+def test_it_says_what_kernel_runs_and_why(name, num_new):
+    found = EXAMPLES[name].kernel(3, num_new, 256, jnp.bfloat16)
+    assert found.implementation == "xla" and found.reason

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 from decodax.core.weight import Weight
+from decodax.layers.mixers.cca import CCAConfig
+from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.mixers.mfa import MFAConfig
+from decodax.layers.norm import RMSNormConfig
+from decodax.layers.rope import Rope
 from decodax.models.model import Model
 from decodax.planning.mixture import busiest_experts
 from decodax.planning.parts import forward_parts
@@ -142,3 +147,13 @@ def test_prompts_cost_what_their_tokens_cost():
         parts_of(config, {}, Tokens(2, 512, cached), with_logits=False)["attention"].flops for cached in (0, 1024)
     )
     assert far - near == pytest.approx(2 * 512 * 4 * 32 * 128 * 1024)
+
+
+def test_attention_with_another_projection_costs_what_grouped_queries_cost():
+    """Heads that read keys and values of every token, however these are made (MFA, CCA)."""
+    rope = Rope(16, 1e4)
+    grouped = GQAConfig(8, 2, 32, rope, 0.2).mixing_cost(1, 32_768)
+    shared = MFAConfig(8, 32, 16, rope, 0.2, RMSNormConfig(1e-5)).mixing_cost(1, 32_768)
+    convolved = CCAConfig(8, 2, 32, rope, 0.2).mixing_cost(1, 32_768)
+    assert grouped == shared == convolved
+    assert grouped.flops == 4 * 8 * 32 * 32_769

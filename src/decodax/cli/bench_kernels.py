@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from decodax.cli.layer_kernels import LayerSizes, select_for_layer
+from decodax.decoding.sizes import cache_capacity
 from decodax.kernels_pallas import KERNELS, module_of, shapes_of
 from decodax.kernels_pallas.selection import KernelSelection
+from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.moe.layer import MoEConfig
 from decodax.models.config import ModelConfig
 from decodax.models.configs.hf_config import load_config
@@ -113,8 +114,11 @@ def layer_selections(
     rows = []
     for (part, layer), layers in groups.items():
         for step, num_tokens in (("prompt", prompt_tokens), ("decoding", 1)):
-            sizes = LayerSizes(config.hidden_size, jnp.dtype(dtype), batch_size, num_tokens, prompt_tokens + new_tokens)
-            here = select_for_layer(layer, sizes)
+            capacity = cache_capacity(prompt_tokens + new_tokens, ON_THIS_DEVICE)
+            if part == "mixer":
+                here = layer.kernel(batch_size, num_tokens, capacity, jnp.dtype(dtype))
+            else:
+                here = layer.kernel(config.hidden_size, batch_size * num_tokens, jnp.dtype(dtype))
             named = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}..{layers[-1]} ({len(layers)})"
             rows.append(LayerRow(named, part, step, here.implementation, here.reason))
     return rows
