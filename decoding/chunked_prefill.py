@@ -24,7 +24,7 @@ from decodax.decoding.programs import bounded_jit
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.sizes import cache_capacity, check_cache_fits, chunk_tokens
 from decodax.decoding.state import DecodeState, HostOrDevice, empty_state
-from decodax.layers.kv_cache.contract import CachePolicy
+from decodax.layers.kv_cache.contract import CachePolicy, MarksTokens
 from decodax.layers.kv_cache.full import KVCache
 from decodax.models.model import Model, Params, commit
 
@@ -74,11 +74,12 @@ def prefill(
     sampling: greedy by default.
     stop_token_ids: end a row after they are emitted.
     cache_dtype: the parameters' by default.
-    cache_policy: what the caches keep; by default what `layer_policy` needs.
+    cache_policy: what the caches keep; by default what `layer_policy` needs. It must mark tokens where that does.
     layer_policy: which layers the prompts run, all by default (`decoding/early_exit/`).
 
     Raises ValueError for an empty row, token ids outside the vocabulary, shapes that do not match, and rows that would
-    be longer than the model's context.
+    be longer than the model's context. Raises ValueError for a cache policy that the model's layers, or the layer
+    policy, cannot use.
     Raises MemoryError when the cache would not fit on the device.
     """
     tokens, length = np.asarray(tokens), np.asarray(length, np.int32)
@@ -87,7 +88,7 @@ def prefill(
     batch, longest = tokens.shape[0], int(length.max())
     capacity = cache_capacity(int(limit.max()), model.execution)
     dtype = cache_dtype or model.dtype(params)
-    policy = cache_policy or (KVCache if layer_policy is None else layer_policy.cache_policy)
+    policy = _cache_policy(model, cache_policy, layer_policy)
     check_cache_fits(model, batch, capacity, dtype, policy)
     sampling = Sampling.create(batch, model.config.vocab_size) if sampling is None else sampling
     width = min(tokens.shape[1], capacity)
@@ -119,6 +120,20 @@ def prefill(
         start += chunk
     history = dataclasses.replace(state.history, num_new_tokens=filled.history.num_new_tokens)
     return dataclasses.replace(filled, history=history, sampling=state.sampling)
+
+
+def _cache_policy(model: Model, given: CachePolicy | None, layer_policy: LayerPolicy | None) -> CachePolicy:
+    """What is given, or else what the layer policy needs; ValueError where the one cannot stand for the other."""
+    needed = KVCache if layer_policy is None else layer_policy.cache_policy
+    if given is None or needed is KVCache:
+        return needed if given is None else given
+    caches = jax.eval_shape(lambda: model.empty_cache(1, 1, jnp.float32, given))
+    if not all(isinstance(cache, MarksTokens) and cache.marks_tokens for cache in caches):
+        raise ValueError(
+            f"{type(layer_policy).__name__} skips layers for some tokens and needs caches that mark them "
+            f"(`MarksTokens`), got cache_policy {getattr(given, '__name__', type(given).__name__)}: leave it out"
+        )
+    return given
 
 
 def _without_options(state: DecodeState) -> DecodeState:

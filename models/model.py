@@ -144,7 +144,14 @@ class Model:
         capacity: tokens per row.
         dtype: of keys and values.
         policy: KV cache policy.
+        Raises ValueError for a policy that no layer can honour.
         """
+        reasons = [block.mixer.unsupported_policy_reason(policy) for block in self.config.blocks]
+        if None not in reasons:
+            raise ValueError(
+                f"cache_policy {getattr(policy, '__name__', type(policy).__name__)} would change no layer of this "
+                f"model: {', '.join(sorted(set(filter(None, reasons))))}: leave it out"
+            )
         return self._per_entry(lambda block: block.mixer.empty_cache(batch_size, capacity, dtype, policy))
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> tuple[Any, ...]:

@@ -8,7 +8,15 @@ from jax.typing import DTypeLike
 from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.attention.mask import Causal, Window
 from decodax.layers.execution import ON_THIS_DEVICE
+from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.mixers.contract import MixingCost
+
+
+class CachesKeysAndValues:
+    """The base of configs whose keys and values any cache policy may keep."""
+
+    def unsupported_policy_reason(self, policy: CachePolicy) -> str | None:
+        return None
 
 
 def attention_cost(num_heads: int, head_size: int, window: int | None, num_new: int, num_cached: int) -> MixingCost:

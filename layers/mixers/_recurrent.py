@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.kv_cache.contract import CachePolicy
-from decodax.layers.kv_cache.full import KVCache
+from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
 from decodax.layers.mixers.contract import MixingCost
 
@@ -31,13 +31,17 @@ class RecurrentConfig:
     def empty_cache(
         self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
     ) -> RecurrentCache:
-        """A state of fixed size, and a tail in `dtype`; as in `Mixer.empty_cache`, and `policy` is ignored."""
+        """A state of fixed size, and a tail in `dtype`; as in `Mixer.empty_cache`."""
         return RecurrentCache.empty(batch_size, self.state_shape, capacity, dtype, self.tail_shape)
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> RecurrentUpdate:
         return self.empty_cache(batch_size, 0, dtype).empty_update(
             num_tokens, dtype, per_channel=self.decays_per_channel
         )
+
+    def unsupported_policy_reason(self, policy: CachePolicy) -> str | None:
+        own = policy in (KVCache, MarkedCache)  # a token that is not kept changes no state
+        return None if own else "a recurrent layer has a state, and no keys and values"
 
     def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
         """Decay, update and read of the state."""

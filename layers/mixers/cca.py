@@ -31,14 +31,14 @@ from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.kv_cache.tailed import TailedCache, TailedUpdate
-from decodax.layers.mixers._attention import attention_cost, attention_kernel
+from decodax.layers.mixers._attention import CachesKeysAndValues, attention_cost, attention_kernel
 from decodax.layers.mixers.contract import MixingCost
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
-class CCAConfig:
+class CCAConfig(CachesKeysAndValues):
     """The config of compressed convolutional attention.
 
     num_heads, num_kv_heads, head_size: N, K, H.

@@ -48,8 +48,13 @@ class Mixer(Protocol):
         batch_size: rows.
         capacity: tokens of each row.
         dtype: of the cached numbers.
-        policy: how keys and values are cached; layers without them ignore it.
+        policy: how keys and values are cached. A layer that cannot honour it makes its own cache, as in a model where
+            only some layers have keys and values; `Model.empty_cache` raises where none of the layers can.
         """
+        ...
+
+    def unsupported_policy_reason(self, policy: CachePolicy) -> str | None:
+        """Why this layer's cache is not made by the policy; None where it is, or keeps the marks that it is for."""
         ...
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> Any:

@@ -24,7 +24,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.mixers._attention import attention_cost, attention_kernel
+from decodax.layers.mixers._attention import CachesKeysAndValues, attention_cost, attention_kernel
 from decodax.layers.mixers.contract import MixingCost
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
@@ -32,7 +32,7 @@ from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
-class MFAConfig:
+class MFAConfig(CachesKeysAndValues):
     """The config of multi-matrix factorization attention.
 
     num_heads, head_size: N, H.

@@ -109,12 +109,16 @@ class MLAConfig:
     def empty_cache(
         self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
     ) -> LatentCache:
-        """As in `Mixer.empty_cache`. Of the policies only MarkedCache has an effect: no keys and values are cached."""
+        """As in `Mixer.empty_cache`."""
         track_kept = policy is MarkedCache
         return LatentCache.empty(batch_size, capacity, self.latent_rank, self.rope_size, dtype, track_kept=track_kept)
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> LatentUpdate:
         return LatentUpdate.empty(batch_size, num_tokens, self.latent_rank, self.rope_size, dtype)
+
+    def unsupported_policy_reason(self, policy: CachePolicy) -> str | None:
+        own = policy in (KVCache, MarkedCache)
+        return None if own else "latent attention caches latents, and no keys and values"
 
     def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
         num_keys, own = num_cached + (num_new + 1) / 2, (self.num_heads, self.latent_rank)

@@ -15,8 +15,13 @@ import pytest
 from decodax.core.weight import Weight, named_weights
 from decodax.layers.attention.mask import Ancestors, Causal
 from decodax.layers.execution import ON_THIS_DEVICE
+from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.mixers import METHODS, Mixer
+from decodax.layers.norm import RMSNormConfig
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.model import Model
 from tests.contracts.examples import mixers
 from tests.contracts.lookup import examples_of
 from tests.contracts.updates import token_axes, tokens_of_row, update_of_rows
@@ -305,3 +310,29 @@ def test_its_cost_grows_with_the_tokens_that_its_cache_holds(name):
 def test_it_says_what_kernel_runs_and_why(name, num_new):
     found = EXAMPLES[name].kernel(3, num_new, 256, jnp.bfloat16)
     assert found.implementation == "xla" and found.reason
+
+
+class OtherPolicy(KVCache):
+    """A policy that is none of the library's."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_cache_policy_is_honoured_or_the_reason_given(name):
+    config = EXAMPLES[name]
+    assert config.unsupported_policy_reason(KVCache) is None and config.unsupported_policy_reason(MarkedCache) is None
+    if name.startswith("cca"):
+        with pytest.raises(ValueError, match="use a method that skips no layers"):
+            config.empty_cache(1, 3, jnp.float32, MarkedCache)
+    else:
+        assert config.empty_cache(1, 3, jnp.float32, MarkedCache).marks_tokens
+    reason = config.unsupported_policy_reason(OtherPolicy)
+    made = jax.tree.leaves(config.empty_cache(1, 3, jnp.float32, OtherPolicy), is_leaf=lambda x: type(x) is OtherPolicy)
+    assert (reason is None) == any(type(cache) is OtherPolicy for cache in made)
+    block = BlockConfig(config, GatedMLPConfig(5), RMSNormConfig(1e-5))
+    model = Model(ModelConfig(7, WIDTH, 64, (block,), RMSNormConfig(1e-5), tie_embeddings=True))
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"cache_policy OtherPolicy would change no layer of this model: {reason}"):
+            model.empty_cache(1, 3, jnp.float32, OtherPolicy)
+        attending = BlockConfig(EXAMPLES["gqa, all tokens"], GatedMLPConfig(5), RMSNormConfig(1e-5))
+        mixed = dataclasses.replace(model.config, blocks=(block, attending))
+        assert type(Model(mixed).empty_cache(1, 3, jnp.float32, OtherPolicy)[1]) is OtherPolicy

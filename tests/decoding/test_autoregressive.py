@@ -11,6 +11,7 @@ from decodax import decoding
 from decodax.decoding import programs
 from decodax.decoding.early_exit import AllLayers
 from decodax.decoding.sizes import bucket, cache_bytes, check_cache_fits
+from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from tests.model_kinds import model_of
 from tests.tiny import tiny_model
 
@@ -165,6 +166,20 @@ def test_all_layers_prefill_with_the_same_compiled_code(monkeypatch):
     compiled = programs.num_programs()
     start(layer_policy=AllLayers())
     assert programs.num_programs() == compiled
+
+
+class Marking(AllLayers):
+    """A layer policy that needs caches with marks."""
+
+    cache_policy = MarkedCache
+
+
+def test_a_cache_policy_does_not_replace_the_one_that_a_layer_policy_needs():
+    assert start(layer_policy=Marking()).caches[0].marks_tokens
+    assert start(layer_policy=Marking(), cache_policy=MarkedCache).caches[0].marks_tokens
+    with pytest.raises(ValueError, match=r"Marking skips layers .* got cache_policy KVCache: leave it out"):
+        start(layer_policy=Marking(), cache_policy=KVCache)
+    assert not start(layer_policy=AllLayers(), cache_policy=KVCache).caches[0].marks_tokens
 
 
 def test_other_sampling_values_do_not_recompile():
