@@ -24,10 +24,11 @@ from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal
 from decodax.decoding.early_exit import AllLayers, LayerPolicy, TargetForward
 from decodax.decoding.loop import run_until_done
+from decodax.decoding.proposal_check import check_pair, checked_proposal
 from decodax.decoding.sampling import token_logprob
 from decodax.decoding.state import DecodeState, LayerCounts
 from decodax.decoding.tree_logits import node_history, node_logits
-from decodax.decoding.verifiers.contract import Verifier, check_pair
+from decodax.decoding.verifiers.contract import Verifier
 from decodax.models.model import Model, Params, commit
 
 ALL_LAYERS = AllLayers()
@@ -47,10 +48,16 @@ class Speculative:
     ) -> DecodeState:
         """Continues every row until all are done, or until some row has `max_tokens` more (or a few above that).
 
-        A state without a drafter's state is started first (`start`).
+        A state without a drafter's state is started first (`start`). Raises ValueError for one that another drafter
+        has started.
         """
         if state.draft is None:
             state = self.start(params, draft_params, state)
+        elif state.started_by != self.drafter:
+            raise ValueError(
+                f"this state was started by {state.started_by}, and cannot go on with {self.drafter}: prefill again, "
+                "or decode with the first"
+            )
         step = lambda state: self.step(params, draft_params, state)
         return run_until_done(step, state, max_tokens, self.model.execution)
 
@@ -65,14 +72,15 @@ class Speculative:
         drafter.check(self.model, draft_params)
         self.verifier.check(state.sampling)
         draft = drafter.constrained(drafter.start(params, draft_params, state), self.model)
-        return dataclasses.replace(state, draft=draft, counts=DraftCounts.zero(drafter.max_depth))
+        return dataclasses.replace(state, draft=draft, counts=DraftCounts.zero(drafter.max_depth), started_by=drafter)
 
     def step(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
         """One round."""
         counts = state.counts
         assert counts is not None
         with jax.named_scope(type(self.drafter).__name__):
-            proposal, draft = self.drafter.propose(params, draft_params, state)
+            proposed = self.drafter.propose(params, draft_params, state)
+            proposal, draft = checked_proposal(self.drafter, proposed, state, self.model.vocab_size)
         tree = proposal.tree
         depth = jnp.broadcast_to(jnp.asarray(tree.depth), proposal.token.shape)
         position = state.length[:, None] - 1 + depth
@@ -120,7 +128,8 @@ def speculative(
     layer_policy: which of the target's layers run, all by default; one that is not `AllLayers` needs a state that was
         made with it (`decoding.prefill(..., layer_policy=)`).
 
-    Raises ValueError when the verifier's rule does not hold for this drafter's proposals.
+    Raises ValueError when one of them is no drafter or verifier as the contracts ask for, or the verifier's rule does
+    not hold for this drafter's proposals.
     """
     check_pair(drafter, verifier)
     return Speculative(model, drafter, verifier, layer_policy)

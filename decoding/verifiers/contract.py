@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Key, UInt32
 
 from decodax.core import pytree
-from decodax.decoding.drafters.contract import Children, Drafter, Proposal
+from decodax.decoding.drafters.contract import Children, Proposal
 from decodax.decoding.random import Draw, draw_keys, gumbel
 from decodax.decoding.sampling import Sampling
 
@@ -83,19 +83,3 @@ def at_node(values: Array, node: Int[Array, " B"]) -> Array:
     """values[b, node[b]] for arrays [B, C, ...]."""
     index = node.reshape(-1, *[1] * (values.ndim - 1))
     return jnp.take_along_axis(values, index, axis=1)[:, 0]
-
-
-def check_pair(drafter: Drafter, verifier: Verifier) -> None:
-    """Raises ValueError when the verifier would not preserve the target distribution for this drafter's proposals."""
-    name, children = type(verifier).__name__, drafter.children
-    if children not in verifier.supported_children:
-        supported = " or ".join(sorted(kind.value for kind in verifier.supported_children))
-        raise ValueError(
-            f"{name} preserves the target distribution only for children that are {supported}, and those of "
-            f"{type(drafter).__name__} are {children.value}: choose another verifier (ExactMatch takes all)"
-        )
-    if verifier.only_chains and drafter.num_nodes != drafter.max_depth + 1:
-        raise ValueError(
-            f"{name} verifies chains, and {type(drafter).__name__} drafts a tree of {drafter.num_nodes} nodes and "
-            f"depth {drafter.max_depth}: choose a verifier for trees"
-        )

@@ -1,0 +1,137 @@
+"""Drafters, verifiers and proposals of one's own that break the contract are refused in one line, or made harmless."""
+
+import copy
+import dataclasses
+import inspect
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decodax.decoding import speculative
+from decodax.decoding.drafters import Children, Drafter, NoDraft, PromptLookup, fixed_proposal
+from decodax.decoding.tree import Tree
+from decodax.decoding.verifiers import ChainRejection, ExactMatch, Verifier
+from tests.speculation import MODEL, PARAMS, plain, start
+
+NODES = 3
+
+
+def changed(proposal, **fields):
+    """The proposal with other fields, which no annotation checks, as outside these tests."""
+    other = copy.copy(proposal)
+    for name, value in fields.items():
+        object.__setattr__(other, name, value)
+    return other
+
+
+@dataclass(frozen=True)
+class Guess(Drafter):
+    """Always drafts the same two tokens, changed by `change`: a name of CHANGES."""
+
+    change: str = ""
+    num_nodes: int = NODES
+    max_depth: int = NODES - 1
+    children: Children = Children.CHOSEN
+
+    def propose(self, params, draft_params, state):
+        token = jnp.broadcast_to(jnp.asarray([9, 5, 7], jnp.int32), (state.tokens.shape[0], NODES))
+        token = token.at[:, 0].set(state.last_token())
+        proposal = fixed_proposal(Tree.chain(NODES), token, jnp.ones(token.shape, bool))
+        return CHANGES[self.change](proposal) if self.change else (proposal, ())
+
+
+CHANGES = {
+    "no state": lambda proposal: proposal,
+    "a list": lambda proposal: [proposal, ()],
+    "floats": lambda proposal: (changed(proposal, token=proposal.token.astype(jnp.float32)), ()),
+    "no rows": lambda proposal: (changed(proposal, token=proposal.token[0]), ()),
+    "fewer tokens": lambda proposal: (changed(proposal, token=proposal.token[:, 1:]), ()),
+    "numbers for candidates": lambda proposal: (changed(proposal, is_candidate=proposal.token), ()),
+    "another tree": lambda proposal: (changed(proposal, tree=Tree.chain(NODES + 1)), ()),
+    "another first token": lambda proposal: (changed(proposal, token=proposal.token.at[:, 0].set(3)), ()),
+    "unknown tokens": lambda proposal: (
+        changed(proposal, token=proposal.token.at[:, 1:].set(jnp.asarray([-4, 99]))),
+        (),
+    ),
+}
+
+
+def decode(drafter, verifier=None, **options):
+    run = speculative(MODEL, drafter, ExactMatch() if verifier is None else verifier)
+    return jax.jit(run)(PARAMS, None, start(**options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no state", "Guess.propose must return a Proposal and the drafter's state, got "),
+        ("a list", "Guess.propose must return a Proposal and the drafter's state, got "),
+        (
+            "floats",
+            r"token of Guess.propose must be integer of shape \(3, 3\) \(rows, num_nodes\), got float32 of shape",
+        ),
+        ("no rows", r"got int32 of shape \(3,\)"),
+        ("fewer tokens", r"token of Guess.propose must be .* got int32 of shape \(3, 2\)"),
+        ("numbers for candidates", r"is_candidate of Guess.propose must be bool.* got int32 of shape \(3, 3\)"),
+        ("another tree", "the tree of Guess.propose must have Guess.num_nodes = 3 nodes, got 4"),
+    ],
+)
+def test_proposals_that_break_the_contract_are_refused(change, message):
+    """At the first trace, before anything is compiled."""
+    run = speculative(MODEL, Guess(change), ExactMatch())
+    with pytest.raises(ValueError, match=message.replace("\\\\", "\\")):
+        jax.eval_shape(run, PARAMS, None, start())
+
+
+def test_drawn_children_need_their_distribution_where_a_row_is_sampled():
+    drawn = Guess(children=Children.INDEPENDENT)
+    run = speculative(MODEL, drawn, ChainRejection())
+    jax.eval_shape(run, PARAMS, None, start())
+    with pytest.raises(ValueError, match=r"logprobs of Guess.propose .* of shape \(3, 3, 37\) .* is sampled, got None"):
+        jax.eval_shape(run, PARAMS, None, start(options="sampled"))
+
+
+@pytest.mark.parametrize("change", ["another first token", "unknown tokens"])
+def test_what_a_trace_cannot_know_changes_no_token(change):
+    np.testing.assert_array_equal(decode(Guess(change)).tokens, plain().tokens)
+
+
+@dataclass(frozen=True)
+class Silent(Verifier):
+    """A verifier that does not say what it supports."""
+
+    lossless = True
+
+
+class Unfinished(Drafter):
+    """A drafter without sizes."""
+
+
+@pytest.mark.parametrize(
+    ("drafter", "verifier", "message"),
+    [
+        (ExactMatch(), PromptLookup(3), r"the drafter must be a Drafter \(subclass it\), got ExactMatch"),
+        (NoDraft(), NoDraft(), r"the verifier must be a Verifier \(subclass it\), got NoDraft"),
+        (NoDraft(), Silent(), "Silent.supported_children must be a frozenset of Children, got None"),
+        (Unfinished(), ExactMatch(), "Unfinished.num_nodes must be a whole number of at least 1, got None"),
+        (Guess(num_nodes=0), ExactMatch(), "Guess.num_nodes must be a whole number of at least 1, got 0"),
+        (Guess(max_depth=-1), ExactMatch(), "Guess.max_depth must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_pairs_that_are_none_are_refused_where_they_are_made(drafter, verifier, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(speculative)(MODEL, drafter, verifier)  # outside tests annotations are not checked
+
+
+def test_a_state_goes_on_only_with_the_drafter_that_started_it():
+    run, other = (speculative(MODEL, drafter, ExactMatch()) for drafter in (PromptLookup(3), PromptLookup(4)))
+    begun = jax.jit(run.start)(PARAMS, None, start())
+    jax.eval_shape(run, PARAMS, None, begun)
+    with pytest.raises(
+        ValueError, match=r"started by PromptLookup\(num_tokens=3.*cannot go on with PromptLookup\(num_t"
+    ):
+        jax.eval_shape(other, PARAMS, None, begun)
+    jax.eval_shape(other, PARAMS, None, dataclasses.replace(begun, draft=None))
