@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from decodax import decoding
 from decodax.core import pytree
@@ -20,6 +21,9 @@ from decodax.decoding.drafters import Drafter, Recording, Replay, fixed_proposal
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.kv_cache.contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache
+from decodax.sharding.constraints import shardings
+from decodax.sharding.mesh import read_mesh
+from decodax.sharding.rules import RULES
 from tests.speculation import CAPACITY, MODEL, PARAMS, VOCABULARY, plain, plain_decode, start, texts
 
 SOURCE = Path(__file__).parent / "outside"
@@ -138,6 +142,16 @@ class Forked(Drafter):
         token = token.at[:, 1::2].add(1) % VOCABULARY
         tree = decoding.Tree.fixed([-1, *(2 * (node // 2) for node in range(self.num_nodes - 1))])
         return fixed_proposal(tree, token, is_candidate), draft
+
+
+def test_its_cache_is_split_over_a_mesh(plugin):
+    """By the axes that its class names, as annotations say nothing."""
+    mesh = read_mesh("data=2,context=2,tensor=2")
+    cache = jax.eval_shape(lambda: plugin.Int8Cache.empty(4, 2, 16, 5, jnp.float32))
+    found = shardings(cache, mesh, RULES)
+    assert found.key.spec == found.value.spec == PartitionSpec("data", "tensor", "context", None)
+    assert found.key_scale.spec == PartitionSpec("data", "tensor", "context")
+    assert found.length.spec == PartitionSpec("data")
 
 
 @pytest.mark.parametrize("drafter", [Replay(4, VOCABULARY), Forked(Replay(3, VOCABULARY))], ids=["chain", "tree"])

@@ -5,7 +5,7 @@ Only what handles Ctrl-C and the standard streams is imported at first; the comm
 
 import sys
 
-from decodax.cli import interrupts, streams
+from decodax.cli import interrupts, platforms, streams
 
 __all__ = ["main"]
 
@@ -14,6 +14,7 @@ def main() -> None:
     """Runs the command line and ends the process with its exit code."""
     streams.prepare()
     interrupts.install()
+    platforms.leave_out_absent_tpus()
     try:
         from decodax.cli.app import app
 

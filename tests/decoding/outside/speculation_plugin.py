@@ -74,11 +74,15 @@ class AmongTopTokens(Verifier):
 class Int8Cache:
     """Keys and values in 8 bits, each token and head with a scale of its own: value = integer x scale."""
 
-    key: jax.Array  # int8 [B, K, S, H]
+    key: jax.Array  # int8
     value: jax.Array
-    key_scale: jax.Array  # float32 [B, K, S]
+    key_scale: jax.Array  # float32
     value_scale: jax.Array
     length: jax.Array
+
+    def axes(self):
+        by_token = dict.fromkeys(("key_scale", "value_scale"), "B K S")
+        return dataclasses.replace(self, key="B K S H", value="B K S H", **by_token, length="B")
 
     @classmethod
     def empty(cls, batch_size, num_kv_heads, capacity, head_size, dtype):
