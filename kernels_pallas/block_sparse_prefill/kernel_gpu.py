@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from decodax.kernels_pallas import online_softmax
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
 from decodax.kernels_pallas.compat import TILING_ROWS, Warpgroup, aligned_rows, gpu_kernel, tiled
+from decodax.kernels_pallas.hopper import miscompiled_reason
 from decodax.kernels_pallas.online_softmax import OnlineSoftmax
 
 STAGES = 2  # tiles in the ring
@@ -49,7 +50,7 @@ def unsupported_reason(query: Any, key: Any, value: Any, blocks: BlockLists, *, 
             f"the GPU kernel takes keys with room for a multiple of {TILING_ROWS} tokens from {TILE} on, got "
             f"{key.shape[2]}"
         )
-    return None
+    return None if interpret else miscompiled_reason()
 
 
 def block_sparse_prefill(

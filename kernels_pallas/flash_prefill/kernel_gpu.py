@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from decodax.kernels_pallas import compat
 from decodax.kernels_pallas import online_softmax as softmax
 from decodax.kernels_pallas.flash_prefill.spans import Blocks, Rows, Rules, Segments, blocks_to_read
-from decodax.kernels_pallas.hopper import num_cores
+from decodax.kernels_pallas.hopper import miscompiled_reason, num_cores
 
 _QUERIES = 64  # of a warpgroup: the rows of one wgmma
 _SLOTS = 2
@@ -50,7 +50,7 @@ def unsupported_reason(query: Any, key: Any, value: Any, *, interpret: bool) -> 
     num_keys = key.shape[2]
     if num_keys % _ROW_TILE and not _may_pad(query.shape[1], num_keys):
         return f"the capacity of a cache must be a multiple of {_ROW_TILE} tokens, this one is {num_keys}"
-    return None
+    return None if interpret else miscompiled_reason()
 
 
 def _may_pad(num_queries: int, num_keys: int) -> bool:

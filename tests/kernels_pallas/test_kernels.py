@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from decodax import kernels_pallas
-from decodax.kernels_pallas import KERNELS, module_of, shapes_of
+from decodax.kernels_pallas import KERNELS, hopper, module_of, selection, shapes_of
+from decodax.kernels_pallas.flash_prefill import select_flash_prefill
 
 FOLDER = Path(kernels_pallas.__file__).parent
 
@@ -50,3 +52,16 @@ def test_importing_kernels_imports_no_pallas():
     code += "print([name for name in sys.modules if name.startswith('jax.experimental.pallas')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "runs"),
+    [(None, "gpu"), (12_060, "gpu"), (12_080, "xla"), (12_090, "xla"), (12_091, "gpu"), (13_000, "gpu")],
+)
+def test_causal_kernels_do_not_run_where_ptxas_may_be_wrong(monkeypatch, version, runs):
+    """As JAX's own attention on GPUs, which refuses CUDA 12.8 to 12.9.0."""
+    monkeypatch.setattr(selection, "backend_of_this_device", lambda: ("gpu", "the device is there"))
+    monkeypatch.setattr(hopper, "cuda_version", lambda: version)
+    query, key = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 128, 8, 64), (1, 2, 128, 64)))
+    found = select_flash_prefill(query, key, key)
+    assert found.implementation == runs and ("CUDA 12.9.1" in found.reason) == (runs == "xla")
