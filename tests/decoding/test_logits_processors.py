@@ -260,6 +260,16 @@ def test_threshold_of_a_large_row():
     assert np.isneginf(find(jnp.asarray(score), jnp.asarray(weight), out_of_reach)).all()
 
 
+def test_threshold_between_any_two_neighbouring_floats():
+    """The mean of two bounds is exact, whatever their last bits are."""
+    count = 400
+    score = (-1 - np.arange(count) * 2.0**-23).astype(np.float32)  # consecutive, the largest first
+    target = np.arange(1, count + 1, dtype=np.float32)
+    rows = jnp.broadcast_to(jnp.asarray(score), (count, count))
+    threshold = jax.jit(cut_threshold)(rows, jnp.ones_like(rows), jnp.asarray(target))
+    np.testing.assert_array_equal(threshold, score)
+
+
 def test_nucleus_of_a_large_vocabulary():
     generator = np.random.default_rng(1)
     logits = generator.normal(0, 3, (3, 10_007)).astype(np.float32)

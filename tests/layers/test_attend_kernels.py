@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.layers.attention import attend_kernels
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.attend_kernels import select_attention
 from decodax.layers.attention.attend_xla import attend_in_xla
@@ -155,6 +156,22 @@ def test_what_no_kernel_takes_is_said(num_new, mask, change, words):
     with pytest.raises(NotImplementedError, match=words):
         chosen(num_new, mask, Execution("tpu"), cache=change)
     assert chosen(num_new, mask, Execution("xla"), cache=change).backend == "xla"
+
+
+def test_staged_tokens_count_as_new_ones(monkeypatch):
+    """A kernel is asked with as many new tokens as it will get: the staged ones before those of this forward."""
+    asked = []
+    real = attend_kernels.select_flash_decode
+
+    def recorded(query, key, value, new, **options):
+        asked.append((query.shape, new.key.shape, new.value.shape, new.allowed.shape))
+        return real(query, key, value, new, **options)
+
+    monkeypatch.setattr(attend_kernels, "select_flash_decode", recorded)
+    assert chosen(3, Causal(), Execution("tpu"), cache=staged).backend == "tpu"
+    query, key, *_ = operands(3, 0)
+    own = (BATCH, key.shape[1], 3 + 2, key.shape[3])
+    assert asked == [(query.shape, own, own, (BATCH, 3, 3 + 2))]
 
 
 def test_heads_that_do_not_divide_over_the_devices():

@@ -74,3 +74,18 @@ def test_output_of_compressors_is_accepted(compressor, kind):
     store.write(content.astype(np.float32)).result()
     chunk = memoryview(store.kvstore.read("0.0").result().value)
     check_decoded_bytes(compressor["id"], chunk, content.size * 4)
+
+
+@pytest.mark.parametrize("descriptor", [0, 1, 7, 8, 9, 13, 31, 48])
+def test_a_block_is_as_large_as_the_window_of_its_frame_allows(descriptor):
+    """RFC 8878, section 3.1.1.1.2: eighths of a power of two from 1,024 on; a block has at most 131,072 bytes."""
+    exponent, mantissa = descriptor >> 3, descriptor & 7
+    window = min((1 << (10 + exponent)) + (1 << (10 + exponent)) // 8 * mantissa, 2**17)
+
+    def one_run(num_bytes):
+        header = struct.pack("<I", 0xFD2FB528) + bytes([0, descriptor])
+        return memoryview(header + (num_bytes << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"\0")
+
+    check_decoded_bytes("zstd", one_run(window), window)
+    with pytest.raises(ValueError, match="it is no intact zstd stream"):
+        check_decoded_bytes("zstd", one_run(window + 1), window + 1)

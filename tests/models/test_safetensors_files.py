@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from decodax.models.checkpoints import safetensors_files
 from decodax.models.checkpoints.safetensors_files import INDEX_FILE, open_weights, weight_files
 
 A, B = "a.safetensors", "b.safetensors"
@@ -42,6 +43,18 @@ def test_a_tensor_in_two_files(folder):
         save_file({"two": TWO, "one": other}, folder / B)
         with pytest.raises(ValueError, match=rf"one is in {A} and in {B} with different content"):
             open_weights(folder)
+
+
+def test_every_byte_of_a_tensor_in_two_files_is_compared(folder, monkeypatch):
+    monkeypatch.setattr(safetensors_files, "_COMPARED_BYTES", 5)  # 12 bytes in three pieces
+    for byte in range(ONE.nbytes):
+        content = bytearray(ONE.tobytes())
+        content[byte] ^= 1
+        save_file({"two": TWO, "one": np.frombuffer(bytes(content), ONE.dtype)}, folder / B)
+        with pytest.raises(ValueError, match="with different content"):
+            open_weights(folder)
+    save_file({"two": TWO, "one": ONE}, folder / B)
+    assert set(open_weights(folder)) == {"one", "two"}
 
 
 def test_tensors_that_are_not_where_the_index_says(folder):

@@ -3,8 +3,9 @@
     python -m tests.mutations --seed 7 --count 40 --out tests/mutations/results.json
 
 Each bug goes into a copy of the checkout, where the tests run until the first one fails: those named after the file or
-its contract, then those of its folder, then all. A bug that lives is listed with its place; one that changes nothing is
-replaced by hand in EQUIVALENT, with the reason. Goes on where it was interrupted.
+its contract, then those of its folder, then all. A test that fails in the copy without the bug, too, catches nothing. A
+bug that lives is listed with its place; one that changes nothing is replaced by hand in EQUIVALENT, with the reason.
+Goes on where it was interrupted.
 """
 
 import argparse
@@ -40,18 +41,38 @@ def caught_by(mutation: Mutation, root: Path, workers: str) -> str | None:
     """The test that fails first with the bug in the copy at `root`; None where none does."""
     path = root / mutation.file
     text = path.read_text("utf-8")
-    path.write_text(planted(text, mutation), "utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    changed = planted(text, mutation)
     try:
         for names in select_tests(root, mutation.file):
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-n", workers]
-            done = subprocess.run([*command, *names], cwd=root, env=environment, capture_output=True, text=True)
-            if done.returncode not in (0, 5):  # 5: no quick test is among them
-                failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-                return failed[0] if failed else (done.stdout + done.stderr).strip().splitlines()[-1]
+            path.write_text(changed, "utf-8")
+            while (failed := first_failure(root, [*names, *_left_out(root)], workers)) is not None:
+                path.write_text(text, "utf-8")
+                test = failed.split(" ")[1] if " " in failed else names[0]
+                if first_failure(root, [test], workers) is None:
+                    return failed
+                _FAIL_ANYWAY.append(test)  # in the copy, without any bug
+                path.write_text(changed, "utf-8")
         return None
     finally:
         path.write_text(text, "utf-8")
+
+
+_FAIL_ANYWAY: list[str] = []
+
+
+def _left_out(root: Path) -> list[str]:
+    return [word for test in _FAIL_ANYWAY for word in ("--deselect", test)]
+
+
+def first_failure(root: Path, arguments: list[str], workers: str) -> str | None:
+    """pytest's line of the first test that fails in the checkout at `root`; None where none does."""
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-n", workers]
+    done = subprocess.run([*command, *arguments], cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode in (0, 5):  # 5: no quick test is among them
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
 def main() -> None:
@@ -65,7 +86,7 @@ def main() -> None:
     known = {(found["file"], found["line"], found["kind"]) for found in results}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "checkout"
-        shutil.copytree(ROOT, root, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
+        shutil.copytree(ROOT, root, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
         for mutation in pick(ROOT, asked.seed, 4 * asked.count):
             place = (mutation.file, mutation.line, mutation.kind)
             if len(results) >= asked.count:
