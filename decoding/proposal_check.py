@@ -84,5 +84,10 @@ def checked_proposal(drafter: Drafter, proposed: Any, state: DecodeState, vocab_
     return replace(proposal, token=token, is_candidate=proposal.is_candidate & is_known), draft
 
 
+def describe(drafter: Drafter) -> str:
+    """The kind and the sizes of a drafter, on which its state depends."""
+    return f"{_name(drafter)} ({drafter.num_nodes} nodes, depth {drafter.max_depth})"
+
+
 def _name(given: Any) -> str:
     return type(given).__name__

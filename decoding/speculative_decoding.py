@@ -24,7 +24,7 @@ from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal
 from decodax.decoding.early_exit import AllLayers, LayerPolicy, TargetForward
 from decodax.decoding.loop import run_until_done
-from decodax.decoding.proposal_check import check_pair, checked_proposal
+from decodax.decoding.proposal_check import check_pair, checked_proposal, describe
 from decodax.decoding.sampling import token_logprob
 from decodax.decoding.state import DecodeState, LayerCounts
 from decodax.decoding.tree_logits import node_history, node_logits
@@ -53,10 +53,10 @@ class Speculative:
         """
         if state.draft is None:
             state = self.start(params, draft_params, state)
-        elif state.started_by != self.drafter:
+        elif state.started_by != describe(self.drafter):
             raise ValueError(
-                f"this state was started by {state.started_by}, and cannot go on with {self.drafter}: prefill again, "
-                "or decode with the first"
+                f"this state was started by {state.started_by}, and cannot go on with {describe(self.drafter)}: "
+                "prefill again, or decode with the first"
             )
         step = lambda state: self.step(params, draft_params, state)
         return run_until_done(step, state, max_tokens, self.model.execution)
@@ -72,7 +72,8 @@ class Speculative:
         drafter.check(self.model, draft_params)
         self.verifier.check(state.sampling)
         draft = drafter.constrained(drafter.start(params, draft_params, state), self.model)
-        return dataclasses.replace(state, draft=draft, counts=DraftCounts.zero(drafter.max_depth), started_by=drafter)
+        counts = DraftCounts.zero(drafter.max_depth)
+        return dataclasses.replace(state, draft=draft, counts=counts, started_by=describe(drafter))
 
     def step(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
         """One round."""

@@ -60,7 +60,7 @@ class DecodeState:
     layer_policy: what a layer policy carries from step to step (`decoding/early_exit/`).
     draft: what a drafter carries from round to round; None until a strategy that drafts has started.
     counts: of its draft tokens, proposed and accepted; None until then.
-    started_by: the drafter whose state `draft` is.
+    started_by: the kind and the sizes of the drafter whose state `draft` is.
     """
 
     tokens: Int[Array, "B room"]
@@ -79,7 +79,7 @@ class DecodeState:
     layer_policy: Any = ()
     draft: Any = None
     counts: DraftCounts | None = None
-    started_by: Any = pytree.static(default=None)
+    started_by: str | None = pytree.static(default=None)
 
     def last_token(self) -> Int[Array, " B"]:
         """The last token of each row."""

@@ -28,7 +28,7 @@ def changed(proposal, **fields):
 
 
 @dataclass(frozen=True)
-class Guess(Drafter):
+class Always(Drafter):
     """Always drafts the same two tokens, changed by `change`: a name of CHANGES."""
 
     change: str = ""
@@ -67,36 +67,38 @@ def decode(drafter, verifier=None, **options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("no state", "Guess.propose must return a Proposal and the drafter's state, got "),
-        ("a list", "Guess.propose must return a Proposal and the drafter's state, got "),
+        ("no state", "Always.propose must return a Proposal and the drafter's state, got "),
+        ("a list", "Always.propose must return a Proposal and the drafter's state, got "),
         (
             "floats",
-            r"token of Guess.propose must be integer of shape \(3, 3\) \(rows, num_nodes\), got float32 of shape",
+            r"token of Always.propose must be integer of shape \(3, 3\) \(rows, num_nodes\), got float32 of shape",
         ),
         ("no rows", r"got int32 of shape \(3,\)"),
-        ("fewer tokens", r"token of Guess.propose must be .* got int32 of shape \(3, 2\)"),
-        ("numbers for candidates", r"is_candidate of Guess.propose must be bool.* got int32 of shape \(3, 3\)"),
-        ("another tree", "the tree of Guess.propose must have Guess.num_nodes = 3 nodes, got 4"),
+        ("fewer tokens", r"token of Always.propose must be .* got int32 of shape \(3, 2\)"),
+        ("numbers for candidates", r"is_candidate of Always.propose must be bool.* got int32 of shape \(3, 3\)"),
+        ("another tree", "the tree of Always.propose must have Always.num_nodes = 3 nodes, got 4"),
     ],
 )
 def test_proposals_that_break_the_contract_are_refused(change, message):
     """At the first trace, before anything is compiled."""
-    run = speculative(MODEL, Guess(change), ExactMatch())
+    run = speculative(MODEL, Always(change), ExactMatch())
     with pytest.raises(ValueError, match=message.replace("\\\\", "\\")):
         jax.eval_shape(run, PARAMS, None, start())
 
 
 def test_drawn_children_need_their_distribution_where_a_row_is_sampled():
-    drawn = Guess(children=Children.INDEPENDENT)
+    drawn = Always(children=Children.INDEPENDENT)
     run = speculative(MODEL, drawn, ChainRejection())
     jax.eval_shape(run, PARAMS, None, start())
-    with pytest.raises(ValueError, match=r"logprobs of Guess.propose .* of shape \(3, 3, 37\) .* is sampled, got None"):
+    with pytest.raises(
+        ValueError, match=r"logprobs of Always.propose .* of shape \(3, 3, 37\) .* is sampled, got None"
+    ):
         jax.eval_shape(run, PARAMS, None, start(options="sampled"))
 
 
 @pytest.mark.parametrize("change", ["another first token", "unknown tokens"])
 def test_what_a_trace_cannot_know_changes_no_token(change):
-    np.testing.assert_array_equal(decode(Guess(change)).tokens, plain().tokens)
+    np.testing.assert_array_equal(decode(Always(change)).tokens, plain().tokens)
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class Unfinished(Drafter):
         (NoDraft(), NoDraft(), r"the verifier must be a Verifier \(subclass it\), got NoDraft"),
         (NoDraft(), Silent(), "Silent.supported_children must be a frozenset of Children, got None"),
         (Unfinished(), ExactMatch(), "Unfinished.num_nodes must be a whole number of at least 1, got None"),
-        (Guess(num_nodes=0), ExactMatch(), "Guess.num_nodes must be a whole number of at least 1, got 0"),
-        (Guess(max_depth=-1), ExactMatch(), "Guess.max_depth must be a whole number of at least 0, got -1"),
+        (Always(num_nodes=0), ExactMatch(), "Always.num_nodes must be a whole number of at least 1, got 0"),
+        (Always(max_depth=-1), ExactMatch(), "Always.max_depth must be a whole number of at least 0, got -1"),
     ],
 )
 def test_pairs_that_are_none_are_refused_where_they_are_made(drafter, verifier, message):
@@ -130,8 +132,9 @@ def test_a_state_goes_on_only_with_the_drafter_that_started_it():
     run, other = (speculative(MODEL, drafter, ExactMatch()) for drafter in (PromptLookup(3), PromptLookup(4)))
     begun = jax.jit(run.start)(PARAMS, None, start())
     jax.eval_shape(run, PARAMS, None, begun)
-    with pytest.raises(
-        ValueError, match=r"started by PromptLookup\(num_tokens=3.*cannot go on with PromptLookup\(num_t"
-    ):
+    message = r"started by PromptLookup \(4 nodes, depth 3\), and cannot go on with PromptLookup \(5 nodes, depth 4\)"
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(other, PARAMS, None, begun)
     jax.eval_shape(other, PARAMS, None, dataclasses.replace(begun, draft=None))
+    careful = speculative(MODEL, PromptLookup(3, max_ngram=2), ExactMatch())  # other settings of the same drafter
+    jax.eval_shape(careful, PARAMS, None, begun)
