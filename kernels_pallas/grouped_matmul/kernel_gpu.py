@@ -299,7 +299,7 @@ def _one_item(
             output_ref.dtype
         )
         is_full = num_own_rows == tile.rows
-        if tile.columns // tile.step_size <= tile.stages:
+        if tile.columns // tile.step_size <= tile.stages and tile.rows <= tile.width:
             pl.when(has_columns & is_full)(lambda: store_full_tile(value))
             pl.when(has_columns & ~is_full)(lambda: store_in_pieces(value))
         else:

@@ -40,12 +40,10 @@ def found():
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.slow
 def test_caches_are_written_in_place(name, found):
     assert found[name] == []
 
 
-@pytest.mark.slow
 def test_the_check_sees_copies(found):
     """Where they are known to occur: in a commit that does not depend on its reads."""
     assert any(re.search(r" (copy|copy-start|transpose)\(", line) for line in found[CARELESS])
