@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutations import __main__ as run
 from tests.mutations.__main__ import select_tests
 from tests.mutations.places import FOLDERS, mutations_of, pick, planted
 
@@ -58,3 +59,22 @@ def test_the_tests_named_after_a_file_come_first():
     named, folder, everything = select_tests(ROOT, "decoding/drafters/kangaroo.py")
     assert "tests/decoding/drafters/test_kangaroo.py" in named
     assert folder == ["tests/decoding/drafters"] and everything == ["tests"]
+
+
+def test_a_test_that_fails_without_the_bug_catches_nothing(root, monkeypatch):
+    source = (root / "a.py").read_text()
+    monkeypatch.setattr(run, "_FAIL_ANYWAY", [])
+    monkeypatch.setattr(run, "select_tests", lambda root, file: [["tests"]])
+    has_bug = lambda: (root / "a.py").read_text() != source
+
+    def first_failure(root, arguments, workers):
+        if arguments == ["t.py::asks_git"] or "t.py::asks_git" not in arguments:
+            failed = "t.py::asks_git" if arguments != ["t.py::right"] else "t.py::right" if has_bug() else None
+        else:
+            failed = "t.py::right" if has_bug() else None
+        return failed and f"FAILED {failed} - assert"
+
+    monkeypatch.setattr(run, "first_failure", first_failure)
+    (bug, *_) = mutations_of(root, "a.py")
+    assert run.caught_by(bug, root, "0") == "FAILED t.py::right - assert"
+    assert run._FAIL_ANYWAY == ["t.py::asks_git"] and not has_bug()
