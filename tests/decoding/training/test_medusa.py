@@ -167,6 +167,18 @@ def test_the_joint_loss_begins_with_an_unchanged_model(target, finished, tmp_pat
     assert float(by_text) - float(found) == pytest.approx(want, rel=TOLERANCE)
 
 
+def test_the_measured_joint_loss_is_the_model_s_and_a_fifth_of_the_heads(target, finished, tmp_path):
+    """Of an unchanged model: its divergence is 0, or with keep="text" its own loss on the text."""
+    alone = finished[0].measure({"heads": joint(target, finished, tmp_path).initial()["heads"]}, ROWS)["heldout_loss"]
+    found, by_text = (
+        training.measure(training.initial(), ROWS)
+        for training in (joint(target, finished, tmp_path), joint(target, finished, tmp_path, keep="text"))
+    )
+    assert found["kl"] == pytest.approx(0, abs=1e-6) and found["unchanged"] == 1
+    assert found["heldout_loss"] == pytest.approx(0.2 * alone, rel=1e-5) and alone > 1
+    assert by_text["heldout_loss"] > found["heldout_loss"] + 1
+
+
 def test_the_joint_loss_of_a_changed_model(target, finished, tmp_path):
     training = joint(target, finished, tmp_path)
     trained = training.initial()
