@@ -39,10 +39,18 @@ def declared_axes(tree: Any) -> list[tuple[str, ...] | None]:
     return _axes_of(tree, None, ())
 
 
-def missing_axes(tree: Any) -> list[str]:
-    """The places of arrays without declared axes, as paths in the tree."""
+def required_axes(tree: Any, why: str) -> list[tuple[str, ...]]:
+    """`declared_axes`; raises ValueError, with the places and `why` they are needed, for arrays without any."""
+    axes = declared_axes(tree)
+    known = [names for names in axes if names is not None]
+    if len(known) == len(axes):
+        return known
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return [path for path, axes in zip(paths, declared_axes(tree), strict=True) if axes is None]
+    missing = [path for path, names in zip(paths, axes, strict=True) if names is None]
+    raise ValueError(
+        f"{why}, and {type(tree).__name__}{', '.join(missing[:4])} has none: annotate the field with its shape, as in "
+        'Float[Array, "B K S H"], or give its class a method axes()'
+    )
 
 
 def _axes_of(node: Any, declared: Any, outer: tuple[str, ...]) -> list[tuple[str, ...] | None]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from decodax.core.axes import declared_axes, missing_axes
+from decodax.core.axes import required_axes
 from decodax.decoding.programs import bounded_jit
 from decodax.decoding.sizes import free_bytes
 from decodax.decoding.state import DecodeState
@@ -25,11 +25,6 @@ def repeat_rows(state: DecodeState, seed: UInt32[Array | np.ndarray, " B_new"], 
     batch, num_rows = state.length.shape[0], seed.shape[0]
     if num_rows % batch or not num_rows:
         raise ValueError(f"seed must have one entry for each new row, a multiple of {batch} rows, got {num_rows}")
-    if missing := missing_axes(state):
-        raise ValueError(
-            f"rows are found by the axis B of each array, and DecodeState{', '.join(missing[:4])} declares none: "
-            'annotate the field with its shape, as in Float[Array, "B K S H"], or give its class a method axes()'
-        )
     needed, free = num_rows // batch * sum(leaf.nbytes for leaf in jax.tree.leaves(state)), free_bytes()
     if free is not None and needed > free:
         raise MemoryError(
@@ -43,8 +38,9 @@ def repeat_rows(state: DecodeState, seed: UInt32[Array | np.ndarray, " B_new"], 
 def _repeated(execution: Execution, state: DecodeState, seed: UInt32[Array, " B_new"]) -> DecodeState:
     count = seed.shape[0] // state.length.shape[0]
     leaves, structure = jax.tree.flatten(state)
+    axes_of_all = required_axes(state, "rows are found by the axis B that arrays of a state declare")
     rows = [
-        jnp.repeat(leaf, count, axis=axes.index("B")) if axes and "B" in axes else leaf
-        for leaf, axes in zip(leaves, declared_axes(state), strict=True)
+        jnp.repeat(leaf, count, axis=axes.index("B")) if "B" in axes else leaf
+        for leaf, axes in zip(leaves, axes_of_all, strict=True)
     ]
     return execution.constrained(dataclasses.replace(jax.tree.unflatten(structure, rows), seed=seed))

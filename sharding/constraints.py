@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from decodax.core.axes import AXES, OTHER, declared_axes, missing_axes
+from decodax.core.axes import AXES, OTHER, required_axes
 from decodax.sharding.regions import mesh_here
 from decodax.sharding.rules import Rules
 
@@ -23,18 +23,12 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     Raises ValueError, with the places, for arrays without declared axes: replicated, they would fill every device.
     """
     leaves, structure = jax.tree.flatten(tree)
-    axes = declared_axes(tree)
+    axes = required_axes(tree, "on a mesh the arrays of a state must declare their axes")
     assert len(axes) == len(leaves), "every array of a state has its axes, in the same order"
-    if None in axes:
-        raise ValueError(
-            f"arrays of a state on a mesh must declare their axes, and {type(tree).__name__}"
-            f"{', '.join(missing_axes(tree)[:4])} does not: annotate the field with its shape, as in "
-            'Float[Array, "B K S H"], or give its class a method axes()'
-        )
     here = mesh_here(mesh)
 
-    def sharding(leaf: Any, names: tuple[str, ...] | None) -> NamedSharding:
-        split = [name if name in _SPLIT_IN_STATES else OTHER for name in names or ()]
+    def sharding(leaf: Any, names: tuple[str, ...]) -> NamedSharding:
+        split = [name if name in _SPLIT_IN_STATES else OTHER for name in names]
         return NamedSharding(here, rules.spec(mesh, split, leaf.shape))
 
     return jax.tree.unflatten(structure, map(sharding, leaves, axes))

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
-from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask, Window
@@ -31,14 +30,13 @@ from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.kv_cache.tailed import TailedCache, TailedUpdate
-from decodax.layers.mixers._attention import CachesKeysAndValues, attention_cost, attention_kernel
-from decodax.layers.mixers.contract import MixingCost
+from decodax.layers.mixers._attention import AttentionConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
-class CCAConfig(CachesKeysAndValues):
+class CCAConfig(AttentionConfig):
     """The config of compressed convolutional attention.
 
     num_heads, num_kv_heads, head_size: N, K, H.
@@ -126,14 +124,6 @@ class CCAConfig(CachesKeysAndValues):
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> TailedUpdate:
         num_columns = self.num_convolved + self.half_values
         return TailedUpdate.empty(batch_size, self.num_kv_heads, num_tokens, self.head_size, num_columns, dtype)
-
-    def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
-        return attention_cost(self.num_heads, self.head_size, self.window, num_new, num_cached)
-
-    def kernel(self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike) -> KernelSelection:
-        heads = (self.num_heads, self.num_kv_heads, self.head_size)
-        cache = jax.eval_shape(lambda: self.empty_cache(batch_size, capacity, dtype).kv)
-        return attention_kernel(heads, self.window, cache, num_new, dtype)
 
 
 class CCA(nn.Module):

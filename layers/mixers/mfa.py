@@ -9,30 +9,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
-from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.attend_invariant import Tile, attend_invariant
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.contract import Cache, CachePolicy
-from decodax.layers.kv_cache.full import KVCache, KVUpdate
+from decodax.layers.kv_cache.contract import Cache
+from decodax.layers.kv_cache.full import KVUpdate
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.mixers._attention import CachesKeysAndValues, attention_cost, attention_kernel
-from decodax.layers.mixers.contract import MixingCost
+from decodax.layers.mixers._attention import AttentionConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.row_parallel import row_parallel_linear
 
 
 @dataclass(frozen=True)
-class MFAConfig(CachesKeysAndValues):
+class MFAConfig(AttentionConfig):
     """The config of multi-matrix factorization attention.
 
     num_heads, head_size: N, H.
@@ -48,6 +45,9 @@ class MFAConfig(CachesKeysAndValues):
     rope: Rope
     scale: float
     norm: RMSNormConfig
+
+    num_kv_heads = 1
+    window = None
 
     def __post_init__(self) -> None:
         if self.rope.rotary_size > self.head_size:
@@ -68,18 +68,8 @@ class MFAConfig(CachesKeysAndValues):
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return MFA(self, hidden_size, execution, name=name)
 
-    def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Cache:
-        return policy.empty(batch_size, 1, capacity, self.head_size, dtype)
-
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> KVUpdate:
         return KVUpdate.empty(batch_size, 1, num_tokens, self.head_size, dtype)
-
-    def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
-        return attention_cost(self.num_heads, self.head_size, None, num_new, num_cached)
-
-    def kernel(self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike) -> KernelSelection:
-        cache = jax.eval_shape(lambda: self.empty_cache(batch_size, capacity, dtype))
-        return attention_kernel((self.num_heads, 1, self.head_size), None, cache, num_new, dtype)
 
 
 class MFA(nn.Module):

@@ -94,7 +94,7 @@ def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
     Options are those of `decoding.GenerateOptions`, whose help lists them. Greedy unless a temperature is given.
 
     Returns a `Generation` with lists `.tokens`, `.text`, `.logprobs`, `.finish_reasons` and `.seeds` (one entry per
-    prompt), and `.stats`.
+    prompt, or per sample of one), and `.stats`.
     Raises TypeError for an option that does not exist.
     Raises ValueError for values and prompts that cannot be run.
     Raises MemoryError when the cache would not fit.

@@ -111,8 +111,8 @@ def assert_same_rows(got, want, order):
         np.testing.assert_allclose(got.logprobs[mine], want.logprobs[row], atol=TOLERANCE)
 
 
-opened: list[str] = []
-sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+OPENED: set[str] = set()
+sys.addaudithook(lambda event, arguments: OPENED.add(str(arguments[0])) if event == "open" else None)
 
 
 @each_strategy
@@ -120,10 +120,10 @@ def test_a_second_call_compiles_nothing_and_reads_no_file(name):
     """Not even of the weights that the strategy brings, or changes. Few strategies of a model are kept at a time."""
     call = partial(run.__wrapped__, model_of(name), name)
     first, num_programs = call(), budget.num_programs()
-    opened.clear()
+    OPENED.clear()
     again = call()
     assert budget.num_programs() == num_programs
-    assert not [path for path in opened if path.endswith((".json", ".safetensors", ".npz"))]
+    assert not [path for path in OPENED if path.endswith((".json", ".safetensors", ".npz"))]
     for mine, theirs in zip(again.tokens, first.tokens, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 

@@ -1,6 +1,6 @@
 """Plants bugs, one at a time, and sees whether the quick suite catches them.
 
-    python -m tests.mutations --seed 7 --count 40 --out tests/mutations/results.json
+    python -m tests.mutations --seed 7 --count 40 --out tests/mutations/results_7.json
 
 Each bug goes into a copy of the checkout, where the tests run until the first one fails: those named after the file or
 its contract, then those of its folder, then all. A test that fails in the copy without the bug, too, catches nothing. A
@@ -37,31 +37,30 @@ def select_tests(root: Path, file: str) -> list[list[str]]:
     return [part for part in (named, [str(folder.relative_to(root))], ["tests"]) if part]
 
 
-def caught_by(mutation: Mutation, root: Path, workers: str) -> str | None:
-    """The test that fails first with the bug in the copy at `root`; None where none does."""
+def caught_by(mutation: Mutation, root: Path, workers: str, broken: list[str]) -> str | None:
+    """The test that fails first with the bug in the copy at `root`; None where none does.
+
+    broken: tests that fail in the copy without a bug, too, and are left out; those found are added.
+    """
     path = root / mutation.file
     text = path.read_text("utf-8")
-    changed = planted(text, mutation)
+
+    def failure(source: str, tests: list[str]) -> str | None:
+        path.write_text(source, "utf-8")
+        left_out = [word for test in broken for word in ("--deselect", test)]
+        return first_failure(root, [*tests, *left_out], workers)
+
     try:
-        for names in select_tests(root, mutation.file):
-            path.write_text(changed, "utf-8")
-            while (failed := first_failure(root, [*names, *_left_out(root)], workers)) is not None:
-                path.write_text(text, "utf-8")
-                test = failed.split(" ")[1] if " " in failed else names[0]
-                if first_failure(root, [test], workers) is None:
+        for tests in select_tests(root, mutation.file):
+            while (failed := failure(planted(text, mutation), tests)) is not None:
+                named = failed.startswith(("FAILED ", "ERROR "))  # a name may hold spaces
+                test = failed.split(" ", 1)[1].split(" - ")[0] if named else tests[0]
+                if failure(text, [test]) is None:
                     return failed
-                _FAIL_ANYWAY.append(test)  # in the copy, without any bug
-                path.write_text(changed, "utf-8")
+                broken.append(test)
         return None
     finally:
         path.write_text(text, "utf-8")
-
-
-_FAIL_ANYWAY: list[str] = []
-
-
-def _left_out(root: Path) -> list[str]:
-    return [word for test in _FAIL_ANYWAY for word in ("--deselect", test)]
 
 
 def first_failure(root: Path, arguments: list[str], workers: str) -> str | None:
@@ -83,6 +82,7 @@ def main() -> None:
     parser.add_argument("--workers", default="2")
     asked = parser.parse_args()
     results = json.loads(asked.out.read_text("utf-8")) if asked.out.exists() else []
+    broken: list[str] = []
     known = {(found["file"], found["line"], found["kind"]) for found in results}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "checkout"
@@ -94,7 +94,7 @@ def main() -> None:
             if place in known or place in EQUIVALENT:
                 continue
             start = time.monotonic()
-            caught = caught_by(mutation, root, asked.workers)
+            caught = caught_by(mutation, root, asked.workers, broken)
             results.append(asdict(mutation) | {"caught_by": caught, "seconds": round(time.monotonic() - start)})
             asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(

@@ -38,7 +38,7 @@ def test_by_annotation():
 def test_arrays_without_axes_are_refused():
     """On a mesh they would be whole on every device, without a word."""
     mesh, shape = read_mesh("data=2,tensor=4"), jax.ShapeDtypeStruct((2, 2), np.float32)
-    with pytest.raises(ValueError, match=r"must declare their axes, and Odd\.bare\[0\] does not: annotate the field"):
+    with pytest.raises(ValueError, match=r"must declare their axes, and Odd\.bare\[0\] has none: annotate the field"):
         shardings(Odd(jax.ShapeDtypeStruct((4, 2, 6), np.float32), None, (shape,), 3), mesh, RULES)
 
 
