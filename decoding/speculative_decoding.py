@@ -24,6 +24,7 @@ from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal
 from decodax.decoding.early_exit import AllLayers, LayerPolicy, TargetForward
 from decodax.decoding.loop import run_until_done
+from decodax.decoding.node_random import NodeRandom
 from decodax.decoding.proposal_check import check_pair, checked_proposal, describe
 from decodax.decoding.sampling import token_logprob
 from decodax.decoding.state import DecodeState, LayerCounts
@@ -90,8 +91,11 @@ class Speculative:
         logits = self.model.logits(params, forward.hidden)
         with jax.named_scope(type(self.verifier).__name__):
             target_logits = node_logits(state.sampling, logits, node_history(state.history, tree, proposal.token))
-            next_position = state.length[:, None] + depth
-            verdict = self.verifier.verify(proposal, target_logits, state.sampling.do_sample, state.seed, next_position)
+            if state.sampling.do_sample:
+                rng = NodeRandom(state.seed, state.length[:, None] + depth)
+                verdict = self.verifier.verify(proposal, target_logits, rng)
+            else:
+                verdict = self.verifier.verify_greedy(proposal, target_logits)
         path = tree.path_to(verdict.node, self.drafter.max_depth)
         num_accepted = jnp.take_along_axis(depth, verdict.node[:, None], axis=1)[:, 0]
         token, logprob = _block(proposal, logits, path, num_accepted, verdict.token)

@@ -67,6 +67,11 @@ class Proposal:
     row_layers: Int[Array, " B"] | None = None
     likely: Int[Array, "B C I"] | None = None
 
+    @property
+    def parent(self) -> Int[Array, "B C"]:
+        """Each node's parent; the root is its own."""
+        return jnp.broadcast_to(jnp.maximum(jnp.asarray(self.tree.parent), 0), self.token.shape)
+
 
 @pytree.dataclass
 class Outcome:

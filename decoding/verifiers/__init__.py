@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 from decodax.core.lazy import Methods, exports
 
 if TYPE_CHECKING:
+    from decodax.decoding.node_random import NodeRandom as NodeRandom
     from decodax.decoding.verifiers.chain_rejection import ChainRejection as ChainRejection
     from decodax.decoding.verifiers.contract import Verdict as Verdict
     from decodax.decoding.verifiers.contract import Verifier as Verifier
+    from decodax.decoding.verifiers.contract import at_node as at_node
+    from decodax.decoding.verifiers.contract import follow_argmax as follow_argmax
     from decodax.decoding.verifiers.deterministic_tree import DeterministicTree as DeterministicTree
     from decodax.decoding.verifiers.exact_match import ExactMatch as ExactMatch
     from decodax.decoding.verifiers.tree_rejection import TreeRejection as TreeRejection
@@ -30,4 +33,5 @@ _METHODS = Methods(
 )
 METHODS: "Mapping[str, type[Verifier]]" = _METHODS
 
-__getattr__, __dir__ = exports(__name__, _METHODS.exports | {"Verdict": "contract", "Verifier": "contract"})
+_CONTRACT = ("NodeRandom", "Verdict", "Verifier", "at_node", "follow_argmax")
+__getattr__, __dir__ = exports(__name__, _METHODS.exports | dict.fromkeys(_CONTRACT, "contract"))

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from decodax.decoding.drafters.contract import Proposal
-from decodax.decoding.verifiers._acceptance import acceptance_uniforms, draw_after
-from decodax.decoding.verifiers._matching import follow_largest
+from decodax.decoding.node_random import NodeRandom
 from decodax.decoding.verifiers.contract import Verdict, Verifier, at_node
 
 
@@ -39,18 +38,9 @@ class TreeRule(Verifier):
         """`target_probs` and `logprobs` after the child was rejected."""
         raise NotImplementedError(f"{type(self).__name__} must define what a rejection changes")
 
-    def verify(
-        self,
-        proposal: Proposal,
-        logits: Float32[Array, "B C V"],
-        do_sample: bool,
-        seed: UInt32[Array, " B"],
-        position: Int[Array, "B C"],
-    ) -> Verdict:
-        if not do_sample:
-            return follow_largest(proposal, logits)
-        end = walk(self, proposal, logits, acceptance_uniforms(proposal, seed, position))
-        return draw_after(end.node, end.target_probs, seed, position)
+    def verify(self, proposal: Proposal, logits: Float32[Array, "B C V"], rng: NodeRandom) -> Verdict:
+        end = walk(self, proposal, logits, rng.uniform())
+        return Verdict(end.node, rng.draw(end.node, end.target_probs))
 
 
 class Walk(NamedTuple):

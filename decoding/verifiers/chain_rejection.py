@@ -13,17 +13,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int, UInt32
+from jaxtyping import Array, Float32, Int
 
 from decodax.decoding.drafters.contract import Children, Proposal
-from decodax.decoding.verifiers._acceptance import (
-    acceptance_probability,
-    acceptance_uniforms,
-    distribution_without,
-    draw_after,
-    residual_distribution,
-)
-from decodax.decoding.verifiers._matching import follow_largest
+from decodax.decoding.node_random import NodeRandom
+from decodax.decoding.rejection_sampling import acceptance_probability, distribution_without, residual_distribution
 from decodax.decoding.verifiers.contract import Verdict, Verifier, at_node
 
 
@@ -39,17 +33,9 @@ class ChainRejection(Verifier):
     supported_children: ClassVar[frozenset[Children]] = frozenset(Children)
     only_chains: ClassVar[bool] = True
 
-    def verify(
-        self,
-        proposal: Proposal,
-        logits: Float32[Array, "B C V"],
-        do_sample: bool,
-        seed: UInt32[Array, " B"],
-        position: Int[Array, "B C"],
-    ) -> Verdict:
-        if not do_sample:
-            return follow_largest(proposal, logits)
-        return draw_after(*judge(proposal, logits, acceptance_uniforms(proposal, seed, position)), seed, position)
+    def verify(self, proposal: Proposal, logits: Float32[Array, "B C V"], rng: NodeRandom) -> Verdict:
+        node, probs = judge(proposal, logits, rng.uniform())
+        return Verdict(node, rng.draw(node, probs))
 
 
 def judge(

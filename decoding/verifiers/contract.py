@@ -1,20 +1,23 @@
 """Defines the contract of a verifier: which draft tokens are accepted, and which token follows them.
 
-    verifier.verify(proposal, logits, do_sample, seed, position) -> Verdict
+    verifier.verify(proposal, logits, rng) -> Verdict
 
 `logits` are the target's after every sampling option, at every node: their softmax is the distribution of the token
-that follows the node, exactly the one that plain decoding would draw from there.
+that follows the node, exactly the one that plain decoding would draw from there. In a greedy row it has all its
+probability on one token. A batch without a sampled row goes to `verify_greedy` instead.
 """
 
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int, Key, UInt32
+from jaxtyping import Array, Float32, Int
 
 from decodax.core import pytree
 from decodax.decoding.drafters.contract import Children, Proposal
-from decodax.decoding.random import Draw, draw_keys, gumbel
+from decodax.decoding.node_random import NodeRandom
 from decodax.decoding.sampling import Sampling
+from decodax.decoding.top_tokens import argmax_token
 
 
 @pytree.dataclass
@@ -43,40 +46,32 @@ class Verifier:
 
     def check(self, sampling: Sampling) -> None:
         """Raises ValueError for sampling options that this verifier cannot honour."""
+        if sampling.do_sample and type(self).verify is Verifier.verify:
+            raise ValueError(
+                f"{type(self).__name__} verifies greedy rows only (it defines no `verify`), got a temperature above 0: "
+                "set it to 0, or choose another verifier"
+            )
 
-    def verify(
-        self,
-        proposal: Proposal,
-        logits: Float32[Array, "B C V"],
-        do_sample: bool,
-        seed: UInt32[Array, " B"],
-        position: Int[Array, "B C"],
-    ) -> Verdict:
-        """Decides on every row.
+    def verify(self, proposal: Proposal, logits: Float32[Array, "B C V"], rng: NodeRandom) -> Verdict:
+        """Decides on every row of a batch in which some row is sampled.
 
         proposal: the tree of draft tokens.
         logits: the target's, after the sampling options, at every node.
-        do_sample: whether any row is sampled (static).
-        seed: one per row.
-        position: of the token that follows each node; with the row's seed it makes the random numbers (`node_keys`).
+        rng: the random numbers of this round.
         """
-        raise NotImplementedError(f"{type(self).__name__} must say what it accepts")
+        raise NotImplementedError(f"{type(self).__name__} must say what it accepts of sampled rows")
+
+    def verify_greedy(self, proposal: Proposal, logits: Float32[Array, "B C V"]) -> Verdict:
+        """Decides on every row of a batch at temperature 0: by default, it accepts what the argmax agrees with."""
+        return follow_argmax(proposal, logits)
 
 
-def node_keys(seed: UInt32[Array, " B"], position: Int[Array, "B C"], kind: Draw) -> Key[Array, "B C"]:
-    """The key of a draw for the token that follows each node.
-
-    All rows and nodes are along one axis: random bits over two nested axes take XLA four to eight times as long to
-    compile.
-    """
-    keys = draw_keys(jnp.repeat(seed, position.shape[1]), position.reshape(-1), kind)
-    return keys.reshape(position.shape)
-
-
-def token_noise(seed: UInt32[Array, " B"], position: Int[Array, "B C"], vocab_size: int) -> Float32[Array, "B C V"]:
-    """The Gumbel noise with which plain decoding draws the token at each position."""
-    keys = node_keys(seed, position, Draw.TOKEN).reshape(-1)
-    return gumbel(keys, (vocab_size,)).reshape(*position.shape, vocab_size)
+def follow_argmax(proposal: Proposal, scores: Float32[Array, "B C V"]) -> Verdict:
+    """Accepts child x of node u if x = argmax(scores[u]); the token after the last accepted node is its argmax."""
+    target_token = jax.vmap(argmax_token, in_axes=1, out_axes=1)(scores)
+    matches = proposal.token == jnp.take_along_axis(target_token, proposal.parent, axis=1)
+    node = proposal.tree.accepted_path(matches & proposal.is_candidate)
+    return Verdict(node, at_node(target_token, node))
 
 
 def at_node(values: Array, node: Int[Array, " B"]) -> Array:

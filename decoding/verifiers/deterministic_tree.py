@@ -15,7 +15,7 @@ from typing import ClassVar
 from jaxtyping import Array, Float, Int
 
 from decodax.decoding.drafters.contract import Children
-from decodax.decoding.verifiers._acceptance import distribution_without
+from decodax.decoding.rejection_sampling import distribution_without
 from decodax.decoding.verifiers._walk import TreeRule
 
 

@@ -11,11 +11,11 @@ rules accept more.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Array, Float32, Int, UInt32
+from jaxtyping import Array, Float32
 
 from decodax.decoding.drafters.contract import Children, Proposal
-from decodax.decoding.verifiers._matching import follow_largest
-from decodax.decoding.verifiers.contract import Verdict, Verifier, token_noise
+from decodax.decoding.node_random import NodeRandom
+from decodax.decoding.verifiers.contract import Verdict, Verifier, follow_argmax
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,5 @@ class ExactMatch(Verifier):
     lossless: ClassVar[bool] = True
     supported_children: ClassVar[frozenset[Children]] = frozenset(Children)
 
-    def verify(
-        self,
-        proposal: Proposal,
-        logits: Float32[Array, "B C V"],
-        do_sample: bool,
-        seed: UInt32[Array, " B"],
-        position: Int[Array, "B C"],
-    ) -> Verdict:
-        if do_sample:
-            logits = logits + token_noise(seed, position, logits.shape[2])
-        return follow_largest(proposal, logits)
+    def verify(self, proposal: Proposal, logits: Float32[Array, "B C V"], rng: NodeRandom) -> Verdict:
+        return follow_argmax(proposal, logits + rng.token_noise(logits.shape[2]))

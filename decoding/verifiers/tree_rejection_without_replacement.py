@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from decodax.decoding.drafters.contract import Children
-from decodax.decoding.verifiers._acceptance import acceptance_probability, is_token, residual_distribution
+from decodax.decoding.rejection_sampling import acceptance_probability, is_token, residual_distribution
 from decodax.decoding.verifiers._walk import TreeRule
 
 

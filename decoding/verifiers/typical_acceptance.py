@@ -16,11 +16,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, UInt32
+from jaxtyping import Array, Bool, Float32, Int
 
 from decodax.decoding.drafters.contract import Children, Proposal
-from decodax.decoding.verifiers._acceptance import draw_after
-from decodax.decoding.verifiers._matching import follow_largest
+from decodax.decoding.node_random import NodeRandom
 from decodax.decoding.verifiers.contract import Verdict, Verifier, at_node
 
 
@@ -53,26 +52,15 @@ class TypicalAcceptance(Verifier):
                 f"epsilon, here {math.sqrt(self.epsilon):.3g}"
             )
 
-    def verify(
-        self,
-        proposal: Proposal,
-        logits: Float32[Array, "B C V"],
-        do_sample: bool,
-        seed: UInt32[Array, " B"],
-        position: Int[Array, "B C"],
-    ) -> Verdict:
-        if not do_sample:
-            return follow_largest(proposal, logits)
+    def verify(self, proposal: Proposal, logits: Float32[Array, "B C V"], rng: NodeRandom) -> Verdict:
         log_p = jax.nn.log_softmax(logits, axis=2)
         entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=2)
         threshold = jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy))
-        tree = proposal.tree
-        parent = jnp.broadcast_to(jnp.maximum(jnp.asarray(tree.parent), 0), proposal.token.shape)
-        row = jnp.arange(parent.shape[0])[:, None]
+        parent, row = proposal.parent, jnp.arange(logits.shape[0])[:, None]
         of_token = log_p[row, parent, proposal.token]
         is_typical = jnp.exp(of_token) > jnp.take_along_axis(threshold, parent, axis=1)
         node = _best_path(proposal, is_typical & proposal.is_candidate, of_token)
-        return draw_after(node, jnp.exp(at_node(log_p, node)), seed, position)
+        return Verdict(node, rng.draw(node, jnp.exp(at_node(log_p, node))))
 
 
 def _best_path(

@@ -20,7 +20,7 @@ from decodax.decoding.drafters import Children, Drafter, fixed_proposal
 from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import choose
 from decodax.decoding.tree import Tree, expansion
-from decodax.decoding.verifiers import METHODS, TreeRejection, Verifier
+from decodax.decoding.verifiers import METHODS, NodeRandom, TreeRejection, Verifier
 from decodax.models.model import Model
 from tests.tiny import tiny_config
 
@@ -117,15 +117,15 @@ def positions(parents, rows=slice(None)):
     return jnp.asarray(Tree.fixed(parents).depth + (3 + np.arange(ROWS) % 50)[rows, None], jnp.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _verify(rule, proposal, logits, do_sample, seed, position):
-    return rule.verify(proposal, logits, do_sample, seed, position)
+@partial(jax.jit, static_argnums=0)
+def _verify(rule, proposal, logits, rng):
+    return rule.verify_greedy(proposal, logits) if rng is None else rule.verify(proposal, logits, rng)
 
 
 def verify(rule, drafted, logits, do_sample=True, rows=slice(None)):
     """Node and token of the verdict, in NumPy."""
-    position = positions(drafted.parents, rows)
-    verdict = _verify(rule, drafted.proposal, logits, do_sample, jnp.asarray(SEED[rows]), position)
+    rng = NodeRandom(jnp.asarray(SEED[rows]), positions(drafted.parents, rows)) if do_sample else None
+    verdict = _verify(rule, drafted.proposal, logits, rng)
     return np.asarray(verdict.node), np.asarray(verdict.token)
 
 
@@ -230,8 +230,7 @@ def test_greedy_rows_accept_exactly_the_most_probable_tokens(name, children):
     drafted = drafts(children, parents_for(rule), "rough")
     logits = target_logits(drafted)
     assert_argmax_path(drafted, verify(rule, drafted, logits, do_sample=False))
-    call = partial(rule.verify, do_sample=False)
-    code = str(jax.make_jaxpr(call)(drafted.proposal, logits, seed=SEED, position=positions(drafted.parents)))
+    code = str(jax.make_jaxpr(rule.verify_greedy)(drafted.proposal, logits))
     assert "random" not in code and "while" not in code
 
 

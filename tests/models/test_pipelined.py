@@ -153,7 +153,7 @@ def test_a_draft_model(kind, staged):
     out = decode(params, draft_params, wide.start(model, params))
     np.testing.assert_array_equal(out.tokens, single_tokens(kind, 4))
     # It is the target itself: only sampled rows reject the most probable token.
-    assert out.counts.accepted[0] > 0.5 * out.counts.proposed[0]
+    assert 2 * out.counts.accepted[0] > out.counts.proposed[0]
 
 
 @pytest.mark.parametrize("kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mla", "linear"))])

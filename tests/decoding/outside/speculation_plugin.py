@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from decodax.core import pytree
 from decodax.decoding import Tree
 from decodax.decoding.drafters import Children, Drafter, fixed_proposal
-from decodax.decoding.verifiers import Verdict, Verifier
+from decodax.decoding.verifiers import Verdict, Verifier, at_node
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,13 @@ class AmongTopTokens(Verifier):
     lossless = False
     supported_children = frozenset(Children)
 
-    def check(self, sampling):
-        if sampling.do_sample:
-            raise ValueError("AmongTopTokens draws nothing, got a temperature above 0: set it to 0")
-
-    def verify(self, proposal, logits, do_sample, seed, position):
+    def verify_greedy(self, proposal, logits):
         least = jax.lax.top_k(logits, self.count)[0][..., -1:]
-        parent = jnp.broadcast_to(jnp.maximum(jnp.asarray(proposal.tree.parent), 0), proposal.token.shape)
-        is_likely = jnp.take_along_axis(logits >= least, parent[..., None], axis=1)
+        is_likely = jnp.take_along_axis(logits >= least, proposal.parent[..., None], axis=1)
         accepted = jnp.take_along_axis(is_likely, proposal.token[..., None], axis=2)[..., 0] & proposal.is_candidate
         node = proposal.tree.accepted_path(accepted)
         best = jnp.argmax(logits, axis=2).astype(jnp.int32)
-        return Verdict(node, jnp.take_along_axis(best, node[:, None], axis=1)[:, 0])
+        return Verdict(node, at_node(best, node))
 
 
 @pytree.dataclass

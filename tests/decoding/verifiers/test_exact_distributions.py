@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decodax.decoding import verifiers
+from decodax.decoding import rejection_sampling, verifiers
 from decodax.decoding.drafters import Children
-from decodax.decoding.verifiers import DeterministicTree, TreeRejection, TreeRejectionWithoutReplacement, _acceptance
+from decodax.decoding.verifiers import DeterministicTree, TreeRejection, TreeRejectionWithoutReplacement
 from tests.oracles.verification import normalised, ordered_children
 
 VOCABULARY, CHILDREN = 6, 3
@@ -209,5 +209,5 @@ def test_every_rule_is_in_the_catalogue_and_its_examples_are_true():
     for name, rule in verifiers.METHODS.items():
         assert rule.__module__ == f"decodax.decoding.verifiers.{name}"
         assert rule.lossless == (name != "typical_acceptance")
-    result = doctest.testmod(_acceptance)
+    result = doctest.testmod(rejection_sampling)
     assert result.attempted == 3 and not result.failed

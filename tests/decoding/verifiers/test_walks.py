@@ -14,10 +14,10 @@ from decodax.decoding.tree import Tree
 from decodax.decoding.verifiers import (
     ChainRejection,
     DeterministicTree,
+    NodeRandom,
     TreeRejection,
     TreeRejectionWithoutReplacement,
 )
-from decodax.decoding.verifiers._acceptance import acceptance_uniforms
 from decodax.decoding.verifiers._walk import walk
 from decodax.decoding.verifiers.chain_rejection import judge
 from tests.oracles import verification as oracle
@@ -82,7 +82,7 @@ def positions(parents, rows):
 
 
 SEED = jnp.arange(ROWS, dtype=jnp.uint32) + 5
-uniform_numbers = jax.jit(acceptance_uniforms)
+uniform_numbers = jax.jit(NodeRandom.uniform)
 
 
 @jax.jit
@@ -97,9 +97,9 @@ def end(rule, proposal, logits, uniform):
     return walk(rule, proposal, logits, uniform)[:2]
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def verify(rule, proposal, logits, do_sample, seed, position):
-    return rule.verify(proposal, logits, do_sample, seed, position)
+@partial(jax.jit, static_argnums=0)
+def verify(rule, proposal, logits, rng):
+    return rule.verify(proposal, logits, rng)
 
 
 def assert_same(got, want, rows=slice(None)):
@@ -133,8 +133,9 @@ def test_the_token_after_the_path_is_drawn_with_the_noise_of_its_position(name):
     rule, kind, parents = CASES[name]
     proposal, logits = proposal_of(kind, parents)
     position = positions(parents, slice(None))
-    verdict = verify(rule, proposal, logits, True, SEED, position)
-    node, probs = end(rule, proposal, logits, uniform_numbers(proposal, SEED, position))
+    rng = NodeRandom(SEED, position)
+    verdict = verify(rule, proposal, logits, rng)
+    node, probs = end(rule, proposal, logits, uniform_numbers(rng))
     np.testing.assert_array_equal(verdict.node, node)
     after_node = jnp.asarray(np.asarray(position)[np.arange(ROWS), np.asarray(node)])
     noise = np.asarray(noise_at(after_node))
@@ -142,9 +143,8 @@ def test_the_token_after_the_path_is_drawn_with_the_noise_of_its_position(name):
 
 
 def test_acceptance_draws_are_uniform_and_independent():
-    proposal, _ = proposal_of(Children.CHOSEN, TREE)
     position = positions(TREE, slice(None))
-    uniform = np.asarray(uniform_numbers(proposal, SEED, position))
+    uniform = np.asarray(uniform_numbers(NodeRandom(SEED, position)))
     assert uniform.dtype == np.float32 and uniform.min() >= 0 and uniform.max() < 1
     assert len(np.unique(uniform)) > 0.999 * uniform.size
     # 2,651 numbers in ten bins; the largest correlation of 55 pairs of columns of 241 is below 4 / sqrt(241).
@@ -155,18 +155,16 @@ def test_acceptance_draws_are_uniform_and_independent():
     key = draw_keys(SEED[:1], position[:1, TREE[9]], Draw.ACCEPT)[0]
     bits = jax.random.bits(jax.random.fold_in(key, 9), (), jnp.uint32)
     assert uniform[0, 9] == int(bits >> 8) / 2**24
-    # A node's draw depends on its position, that of the token after its parent, and on its own row.
-    moved = uniform_numbers(proposal, SEED, position.at[:, 3].add(1))
-    np.testing.assert_array_equal(moved, uniform)  # node 3 has no children
-    moved = np.asarray(uniform_numbers(proposal, SEED, position.at[:, 4].add(1)))
-    np.testing.assert_array_equal((moved != uniform).any(axis=0), np.array(TREE) == 4)
+    # A node's draw depends on its own position and row.
+    moved = np.asarray(uniform_numbers(NodeRandom(SEED, position.at[7, 4].add(1))))
+    np.testing.assert_array_equal(np.argwhere(moved != uniform), [[7, 4]])
 
 
 @pytest.mark.parametrize("name", ["chain, drawn", "without replacement"])
 @pytest.mark.quick_cases(1)
 def test_eager_calls_decide_the_same(name):
     rule, kind, parents = CASES[name]
-    arguments = *proposal_of(kind, parents), True, SEED, positions(parents, slice(None))
+    arguments = *proposal_of(kind, parents), NodeRandom(SEED, positions(parents, slice(None)))
     assert_same(rule.verify(*arguments), verify(rule, *arguments))
 
 
@@ -176,7 +174,7 @@ def test_a_tree_of_the_root_alone_gives_the_token_of_plain_decoding(name):
     proposal, logits = proposal_of(kind, parents)
     position, is_candidate = positions(parents, slice(None))[:, :1], jnp.zeros((ROWS, 1), bool)
     root = fixed_proposal(Tree.fixed([-1]), proposal.token[:, :1], is_candidate, logprobs=proposal.logprobs[:, :1])
-    verdict = verify(rule, root, logits[:, :1], True, SEED, position)
+    verdict = verify(rule, root, logits[:, :1], NodeRandom(SEED, position))
     np.testing.assert_array_equal(verdict.node, 0)
     np.testing.assert_array_equal(verdict.token, np.argmax(np.asarray(logits[:, 0] + noise_at(position[:, 0])), axis=1))
 
@@ -187,6 +185,6 @@ def test_a_draft_that_is_the_target_is_always_accepted(name):
     proposal, _ = proposal_of(kind, parents)
     every = jnp.ones(proposal.token.shape, bool).at[:, 0].set(False)
     same = dataclasses.replace(proposal, is_candidate=every)
-    verdict = verify(rule, same, proposal.logprobs, True, SEED, positions(parents, slice(None)))
+    verdict = verify(rule, same, proposal.logprobs, NodeRandom(SEED, positions(parents, slice(None))))
     first_leaf = {CHAIN: 4, TREE: 3}[parents]  # the first child of the first child ...
     np.testing.assert_array_equal(verdict.node, first_leaf)

@@ -1,4 +1,4 @@
-"""Computes the parts of rejection sampling: acceptance probability, residual distribution, uniform numbers.
+"""Computes the parts of rejection sampling: acceptance probability and residual distribution.
 
 For a draft token drawn from q and a target distribution p, accepting it with probability min(1, p/q) and otherwise
 drawing from norm(max(p - q, 0)) gives exactly p: each token has probability min(p, q) + max(p - q, 0). A token that was
@@ -11,12 +11,7 @@ ever drawn.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, UInt32
-
-from decodax.decoding.drafters.contract import Proposal
-from decodax.decoding.random import Draw, draw_keys, gumbel
-from decodax.decoding.top_tokens import argmax_token
-from decodax.decoding.verifiers.contract import Verdict, at_node, node_keys
+from jaxtyping import Array, Float, Int
 
 
 def acceptance_probability(
@@ -59,34 +54,3 @@ def _normalised(weight: Float[Array, "*any V"], otherwise: Float[Array, "*any V"
     """The weights divided by their sum; `otherwise` where all are 0."""
     total = jnp.sum(weight, axis=-1, keepdims=True)
     return jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), otherwise)
-
-
-def acceptance_uniforms(
-    proposal: Proposal, seed: UInt32[Array, " B"], position: Int[Array, "B C"]
-) -> Float32[Array, "B C"]:
-    """A uniform number in [0, 1) for every node, which decides its acceptance; those of siblings are independent.
-
-    position: as for `Verifier.verify`; a node's own position is that of the token that follows its parent.
-    """
-    parent = jnp.broadcast_to(jnp.maximum(jnp.asarray(proposal.tree.parent), 0), position.shape)
-    keys = node_keys(seed, jnp.take_along_axis(position, parent, axis=1), Draw.ACCEPT).reshape(-1)
-    node = jnp.tile(jnp.arange(position.shape[1], dtype=jnp.uint32), position.shape[0])
-
-    def random_bits(key: Array, node: Array) -> Array:
-        return jax.random.bits(jax.random.fold_in(key, node), (), jnp.uint32)
-
-    # 24 bits, as many as float32 holds below 1: probability 1 is always accepted, probability 0 never.
-    uniform = (jax.vmap(random_bits)(keys, node) >> 8).astype(jnp.float32) * 2.0**-24
-    return uniform.reshape(position.shape)
-
-
-def draw_after(
-    node: Int[Array, " B"], probs: Float32[Array, "B V"], seed: UInt32[Array, " B"], position: Int[Array, "B C"]
-) -> Verdict:
-    """Ends at `node` with a token drawn from `probs`, with the random numbers that plain decoding has at that position.
-
-    seed: one per row.
-    position: as for `Verifier.verify`.
-    """
-    noise = gumbel(draw_keys(seed, at_node(position, node), Draw.TOKEN), probs.shape[1:])
-    return Verdict(node, argmax_token(jnp.log(probs) + noise))
