@@ -135,7 +135,7 @@ def policy_settings(lm: LanguageModel, setting: AuxiliarySetting) -> Iterator[tu
 
 def built(lm: LanguageModel, name: str, draft_tokens: int | None = None) -> Scheme:
     """A named strategy as `decodax.generate` builds it."""
-    made = STRATEGIES[name].build(lm, None, draft_tokens)
+    made = (STRATEGIES[name]() if draft_tokens is None else STRATEGIES[name](draft_tokens)).build(lm)
     assert isinstance(made, Speculation)
     trained = made.draft_params is not None
     return Scheme(name, made.drafter, made.verifier, made.draft_params, trained, made.layer_policy, made.params)

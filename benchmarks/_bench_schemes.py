@@ -64,7 +64,7 @@ def named_schemes(world: World) -> dict[str, Scheme]:
             continue
         if strategy.auxiliary_weights in (None, DraftModel.auxiliary_weights):
             draft = world.draft if strategy.auxiliary_weights is not None else None
-            found[name] = _scheme(name, strategy.build(world.lm, draft, None))
+            found[name] = _scheme(name, strategy().build(world.lm, draft))
     return found
 
 

@@ -113,6 +113,18 @@ def whole_number(name: str, value: Any, *, least: int, otherwise: str = "") -> i
     return int(number)
 
 
+def share(name: str, value: Any) -> float:
+    """A number in 0..1.
+
+    >>> share("threshold", np.float32(0.5)), share("threshold", 1)
+    (0.5, 1.0)
+    """
+    number = plain(value)
+    if not is_number(number) or not 0 <= number <= 1:
+        raise refusal(name, "a number in 0..1", value)
+    return float(number)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False, of Python or NumPy."""
     found = plain(value)

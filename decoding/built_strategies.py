@@ -19,16 +19,13 @@ MAX_BUILT = 4  # strategies of one model, least recently used ones are dropped: 
 _built: "WeakKeyDictionary[LanguageModel, OrderedDict[Hashable, Any]]" = WeakKeyDictionary()
 
 
-def build_once(
-    strategy: type[Strategy], lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int
-) -> Speculation | DraftChoice:
+def build_once(strategy: Strategy, lm: "LanguageModel", draft: Any, batch_size: int) -> Speculation | DraftChoice:
     """`strategy.build`, or what it gave for the same arguments, with the drafter's weights on the model's devices.
 
     A folder is read again when its files have changed. Raises what `Strategy.build` raises.
     """
-    measured = batch_size if isinstance(draft_tokens, str) else None  # nothing else depends on the batch
-    key = (strategy, _identity(draft), draft_tokens, measured)
-    return _kept(lm, key, lambda: strategy.build(lm, draft, draft_tokens, batch_size))
+    key = (strategy, _identity(draft), batch_size if strategy.measures else None)
+    return _kept(lm, key, lambda: strategy.build(lm, draft, batch_size))
 
 
 def on_devices_of(lm: "LanguageModel", speculation: Speculation) -> Speculation:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from decodax.core.arguments import is_hashable, refusal, shown
+from decodax.core.method_text import method_from_text
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.built_strategies import build_once, on_devices_of
 from decodax.decoding.draft_length import DraftChoice
@@ -28,18 +29,24 @@ class ReadyStrategy:
     """A strategy prepared for one model: jitted functions, their parameters, and its name in the statistics."""
 
     def __init__(self, lm: "LanguageModel", options: GenerateOptions, batch_size: int) -> None:
-        chosen, self.fallback = _find_strategy(options.strategy), None
+        chosen, self.fallback = _find_strategy(options), None
         self.name = getattr(chosen, "__name__", type(chosen).__name__)
         if isinstance(options.strategy, str):
             self.name = options.strategy
-        if isinstance(chosen, type) and issubclass(chosen, Strategy):
-            if isinstance(options.draft_tokens, int):
-                check_draft_tokens(options.draft_tokens, lm.config.max_position_embeddings)
-            chosen = build_once(chosen, lm, options.draft, options.draft_tokens, batch_size)
-        elif options.draft is not None or options.draft_tokens is not None:
+        if options.draft_tokens is not None and not isinstance(options.strategy, str):
             raise ValueError(
-                "draft and draft_tokens need the name of a strategy that drafts, as in strategy='draft_model' "
-                f"(`decodax methods` lists them), got {self.name!r}"
+                "draft_tokens needs the name of a strategy that drafts, as in strategy='draft_model' (`decodax "
+                f"methods` lists them), got {self.name!r}"
+            )
+        if isinstance(chosen, Strategy):
+            number = getattr(chosen, "draft_tokens", None)
+            if isinstance(number, int):
+                check_draft_tokens(number, lm.config.max_position_embeddings)
+            chosen = build_once(chosen, lm, options.draft, batch_size)
+        elif options.draft is not None:
+            raise ValueError(
+                f"draft needs a strategy with auxiliary weights or a draft model (`decodax methods` lists them), got "
+                f"{self.name!r}"
             )
         elif isinstance(chosen, Speculation):
             chosen = on_devices_of(lm, chosen)
@@ -69,21 +76,30 @@ class ReadyStrategy:
         return _decode_speculation(self._speculative, self.params, self.draft_params, state, max_tokens)
 
 
-def _find_strategy(strategy: Any) -> Any:
-    """A strategy's class, a `Speculation`, or a function from a model to a decode. Raises ValueError for others."""
+def _find_strategy(options: GenerateOptions) -> Any:
+    """A `Strategy`, a `Speculation`, or a function from a model to a decode. Raises ValueError for others."""
+    strategy = options.strategy
     if strategy is None:
         return autoregressive
     if isinstance(strategy, str):
-        if strategy not in STRATEGIES:
-            raise refusal(
-                "strategy", f"one of {sorted(STRATEGIES)}, a Speculation or a function from a model", strategy
-            )
-        return STRATEGIES[strategy]
-    is_class = isinstance(strategy, type)
-    is_known = issubclass(strategy, Strategy) if is_class else isinstance(strategy, Speculation)
-    if not is_known and (is_class or not callable(strategy) or not is_hashable(strategy)):
+        return strategy_from_text(strategy, options.draft_tokens)
+    if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        return strategy()
+    is_known = isinstance(strategy, Strategy | Speculation)
+    if not is_known and (isinstance(strategy, type) or not callable(strategy) or not is_hashable(strategy)):
         raise refusal("strategy", "a name, a Speculation or a function from a model", strategy)
     return strategy
+
+
+def strategy_from_text(text: str, draft_tokens: int | str | None = None) -> Any:
+    """The strategy that a text like "medusa:24,epsilon=0.1" names.
+
+    draft_tokens: its option of that name, if it is not in the text.
+    Raises ValueError where there is no such strategy or option.
+    """
+    apart = {} if draft_tokens is None else {"draft_tokens": draft_tokens}
+    otherwise = ", a Speculation or a function from a model"
+    return method_from_text("strategy", text, STRATEGIES, otherwise=otherwise, apart=apart)
 
 
 def _checked_params(own: Any, given: Any) -> Any:

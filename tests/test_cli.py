@@ -300,8 +300,9 @@ def test_an_embedding_counts_as_read_only_where_it_is_tied_to_the_head():
 
 def test_methods_lists_the_catalogue():
     rows = json.loads(run("methods", "--json").stdout)
-    assert rows == [dataclasses.asdict(row) for row in catalogue()]
-    assert set(rows[0]) == {"name", "kind", "folder", "paper", "lossless", "auxiliary_weights", "test"}
+    assert rows == [dataclasses.asdict(row) | {"options": list(row.options)} for row in catalogue()]
+    assert set(rows[0]) == {"name", "kind", "folder", "paper", "lossless", "auxiliary_weights", "test", "options"}
+    assert next(row["options"] for row in rows if row["name"] == "medusa") == ["draft_tokens=16", "epsilon=None"]
 
 
 def test_methods_are_a_line_each_in_a_pipe():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from decodax.core.lazy import Methods, exports
 
 if TYPE_CHECKING:
+    from decodax.decoding.strategies.contract import DraftingStrategy as DraftingStrategy
     from decodax.decoding.strategies.contract import Speculation as Speculation
     from decodax.decoding.strategies.contract import Strategy as Strategy
     from decodax.decoding.strategies.draft_model import DraftModelChain as DraftModelChain
@@ -47,4 +48,5 @@ _METHODS = Methods(
 )
 METHODS: Mapping[str, Any] = _METHODS
 
-__getattr__, __dir__ = exports(__name__, _METHODS.exports | {"Speculation": "contract", "Strategy": "contract"})
+_CONTRACT = ("DraftingStrategy", "Speculation", "Strategy")
+__getattr__, __dir__ = exports(__name__, _METHODS.exports | dict.fromkeys(_CONTRACT, "contract"))

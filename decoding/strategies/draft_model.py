@@ -4,12 +4,13 @@ The draft is a folder that `decodax train draft` made, or any model with the sam
 own. In greedy rows all three accept by exact match.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from decodax.decoding.draft_length import DraftChoice, choose_for
 from decodax.decoding.drafters.draft_model import DraftModel
-from decodax.decoding.find_draft import Draft, find_draft
-from decodax.decoding.strategies.contract import Speculation, Strategy
+from decodax.decoding.find_draft import find_draft
+from decodax.decoding.strategies.contract import DraftingStrategy, Speculation
 from decodax.decoding.tree_choice import best_tree
 from decodax.decoding.verifiers.chain_rejection import ChainRejection
 from decodax.decoding.verifiers.exact_match import ExactMatch
@@ -18,61 +19,58 @@ from decodax.decoding.verifiers.tree_rejection_without_replacement import TreeRe
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
 
-CHAIN_TOKENS, TREE_TOKENS = 4, 8
 
-
-class DraftModelChain(Strategy):
+@dataclass(frozen=True)
+class DraftModelChain(DraftingStrategy):
     """A chain drawn from the draft's distribution, verified by rejection sampling.
 
     Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192.
     """
 
+    draft_tokens: int | str = 4
+
+    can_measure = True
     auxiliary_weights = DraftModel.auxiliary_weights
 
-    @staticmethod
-    def build(
-        lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1
-    ) -> Speculation | DraftChoice:
-        found = find_draft("draft_model", lm, draft)
-        if isinstance(draft_tokens, str):
+    def build(self, lm: "LanguageModel", draft: Any = None, batch_size: int = 1) -> Speculation | DraftChoice:
+        found, number = find_draft("draft_model", lm, draft), self.draft_tokens
+        if isinstance(number, str):
             choice = choose_for(lm, found, batch_size)
             if not choice.num_tokens:
                 return choice
-            draft_tokens = choice.num_tokens
-        drafter = DraftModel.chain(found.lm.model, CHAIN_TOKENS if draft_tokens is None else draft_tokens)
-        return Speculation(drafter, ChainRejection(), found.lm.params)
+            number = choice.num_tokens
+        return Speculation(DraftModel.chain(found.lm.model, number), ChainRejection(), found.lm.params)
 
 
-class DraftModelTree(Strategy):
+@dataclass(frozen=True)
+class DraftModelTree(DraftingStrategy):
     """A tree of the draft's most probable tokens, its shape chosen by the draft's measured acceptance; exact match.
 
     Sequoia, arXiv 2402.12374 (the shape of the tree).
     """
 
+    draft_tokens: int = 8
+
     auxiliary_weights = DraftModel.auxiliary_weights
 
-    @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
+    def build(self, lm: "LanguageModel", draft: Any = None, batch_size: int = 1) -> Speculation:
         found = find_draft("draft_tree", lm, draft)
-        return Speculation(DraftModel.top_k(found.lm.model, _tree(found, draft_tokens)), ExactMatch(), found.lm.params)
+        tree = best_tree(found.rank_acceptance, self.draft_tokens)
+        return Speculation(DraftModel.top_k(found.lm.model, tree), ExactMatch(), found.lm.params)
 
 
-class DraftModelSampledTree(Strategy):
+@dataclass(frozen=True)
+class DraftModelSampledTree(DraftingStrategy):
     """A tree of the same shape whose children are drawn from the draft's distribution without replacement.
 
     Sequoia, arXiv 2402.12374.
     """
 
+    draft_tokens: int = 8
+
     auxiliary_weights = DraftModel.auxiliary_weights
 
-    @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
+    def build(self, lm: "LanguageModel", draft: Any = None, batch_size: int = 1) -> Speculation:
         found = find_draft("draft_sampled_tree", lm, draft)
-        drafter = DraftModel.sampled(found.lm.model, _tree(found, draft_tokens))
-        return Speculation(drafter, TreeRejectionWithoutReplacement(), found.lm.params)
-
-
-def _tree(draft: Draft, draft_tokens: int | str | None) -> tuple[int, ...]:
-    if isinstance(draft_tokens, str):
-        raise ValueError("draft_tokens='auto' chooses the length of a chain (draft_model): give a tree a number")
-    return best_tree(draft.rank_acceptance, TREE_TOKENS if draft_tokens is None else draft_tokens)
+        tree = best_tree(found.rank_acceptance, self.draft_tokens)
+        return Speculation(DraftModel.sampled(found.lm.model, tree), TreeRejectionWithoutReplacement(), found.lm.params)

@@ -1,28 +1,36 @@
 """Drafts by copying from the text so far (prompt lookup); verifies by exact match."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from decodax.core.arguments import shown
+from decodax.core.arguments import shown, whole_number
 from decodax.decoding.drafters.prompt_lookup import PromptLookup
-from decodax.decoding.strategies.contract import Speculation, Strategy
+from decodax.decoding.strategies.contract import DraftingStrategy, Speculation
 from decodax.decoding.verifiers.exact_match import ExactMatch
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
 
-DRAFT_TOKENS = 8
 
-
-class PromptLookupChain(Strategy):
+@dataclass(frozen=True)
+class PromptLookupChain(DraftingStrategy):
     """Drafts what followed the last few tokens earlier in the text; needs no training.
 
     Inference with Reference, arXiv 2304.04487.
+
+    max_ngram, min_ngram: how many last tokens are looked up, the most first.
     """
 
-    @staticmethod
-    def build(lm: "LanguageModel", draft: Any, draft_tokens: int | str | None, batch_size: int = 1) -> Speculation:
+    draft_tokens: int = 8
+    max_ngram: int = 3
+    min_ngram: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_ngram", "min_ngram"):
+            whole_number(name, getattr(self, name), least=1)
+
+    def build(self, lm: "LanguageModel", draft: Any = None, batch_size: int = 1) -> Speculation:
         if draft is not None:
             raise ValueError(f"prompt_lookup needs no auxiliary weights, got draft={shown(draft)}: leave it out")
-        if isinstance(draft_tokens, str):
-            raise ValueError("prompt_lookup has no known acceptance to choose a length by: give draft_tokens a number")
-        return Speculation(PromptLookup(DRAFT_TOKENS if draft_tokens is None else draft_tokens), ExactMatch())
+        return Speculation(PromptLookup(self.draft_tokens, self.max_ngram, self.min_ngram), ExactMatch())

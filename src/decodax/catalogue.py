@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from decodax.core.method_text import option_names
 from decodax.decoding.drafters import METHODS as DRAFTERS
 from decodax.decoding.early_exit import METHODS as LAYER_POLICIES
 from decodax.decoding.logits_processors import METHODS as LOGITS_PROCESSORS
@@ -54,6 +55,7 @@ class Method:
     lossless: the method adds no approximation and no change of its own to what the checkpoint defines.
     auxiliary_weights: weights beyond the model's own that it needs, None for none.
     test: from the root of the source.
+    options: with their defaults, of a method that a text may name with them (`core/method_text.py`).
     """
 
     name: str
@@ -63,6 +65,7 @@ class Method:
     lossless: bool
     auxiliary_weights: str | None
     test: str
+    options: tuple[str, ...] = ()
 
 
 KINDS = (
@@ -115,6 +118,9 @@ def _row(kind: Kind, name: str, method: Any) -> Method:
         lossless=getattr(method, "lossless", kind.lossless),
         auxiliary_weights=getattr(method, "auxiliary_weights", None),
         test=kind.test.format(file=file),
+        options=tuple(f"{option}={getattr(method, option)}" for option in option_names(method))
+        if kind.methods is STRATEGIES
+        else (),
     )
 
 

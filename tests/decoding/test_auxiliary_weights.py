@@ -123,7 +123,7 @@ def test_facts_that_a_strategy_cannot_use(lm, copied, kind, change, words):
 def test_a_strategy_names_the_folder_whose_settings_it_refuses(lm, copied):
     folder = copied("skip_decode", change_facts=lambda facts: facts["about"]["shape"].update(min_layers=9))
     with pytest.raises(ValueError, match=r"^about\.shape of part: layers must be .* min_layers 9, max_layers 8$"):
-        METHODS["skip_decode"].build(lm, folder, None)
+        METHODS["skip_decode"]().build(lm, folder)
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,21 @@ import pytest
 from decodax.decoding import Speculation, built_strategies
 from decodax.decoding.built_strategies import MAX_BUILT, build_once, on_devices_of
 from decodax.decoding.drafters import PromptLookup
-from decodax.decoding.strategies import Strategy
+from decodax.decoding.strategies import DraftingStrategy
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.load import load
 from tests.golden_files import load_golden
 
 
-class Counted(Strategy):
+@dataclasses.dataclass(frozen=True)
+class Counted(DraftingStrategy):
     """Counts how often it is built."""
 
+    can_measure = True
     made: ClassVar[list] = []
 
-    @staticmethod
-    def build(lm, draft, draft_tokens, batch_size=1):
-        Counted.made.append((draft, draft_tokens, batch_size))
+    def build(self, lm, draft=None, batch_size=1):
+        Counted.made.append((draft, self.draft_tokens, batch_size))
         return Speculation(PromptLookup(3), ExactMatch(), {"weight": np.ones(3, np.float32)})
 
 
@@ -35,14 +36,14 @@ def lm():
     return dataclasses.replace(load(load_golden("llama").folder))
 
 
-def count(lm, *arguments):
-    build_once(Counted, lm, *arguments)
+def count(lm, draft, draft_tokens, batch_size):
+    build_once(Counted(draft_tokens), lm, draft, batch_size)
     return len(Counted.made)
 
 
 def test_the_same_arguments_are_built_once(lm):
     assert [count(lm, None, 3, batch) for batch in (1, 1, 8)] == [1, 1, 1]
-    assert build_once(Counted, lm, None, 3, 1) is build_once(Counted, lm, None, 3, 2)
+    assert build_once(Counted(3), lm, None, 1) is build_once(Counted(3), lm, None, 2)
     assert count(lm, None, 4, 1) == 2
     assert [count(lm, None, "auto", batch) for batch in (1, 8, 1, 8)] == [3, 4, 4, 4]  # measured for each batch
     draft, other = np.ones(2), np.ones(2)
@@ -64,7 +65,7 @@ def test_few_are_kept_and_none_beyond_the_model(lm):
     for number in range(1, MAX_BUILT + 2):
         assert count(lm, None, number, 1) == number
     assert count(lm, None, 2, 1) == MAX_BUILT + 1 and count(lm, None, 1, 1) == MAX_BUILT + 2
-    kept = weakref.ref(build_once(Counted, lm, None, 1, 1))
+    kept = weakref.ref(build_once(Counted(1), lm, None, 1))
     assert len(built_strategies._built[lm]) == MAX_BUILT
     del lm
     gc.collect()
@@ -72,7 +73,7 @@ def test_few_are_kept_and_none_beyond_the_model(lm):
 
 
 def test_a_strategy_made_by_hand_is_put_on_the_devices_once(lm):
-    made = Counted.build(lm, None, None)
+    made = Counted().build(lm)
     assert on_devices_of(lm, made) is on_devices_of(lm, made)
     assert on_devices_of(lm, made).drafter == made.drafter
-    assert on_devices_of(lm, Counted.build(lm, None, None)) is not on_devices_of(lm, made)
+    assert on_devices_of(lm, Counted().build(lm)) is not on_devices_of(lm, made)

@@ -25,9 +25,9 @@ from decodax.decoding.drafters import DraftModel, PromptLookup
 from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
 from decodax.decoding.find_draft import find_draft
 from decodax.decoding.prompt_tree import dynamic_trees, stationary_expected_tokens
-from decodax.decoding.strategies import Speculation, medusa, ppd
+from decodax.decoding.strategies import DraftingStrategy, DraftModelChain, PromptLookupChain, Speculation, medusa, ppd
 from decodax.decoding.tree_choice import best_tree, expected_tokens
-from decodax.decoding.verifiers import ExactMatch
+from decodax.decoding.verifiers import ExactMatch, TypicalAcceptance
 from decodax.models.load import LanguageModel, find_folder
 from tests.decoding.test_generation import LETTERS, LM, PROMPTS, letter_tokenizer
 from tests.tiny import tiny_model
@@ -150,7 +150,7 @@ def test_the_length_is_chosen_from_measured_times(takes, plain, tmp_path):
     assert out.stats.fallback is None and len(out.stats.accepted_lengths) == 8 + 1
     # A draft token takes a quarter of a forward of any size: 1.9 / 1.25, 2.71 / 1.5, ... the best lies between.
     takes(lambda params, size: 0.25 if params is DRAFT.params else 1.0)
-    made = strategies.METHODS["draft_model"].build(LM, draft, "auto")
+    made = strategies.METHODS["draft_model"]("auto").build(LM, draft)
     rates = {length: sum(0.9**i for i in range(length + 1)) / (1 + 0.25 * length) for length in draft_length.LENGTHS}
     assert made.drafter.max_depth == max(rates, key=rates.get) not in (1, 8)
 
@@ -224,7 +224,7 @@ def test_the_size_of_a_tree_is_chosen_from_measured_times(takes, plain, name):
 
     def choose(seconds):
         takes(lambda params, size: seconds(size))
-        return strategies.METHODS[name].build(LM, weights, "auto")
+        return strategies.METHODS[name]("auto").build(LM, weights)
 
     flat = choose(lambda size: 0.3).drafter
     assert sizes[-1] - 3 <= flat.num_nodes <= sizes[-1] == 128  # what is left has no room for another draft token
@@ -243,7 +243,7 @@ def test_the_low_rank_change_of_medusa_heads_has_the_scale_of_their_facts():
     change = {"down": draw.normal(size=(2, inputs)), "up": draw.normal(size=(outputs, 2))}
     low_rank = jax.tree.map(np.float32, {"blocks_1": {"mixer": {"key": change}}})
     weights = weights_of("medusa", HEADS.params | {"low_rank": low_rank}, change_scale=0.375)
-    made = strategies.METHODS["medusa"].build(LM, weights, None)
+    made = strategies.METHODS["medusa"]().build(LM, weights)
     key = np.asarray(LM.params["blocks_1"]["mixer"]["key"], np.float64) + 0.375 * change["up"] @ change["down"]
     np.testing.assert_allclose(made.params["blocks_1"]["mixer"]["key"], key, atol=1e-5)  # float32 numbers of order 1
     same = made.params | {"blocks_1": made.params["blocks_1"] | {"mixer": LM.params["blocks_1"]["mixer"]}}
@@ -251,11 +251,31 @@ def test_the_low_rank_change_of_medusa_heads_has_the_scale_of_their_facts():
 
 
 def test_an_ensemble_of_prompt_tokens_by_name(plain):
-    drafter = strategies.METHODS["ppd"].build(LM, PROMPT_TOKENS, 19).drafter
+    drafter = strategies.METHODS["ppd"](19).build(LM, PROMPT_TOKENS).drafter
     assert drafter.ensemble == 2 and drafter.trees == dynamic_trees(RANKS, 20, 2)
     out = generate(strategy="ppd", draft=PROMPT_TOKENS, draft_tokens=19)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     assert out.stats.strategy == "ppd" and sum(out.stats.proposed) > 0 == out.stats.draft_forwards
+
+
+def test_options_in_the_name_are_those_of_the_class(plain):
+    """Tokens, counts and the name are the same however the options were given; every option reaches its place."""
+    named = generate(strategy="draft_model:3", draft=DRAFT)
+    assert named.stats.strategy == "draft_model:3" and len(named.stats.proposed) == 3
+    for same in ({"strategy": "draft_model", "draft_tokens": 3}, {"strategy": DraftModelChain(3)}):
+        out = generate(draft=DRAFT, **same)
+        np.testing.assert_array_equal(out.tokens, named.tokens)
+        assert out.stats.accepted_lengths == named.stats.accepted_lengths
+    np.testing.assert_array_equal(named.tokens, plain.tokens)
+    assert PromptLookupChain(5, 4, 2).build(LM).drafter == PromptLookup(5, 4, 2)
+    early = strategies.LayerSkip(draft_tokens=5, exit_layer=1).build(LM).drafter
+    assert (early.exit_layer, early.max_tokens) == (1, 5)
+    assert strategies.LayerSkip(exit_layer=1).build(LM).drafter.max_tokens == 6
+    with pytest.raises(ValueError, match=r"exit_layer must be in 1\.\.1 \(layers that draft, of 2\), got 2"):
+        generate(strategy="layer_skip:exit_layer=2")
+    typical = strategies.MedusaTree(8, epsilon=0.25).build(LM, HEADS)
+    assert typical.verifier == TypicalAcceptance(0.25, 0.5) and typical.drafter.num_nodes == 9
+    assert strategies.MedusaTree().build(LM, HEADS).verifier == ExactMatch()
 
 
 def test_latency_curve_has_a_time_for_every_size():
@@ -277,7 +297,10 @@ def other_vocabulary():
         ({"strategy": "draft_model", "draft": other_vocabulary()}, "vocabulary of 37 tokens, got 41 in other"),
         ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": 0}, "draft_tokens must be .* at least 1, .*got 0"),
         ({"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": 0}, "draft_tokens must be .* at least 1, .*got 0"),
-        ({"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": "auto"}, "give a tree a number"),
+        (
+            {"strategy": "draft_tree", "draft": DRAFT, "draft_tokens": "auto"},
+            "draft_tokens must be a whole number, got 'auto'",
+        ),
         (
             {"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "many"},
             "a whole number, at least 1, or 'auto', got 'many'",
@@ -285,11 +308,32 @@ def other_vocabulary():
         ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": "auto"}, "needs the acceptance"),
         ({"strategy": "ppd", "draft": PROMPT_TOKENS, "draft_tokens": 8}, "draft_tokens must be at least 9 for ppd"),
         ({"strategy": "prompt_lookup", "draft": DRAFT}, "needs no auxiliary weights"),
-        ({"strategy": "prompt_lookup", "draft_tokens": "auto"}, "give draft_tokens a number"),
+        (
+            {"strategy": "prompt_lookup", "draft_tokens": "auto"},
+            "draft_tokens must be a whole number, got 'auto'",
+        ),
         (
             {"strategy": "autoregressive", "draft_tokens": 3},
-            r"need the name of a strategy that drafts, .*got 'autoregressive'",
+            "strategy 'autoregressive' has no option draft_tokens: it takes none",
         ),
+        (
+            {"strategy": PromptLookupChain(3), "draft_tokens": 3},
+            "draft_tokens needs the name of a strategy that drafts",
+        ),
+        ({"strategy": "autoregressive", "draft": DRAFT}, "draft needs a strategy with auxiliary weights .*autoregr"),
+        (
+            {"strategy": "draft_model:3", "draft": DRAFT, "draft_tokens": 4},
+            "draft_tokens is given twice: 3 and 4, with",
+        ),
+        ({"strategy": "medusas"}, "got 'medusas': did you mean 'medusa'"),
+        ({"strategy": "kangaroo:confidence=2"}, r"confidence must be a number in 0\.\.1, got 2"),
+        ({"strategy": "medusa:epsilon=0"}, "epsilon must be a number above 0, at most 1, got 0"),
+        ({"strategy": "prompt_lookup:min_ngram=5"}, "1 <= min_ngram <= max_ngram"),
+        ({"strategy": "prompt_lookup:max_ngram=many"}, "max_ngram must be a whole number, got 'many'"),
+        ({"strategy": "first:threshold=never"}, r"threshold must be a number, got 'never'"),
+        ({"strategy": "skip_decode:0"}, "decay_tokens must be a whole number, at least 1, got 0"),
+        ({"strategy": "specee:1.5"}, r"threshold must be a number in 0\.\.1, got 1.5"),
+        ({"strategy": "layer_skip:exit_layer=0"}, "exit_layer must be a whole number, at least 1, got 0"),
     ],
 )
 def test_bad_input(options, message):
@@ -299,9 +343,14 @@ def test_bad_input(options, message):
 
 @pytest.mark.parametrize("name", sorted(set(strategies.METHODS) - {"autoregressive"}))
 def test_a_draft_that_is_too_large_is_refused_before_anything_is_built(name):
+    drafts = issubclass(strategies.METHODS[name], DraftingStrategy)
+    most = "draft_tokens must be at most 511, as the model's context is 512, got "
     for size in (512, 100_000, 10**6, 10**400):
-        with pytest.raises(ValueError, match="draft_tokens must be at most 511, as the model's context is 512, got "):
+        with pytest.raises(ValueError, match=most if drafts else f"strategy '{name}' has no option draft_tokens"):
             generate(strategy=name, draft_tokens=size)
+        if drafts and size < 10**400:  # Python reads no number of as many digits from a text
+            with pytest.raises(ValueError, match=most):
+                generate(strategy=f"{name}:{size}")
 
 
 def test_a_strategy_is_a_name_a_speculation_or_a_function():
@@ -341,10 +390,10 @@ def test_a_speculation_with_other_weights_than_the_model_s_is_refused(params, fo
 def test_a_bad_draft_is_refused_by_name(name):
     for wrong in (3, b"folder", ["folder"], True, 0.5):
         with pytest.raises(ValueError, match=r"draft must be .*got |got draft=|pass draft=FOLDER or none, got "):
-            strategies.METHODS[name].build(LM, wrong, None)
+            strategies.METHODS[name]().build(LM, wrong)
     if strategies.METHODS[name].auxiliary_weights == DraftModel.auxiliary_weights:
         with pytest.raises(FileNotFoundError, match=r"draft: no such model folder: .*nowhere"):
-            strategies.METHODS[name].build(LM, "nowhere", None)
+            strategies.METHODS[name]().build(LM, "nowhere")
 
 
 def resized(lm, size):

@@ -17,6 +17,7 @@ from decodax.cli.signatures import insert_options
 from decodax.decoding.generation import Generation, Stats
 from decodax.decoding.logits_processors import METHODS as PROCESSORS
 from decodax.decoding.options import GenerateOptions
+from decodax.decoding.ready_strategy import strategy_from_text
 from decodax.decoding.strategies import METHODS as STRATEGIES
 
 _DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(GenerateOptions)}
@@ -47,7 +48,13 @@ def generate(
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Samples of each prompt.")] = _DEFAULT["n"],
     seed: Annotated[int, typer.Option(help="Another seed draws another text.")] = _DEFAULT["seed"],
-    strategy: Annotated[str | None, typer.Option(help=f"How to find tokens: {', '.join(STRATEGIES)}.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:VALUE][,option=value]",
+            help=f"How to find tokens: {', '.join(STRATEGIES)}. `decodax methods` lists the options of each.",
+        ),
+    ] = None,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -82,7 +89,7 @@ def generate(
             stop_token_ids=_read_ids(stop_token_ids),
             n=n,
             seed=seed,
-            strategy=_check_strategy(strategy),
+            strategy=_check_strategy(strategy, _read_draft_tokens(draft_tokens)),
             draft=draft,
             draft_tokens=_read_draft_tokens(draft_tokens),
             block_tokens=block_tokens,
@@ -158,9 +165,12 @@ def _check_values(lm: decodax.LanguageModel, options: dict[str, Any], num_rows: 
         raise typer.BadParameter(str(error)) from error
 
 
-def _check_strategy(name: str | None) -> str | None:
-    if name is not None and name not in STRATEGIES:
-        raise typer.BadParameter(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
+def _check_strategy(name: str | None, draft_tokens: int | str | None) -> str | None:
+    try:
+        if name is not None:
+            strategy_from_text(name, draft_tokens)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     return name
 
 

@@ -39,6 +39,7 @@ def lines(rows: Sequence["Method"]) -> list[str]:
     return [
         f"{row.name:{names}}  {row.kind:{kinds}}  {'lossless' if row.lossless else '-':8}  {row.paper or '-'}"
         + (f"; auxiliary weights: {row.auxiliary_weights}" if row.auxiliary_weights else "")
+        + (f"; options: {', '.join(row.options)}" if row.options else "")
         for row in rows
     ]
 
@@ -53,7 +54,7 @@ def table(rows: Sequence["Method"], width: int) -> list[str]:
             lossless, trained = ("yes" if value else "-" for value in (row.lossless, row.auxiliary_weights))
             line = f"  {row.name:{names}}  {lossless:8}  {trained:7}  {_shortest(row.paper)}"
             shown.append(line if len(line) <= width else f"{line[: max(width - 3, 0)]}...")
-    return [*shown, "", "--json, or a pipe, shows whole titles, and what has to be trained"]
+    return [*shown, "", "--json, or a pipe, shows whole titles, what has to be trained, and options"]
 
 
 def _shortest(paper: str | None) -> str:

@@ -336,9 +336,9 @@ def test_the_copies_of_embedding_and_head_may_be_absent(tmp_path):
     placed = load_mtp_head(folder, dataclasses.replace(MODEL, execution=Execution(mesh=mesh)), dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, placed, WEIGHTS)
     assert all(leaf.sharding.mesh.axis_names == ("tensor",) for leaf in jax.tree.leaves(placed))
-    named = METHODS["mtp"].build(LM, folder, 2)
+    named = METHODS["mtp"](2).build(LM, folder)
     jax.tree.map(np.testing.assert_array_equal, named.draft_params, WEIGHTS)
-    assert named.drafter == MTPHead(MODEL, 2) and METHODS["mtp"].build(LM, None, None).drafter.num_tokens == 1
+    assert named.drafter == MTPHead(MODEL, 2) and METHODS["mtp"]().build(LM).drafter.num_tokens == 1
 
 
 @pytest.mark.slow
@@ -373,20 +373,18 @@ def test_by_name(golden, tmp_path):
 def test_files_without_an_mtp_head_are_refused(tmp_path, changed, message):
     folder = copy_of(tmp_path, changed)
     with pytest.raises(ValueError, match=message):
-        METHODS["mtp"].build(LM, folder, None)
+        METHODS["mtp"]().build(LM, folder)
 
 
 def test_what_does_not_fit_is_refused():
     other = load_golden("deepseek_v3").folder
     with pytest.raises(ValueError, match="must hold the model that its MTP head drafts for"):
-        METHODS["mtp"].build(LM, str(other), None)
+        METHODS["mtp"]().build(LM, str(other))
     llama = load(load_golden("llama").folder, dtype="float32")
     with pytest.raises(ValueError, match="llama models have no MTP head"):
-        METHODS["mtp"].build(llama, None, None)
-    with pytest.raises(ValueError, match="give draft_tokens a number"):
-        METHODS["mtp"].build(LM, None, "auto")
+        METHODS["mtp"]().build(llama)
     with pytest.raises(ValueError, match="pass draft=FOLDER"):
-        METHODS["mtp"].build(LM, LM, None)
+        METHODS["mtp"]().build(LM, LM)
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         MTPHead(MODEL, 0)
     drafter = MTPHead(MODEL)

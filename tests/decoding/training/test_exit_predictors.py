@@ -155,8 +155,8 @@ def test_the_folder_is_used_by_name(finished, models):
         assert found.stats.strategy == name and [len(row) for row in found.tokens] == [8, 8]
         assert found.stats.target_forwards <= plain.stats.target_forwards
     for name, draft_tokens, message in (
-        ("specee", 4, "strategy 'specee' drafts no tokens"),
-        ("specee_tree", "auto", "give a tree a number"),
+        ("specee", 4, "strategy 'specee' has no option draft_tokens: its options are threshold"),
+        ("specee_tree", "auto", "draft_tokens must be a whole number, got 'auto'"),
     ):
         with pytest.raises(ValueError, match=message):
             decodax.generate(models[0], prompts, strategy=name, draft_tokens=draft_tokens, **options)

@@ -187,7 +187,7 @@ def test_from_a_text_to_a_strategy(folder):
     assert len(found.stats.proposed) == 2
     with pytest.raises(ValueError, match="needs auxiliary weights trained for model"):
         decodax.generate(lm, prompts, strategy="kangaroo", **options)
-    with pytest.raises(ValueError, match="give draft_tokens, the most, as a number"):
+    with pytest.raises(ValueError, match="draft_tokens must be a whole number, got 'auto'"):
         decodax.generate(lm, prompts, strategy="kangaroo", draft=out, draft_tokens="auto", **options)
 
 

@@ -201,7 +201,7 @@ def test_early_exit_strategies_refuse_a_draft(lm):
     for strategy in ("layer_skip", "del"):
         with pytest.raises(ValueError, match=rf"{strategy} drafts with the model's own layers, got draft='x'"):
             decodax.generate(lm, [[1]], strategy=strategy, draft="x")
-        with pytest.raises(ValueError, match="give it a number"):
+        with pytest.raises(ValueError, match="draft_tokens must be a whole number, got 'auto'"):
             decodax.generate(lm, [[1]], strategy=strategy, draft_tokens="auto")
         with pytest.raises(ValueError, match="at least 1"):
             decodax.generate(lm, [[1]], strategy=strategy, draft_tokens=0)

@@ -125,7 +125,7 @@ def test_the_change_compensates_for_skipped_layers_and_the_layer_gates_stay(chan
 @pytest.mark.slow
 def test_both_stages_decode_by_name(layer_gates, changed):
     for folder, middle_runs in ((layer_gates[0][2], True), (layer_gates[2][2], False), (changed[2], False)):
-        found = METHODS["first"].build(TARGET, folder, None)
+        found = METHODS["first"]().build(TARGET, folder)
         assert found.layer_policy == RoutedLayers()
         out = decodax.generate(TARGET, [PROMPT], strategy="first", draft=folder, max_new_tokens=9)
         text = jnp.concatenate([PROMPT, out.tokens[0]])[None]
@@ -133,8 +133,7 @@ def test_both_stages_decode_by_name(layer_gates, changed):
         fixed = {"layer_gates": {"weight": jnp.zeros((LAYERS, WIDTH)), "bias": bias}}
         logits, _ = _hard(found.params | fixed, text)
         np.testing.assert_array_equal(out.tokens[0], np.argmax(logits, axis=-1)[0, len(PROMPT) - 1 : -1])
-    with pytest.raises(ValueError, match="drafts nothing: leave out draft_tokens, got 'auto'"):
-        METHODS["first"].build(TARGET, changed[2], "auto")
+    assert METHODS["first"](threshold=0.25).build(TARGET, changed[2]).layer_policy == RoutedLayers(threshold=0.25)
 
 
 @jax.jit

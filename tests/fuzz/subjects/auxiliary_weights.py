@@ -80,7 +80,7 @@ def _build(work: Path, strategy: str, name: str, damage: Damage) -> None:
         (folder / name).write_bytes(_content(damage))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            built: Any = METHODS[strategy].build(_model(), str(folder), None)
+            built: Any = METHODS[strategy]().build(_model(), str(folder))
     finally:
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(right)
@@ -98,7 +98,7 @@ def _build(work: Path, strategy: str, name: str, damage: Damage) -> None:
 
 @cache
 def _undamaged(strategy: str) -> Any:
-    return METHODS[strategy].build(_model(), None, None)
+    return METHODS[strategy]().build(_model())
 
 
 def _shapes(built: Any, fields: tuple[str, ...]) -> list[tuple[str, Any, str]]:
