@@ -181,6 +181,7 @@ def _run_fingerprint(lm: "LanguageModel", rows: list[np.ndarray], options: Gener
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     strategy = values.pop("strategy")
     arguments = {name: str(values.pop(name) is not None) for name in ("draft", "on_text")}
+    arguments["logits_processors"] = repr([processor.name for processor in values.pop("logits_processors")])
     arguments |= {name: repr(value) for name, value in values.items()}
     arguments["strategy"] = strategy if isinstance(strategy, str) else type(strategy).__name__
     prompts = b";".join(ids.astype(np.int64).tobytes() for ids in rows)

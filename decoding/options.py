@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,40 +11,23 @@ import numpy as np
 
 from decodax.core.arguments import in_order, inside, is_integer, plain, refusal, strings, token_ids, whole_number
 from decodax.decoding.logits_processors import METHODS as PROCESSORS
+from decodax.decoding.own_processor import own_processor
 from decodax.decoding.random import fold_seed
 from decodax.decoding.sampling import Sampling
 
-_OBJECTS = ("strategy", "draft", "on_text")  # which no array stands for
+_OBJECTS = ("logits_processors", "strategy", "draft", "on_text")  # which no array stands for
 _MOST_TOKENS = 2**31 - 1  # more than any context has; positions are int32
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The options beside those of logits processors, which have the processors' names (`logits_processors.METHODS`).
+    """The options of `decodax.generate`, whose help lists them, beside those of logits processors.
 
-    Options marked * and those of processors take one value, or one per prompt. None means that an option is not given,
-    whichever it is.
+    Those have the processors' names (`logits_processors.METHODS`). They, and `seed`, take one value, or one per prompt.
+    None means that an option is not given, whichever it is.
 
     Numbers may be Python's, NumPy's or JAX's, and lists also tuples or arrays; kept are Python's. What an option cannot
     take is refused by a ValueError that names it, so no annotation says less than the reader takes.
-
-    n: samples of each prompt, which is prefilled once. The result has all samples of the first prompt, then those of
-        the second.
-    max_new_tokens: most tokens to add to each prompt; fewer where the model's context ends, so any number however large
-        means to its end.
-    stop: a string or several; a row ends where one appears, and the text ends before it.
-    stop_token_ids: token ids that end a row; None means the model's own end tokens, [] none.
-    seed *: a whole number, taken modulo 2**32. One number is the seed of the first prompt; every further prompt, and
-        every further sample of one, has a seed of its own, which follows from it and from their places
-        (`Generation.seeds`). With seeds for each prompt, a prompt draws the same tokens in any batch.
-    strategy: how tokens are found: a name that `decodax methods` lists (None: "autoregressive"), a `Speculation` made
-        of a drafter and a verifier, or a function from a model to a `decode(params, state, max_tokens)`.
-    draft: the draft model or the auxiliary weights of a strategy that has some: a folder, a hub id or a loaded model;
-        None for what comes with the embedded model.
-    draft_tokens: tokens per draft (in a tree: nodes behind the root); None for the strategy's default; "auto" lets
-        draft_model choose by measured times, and fall back to plain decoding, with a warning, where no draft pays.
-    on_text: called as `on_text(row, piece)` with new text as blocks of tokens arrive (streaming).
-    block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
     """
 
     n: Any = 1
@@ -52,6 +35,7 @@ class _Options:
     stop: Any = ()
     stop_token_ids: Any = None
     seed: Any = 0
+    logits_processors: Any = ()
     strategy: Any = None
     draft: Any = None
     draft_tokens: Any = None
@@ -72,6 +56,9 @@ class _Options:
         if self.stop_token_ids is not None:
             self._keep("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
         self._keep("seed", _read_seed(self.seed))
+        own = self.logits_processors
+        own = (own,) if callable(own) or not isinstance(own, Iterable) else tuple(own)
+        self._keep("logits_processors", tuple(map(own_processor, own)))
         if self.draft_tokens is not None and not (isinstance(self.draft_tokens, str) and self.draft_tokens == "auto"):
             number = whole_number("draft_tokens", self.draft_tokens, least=1, otherwise=", or 'auto'")
             self._keep("draft_tokens", number)
@@ -124,7 +111,8 @@ class _Options:
     def sampling(self, num_rows: int, vocab_size: int, end_token_ids: Sequence[int]) -> Sampling:
         """The pipeline that these options ask for; warns where an option shapes a draw that greedy rows never make."""
         options = {name: getattr(self, name) for name in PROCESSORS}
-        sampling = Sampling.create(num_rows, vocab_size, end_token_ids=end_token_ids, **options)
+        own = self.logits_processors
+        sampling = Sampling.create(num_rows, vocab_size, end_token_ids=end_token_ids, logits_processors=own, **options)
         if not sampling.do_sample:
             given = [name for name, option in options.items() if option is not None]
             idle = [name for name in given if PROCESSORS[name].only_sampling and _is_on(name, options[name])]
@@ -151,8 +139,7 @@ else:
         frozen=True,
         namespace={"__module__": __name__},
     )
-    _PROCESSOR_LINES = [f"    {name} *: {method.help}\n" for name, method in PROCESSORS.items()]
-    GenerateOptions.__doc__ = f"{str(_Options.__doc__).rstrip()}\n{''.join(_PROCESSOR_LINES)}    "
+    GenerateOptions.__doc__ = _Options.__doc__
 
 
 def _is_on(name: str, option: Any) -> bool:

@@ -5,7 +5,7 @@ and `token_logprob` is how probable the model itself found a token, before any o
 model's dtype.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,11 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from decodax.core import pytree
+from decodax.core.arguments import shown
 from decodax.decoding.logits_processors import METHODS
 from decodax.decoding.logits_processors.contract import Batch, History, LogitsProcessor
 from decodax.decoding.logits_processors.temperature import Temperature
+from decodax.decoding.own_processor import own_processor
 from decodax.decoding.random import Draw, draw_keys, gumbel
 from decodax.decoding.top_tokens import argmax_token
 
@@ -43,8 +45,21 @@ class Sampling:
         """Whether `History` must hold the counts of tokens."""
         return any(processor.needs_counts for processor in self.processors)
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether `History` must hold the tokens themselves."""
+        return any(processor.needs_tokens for processor in self.processors)
+
     @classmethod
-    def create(cls, batch_size: int, vocab_size: int, *, end_token_ids: Any = (), **options: Any) -> "Sampling":
+    def create(
+        cls,
+        batch_size: int,
+        vocab_size: int,
+        *,
+        end_token_ids: Any = (),
+        logits_processors: Iterable[Any] = (),
+        **options: Any,
+    ) -> "Sampling":
         """The pipeline for options by their names in `METHODS`, each one value, or one per row.
 
         None, for all rows or one of them, means not given: greedy, or off. An option that is off for every row leaves
@@ -52,6 +67,7 @@ class Sampling:
         greedy.
 
         end_token_ids: what `min_new_tokens` forbids.
+        logits_processors: one's own (`own_processor`), which run in their order, before the temperature.
         Raises TypeError for a name that does not exist.
         Raises ValueError for a value that has no meaning, and where a row would have no token left.
         """
@@ -66,9 +82,10 @@ class Sampling:
         _check_some_token_is_left(active, batch)
         temperature = created["temperature"]
         do_sample = not isinstance(temperature, Temperature) or temperature.samples
-        return cls(
-            tuple(processor for processor in active.values() if do_sample or not processor.only_sampling), do_sample
-        )
+        own = [own_processor(given) for given in logits_processors]
+        place = sum(name in active for name in list(METHODS)[: list(METHODS).index("temperature")])
+        ordered = [*active.values()][:place] + own + [*active.values()][place:]
+        return cls(tuple(processor for processor in ordered if do_sample or not processor.only_sampling), do_sample)
 
 
 def _check_some_token_is_left(processors: Mapping[str, LogitsProcessor], batch: Batch) -> None:
@@ -87,8 +104,15 @@ def processed_logits(sampling: Sampling, logits: Float[Array, "B V"], history: H
     """The logits after every active processor."""
     logits = logits.astype(jnp.float32)
     for processor in sampling.processors:
-        with jax.named_scope(type(processor).__name__):
-            logits = processor(logits, history)
+        with jax.named_scope(processor.name):
+            changed = processor(logits, history)
+        if getattr(changed, "shape", None) != logits.shape or changed.dtype != logits.dtype:
+            found = f"{changed.dtype} of shape {changed.shape}" if hasattr(changed, "dtype") else shown(changed)
+            raise ValueError(
+                f"the logits processor {processor.name} must give logits, {logits.dtype} of shape {logits.shape}, got "
+                f"{found}"
+            )
+        logits = changed
     return logits
 
 

@@ -132,7 +132,13 @@ def empty_state(
     cache_policy: what the caches keep.
     """
     batch, capacity = tokens.shape
-    history = History.start(tokens, length, vocab_size=model.config.vocab_size, with_counts=sampling.needs_counts)
+    history = History.start(
+        tokens,
+        length,
+        vocab_size=model.config.vocab_size,
+        with_counts=sampling.needs_counts,
+        with_tokens=sampling.needs_tokens,
+    )
     no = jnp.zeros(batch, bool)
     state = DecodeState(
         tokens=tokens,

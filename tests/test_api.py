@@ -1,5 +1,6 @@
 """`decodax.load` refuses a bad option in one line, by name and before any file is read."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 import decodax
+from decodax.decoding import GenerateOptions
+from decodax.decoding.logits_processors import METHODS as PROCESSORS
 from decodax.sharding.pipeline import Pipeline
 
 load = inspect.unwrap(decodax.load)  # as for users: without this session's type checks
@@ -52,3 +55,15 @@ def test_none_is_not_given():
 def test_a_pipeline_names_unsupported_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(Pipeline.__init__)(object.__new__(Pipeline), **settings)
+
+
+def test_the_signature_of_generate_is_its_options():
+    """Editors and type checkers see every option, its default, and a line of help that is the option's own."""
+    parameters = inspect.signature(inspect.unwrap(decodax.generate)).parameters
+    options = {name: parameter.default for name, parameter in parameters.items() if name not in ("lm", "prompts")}
+    assert options.pop("misspelt") is inspect.Parameter.empty
+    assert options == {field.name: field.default for field in dataclasses.fields(GenerateOptions)}
+    documented = [line.split(":")[0].strip(" *") for line in decodax.generate.__doc__.splitlines() if ":" in line]
+    assert [name for name in documented if name in options] == list(options)
+    for name, method in PROCESSORS.items():
+        assert f"    {name} *: {method.help}\n" in decodax.generate.__doc__

@@ -1,8 +1,8 @@
 """Provides the functions most users need: load a model, generate with it, read its logits."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Never
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,7 @@ from decodax.decoding.generation import Generation
 from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.programs import bounded_jit
+from decodax.decoding.strategies import Speculation, Strategy
 from decodax.kernels_pallas.selection import IMPLEMENTATIONS, Implementation
 from decodax.models.load import LanguageModel, working_dtype
 from decodax.models.load import load as _load
@@ -26,6 +27,9 @@ from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
 
 __all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | Array
+PerPrompt = float | Sequence[float | None] | np.ndarray | Array | None
 
 
 def load(
@@ -88,10 +92,68 @@ def load(
     return lm if adapter is None else with_adapter(lm, adapter)
 
 
-def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
-    """Continues one or more prompts, text or token ids, as one batch.
+def generate(
+    lm: LanguageModel,
+    prompts: Prompts,
+    *,
+    n: int | None = 1,
+    max_new_tokens: int | None = 128,
+    stop: str | Sequence[str] | None = (),
+    stop_token_ids: Sequence[int] | None = None,
+    temperature: PerPrompt = None,
+    top_k: PerPrompt = None,
+    top_p: PerPrompt = None,
+    min_p: PerPrompt = None,
+    typical_p: PerPrompt = None,
+    repetition_penalty: PerPrompt = None,
+    presence_penalty: PerPrompt = None,
+    frequency_penalty: PerPrompt = None,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float] | None] | None = None,
+    min_new_tokens: PerPrompt = None,
+    logits_processors: Callable[..., Array] | Sequence[Callable[..., Array]] | None = (),
+    seed: int | Sequence[int | None] | None = 0,
+    strategy: str | Strategy | Speculation | Callable[..., Any] | None = None,
+    draft: str | os.PathLike[str] | LanguageModel | AuxiliaryWeights | None = None,
+    draft_tokens: int | Literal["auto"] | None = None,
+    on_text: Callable[[int, str], Any] | None = None,
+    block_tokens: int | None = 16,
+    **misspelt: Never,
+) -> Generation:
+    """Continues one or more prompts, text or token ids, as one batch. Greedy unless a temperature is given.
 
-    Options are those of `decoding.GenerateOptions`, whose help lists them. Greedy unless a temperature is given.
+    Options marked * take one value, or one per prompt. None means that an option is not given.
+
+    n: samples of each prompt, which is prefilled once. The result has all samples of the first prompt, then those of
+        the second.
+    max_new_tokens: most tokens to add to each prompt; fewer where the model's context ends, so any number however large
+        means to its end.
+    stop: a string or several; a row ends where one appears, and the text ends before it.
+    stop_token_ids: token ids that end a row; None means the model's own end tokens, [] none.
+    temperature *: Sample at this temperature; 0, the default, always takes the most probable token.
+    top_k *: Sample among the k most probable tokens; 0 or -1 is off.
+    top_p *: Sample among the fewest most probable tokens with this probability in all; 1 is off.
+    min_p *: Sample among tokens with at least this share of the largest probability; 0 is off.
+    typical_p *: Sample among the most typical tokens with this probability in all; 1 is off.
+    repetition_penalty *: Lower the logits of tokens in the prompt or the output; 1 is off.
+    presence_penalty *: Lower the logits of tokens in the output, once; 0 is off.
+    frequency_penalty *: Lower the logits of tokens in the output, per occurrence; 0 is off.
+    logit_bias *: Add numbers to the logits of tokens: {token id: number}.
+    min_new_tokens *: Forbid end tokens before so many new tokens; 0 is off.
+    logits_processors: one's own, one or several: functions `(logits, history) -> logits` that may look at the tokens so
+        far (`decoding.logits_processors.History`), or `LogitsProcessor` objects. They run before the temperature, also
+        at every node of a draft.
+    seed *: a whole number, taken modulo 2**32. One number is the seed of the first prompt; every further prompt, and
+        every further sample of one, has a seed of its own, which follows from it and from their places
+        (`Generation.seeds`). With seeds for each prompt, a prompt draws the same tokens in any batch.
+    strategy: how tokens are found: a name that `decodax methods` lists (None: "autoregressive"), with options as in
+        "medusa:24,epsilon=0.1"; an object of its class; a `Speculation` made of a drafter and a verifier; or a function
+        from a model to a `decode(params, state, max_tokens)`.
+    draft: the draft model or the auxiliary weights of a strategy that has some: a folder, a hub id or a loaded model;
+        None for what comes with the embedded model.
+    draft_tokens: tokens per draft (in a tree: nodes after the root); None for the strategy's default; "auto" lets a
+        strategy that can choose by measured times, and fall back to plain decoding, with a warning, where none pays.
+    on_text: called as `on_text(row, piece)` with new text as blocks of tokens arrive (streaming).
+    block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
 
     Returns a `Generation` with lists `.tokens`, `.text`, `.logprobs`, `.finish_reasons` and `.seeds` (one entry per
     prompt, or per sample of one), and `.stats`.
@@ -105,8 +167,9 @@ def generate(lm: LanguageModel, prompts: Any, **options: Any) -> Generation:
     >>> len(out.tokens[0])
     8
     """
+    options = {name: value for name, value in locals().items() if name not in ("lm", "prompts", "misspelt")}
     _check_model(lm)
-    return _generate(lm, prompts, GenerateOptions.read(options))
+    return _generate(lm, prompts, GenerateOptions.read(options | misspelt))
 
 
 def _check_model(lm: Any) -> None:
