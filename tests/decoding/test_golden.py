@@ -12,7 +12,8 @@ from tests.golden_files import golden_cases, load_golden
 def load(golden):
     """The model of a golden case, with room for its rows: those of dynamic scaling are longer than its context."""
     lm = decodax.load(golden.folder)
-    return replace(lm, config=replace(lm.config, max_position_embeddings=64))
+    config = replace(lm.config, max_position_embeddings=64)
+    return replace(lm, config=config, model=replace(lm.model, config=config))
 
 
 @pytest.mark.parametrize("name", golden_cases())
