@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decodax.decoding.chunked_prefill import prefill
+from decodax.decoding.chunked_prefill import MAX_CHUNK_TOKENS, prefill
 from decodax.decoding.compile_clock import compile_seconds
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.pace import Pace
 from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.ready_strategy import ReadyStrategy
 from decodax.decoding.rows import repeat_rows
+from decodax.decoding.sizes import chunk_tokens
 from decodax.decoding.state import DecodeState
 from decodax.decoding.text_watcher import TextWatcher
+from decodax.models.layer_kernels import LayerKernel, layer_kernels
 from decodax.models.tokenizers.tokenizer import no_tokenizer_message
 from decodax.sharding.host import assert_same_on_all_processes, spans_processes, to_host
 
@@ -46,6 +48,7 @@ class Stats:
     row_layers: the layers that each row needed, summed over the rows.
     num_cut_tokens: what the loop decoded after a stop string, which is not in the result.
     fallback: why plain decoding replaced the strategy, None where it did not.
+    kernels: what ran in the layers, in prefill and in decoding, and why.
     draft_forwards: runs of a drafter's own network in the loop.
     accepted_lengths[n]: how often one forward of the model gave a row n draft tokens and one of its own; where a stop
         token or the row's limit cuts a round short, the last token counts as the model's. So new tokens and those cut
@@ -67,6 +70,7 @@ class Stats:
     row_layers: int
     num_cut_tokens: int = 0
     fallback: str | None = None
+    kernels: tuple[LayerKernel, ...] = ()
     draft_forwards: int = 0
     accepted_lengths: tuple[int, ...] = ()
     proposed: tuple[int, ...] = ()
@@ -266,10 +270,19 @@ def _result(
         row_layers=int(np.sum(layer_counts.row)),
         num_cut_tokens=int(np.sum(lengths - watcher.prompt_lengths)) - num_new,
         fallback=plan.fallback,
+        kernels=_kernels(lm, plan, state, int(watcher.prompt_lengths.max())),
         **_draft_counts(state),
     )
     text = None if lm.tokenizer is None else watcher.text
     return Generation(new, text, scores, reasons, seeds.tolist(), stats)
+
+
+def _kernels(
+    lm: "LanguageModel", plan: ReadyStrategy, state: DecodeState, prompt_tokens: int
+) -> tuple[LayerKernel, ...]:
+    batch, capacity = state.tokens.shape
+    chunk = chunk_tokens(prompt_tokens, MAX_CHUNK_TOKENS, lm.model.execution)
+    return layer_kernels(lm.model, lm.dtype, batch, chunk, plan.step_tokens, capacity)
 
 
 def _draft_counts(state: DecodeState) -> dict[str, Any]:

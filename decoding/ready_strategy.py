@@ -64,6 +64,11 @@ class ReadyStrategy:
         else:
             self._speculative, self._make, self._model = None, chosen, lm.model
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one forward of the model in the loop: those of a draft, and the last one."""
+        return 1 if self._speculative is None else self._speculative.drafter.num_nodes
+
     def start(self, state: DecodeState) -> DecodeState:
         """Lets the drafter prefill the prompts."""
         if self._speculative is None:

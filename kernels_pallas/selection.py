@@ -6,9 +6,9 @@ otherwise; `implementation=` asks for one. `tpu_interpreted` and `gpu_interprete
 uninitialised memory as NaN: they are for tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from typing import Any, Literal, get_args
 
@@ -34,6 +34,20 @@ class KernelSelection:
     def backend(self) -> Literal["xla", "tpu", "gpu"]:
         """The file that runs: reference.py, kernel_tpu.py or kernel_gpu.py."""
         return self.implementation.removesuffix("_interpreted")  # type: ignore[return-value]
+
+
+def every_reason(reasons: Callable[..., Iterator[str | None]]) -> Callable[..., str | None]:
+    """A generator of reasons as a function that gives all of them as one text, None where there are none.
+
+    >>> every_reason(lambda size: (f"{size} is {word}" for word in ("odd", None, "large")))(1001)
+    '1001 is odd; 1001 is large'
+    """
+
+    @wraps(reasons)
+    def every(*operands: Any, **options: Any) -> str | None:
+        return "; ".join(filter(None, reasons(*operands, **options))) or None
+
+    return every
 
 
 def select_kernel(kernel: str, asked: Implementation | None, unsupported_reason: UnsupportedReason) -> KernelSelection:

@@ -92,6 +92,10 @@ def load(
     fitted = None if mesh is None else mesh_for(mesh, config, rules)
     execution = Execution(implementation, fitted, rules, sequence_parallel=sequence_parallel, pipeline=pipeline)
     model = Model(config, invariant, execution)
+    if implementation is not None:
+        from decodax.models.layer_kernels import check_kernels  # late: only for who asks for kernels
+
+        check_kernels(model, kind)
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
         opened = open_params(folder, family, config)

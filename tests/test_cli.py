@@ -102,7 +102,10 @@ def test_the_command_has_every_option_of_the_library_and_no_other():
     own = {"prompts", "file", "model", "dtype", "invariant", "adapter", "compilation_cache", "as_json", "debug"}
     own |= {"mesh", "distributed", "num_processes", "process_id", "join_timeout"}  # options of devices and processes
     parameters = set(inspect.signature(generate_command).parameters)
-    assert parameters - own == {field.name for field in dataclasses.fields(GenerateOptions)} - {"on_text", "logits_processors"}
+    assert parameters - own == {field.name for field in dataclasses.fields(GenerateOptions)} - {
+        "on_text",
+        "logits_processors",
+    }
     assert parameters - own == set(PASSED_ON)
 
 

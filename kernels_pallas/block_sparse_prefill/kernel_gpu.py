@@ -15,6 +15,7 @@ Element masks are applied only to partially masked tiles.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,29 +29,33 @@ from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
 from decodax.kernels_pallas.compat import TILING_ROWS, Warpgroup, aligned_rows, gpu_kernel, tiled
 from decodax.kernels_pallas.hopper import miscompiled_reason
 from decodax.kernels_pallas.online_softmax import OnlineSoftmax
+from decodax.kernels_pallas.selection import every_reason
 
 STAGES = 2  # tiles in the ring
 _BLOCK_BYTES = 113 * 2**10  # half of a multiprocessor's 227 KiB of shared memory (H100, CUDA programming guide)
 TILE = 64  # queries, and keys: what one warpgroup multiplies
 
 
-def unsupported_reason(query: Any, key: Any, value: Any, blocks: BlockLists, *, interpret: bool) -> str | None:
-    """Why this kernel does not support these operands (arrays or shapes); None if it does."""
+@every_reason
+def unsupported_reason(
+    query: Any, key: Any, value: Any, blocks: BlockLists, *, interpret: bool
+) -> Iterator[str | None]:
+    """Every reason why this kernel does not support these operands (arrays or shapes)."""
     dtypes = (jnp.bfloat16, jnp.float16, jnp.float32) if interpret else (jnp.bfloat16, jnp.float16)
     if query.dtype not in dtypes:
-        return f"the GPU kernel takes bfloat16 and float16, got {query.dtype}"
+        yield f"the GPU kernel takes bfloat16 and float16, got {query.dtype}"
     for name, size in (("query", blocks.query_block), ("key", blocks.key_block)):
         if size % TILE:
-            return f"the GPU kernel takes {name} blocks of a multiple of {TILE} tokens, got {size}"
+            yield f"the GPU kernel takes {name} blocks of a multiple of {TILE} tokens, got {size}"
     for name, size in (("keys", key.shape[3]), ("values", value.shape[3])):
         if size % 16 or size > 256:
-            return f"the GPU kernel takes {name} of a multiple of 16 numbers up to 256, got {size}"
+            yield f"the GPU kernel takes {name} of a multiple of 16 numbers up to 256, got {size}"
     if key.shape[2] < TILE or key.shape[2] % TILING_ROWS:
-        return (
+        yield (
             f"the GPU kernel takes keys with room for a multiple of {TILING_ROWS} tokens from {TILE} on, got "
             f"{key.shape[2]}"
         )
-    return None if interpret else miscompiled_reason()
+    yield None if interpret else miscompiled_reason()
 
 
 def block_sparse_prefill(

@@ -16,6 +16,7 @@ so that nothing is padded. They are copied in this layout if blocks and capacity
 transposes all of them for this kernel, once per call.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from decodax.kernels_pallas import online_softmax
 from decodax.kernels_pallas.block_sparse_prefill.lists import BlockLists
 from decodax.kernels_pallas.compat import tpu_interpreter
 from decodax.kernels_pallas.online_softmax import OnlineSoftmax
+from decodax.kernels_pallas.selection import every_reason
 
 STAGES = 3  # blocks of keys in VMEM: one that is multiplied, the others being copied
 MAX_ROWS = 1024  # queries x heads of a program
@@ -36,22 +38,22 @@ _LANES = 128
 _ALIGNMENT = 8  # slots: the tiles of a cache in HBM
 
 
-def unsupported_reason(query: Any, key: Any, value: Any, blocks: BlockLists) -> str | None:
-    """Why this kernel does not support these operands (arrays or shapes); None if it does."""
+@every_reason
+def unsupported_reason(query: Any, key: Any, value: Any, blocks: BlockLists) -> Iterator[str | None]:
+    """Every reason why this kernel does not support these operands (arrays or shapes)."""
     capacity, head_size = key.shape[2:]
     if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the TPU kernel takes float32 and bfloat16, got {query.dtype}"
+        yield f"the TPU kernel takes float32 and bfloat16, got {query.dtype}"
     for name, size in (("query", blocks.query_block), ("key", blocks.key_block)):
         if size not in (64, 128, 256):
-            return f"the TPU kernel takes {name} blocks of 64, 128 or 256 tokens, got {size}"
+            yield f"the TPU kernel takes {name} blocks of 64, 128 or 256 tokens, got {size}"
     if capacity % _ALIGNMENT or capacity < blocks.key_block:
-        return (
+        yield (
             f"the TPU kernel takes keys with room for a multiple of {_ALIGNMENT} tokens and at least one block of "
             f"{blocks.key_block}, got {capacity}"
         )
     if max(head_size, value.shape[3]) > 256:
-        return f"the TPU kernel takes heads of at most 256 numbers, got {head_size} and {value.shape[3]}"
-    return None
+        yield f"the TPU kernel takes heads of at most 256 numbers, got {head_size} and {value.shape[3]}"
 
 
 def block_sparse_prefill(

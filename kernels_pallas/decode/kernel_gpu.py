@@ -15,6 +15,7 @@ an owner's partial softmaxes with the new tokens (merge_gpu.py). The decode kern
 (tiles_gpu.py).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from decodax.kernels_pallas.online_softmax import (
     empty_softmax_gpu,
     finish_gpu,
 )
+from decodax.kernels_pallas.selection import every_reason
 
 _OTHER_SHARED_BYTES = 4_096  # barriers, sums within a warpgroup, alignment
 _MAX_STAGES = 6
@@ -62,16 +64,18 @@ def _plan(sizes: Sizes, item_bytes: int) -> _Plan:
     return _Plan(1, 1)
 
 
-def unsupported_sizes(query: Any, key: Any, value: Any, new: NewTokens | None, *, interpret: bool) -> str | None:
-    """Why the kernels do not support operands of these sizes and dtypes; None if they do."""
+@every_reason
+def unsupported_sizes(
+    query: Any, key: Any, value: Any, new: NewTokens | None, *, interpret: bool
+) -> Iterator[str | None]:
+    """Every reason why the kernels do not support operands of these sizes and dtypes."""
     dtypes = ("bfloat16", "float16", "float32") if interpret else ("bfloat16", "float16")
     given = {str(operand.dtype) for operand in (query, key, value, *(() if new is None else new[:2]))}
     if len(given) > 1 or not given <= set(dtypes):
-        return f"queries, keys and values must all be {' or all '.join(dtypes)}, these are {', '.join(sorted(given))}"
+        yield f"queries, keys and values must all be {' or all '.join(dtypes)}, these are {', '.join(sorted(given))}"
     for name, size in (("keys", key.shape[-1]), ("values", value.shape[-1])):
         if size % 16 or not 32 <= size <= 256:
-            return f"the head size of {name} must be a multiple of 16 in 32..256, it is {size}"
-    return None
+            yield f"the head size of {name} must be a multiple of 16 in 32..256, it is {size}"
 
 
 def decode(

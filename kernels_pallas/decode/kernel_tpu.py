@@ -20,7 +20,7 @@ The inner body is FlashAttention-2's (arXiv 2307.08691), by online_softmax.py.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -33,6 +33,7 @@ from decodax.kernels_pallas.compat import tpu_interpreter
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
 from decodax.kernels_pallas.online_softmax import LOG2E, MASKED, OnlineSoftmax, absorb, capped, finish, precision
 from decodax.kernels_pallas.padding import padded
+from decodax.kernels_pallas.selection import every_reason
 
 SUBLANES, LANES = 8, 128  # a tile of memory
 NUM_BUFFERS = 4
@@ -529,8 +530,11 @@ def unsupported_lists(lists: Any) -> str | None:
     return None
 
 
-def unsupported_operands(query: Any, key: Any, value: Any, new: NewTokens | None, page_tokens: int) -> str | None:
-    """Why the kernel does not support these queries, caches and new tokens; None if it does.
+@every_reason
+def unsupported_operands(
+    query: Any, key: Any, value: Any, new: NewTokens | None, page_tokens: int
+) -> Iterator[str | None]:
+    """Every reason why the kernel does not support these queries, caches and new tokens.
 
     query, key, value, new: operands.
     page_tokens: of which the first slots of pages are multiples; 0 if the cache is one page.
@@ -538,7 +542,6 @@ def unsupported_operands(query: Any, key: Any, value: Any, new: NewTokens | None
     dtypes = {x.dtype for x in (query, key, value, *(() if new is None else (new.key, new.value)))}
     if len(dtypes) > 1 or query.dtype not in (jnp.float32, jnp.bfloat16):
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        return f"on TPU all operands must be float32 or all bfloat16, got {names}"
+        yield f"on TPU all operands must be float32 or all bfloat16, got {names}"
     if page_tokens % SUBLANES:
-        return f"on TPU a cache is read in multiples of {SUBLANES} slots, got {page_tokens}"
-    return None
+        yield f"on TPU a cache is read in multiples of {SUBLANES} slots, got {page_tokens}"

@@ -1,5 +1,6 @@
 """Runs `flash_decode` on Hopper GPUs: locates a contiguous cache's tiles for the kernels of `decode/kernel_gpu.py`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from decodax.kernels_pallas.compat import aligned_rows
 from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
 from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, OrderedTiles, Tables, ordered
+from decodax.kernels_pallas.selection import every_reason
 
 
 class _CacheTiles(OrderedTiles):
@@ -21,11 +23,14 @@ class _CacheTiles(OrderedTiles):
         return slab, aligned_rows(self.position(tables, slab, tile), TILE_TOKENS)
 
 
-def unsupported_reason(query: Any, key: Any, value: Any, new: NewTokens | None, *, interpret: bool) -> str | None:
-    """Why the kernel does not support these operands; None if it does."""
+@every_reason
+def unsupported_reason(
+    query: Any, key: Any, value: Any, new: NewTokens | None, *, interpret: bool
+) -> Iterator[str | None]:
+    """Every reason why the kernel does not support these operands."""
     if key.shape[2] < TILE_TOKENS or key.shape[2] % 8:
-        return f"the cache's slots (S) must be at least {TILE_TOKENS} and a multiple of 8, there are {key.shape[2]}"
-    return unsupported_sizes(query, key, value, new, interpret=interpret)
+        yield f"the cache's slots (S) must be at least {TILE_TOKENS} and a multiple of 8, there are {key.shape[2]}"
+    yield unsupported_sizes(query, key, value, new, interpret=interpret)
 
 
 def flash_decode(

@@ -14,6 +14,7 @@ everything; that is also what tests mostly run.
 Only blocks with an unmasked key are loaded. A block in which every query attends to every key needs no mask.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from decodax.kernels_pallas import compat
 from decodax.kernels_pallas import online_softmax as softmax
 from decodax.kernels_pallas.flash_prefill.spans import Blocks, Rows, Rules, Segments, blocks_to_read
 from decodax.kernels_pallas.hopper import miscompiled_reason, num_cores
+from decodax.kernels_pallas.selection import every_reason
 
 _QUERIES = 64  # of a warpgroup: the rows of one wgmma
 _SLOTS = 2
@@ -37,20 +39,21 @@ _ROW_TILE = 8  # rows that TMA moves at once: the number of keys must be a multi
 _SMALL = 128  # keys that may be copied to pad them, however few queries there are
 
 
-def unsupported_reason(query: Any, key: Any, value: Any, *, interpret: bool) -> str | None:
-    """Why the kernel does not support these operands (arrays or shapes), None if it does."""
+@every_reason
+def unsupported_reason(query: Any, key: Any, value: Any, *, interpret: bool) -> Iterator[str | None]:
+    """Every reason why the kernel does not support these operands (arrays or shapes)."""
     dtypes = {jnp.dtype(x.dtype) for x in (query, key, value)}
     taken = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)} | ({jnp.dtype(jnp.float32)} if interpret else set())
     if len(dtypes) != 1 or not dtypes <= taken:
         names = ", ".join(jnp.dtype(x.dtype).name for x in (query, key, value))
-        return f"queries, keys and values must all be bfloat16 or all float16, these are {names}"
-    for size in (query.shape[3], value.shape[3]):
+        yield f"queries, keys and values must all be bfloat16 or all float16, these are {names}"
+    for size in sorted({query.shape[3], value.shape[3]}):
         if size % 16 or size > 256:
-            return f"head sizes must be multiples of 16 up to 256, one is {size}"
+            yield f"head sizes must be multiples of 16 up to 256, one is {size}"
     num_keys = key.shape[2]
     if num_keys % _ROW_TILE and not _may_pad(query.shape[1], num_keys):
-        return f"the capacity of a cache must be a multiple of {_ROW_TILE} tokens, this one is {num_keys}"
-    return None if interpret else miscompiled_reason()
+        yield f"the capacity of a cache must be a multiple of {_ROW_TILE} tokens, this one is {num_keys}"
+    yield None if interpret else miscompiled_reason()
 
 
 def _may_pad(num_queries: int, num_keys: int) -> bool:

@@ -13,6 +13,7 @@ If the head size is no multiple of the 128 lanes, XLA keeps tokens in lanes: suc
 [B, K, H, S], their layout in memory, so that a cache is not copied.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float
 from decodax.kernels_pallas import compat
 from decodax.kernels_pallas import online_softmax as softmax
 from decodax.kernels_pallas.flash_prefill.spans import Blocks, Rows, Rules, Segments, blocks_to_read
+from decodax.kernels_pallas.selection import every_reason
 
 _LANES = 128
 _ROWS = 1024  # of queries (tokens x heads) in a block
@@ -34,16 +36,16 @@ _MOST_HEADS = 8  # packed at _LANES tokens each
 _VMEM_BYTES = 40 * 2**20  # of 128 MiB on v5e and v6e
 
 
-def unsupported_reason(query: Any, key: Any, value: Any) -> str | None:
-    """Why the kernel does not support these operands (arrays or shapes), None if it does."""
+@every_reason
+def unsupported_reason(query: Any, key: Any, value: Any) -> Iterator[str | None]:
+    """Every reason why the kernel does not support these operands (arrays or shapes)."""
     dtypes = {jnp.dtype(x.dtype) for x in (query, key, value)}
     if len(dtypes) != 1 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         names = ", ".join(jnp.dtype(x.dtype).name for x in (query, key, value))
-        return f"queries, keys and values must all be float32 or all bfloat16, these are {names}"
+        yield f"queries, keys and values must all be float32 or all bfloat16, these are {names}"
     largest = max(query.shape[3], value.shape[3])
     if largest > 256:
-        return f"heads must be no larger than 256, these have {largest}"
-    return None
+        yield f"heads must be no larger than 256, these have {largest}"
 
 
 def flash_prefill(

@@ -1,5 +1,6 @@
 """Runs `gather_decode` on Hopper GPUs: locates a cache's listed pages for the kernels of `decode/kernel_gpu.py`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from decodax.kernels_pallas.compat import aligned_rows
 from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
 from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, Tables
+from decodax.kernels_pallas.selection import every_reason
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,17 @@ class _ListedTiles:
     may_be_read = is_filled
 
 
+@every_reason
 def unsupported_reason(
     query: Any, key: Any, value: Any, index: Any, new: NewTokens | None, *, block_tokens: int, interpret: bool
-) -> str | None:
-    """Why the kernel does not support these operands; None if it does."""
+) -> Iterator[str | None]:
+    """Every reason why the kernel does not support these operands."""
     if block_tokens % 8 or (TILE_TOKENS % block_tokens and block_tokens % TILE_TOKENS):
-        return (
+        yield (
             f"pages must have 8, 16, 32 or a multiple of {TILE_TOKENS} tokens (block_tokens), these have "
             f"{block_tokens}: a bulk copy of fewer is slower than the reads it saves"
         )
-    return unsupported_sizes(query, key, value, new, interpret=interpret)
+    yield unsupported_sizes(query, key, value, new, interpret=interpret)
 
 
 def gather_decode(

@@ -3,7 +3,7 @@
 A page is one copy, so pages are as large as a tile of memory or larger; single tokens are left to XLA.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from decodax.kernels_pallas.decode.kernel_tpu import (
     unsupported_operands,
 )
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.selection import every_reason
 
 
 def gather_decode(
@@ -69,11 +70,13 @@ def gather_decode(
     return by_rows(index, some_rows, query, index, count, length, new)
 
 
+@every_reason
 def unsupported_reason(
     query: Any, key: Any, value: Any, index: Any, new: NewTokens | None, *, block_tokens: int
-) -> str | None:
-    """Why the kernel does not support operands of these shapes and dtypes; None if it does."""
-    return unsupported_operands(query, key, value, new, block_tokens) or unsupported_lists(index)
+) -> Iterator[str | None]:
+    """Every reason why the kernel does not support operands of these shapes and dtypes."""
+    yield unsupported_operands(query, key, value, new, block_tokens)
+    yield unsupported_lists(index)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ beyond the result, nothing is stored.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from decodax.kernels_pallas.compat import (
 from decodax.kernels_pallas.grouped_matmul.work import WorkList, rows_per_group, work_list
 from decodax.kernels_pallas.hopper import num_cores
 from decodax.kernels_pallas.padding import padded
+from decodax.kernels_pallas.selection import every_reason
 
 _WARPGROUPS = 2
 _ITEMS_TOGETHER = 8
@@ -48,16 +49,16 @@ _SHARED_BYTES = 226 * 1024  # of the 227 KiB that a program may have (CUDA progr
 _HALF_SHARED_BYTES = 112 * 1024 + 512  # so that two programs fit into the 228 KiB of a multiprocessor
 
 
-def unsupported_reason(tokens: Any, *weights: Any, interpret: bool) -> str | None:
+@every_reason
+def unsupported_reason(tokens: Any, *weights: Any, interpret: bool) -> Iterator[str | None]:
     taken = (jnp.bfloat16, jnp.float16, *((jnp.float32,) if interpret else ()))
     if tokens.dtype not in taken:
-        return f"the kernel takes bfloat16 and float16, not {tokens.dtype}"
+        yield f"the kernel takes bfloat16 and float16, not {tokens.dtype}"
     size, num_outputs = tokens.shape[1], weights[0].shape[1]
     if size % 64:
-        return f"the kernel takes tokens and weights of a multiple of 64 numbers (D), not {size}"
+        yield f"the kernel takes tokens and weights of a multiple of 64 numbers (D), not {size}"
     if num_outputs % 64:
-        return f"the kernel takes weights of a multiple of 64 outputs (F), not {num_outputs}"
-    return None
+        yield f"the kernel takes weights of a multiple of 64 outputs (F), not {num_outputs}"
 
 
 def grouped_matmul(tokens: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, interpret: bool) -> jax.Array:

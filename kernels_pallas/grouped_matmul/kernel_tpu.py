@@ -12,7 +12,7 @@ the same block of the result, each its own rows, and it is stored after all have
 are loaded and do nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from decodax.kernels_pallas.compat import tpu_interpreter
 from decodax.kernels_pallas.grouped_matmul.work import power_of_two, rows_per_group, work_list
 from decodax.kernels_pallas.online_softmax import precision
+from decodax.kernels_pallas.selection import every_reason
 
 _BLOCK_BYTES = 32 * 2**20  # of a chip's 128 MiB of VMEM, for blocks in two buffers each
 _VMEM_BYTES = 64 * 2**20
@@ -31,12 +32,12 @@ _MOST_ROWS = 128
 _LANES = 128
 
 
-def unsupported_reason(tokens: Any, *weights: Any) -> str | None:
+@every_reason
+def unsupported_reason(tokens: Any, *weights: Any) -> Iterator[str | None]:
     if tokens.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the kernel takes float32 and bfloat16, not {tokens.dtype}"
+        yield f"the kernel takes float32 and bfloat16, not {tokens.dtype}"
     if _columns(tokens, *weights) == 0:
-        return f"blocks of {_LANES} columns of {tokens.shape[1]} numbers (D) do not fit into VMEM"
-    return None
+        yield f"blocks of {_LANES} columns of {tokens.shape[1]} numbers (D) do not fit into VMEM"
 
 
 def grouped_matmul(tokens: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, interpret: bool) -> jax.Array:

@@ -18,7 +18,7 @@ bfloat16 terms (an exponent is accurate to 2^-17 of itself, so a weight to 3e-6)
 A head of more than 128 key channels is computed as several heads that share values, and whose outputs are summed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from decodax.kernels_pallas.compat import Warpgroup, aligned_rows, gpu_kernel, tiled
 from decodax.kernels_pallas.linear_attention.reference import FORGOTTEN
+from decodax.kernels_pallas.selection import every_reason
 
 CHUNK_TOKENS = 64  # the rows of a matrix product
 TILE = 64  # channels at a time
@@ -38,16 +39,16 @@ _SQUARE = (CHUNK_TOKENS, CHUNK_TOKENS)
 _PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
-def unsupported_reason(query: Any, key: Any, value: Any, log_decay: Any, *, interpret: bool) -> str | None:
-    """Why this kernel does not support these operands; None if it does."""
+@every_reason
+def unsupported_reason(query: Any, key: Any, value: Any, log_decay: Any, *, interpret: bool) -> Iterator[str | None]:
+    """Every reason why this kernel does not support these operands."""
     dtypes = (jnp.bfloat16, jnp.float16, jnp.float32) if interpret else (jnp.bfloat16, jnp.float16)
     if query.dtype not in dtypes:
-        return f"the GPU kernel takes bfloat16 and float16, not {query.dtype}"
+        yield f"the GPU kernel takes bfloat16 and float16, not {query.dtype}"
     if key.dtype != query.dtype or value.dtype != query.dtype:
-        return f"the GPU kernel takes one dtype, not {query.dtype}, {key.dtype} and {value.dtype}"
+        yield f"the GPU kernel takes one dtype, not {query.dtype}, {key.dtype} and {value.dtype}"
     if query.shape[3] % TILE or value.shape[3] % TILE:
-        return f"the GPU kernel takes heads of a multiple of {TILE} channels, not {query.shape[3]} and {value.shape[3]}"
-    return None
+        yield f"the GPU kernel takes heads of a multiple of {TILE} channels, not {query.shape[3]} and {value.shape[3]}"
 
 
 def linear_attention(

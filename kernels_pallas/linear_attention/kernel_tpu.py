@@ -15,6 +15,7 @@ Each pair of tokens is in one level, and the sums are made by doubling, without 
     after it to the end of its block           until[t]                 doubles by adding the right neighbour's total
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from decodax.kernels_pallas.compat import tpu_interpreter
 from decodax.kernels_pallas.linear_attention.reference import FORGOTTEN
 from decodax.kernels_pallas.online_softmax import precision
+from decodax.kernels_pallas.selection import every_reason
 
 CHUNK_TOKENS = 64
 BLOCK_TOKENS = 256
@@ -35,17 +37,17 @@ _LEVELS = (1, 2, 4, 8, 16, 32)
 _VMEM_BYTES = 14 * 2**20
 
 
-def unsupported_reason(query: Any, key: Any, value: Any, log_decay: Any) -> str | None:
-    """Why this kernel does not support these operands; None if it does."""
+@every_reason
+def unsupported_reason(query: Any, key: Any, value: Any, log_decay: Any) -> Iterator[str | None]:
+    """Every reason why this kernel does not support these operands."""
     if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the TPU kernel takes float32 and bfloat16, not {query.dtype}"
+        yield f"the TPU kernel takes float32 and bfloat16, not {query.dtype}"
     if key.dtype != query.dtype or value.dtype != query.dtype:
-        return f"the TPU kernel takes one dtype, not {query.dtype}, {key.dtype} and {value.dtype}"
+        yield f"the TPU kernel takes one dtype, not {query.dtype}, {key.dtype} and {value.dtype}"
     key_size, value_size = _padded_to_lanes(key.shape[3]), _padded_to_lanes(value.shape[3])
     tokens = BLOCK_TOKENS * (2 * (key_size + value_size) * query.dtype.itemsize + 4 * key_size)
     if 2 * tokens + 6 * 4 * key_size * value_size > _VMEM_BYTES:
-        return f"a head's state of {key.shape[3]} x {value.shape[3]} is too large for the TPU's fast memory"
-    return None
+        yield f"a head's state of {key.shape[3]} x {value.shape[3]} is too large for the TPU's fast memory"
 
 
 def linear_attention(

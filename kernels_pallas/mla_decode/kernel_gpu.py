@@ -28,7 +28,7 @@ about half of the bandwidth (making each score once would lift that to 0.8).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ from decodax.kernels_pallas.online_softmax import (
     finish_gpu,
 )
 from decodax.kernels_pallas.padding import WORD_BITS, bit_words, padded
+from decodax.kernels_pallas.selection import every_reason
 
 TILE_TOKENS = 64
 TILE_ROWS = 64
@@ -66,28 +67,28 @@ _PIECE_TOKENS = TILE_TOKENS // _WARPGROUPS
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
+@every_reason
 def unsupported_reason(
     query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None, *, interpret: bool
-) -> str | None:
-    """Why this kernel does not support these operands (arrays or shapes); None if it does."""
+) -> Iterator[str | None]:
+    """Every reason why this kernel does not support these operands (arrays or shapes)."""
     del rope_key, new
     capacity, rank = latent.shape[1:]
     rope_size = query_rope.shape[3]
     num_groups = pl.cdiv(query_latent.shape[1] * query_latent.shape[2], TILE_ROWS)
     dtypes = ("bfloat16", "float16", "float32") if interpret else ("bfloat16", "float16")
     if rank % 128 or rank > 512:
-        return f"latents must have 128, 256, 384 or 512 numbers (R) on GPU, got {rank}"
+        yield f"latents must have 128, 256, 384 or 512 numbers (R) on GPU, got {rank}"
     if rope_size % 16 or rope_size > 128:
-        return f"rope keys must have 16, 32, ... 128 numbers (H) on GPU, got {rope_size}"
+        yield f"rope keys must have 16, 32, ... 128 numbers (H) on GPU, got {rope_size}"
     if rank + rope_size > MOST_NUMBERS:
-        return f"a token must have at most {MOST_NUMBERS} numbers (R + H) on GPU, got {rank + rope_size}"
+        yield f"a token must have at most {MOST_NUMBERS} numbers (R + H) on GPU, got {rank + rope_size}"
     if capacity < TILE_TOKENS or capacity % 8:
-        return f"the cache's capacity (S) must be a multiple of 8 and at least {TILE_TOKENS} on GPU, got {capacity}"
+        yield f"the cache's capacity (S) must be a multiple of 8 and at least {TILE_TOKENS} on GPU, got {capacity}"
     if num_groups > num_cores():
-        return f"queries x heads must be at most {num_cores() * TILE_ROWS} on GPU, got {num_groups * TILE_ROWS}"
+        yield f"queries x heads must be at most {num_cores() * TILE_ROWS} on GPU, got {num_groups * TILE_ROWS}"
     if str(latent.dtype) not in dtypes:
-        return f"the GPU kernel takes {' and '.join(dtypes)}, got {latent.dtype}"
-    return None
+        yield f"the GPU kernel takes {' and '.join(dtypes)}, got {latent.dtype}"
 
 
 def mla_decode(

@@ -19,7 +19,7 @@ the bandwidth (figures: cloud.google.com/tpu/docs/v5e and v6e).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from decodax.kernels_pallas.online_softmax import (
     finish,
     precision,
 )
+from decodax.kernels_pallas.selection import every_reason
 
 BLOCK_TOKENS = 512
 TILE_ROWS = 256
@@ -48,27 +49,27 @@ _LANES = 128
 _VMEM_BYTES = 64 * 2**20  # of 128 MiB on v5e and v6e
 
 
+@every_reason
 def unsupported_reason(
     query_latent: Any, query_rope: Any, latent: Any, rope_key: Any, new: NewLatents | None
-) -> str | None:
-    """Why this kernel does not support these operands (arrays or shapes); None if it does."""
+) -> Iterator[str | None]:
+    """Every reason why this kernel does not support these operands (arrays or shapes)."""
     del rope_key, new
     num_rows = query_latent.shape[1] * query_latent.shape[2]
     capacity = latent.shape[1]
     if latent.shape[2] % _LANES:
-        return f"latents must have a multiple of {_LANES} numbers (R) on TPU, got {latent.shape[2]}"
+        yield f"latents must have a multiple of {_LANES} numbers (R) on TPU, got {latent.shape[2]}"
     if query_rope.shape[3] % 8 or query_rope.shape[3] > _LANES:
-        return f"rope keys must have 8, 16, ... {_LANES} numbers (H) on TPU, got {query_rope.shape[3]}"
+        yield f"rope keys must have 8, 16, ... {_LANES} numbers (H) on TPU, got {query_rope.shape[3]}"
     if num_rows > MAX_ROWS:
-        return f"queries x heads must be at most {MAX_ROWS} on TPU, got {num_rows}"
+        yield f"queries x heads must be at most {MAX_ROWS} on TPU, got {num_rows}"
     if capacity > BLOCK_TOKENS and capacity % _ALIGNMENT:
-        return (
+        yield (
             f"the cache's capacity (S) must be a multiple of {_ALIGNMENT} tokens on TPU, or at most {BLOCK_TOKENS}, "
             f"got {capacity}"
         )
     if latent.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the TPU kernel takes float32 and bfloat16, got {latent.dtype}"
-    return None
+        yield f"the TPU kernel takes float32 and bfloat16, got {latent.dtype}"
 
 
 def mla_decode(

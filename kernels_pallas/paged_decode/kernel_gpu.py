@@ -1,5 +1,6 @@
 """Runs `paged_decode` on Hopper GPUs: locates a paged cache's tiles for the kernels of `decode/kernel_gpu.py`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from decodax.kernels_pallas.compat import aligned_rows
 from decodax.kernels_pallas.decode.kernel_gpu import decode, unsupported_sizes
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
 from decodax.kernels_pallas.decode.tiles_gpu import TILE_TOKENS, OrderedTiles, Tables, ordered
+from decodax.kernels_pallas.selection import every_reason
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,15 @@ class _PagedTiles(OrderedTiles):
         return pages[slab, entry], head, aligned_rows(jax.lax.rem(position, page_tokens), piece_tokens)
 
 
+@every_reason
 def unsupported_reason(
     query: Any, key_pages: Any, value_pages: Any, table: Any, new: NewTokens | None, *, interpret: bool
-) -> str | None:
-    """Why the kernel does not support these operands; None if it does."""
+) -> Iterator[str | None]:
+    """Every reason why the kernel does not support these operands."""
     page_tokens = key_pages.shape[2]
     if page_tokens % 8 or (TILE_TOKENS % page_tokens and page_tokens % TILE_TOKENS):
-        return f"pages must have 8, 16, 32 or a multiple of {TILE_TOKENS} tokens (A), these have {page_tokens}"
-    return unsupported_sizes(query, key_pages, value_pages, new, interpret=interpret)
+        yield f"pages must have 8, 16, 32 or a multiple of {TILE_TOKENS} tokens (A), these have {page_tokens}"
+    yield unsupported_sizes(query, key_pages, value_pages, new, interpret=interpret)
 
 
 def paged_decode(

@@ -3,7 +3,7 @@
 Small pages are adjacent in a block, one copy each; heads that share a table and a page come in one copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from decodax.kernels_pallas.decode.kernel_tpu import (
     unsupported_operands,
 )
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
+from decodax.kernels_pallas.selection import every_reason
 
 
 def paged_decode(
@@ -65,11 +66,14 @@ def paged_decode(
     return by_rows(table, lambda _, *rows: some_rows(*rows), query, table, length, new, first)
 
 
-def unsupported_reason(query: Any, key_pages: Any, value_pages: Any, table: Any, new: NewTokens | None) -> str | None:
-    """Why the kernel does not support operands of these shapes and dtypes; None if it does."""
+@every_reason
+def unsupported_reason(
+    query: Any, key_pages: Any, value_pages: Any, table: Any, new: NewTokens | None
+) -> Iterator[str | None]:
+    """Every reason why the kernel does not support operands of these shapes and dtypes."""
     page_tokens = key_pages.shape[2]
-    unfit = unsupported_operands(query, key_pages, value_pages, new, page_tokens)
-    return unfit or unsupported_lists(table)
+    yield unsupported_operands(query, key_pages, value_pages, new, page_tokens)
+    yield unsupported_lists(table)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ per head that takes its share of the softmax and adds nothing (gpt-oss, arXiv 25
 `IMPLEMENTATIONS` lists how, and the first that supports the operands runs. Gradients are those of plain JAX.
 """
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from decodax.layers.attention import attend_over_devices as over_devices
 from decodax.layers.attention.implementations import AttentionImplementation, attention_by
@@ -43,8 +43,8 @@ def attend(
     softcap: float | None,
     sink: Float[Array, " N"] | None = None,
     execution: Execution = ON_THIS_DEVICE,
-) -> Float[Array, "B T N H"]:
-    """The attention output of each query, over cached and new tokens.
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """The attention output of each query, over cached and new tokens, and the log-sum-exp of its scores.
 
     query, key, value: of the T new tokens.
     position: of the new tokens.

@@ -7,6 +7,7 @@ score = (query_latent . latent + query_rope . rope_key) scale, output = the weig
 `mla_decode` computes this where it takes the operands, and reads every latent once; plain JAX does everywhere else.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int
 from decodax.core.blockwise_attention import loop_tokens
 from decodax.kernels_pallas.decode.new_tokens import MAX_NEW_TOKENS
 from decodax.kernels_pallas.mla_decode import MAX_QUERIES, NewLatents, mla_decode, select_mla_decode
-from decodax.kernels_pallas.selection import KernelSelection, select_kernel
+from decodax.kernels_pallas.selection import KernelSelection, every_reason, select_kernel
 from decodax.layers.attention import over_context
 from decodax.layers.attention.attend_kernels import allowed_among_new
 from decodax.layers.attention.attend_xla import attend_in_xla, is_for_cpu
@@ -102,21 +103,21 @@ def select_absorbed(
         return jax.ShapeDtypeStruct((batch, num_new, cached.shape[2]), cached.dtype)
 
     allowed: Any = jax.ShapeDtypeStruct((batch, min(num_queries, MAX_QUERIES), num_new), bool)
-    latents = NewLatents(new(bare.latent), new(bare.rope_key), allowed)
-    return select_mla_decode(
-        part(query_latent), part(query_rope), bare.latent, bare.rope_key, latents, implementation=asked
-    )
+    latent, rope_key, _ = bare.latent_slots
+    latents = NewLatents(new(latent), new(rope_key), allowed)
+    return select_mla_decode(part(query_latent), part(query_rope), latent, rope_key, latents, implementation=asked)
 
 
-def _operands_reason(query_latent: Any, mask: Mask, cache: Any, execution: Execution) -> str | None:
-    """Why no kernel takes such operands, whatever their sizes; None if one may."""
-    reason = cache_unsupported_reason(unstaged(cache), LatentCache, "latent", query_latent)
+@every_reason
+def _operands_reason(query_latent: Any, mask: Mask, cache: Any, execution: Execution) -> Iterator[str | None]:
+    """Every reason why no kernel takes such operands, whatever their sizes."""
+    yield cache_unsupported_reason(unstaged(cache), "latent_slots", query_latent)
     num_new = query_latent.shape[1] + num_staged(cache)
-    if reason is None and num_new > MAX_NEW_TOKENS:
-        return f"it takes at most {MAX_NEW_TOKENS} new and staged tokens, these are {num_new}"
-    if reason is None and mask.span(is_new=False) != Span(None):
-        return f"its mask ({type(mask).__name__}) does not let every query read all cached tokens"
-    return reason or heads_unsupported_reason(query_latent.shape[2], execution)
+    if num_new > MAX_NEW_TOKENS:
+        yield f"it takes at most {MAX_NEW_TOKENS} new and staged tokens, these are {num_new}"
+    if mask.span(is_new=False) != Span(None):
+        yield f"its mask ({type(mask).__name__}) does not let every query read all cached tokens"
+    yield heads_unsupported_reason(query_latent.shape[2], execution)
 
 
 def attend_in_kernels(
@@ -155,8 +156,8 @@ def attend_in_kernels(
 
     axes = ("B T N R", "B T N H", "B S R", "B S H", "B", "B S R", "B S H", "B T S")
     run = execution.per_device(run, axes, ("B T N R", "B T N"))
-    cached, new = (bare.latent, bare.rope_key, bare.length), (update.latent, update.rope_key)
-    return run(query_latent, query_rope, *cached, *new, allowed)
+    slots, new = bare.latent_slots, (update.latent, update.rope_key)
+    return run(query_latent, query_rope, slots.first, slots.second, slots.length, *new, allowed)
 
 
 def attend_absorbed_in_xla(

@@ -161,7 +161,7 @@ def attend_invariant(
         rows = jnp.moveaxis(per_query, 0, 1).reshape(-1, *query.shape[1:3], *per_query.shape[4:])
         return jnp.pad(rows, [(0, query.shape[0] - rows.shape[0])] + [(0, 0)] * (rows.ndim - 1))
 
-    output = without_share(as_rows(output), as_rows(lse), sink)
+    output, _ = without_share(as_rows(output), as_rows(lse), sink)
     return jax.lax.optimization_barrier(output)
 
 

@@ -5,6 +5,7 @@ Up to 64 new tokens per row after a cache (a token being decoded, a chain of dra
 itself and over the cached prefix, and the two partial softmaxes are merged.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,14 +16,13 @@ from decodax.core.partial_softmax import PartialSoftmax, merge
 from decodax.kernels_pallas.decode.new_tokens import MAX_STEP_TOKENS
 from decodax.kernels_pallas.flash_decode import NewTokens, flash_decode, select_flash_decode
 from decodax.kernels_pallas.flash_prefill import flash_prefill, select_flash_prefill
-from decodax.kernels_pallas.selection import KernelSelection, select_kernel
+from decodax.kernels_pallas.selection import KernelSelection, every_reason, select_kernel
 from decodax.layers.attention.attend_xla import staged_and_new
 from decodax.layers.attention.implementations import cache_unsupported_reason
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.attention.nonfinite import mask_nonfinite, of_own_tokens
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.contract import Cache
-from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
 
 LANES = 128  # of a TPU
@@ -64,7 +64,7 @@ def select_attention(
     bare: Any = unstaged(cache)
     sources = [own]
     if bare is not None:
-        sources.append((_part(bare.key, _KEYS, execution), _part(bare.value, _KEYS, execution)))
+        sources.append((_part(bare.slots.first, _KEYS, execution), _part(bare.slots.second, _KEYS, execution)))
     if is_step:
         tokens = _new_tokens(own, query.shape[1], num_staged(cache) + query.shape[1])
         return select_flash_decode(query_part, *sources[-1], tokens, implementation=asked)
@@ -72,21 +72,19 @@ def select_attention(
     return next((selection for selection in selections if selection.backend == "xla"), selections[0])
 
 
-def _operands_reason(query: Any, key: Any, mask: Mask, cache: Any, execution: Execution) -> str | None:
-    """Why no kernel takes such operands, whatever their sizes; None if one may."""
+@every_reason
+def _operands_reason(query: Any, key: Any, mask: Mask, cache: Any, execution: Execution) -> Iterator[str | None]:
+    """Every reason why no kernel takes such operands, whatever their sizes."""
     is_step = _is_step(query, cache)
-    reason = cache_unsupported_reason(unstaged(cache), KVCache, "key", query)
-    if reason is not None:
-        return reason
+    yield cache_unsupported_reason(unstaged(cache), "slots", query)
     if num_staged(cache) and not is_step:
-        return f"staged tokens need a cache before them and at most {MAX_STEP_TOKENS} new ones after them"
+        yield f"staged tokens need a cache before them and at most {MAX_STEP_TOKENS} new ones after them"
     if mask.span(is_new=False) is None or not (is_step or mask.span(is_new=True)):
-        return f"its mask ({type(mask).__name__}) is no chain with a window"
+        yield f"its mask ({type(mask).__name__}) is no chain with a window"
     num_heads, num_kv_heads = query.shape[2], key.shape[1]
     num_shards, num_kv_shards = execution.num_shards("N"), execution.num_shards("K", num_kv_heads)
     if num_heads % num_shards or num_kv_shards not in (num_shards, num_kv_heads):
-        return f"{num_heads} heads for {num_kv_heads} of keys and values do not divide over {num_shards} devices"
-    return None
+        yield f"{num_heads} heads for {num_kv_heads} of keys and values do not divide over {num_shards} devices"
 
 
 def _is_step(query: Any, cache: Any) -> bool:
@@ -142,7 +140,8 @@ def _step(
     per_query = None if first is None else "B T"
     axes = ("B T N H", _KEYS, _KEYS, "B", _KEYS, _KEYS, "B T S", per_query)
     run = execution.per_device(run, axes, ("B T N H", "B T N"))
-    return run(query, bare.key, bare.value, bare.length, key, value, allowed, first)
+    slots = bare.slots
+    return run(query, slots.first, slots.second, slots.length, key, value, allowed, first)
 
 
 def allowed_among_new(mask: Mask, position: Int[Array, "B T"], key_position: Int[Array, "B U"]) -> Bool[Array, "B T U"]:
@@ -167,6 +166,7 @@ def _chunk(
     output, lse = run(query, *mask_nonfinite(key, value), start, end)
     if cache is None:
         return output, lse
-    cached = run(query, cache.key, cache.value, position[:, 0], cache.length)
+    slots = cache.slots
+    cached = run(query, slots.first, slots.second, position[:, 0], slots.length)
     merged = merge(PartialSoftmax(output, of_own_tokens(lse)), PartialSoftmax(*cached))
     return merged.output.astype(output.dtype), merged.lse

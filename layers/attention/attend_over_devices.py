@@ -83,9 +83,10 @@ def _cached(
         none = key[:, :, :0], value[:, :, :0]
         return PartialSoftmax(*attend_in_xla(query, *none, position, mask, cache, execution=alone, **options))
     # Queries come after all cached tokens; where the device's slots begin after them, there are none to read.
-    rows = {"offset": jnp.maximum(position[:, 0] - mask.first, 0), "length": cache.length, "window": window}
+    cached_key, cached_value, length = cache.slots
+    rows = {"offset": jnp.maximum(position[:, 0] - mask.first, 0), "length": length, "window": window}
     run = partial(flash_prefill, causal=True, **rows, **options, implementation=selection.implementation)
-    return PartialSoftmax(*run(query, cache.key, cache.value))
+    return PartialSoftmax(*run(query, cached_key, cached_value))
 
 
 def tokens_unsupported_reason(

@@ -3,6 +3,7 @@
 The chunk itself comes first, then the cache block by block up to the longest row; the partial softmaxes are merged.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from decodax.core.partial_softmax import PartialSoftmax, in_float32, merge
 from decodax.kernels_pallas.flash_prefill import flash_prefill, select_flash_prefill
-from decodax.kernels_pallas.selection import KernelSelection, select_kernel
+from decodax.kernels_pallas.selection import KernelSelection, every_reason, select_kernel
 from decodax.layers.attention.expansion import Expansion
 from decodax.layers.attention.implementations import cache_unsupported_reason, heads_unsupported_reason
 from decodax.layers.attention.mask import Mask
@@ -56,18 +57,18 @@ def select_expanded(query: Any, value_size: int, mask: Mask, cache: Any, executi
     return next((selection for selection in selections if selection.backend == "xla"), selections[0])
 
 
-def _operands_reason(query: Any, mask: Mask, cache: Any, execution: Execution) -> str | None:
-    """Why no kernel takes such operands, whatever their sizes; None if one may."""
+@every_reason
+def _operands_reason(query: Any, mask: Mask, cache: Any, execution: Execution) -> Iterator[str | None]:
+    """Every reason why no kernel takes such operands, whatever their sizes."""
     bare = unstaged(cache)
     if num_staged(cache):
-        return "staged tokens need a cache before them and few new ones after them"
+        yield "staged tokens need a cache before them and few new ones after them"
     if not (mask.span(is_new=True) and mask.span(is_new=False)):
-        return f"its mask ({type(mask).__name__}) is no chain with a window"
-    reason = heads_unsupported_reason(query.shape[2], execution)
-    reason = reason or cache_unsupported_reason(bare, LatentCache, "latent", query)
-    if reason is None and bare is not None and block_tokens(bare.capacity) is None:
-        return f"the cache's capacity must be a multiple of {KERNEL_BLOCK_TOKENS[-1]} tokens, got {bare.capacity}"
-    return reason
+        yield f"its mask ({type(mask).__name__}) is no chain with a window"
+    yield heads_unsupported_reason(query.shape[2], execution)
+    yield cache_unsupported_reason(bare, "latent_slots", query)
+    if bare is not None and block_tokens(bare.capacity) is None:
+        yield f"the cache's capacity must be a multiple of {KERNEL_BLOCK_TOKENS[-1]} tokens, got {bare.capacity}"
 
 
 def block_tokens(capacity: int) -> int | None:

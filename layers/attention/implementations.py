@@ -4,6 +4,7 @@ A table is a dictionary in the order of preference whose last entry, "xla", supp
 keys and values, `attend_absorbed.py` and `attend_expanded.py` those of latent attention.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ class AttentionImplementation:
     needs_mesh: bool = False
 
 
+_log = logging.getLogger(__name__)
 Table = Mapping[str, AttentionImplementation]
 
 
@@ -38,9 +40,17 @@ def always_supported(*operands: Any) -> None:
 
 
 def select_implementation(table: Table, operands: tuple[Any, ...], execution: Execution) -> str:
-    """The name of the first implementation that supports the operands."""
-    candidates = {name: entry for name, entry in table.items() if execution.mesh is not None or not entry.needs_mesh}
-    return next(name for name, entry in candidates.items() if entry.unsupported_reason(*operands, execution) is None)
+    """The name of the first implementation that supports the operands; the reasons against the others are logged."""
+    against = []
+    for name, entry in table.items():
+        if entry.needs_mesh and execution.mesh is None:
+            continue
+        reason = entry.unsupported_reason(*operands, execution)
+        if reason is None:
+            _log.debug("attention runs %r%s", name, "".join(f"; not {other}: {why}" for other, why in against))
+            return name
+        against.append((name, reason))
+    raise AssertionError("the last implementation of a table supports everything")
 
 
 def attention_by(
@@ -69,22 +79,19 @@ def on_one_device(table: Table, execution: Execution, **options: Any) -> Callabl
     return attention
 
 
-def cache_unsupported_reason(bare: Any, kind: type, keys: str, query: Any) -> str | None:
+def cache_unsupported_reason(bare: Any, slots: str, query: Any) -> str | None:
     """Why a kernel does not read a cache; None if it does, or if there is no cache.
 
     bare: the cache, without staged tokens.
-    kind: the class that the kernel reads.
-    keys: the name of its array whose dtype must be that of the queries.
+    slots: the property with what the kernel reads (`HasSlots`).
     query: the queries.
     """
-    if bare is None:
-        return None
-    if type(bare) is not kind:
-        return f"it reads caches of the class {kind.__name__}, this one is a {type(bare).__name__}"
-    if bare.kept is not None:
-        return "the cache marks which tokens it keeps"
-    if getattr(bare, keys).dtype != query.dtype:
-        return f"the cache holds {getattr(bare, keys).dtype} and the queries are {query.dtype}"
+    found = None if bare is None else getattr(bare, slots, None)
+    if bare is not None and found is None:
+        why = "marks tokens" if getattr(bare, "marks_tokens", False) else f"has no {slots} for it"
+        return f"the cache ({type(bare).__name__}) {why}"
+    if found is not None and found.first.dtype != query.dtype:
+        return f"the cache holds {found.first.dtype} and the queries are {query.dtype}"
     return None
 
 

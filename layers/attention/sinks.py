@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 
 def without_share(
     output: Float[Array, "B T N H"], lse: Float[Array, "B T N"], sink: Float[Array, " N"] | None
-) -> Float[Array, "B T N H"]:
-    """The output with the share of each head's sink taken off; unchanged without sinks."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """The output with the share of each head's sink taken off, and the log-sum-exp with it; unchanged without sinks."""
     if sink is None:
-        return output
-    share = jax.nn.sigmoid(lse - sink.astype(jnp.float32)[None, None, :])
-    return (output.astype(jnp.float32) * share[..., None]).astype(output.dtype)
+        return output, lse
+    score = sink.astype(jnp.float32)[None, None, :]
+    share = jax.nn.sigmoid(lse - score)
+    return (output.astype(jnp.float32) * share[..., None]).astype(output.dtype), jnp.logaddexp(lse, score)

@@ -4,13 +4,26 @@ A cache is a frozen pytree of fixed-size buffers. Layers `read` it; after verifi
 the accepted tokens appended. A policy is a class (or anything with `empty`) that makes caches: full precision or
 quantised, all tokens or some of them.
 
-Not every cache supports what some methods need: `Rewindable`, `MarksTokens` and `Splittable` say which do.
+Not every cache supports what some methods need: `Rewindable`, `MarksTokens`, `Splittable` and `HasSlots` say which do.
 """
 
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+
+class Slots(NamedTuple):
+    """What a kernel reads of a cache: every slot before `length` holds a token, in the dtype of the queries.
+
+    first, second: of all slots: keys and values [B, K, S, H]; of latent attention latents [B, S, R] and rope keys
+        [B, S, H].
+    length: filled slots.
+    """
+
+    first: Array
+    second: Array
+    length: Int[Array, " B"]
 
 
 @runtime_checkable
@@ -35,6 +48,8 @@ class Cache(Protocol):
 
     def commit(self, update: Any, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> Self:
         """Appends `count[b]` of a forward's tokens: the first ones, or those in `path[b]`.
+
+        A row that has no room for its tokens fails: its keys become NaN, and with them all that reads them.
 
         update: the cache update of the forward.
         count: accepted tokens of each row.
@@ -65,6 +80,17 @@ class Splittable(Protocol):
         The buffers are the device's already, and `length` is still that of the full cache.
         """
         ...
+
+
+@runtime_checkable
+class HasSlots(Protocol):
+    """A cache that kernels may read: `slots` of keys and values, or `latent_slots` of latent attention.
+
+    slots: None where this cache has none, as one that marks tokens.
+    """
+
+    @property
+    def slots(self) -> Slots | None: ...
 
 
 @runtime_checkable

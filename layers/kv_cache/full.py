@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.core import pytree
-from decodax.layers.kv_cache.write import write_tokens
+from decodax.layers.kv_cache.contract import Slots
+from decodax.layers.kv_cache.write import invalid_without_room, slots_after, write_tokens
 
 
 @pytree.dataclass
@@ -97,6 +98,11 @@ class KVCache:
     def marks_tokens(self) -> bool:
         return self.kept is not None
 
+    @property
+    def slots(self) -> Slots | None:
+        """What kernels read (see `HasSlots`)."""
+        return Slots(self.key, self.value, self.length) if self.kept is None else None
+
     def rewound(self, length: Int[Array, " B"]) -> "KVCache":
         """The cache without the tokens after the first `length[b]` of a row."""
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))
@@ -119,16 +125,14 @@ class KVCache:
     def commit(self, update: KVUpdate, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "KVCache":
         """Appends `count[b]` of a row's tokens: the first ones, or those in `path[b]` (node indices of a tree).
 
-        The caller ensures that they fit; tokens that do not are dropped. For XLA to write in place inside a loop,
-        `count` must depend on the reads of this cache, as the outcome of a verification does.
+        A row without room for them fails (`invalid_without_room`). For XLA to write in place inside a loop, `count`
+        must depend on the reads of this cache, as the outcome of a verification does.
         """
         key, value, kept = update.key, update.value, update.kept
         if path is not None:
             key, value = (jnp.take_along_axis(x, path[:, None, :, None], axis=2) for x in (key, value))
             kept = None if kept is None else jnp.take_along_axis(kept, path, axis=1)
-        offset = jnp.arange(key.shape[2], dtype=jnp.int32)[None, :]
-        slot = jnp.where(offset < count[:, None], self.length[:, None] + offset, self.capacity)
-
+        slot = slots_after(self.length, count, key.shape[2], self.capacity)
         new_kept = self.kept
         if self.kept is not None:
             fresh = jnp.ones(slot.shape, bool) if kept is None else kept
@@ -136,6 +140,7 @@ class KVCache:
             new_kept = write_tokens(self.kept, marks, slot, axis=2)
         elif kept is not None:
             raise ValueError("an update with `kept` needs a cache made with track_kept=True, got one without")
+        key = invalid_without_room(key, self.length + count > self.capacity)
         key, value = (write_tokens(old, new, slot, axis=2) for old, new in ((self.key, key), (self.value, value)))
         return dataclasses.replace(self, key=key, value=value, length=self.length + count, kept=new_kept)
 

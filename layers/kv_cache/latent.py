@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.core import pytree
-from decodax.layers.kv_cache.write import write_tokens
+from decodax.layers.kv_cache.contract import Slots
+from decodax.layers.kv_cache.write import invalid_without_room, slots_after, write_tokens
 
 
 @pytree.dataclass
@@ -98,6 +99,11 @@ class LatentCache:
     def marks_tokens(self) -> bool:
         return self.kept is not None
 
+    @property
+    def latent_slots(self) -> Slots | None:
+        """What kernels read (see `HasSlots`)."""
+        return Slots(self.latent, self.rope_key, self.length) if self.kept is None else None
+
     def rewound(self, length: Int[Array, " B"]) -> "LatentCache":
         """The cache without the tokens after the first `length[b]` of a row."""
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))
@@ -133,8 +139,8 @@ class LatentCache:
     ) -> "LatentCache":
         """Appends `count[b]` of a row's tokens: the first ones, or those in `path[b]` (node indices of a tree).
 
-        The caller ensures that they fit; tokens that do not are dropped. For XLA to write in place inside a loop,
-        `count` must depend on the reads of this cache, as the outcome of a verification does.
+        A row without room for them fails (`invalid_without_room`). For XLA to write in place inside a loop, `count`
+        must depend on the reads of this cache, as the outcome of a verification does.
         """
         latent, rope_key, kept = update.latent, update.rope_key, update.kept
         if path is not None:
@@ -142,8 +148,8 @@ class LatentCache:
             kept = None if kept is None else jnp.take_along_axis(kept, path, axis=1)
         if self.kept is None and kept is not None:
             raise ValueError("an update with `kept` needs a cache made with track_kept=True, got one without")
-        offset = jnp.arange(latent.shape[1], dtype=jnp.int32)[None, :]
-        slot = jnp.where(offset < count[:, None], self.length[:, None] + offset, self.capacity)
+        slot = slots_after(self.length, count, latent.shape[1], self.capacity)
+        latent = invalid_without_room(latent, self.length + count > self.capacity)
         new_kept = self.kept
         if new_kept is not None:
             new_kept = write_tokens(new_kept, jnp.ones(slot.shape, bool) if kept is None else kept, slot, axis=1)

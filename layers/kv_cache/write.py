@@ -7,7 +7,25 @@ row and head, the compiler gathers all rows on all devices first.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
+
+
+def slots_after(length: Int[Array, " B"], count: Int[Array, " B"], num_tokens: int, capacity: int) -> Int[Array, "B T"]:
+    """Where each of a row's new tokens goes: after its `length`; the capacity, so nowhere, from its `count` on.
+
+    Tokens beyond the last slot go to the last one.
+    """
+    offset = jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+    after = jnp.minimum(length[:, None] + offset, capacity - 1)
+    return jnp.where(offset < count[:, None], after, capacity)
+
+
+def invalid_without_room(
+    tokens: Shaped[Array, "B *tokens"], overflows: Bool[Array, " B"]
+) -> Shaped[Array, "B *tokens"]:
+    """The new tokens, NaN in the rows that have no room for theirs: decoding loops then report these rows as failed."""
+    rows = overflows.reshape(-1, *[1] * (tokens.ndim - 1))
+    return jnp.where(rows, jnp.full((), jnp.nan, tokens.dtype), tokens)
 
 
 def write_tokens(

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.attention.mask import Causal, Window
-from decodax.layers.execution import ON_THIS_DEVICE
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.mixers.contract import MixingCost
@@ -38,11 +38,13 @@ class AttentionConfig:
             num_keys, num_read = min(num_keys, self.window), min(num_read, self.window)
         return MixingCost(4 * self.num_heads * self.head_size * num_keys, num_read, self.num_heads, self.head_size)
 
-    def kernel(self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike) -> KernelSelection:
+    def kernel(
+        self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike, execution: Execution = ON_THIS_DEVICE
+    ) -> KernelSelection:
         from decodax.layers.attention.attend_kernels import select_attention  # late: not before a kernel is asked for
 
         cache = jax.eval_shape(lambda: AttentionConfig.empty_cache(self, batch_size, capacity, dtype))
         query = jax.ShapeDtypeStruct((batch_size, num_new, self.num_heads, self.head_size), dtype)
         own = jax.ShapeDtypeStruct((batch_size, self.num_kv_heads, num_new, self.head_size), dtype)
         mask = Causal() if self.window is None else Causal() & Window(self.window)
-        return select_attention(query, own, own, mask, cache, ON_THIS_DEVICE)
+        return select_attention(query, own, own, mask, cache, execution)

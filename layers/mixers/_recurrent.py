@@ -6,6 +6,7 @@ import jax
 from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.selection import KernelSelection
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
@@ -47,7 +48,9 @@ class RecurrentConfig:
         """Decay, update and read of the state."""
         return MixingCost(6 * math.prod(self.state_shape), 0)
 
-    def kernel(self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike) -> KernelSelection:
+    def kernel(
+        self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike, execution: Execution = ON_THIS_DEVICE
+    ) -> KernelSelection:
         """Of linear attention with decay, for several tokens; other recurrences say that they have none."""
         if num_new == 1 or not self.has_kernel:
             return KernelSelection("xla", f"there is no kernel for {type(self).__name__} on {num_new} tokens")
@@ -62,4 +65,4 @@ class RecurrentConfig:
                 (key_size if self.decays_per_channel else 1, "float32"),
             )
         )
-        return select_linear_attention(key, key, value, decay)
+        return select_linear_attention(key, key, value, decay, implementation=execution.implementation)

@@ -180,7 +180,7 @@ class CCA(nn.Module):
         if isinstance(cache, Staged):
             kv_cache = Staged(kv_cache, cache.update.kv, cache.position)
         options = {"scale": config.scale, "softcap": None, "execution": self.execution}
-        mixed = attend(query, key, value, position, mask, kv_cache, **options)
+        mixed, _ = attend(query, key, value, position, mask, kv_cache, **options)
         flat, over_heads = mixed.reshape(*inputs.shape[:2], -1), {"axis_name": "N", "execution": self.execution}
         output = row_parallel_linear(flat, weight["out"], weight.get("out_bias"), **over_heads)
         return output, TailedUpdate(KVUpdate(key, value), columns)

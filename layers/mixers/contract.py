@@ -11,7 +11,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from decodax.kernels_pallas.selection import KernelSelection
-from decodax.layers.execution import Execution
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 
@@ -65,6 +65,11 @@ class Mixer(Protocol):
         """The cost of each of `num_new` new tokens after `num_cached` cached ones, on average."""
         ...
 
-    def kernel(self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike) -> KernelSelection:
-        """What runs for `num_new` new tokens per row, with a cache of that capacity, on this machine, and why."""
+    def kernel(
+        self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike, execution: Execution = ON_THIS_DEVICE
+    ) -> KernelSelection:
+        """What runs for `num_new` new tokens per row, with a cache of that capacity, and why.
+
+        Raises NotImplementedError where `execution` asks for a kernel that does not fit.
+        """
         ...

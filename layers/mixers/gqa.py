@@ -160,7 +160,7 @@ class GQA(nn.Module):
         if isinstance(cache, Tile):
             mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
         else:
-            mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
+            mixed, _ = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         flat = flat if gate is None else flat * jax.nn.sigmoid(gate)
         output = row_parallel_linear(

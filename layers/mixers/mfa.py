@@ -105,6 +105,6 @@ class MFA(nn.Module):
         if isinstance(cache, Tile):
             mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
         else:
-            mixed = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
+            mixed, _ = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         return row_parallel_linear(flat, weight["out"], axis_name="N", execution=self.execution), KVUpdate(key, value)

@@ -129,7 +129,9 @@ class MLAConfig:
         expansion = 2 * self.latent_rank * self.num_heads * (self.nope_size + self.value_size)
         return MixingCost(mixing + expansion * num_cached / num_new, num_cached, *own)
 
-    def kernel(self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike) -> KernelSelection:
+    def kernel(
+        self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike, execution: Execution = ON_THIS_DEVICE
+    ) -> KernelSelection:
         from decodax.layers.attention.expanded_kernels import select_expanded  # late: not before a kernel is asked for
 
         def operand(size: int) -> jax.ShapeDtypeStruct:
@@ -138,8 +140,8 @@ class MLAConfig:
         cache = jax.eval_shape(lambda: self.empty_cache(batch_size, capacity, dtype))
         if num_new > self.most_absorbed_tokens:
             query = operand(self.nope_size + self.rope_size)
-            return select_expanded(query, self.value_size, Causal(), cache, ON_THIS_DEVICE)
-        return select_absorbed(operand(self.latent_rank), operand(self.rope_size), Causal(), cache, ON_THIS_DEVICE)
+            return select_expanded(query, self.value_size, Causal(), cache, execution)
+        return select_absorbed(operand(self.latent_rank), operand(self.rope_size), Causal(), cache, execution)
 
 
 class MLA(nn.Module):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch, fetch_own
 from decodax.kernels_pallas.selection import KernelSelection
-from decodax.layers.execution import REPLICATED, Execution
+from decodax.layers.execution import ON_THIS_DEVICE, REPLICATED, Execution
 from decodax.layers.feed_forward import Activation, GatedMLP, GatedMLPConfig, check_activation
 from decodax.layers.moe.dispatch.contract import Setting
 from decodax.layers.moe.dispatch.selection import select_dispatch
@@ -101,15 +101,18 @@ class MoEConfig:
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return MoE(self, hidden_size, execution, name=name)
 
-    def kernel(self, hidden_size: int, num_tokens: int, dtype: DTypeLike) -> KernelSelection:
-        """What multiplies `num_tokens` tokens with the matrices of their experts on this machine, and why."""
+    def kernel(
+        self, hidden_size: int, num_tokens: int, dtype: DTypeLike, execution: Execution = ON_THIS_DEVICE
+    ) -> KernelSelection:
+        """What multiplies `num_tokens` tokens with the matrices of their experts, and why."""
         from decodax.kernels_pallas.grouped_matmul import select_grouped_matmul  # late: not before it is asked for
 
         num_rows = int(num_tokens * self.router.experts_per_token)
         tokens = jax.ShapeDtypeStruct((num_rows, hidden_size), dtype)
         weight = jax.ShapeDtypeStruct((self.router.num_experts, self.intermediate_size, hidden_size), dtype)
         has_fused_kernel = self.activation == "silu" and not self.bias
-        return select_grouped_matmul(tokens, *(weight,) * (2 if has_fused_kernel else 1))
+        weights = (weight,) * (2 if has_fused_kernel else 1)
+        return select_grouped_matmul(tokens, *weights, implementation=execution.implementation)
 
 
 class _Weights(nn.Module):

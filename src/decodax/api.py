@@ -71,6 +71,7 @@ def load(
     Raises ConnectionError when a download is needed and not possible.
     Raises ValueError for files that do not fit or are not understood, and for a mesh that does not fit the devices or
     the model.
+    Raises NotImplementedError, with every reason, where the kernels of `implementation` do not fit the model's layers.
     """
     path = None if path_or_id is None else folder_name("path_or_id", path_or_id, ", or the id of a model on the hub")
     known_mesh = "a text like 'tensor=4,data=2' or a jax.sharding.Mesh"

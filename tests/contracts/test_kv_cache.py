@@ -138,9 +138,9 @@ def test_an_example_is_of_its_method(request, filled):
 
 
 def test_a_layer_sees_what_was_committed(filled):
-    """By definition. In the last row some tokens of the third commit, and all of the fourth, have no room."""
+    """By definition; the last row is full after the third commit."""
     cache, rows = filled.empty(CAPACITY), [filled.tokens(filled.update(0), row, []) for row in range(BATCH)]
-    for seed, (count, path) in enumerate([([3, 0, 5], None), ([2, 4, 4], PATH), ([0, 5, 5], None), ([4, 1, 2], PATH)]):
+    for seed, (count, path) in enumerate([([3, 0, 5], None), ([2, 4, 4], PATH), ([0, 5, 3], None), ([4, 1, 0], PATH)]):
         update = filled.update(seed)
         cache = commit(cache, update, np.array(count, np.int32), path)
         for row, size in enumerate(count):
@@ -243,6 +243,25 @@ def test_a_token_not_kept_counts_and_is_not_seen(filled):
         short = np.array([[*nodes, *[0] * (4 - len(nodes))] for nodes in present], np.int32)
         want = commit(filled.cache, update, np.array(list(map(len, present)), np.int32), short)
         assert_same(filled.example, got, want, alike=True)
+
+
+@pytest.mark.parametrize("filled", [name for name in EXAMPLES if EXAMPLES[name].slots is not None], indirect=True)
+def test_a_row_without_room_fails_and_no_other(filled):
+    """No token is dropped in silence: what reads the row gets NaN, at once and ever after; other rows are untouched."""
+    full = commit(filled.empty(CAPACITY), filled.update(7, CAPACITY), np.array([CAPACITY, 9, 2], np.int32))
+    update, count = filled.update(8, 3), np.array([0, 3, 3], np.int32)
+    fits = seen(filled.example, commit(full, update, count), np.int32(0), CAPACITY)[2]
+    for path in (None, np.array([[2, 0, 1]] * BATCH, np.int32)):
+        for place in (0, 1):
+            over = np.where(np.arange(BATCH) == place, count + 1, count)
+            wide = filled.update(8, 4)
+            cache = commit(full, wide, over, None if path is None else np.pad(path, ((0, 0), (0, 1))))
+            for later in (cache, commit(cache, update, np.zeros(BATCH, np.int32))):
+                key, _, _, valid = map(np.asarray, seen(filled.example, later, np.int32(0), CAPACITY)[2])
+                valid = np.broadcast_to(valid, key.shape[:3])
+                for row in range(BATCH):
+                    assert np.isnan(key[row][valid[row]]).any() == (row == place)
+    assert np.isfinite(np.asarray(fits[0])).all()
 
 
 @pytest.mark.parametrize("filled", having("shard"), indirect=True)

@@ -140,7 +140,7 @@ def test_large_caches_read_both_ways(longest, window):
             buffer[row, :, length:] = GARBAGE
     mask = Causal() if window is None else Causal() & Window(window)
     arrays = (*map(jnp.asarray, (query, key, value)), jnp.asarray(lengths[:, None], jnp.int32))
-    got = attend(*arrays, mask, KVCache(*map(jnp.asarray, cached), jnp.asarray(lengths)), scale=0.3, softcap=None)
+    got, lse = attend(*arrays, mask, KVCache(*map(jnp.asarray, cached), jnp.asarray(lengths)), scale=0.3, softcap=None)
     for row, length in enumerate(lengths):
         keys, values = (
             np.concatenate([old[row, :, :length], new[row]], 1).swapaxes(0, 1)
@@ -149,6 +149,9 @@ def test_large_caches_read_both_ways(longest, window):
         readable = np.arange(length + 1) > (-1 if window is None else length - window)
         want = attention(query[row, 0], keys, values, readable, 0.3)
         np.testing.assert_allclose(got[row, 0], want, atol=TOLERANCE, rtol=TOLERANCE)
+        for head in range(HEADS):
+            scores = 0.3 * keys[readable, head * KV_HEADS // HEADS].astype(np.float64) @ query[row, 0, head]
+            np.testing.assert_allclose(lse[row, 0, head], np.log(np.exp(scores).sum()), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
@@ -166,7 +169,7 @@ def test_many_new_tokens_in_tiles(tree, monkeypatch):
     position = (LENGTHS[:, None] + allowed.sum(-1) - 1).astype(np.int32)
     cache = KVCache(*map(jnp.asarray, cached), jnp.asarray(LENGTHS))
     arrays = (*map(jnp.asarray, (query, key, value, position)), mask, cache)
-    got = attend(*arrays, scale=0.3, softcap=None)
+    got, _ = attend(*arrays, scale=0.3, softcap=None)
     for row, length in enumerate(LENGTHS):
         keys, values = (
             np.concatenate([old[row, :, :length], new[row]], 1).swapaxes(0, 1)
@@ -200,7 +203,7 @@ def test_a_mask_of_ones_own_may_let_tokens_attend_to_later_ones(size, cached):
     cache = KVCache.empty(1, 1, 16, SIZE, jnp.float32)
     past = random.standard_normal((2, 1, 1, cached, SIZE)).astype(np.float32)
     cache = cache.commit(KVUpdate(*map(jnp.asarray, past)), jnp.array([cached]))
-    got = attend(
+    got, _ = attend(
         jnp.asarray(query.swapaxes(1, 2)), jnp.asarray(key), jnp.asarray(value), jnp.asarray(position)[None],
         InBlocks(size), cache if cached else None, scale=0.3, softcap=None,
     )  # fmt: skip
@@ -218,4 +221,5 @@ def test_without_cache_equals_an_empty_one():
     arrays = (jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), position, Causal())
     empty = KVCache.empty(BATCH, KV_HEADS, CAPACITY, SIZE, jnp.float32)
     without = attend(*arrays, None, scale=0.3, softcap=None)
-    np.testing.assert_allclose(attend(*arrays, empty, scale=0.3, softcap=None), without, atol=TOLERANCE)
+    for got, want in zip(attend(*arrays, empty, scale=0.3, softcap=None), without, strict=True):
+        np.testing.assert_allclose(got, want, atol=TOLERANCE)

@@ -50,8 +50,7 @@ def operands(num_new: int, num_staged: int, *, heads: int = HEADS, kv_heads: int
 
 def run(attention, arrays, mask, cache, **options):
     """The attention output, compiled as a whole."""
-    output = jax.jit(lambda *arrays: attention(*arrays, mask, cache, **options))(*arrays)
-    return output[0] if isinstance(output, tuple) else output
+    return jax.jit(lambda *arrays: attention(*arrays, mask, cache, **options)[0])(*arrays)
 
 
 def zeroed(cache: KVCache | Staged) -> KVCache | Staged:
@@ -106,7 +105,7 @@ def test_gradients_are_those_of_plain_jax():
     def loss(attention, *arrays):
         return jnp.sum(jnp.sin(attention(*arrays, position, mask, cache, **options)))
 
-    in_kernels = lambda *operands, **options: attend(*operands, **options, execution=Execution("tpu_interpreted"))
+    in_kernels = lambda *operands, **options: attend(*operands, **options, execution=Execution("tpu_interpreted"))[0]
     in_xla = lambda *operands, **options: attend_in_xla(*operands, **options)[0]
     gradients = jax.jit(jax.grad(loss, argnums=(1, 2, 3)), static_argnums=0)
     got, want = (gradients(attention, *arrays) for attention in (in_kernels, in_xla))
@@ -146,7 +145,7 @@ def test_this_device_has_no_kernels():
     ("num_new", "mask", "change", "words"),
     [
         (5, Ancestors(jnp.ones((1, 5, 5), bool)), lambda cache: None, "no chain with a window"),
-        (1, Causal(), lambda cache: dataclasses.replace(cache, kept=jnp.ones((3, 2, CAPACITY), bool)), "which tokens"),
+        (1, Causal(), lambda cache: dataclasses.replace(cache, kept=jnp.ones((3, 2, CAPACITY), bool)), "marks tokens"),
         (1, Causal(), lambda cache: dataclasses.replace(cache, key=cache.key.astype(jnp.bfloat16)), "holds bfloat16"),
         (70, Causal() & Ancestors(jnp.ones((1, 70, 70), bool)), lambda cache: cache, "no chain with a window"),
         (70, Causal(), staged, "staged tokens need a cache before them"),

@@ -93,7 +93,7 @@ def test_equals_one_device(name, mesh):
     if mesh == "context=8":
         assert select_implementation(IMPLEMENTATIONS, (*arrays, mask, cache), execution) == f"split {split}"
     options = {"scale": 0.3, "softcap": softcap}
-    attention = jax.jit(lambda *operands: attend(*operands, execution=execution, **options))
+    attention = jax.jit(lambda *operands: attend(*operands, execution=execution, **options)[0])
     want = on_one_device(*arrays, mask, cache, **options)
     compiled = attention.lower(*arrays, mask, execution.constrained(cache)).compile()
     np.testing.assert_allclose(compiled(*arrays, mask, execution.constrained(cache)), want, atol=TOLERANCE)
@@ -109,7 +109,7 @@ def test_a_whole_text(mesh, way):
     """Without a cache, and by the way that is asked for: a ring that only permutes, and only all-to-alls."""
     *arrays, _ = operands("chunk")
     execution = over(mesh, context=way)
-    attention = jax.jit(lambda *arrays: attend(*arrays, Causal(), None, execution=execution, **OPTIONS))
+    attention = jax.jit(lambda *arrays: attend(*arrays, Causal(), None, execution=execution, **OPTIONS)[0])
     if mesh == "context=2,tensor=4":  # two key-value heads cannot be dealt to four devices: left to XLA
         assert select_implementation(IMPLEMENTATIONS, (*arrays, Causal(), None), execution) == "xla"
     else:
@@ -229,7 +229,7 @@ def test_what_cannot_be_split_is_left_to_the_compiler():
     execution = over("context=8")
     odd = KVCache(*(buffer[:, :, :317] for buffer in (cache.key, cache.value)), cache.length)
     assert select_implementation(IMPLEMENTATIONS, (*arrays, Causal(), odd), execution) == "xla"
-    got = jax.jit(lambda *arrays: attend(*arrays, Causal(), odd, execution=execution, **OPTIONS))(*arrays)
+    got = jax.jit(lambda *arrays: attend(*arrays, Causal(), odd, execution=execution, **OPTIONS)[0])(*arrays)
     np.testing.assert_allclose(got, on_one_device(*arrays, Causal(), odd, **OPTIONS), atol=TOLERANCE)
 
 
@@ -240,7 +240,7 @@ def test_broken_tokens_reach_only_their_readers():
     attention = jax.jit(
         lambda value: attend(
             query, key, value, position, mask, execution.constrained(cache), execution=execution, **OPTIONS
-        )
+        )[0]
     )
     sound, got = attention(value), attention(value.at[:, :, 1].set(jnp.nan))
     nonfinite = np.isnan(got).any(axis=(0, 2, 3))

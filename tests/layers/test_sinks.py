@@ -17,8 +17,8 @@ SINK = np.array([-30.0, -1.0, 0.0, 0.5, 2.0, 30.0], np.float32)
 
 
 def expected(query, key, value, cached_key, cached_value, window):
-    """Row by row and head by head."""
-    output = np.zeros(query.shape)
+    """Output and log-sum-exp, row by row and head by head."""
+    output, lse = np.zeros(query.shape), np.zeros(query.shape[:3])
     for row, token, head in np.ndindex(BATCH, NEW, HEADS):
         group, length = head // (HEADS // KV_HEADS), LENGTHS[row]
         first = max(length + token - window + 1, 0)
@@ -26,7 +26,8 @@ def expected(query, key, value, cached_key, cached_value, window):
         values = np.concatenate([cached_value[row, group, :length], value[row, group, : token + 1]])[first:]
         weight = np.exp(np.append(keys @ query[row, token, head] * 0.3, SINK[head]).astype(np.float64))
         output[row, token, head] = (weight[:-1] / weight.sum()) @ values
-    return output
+        lse[row, token, head] = np.log(weight.sum())
+    return output, lse
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu_interpreted"])
@@ -43,5 +44,5 @@ def test_a_sink_is_one_more_score(implementation):
         return attend(query, key, value, position, mask, cache, scale=0.3, softcap=None, sink=sink, execution=execution)
 
     arrays = tuple(map(jnp.asarray, (query, key, value, SINK)))
-    want = expected(query, key, value, *cached, window=5)
-    np.testing.assert_allclose(jax.jit(run)(*arrays), want, atol=TOLERANCE)
+    for got, want in zip(jax.jit(run)(*arrays), expected(query, key, value, *cached, window=5), strict=True):
+        np.testing.assert_allclose(got, want, atol=TOLERANCE)

@@ -11,10 +11,11 @@ from decodax.decoding.sizes import cache_capacity
 from decodax.kernels_pallas import KERNELS, module_of, shapes_of
 from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.execution import ON_THIS_DEVICE
-from decodax.layers.moe.layer import MoEConfig
 from decodax.models.config import ModelConfig
 from decodax.models.configs.hf_config import load_config
+from decodax.models.layer_kernels import LayerKernel, layer_kernels
 from decodax.models.load import find_folder, working_dtype
+from decodax.models.model import Model
 
 # The operands that decide, in the order of a kernel's `select_...` function.
 _DECIDING = {
@@ -44,21 +45,6 @@ class KernelRow:
     reason: str
     tpu: str | None
     gpu: str | None
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """The kernel selection on this machine for some of a model's layers.
-
-    part: of these layers, the "mixer" or the "experts".
-    step: "prompt" or "decoding".
-    """
-
-    layers: str
-    part: str
-    step: str
-    implementation: str
-    reason: str
 
 
 def kernel_selections() -> list[KernelRow]:
@@ -104,32 +90,18 @@ def read_model(path_or_id: str | None, dtype: str | None) -> tuple[str, ModelCon
 
 def layer_selections(
     config: ModelConfig, dtype: DTypeLike, batch_size: int, prompt_tokens: int, new_tokens: int
-) -> list[LayerRow]:
+) -> list[LayerKernel]:
     """For layers of the same sizes, what runs in prefill and in decoding."""
-    groups: dict[tuple[str, Any], list[int]] = {}
-    for index, block in enumerate(config.blocks):
-        groups.setdefault(("mixer", block.mixer), []).append(index)
-        if isinstance(block.feed_forward, MoEConfig):
-            groups.setdefault(("experts", block.feed_forward), []).append(index)
-    rows = []
-    for (part, layer), layers in groups.items():
-        for step, num_tokens in (("prompt", prompt_tokens), ("decoding", 1)):
-            capacity = cache_capacity(prompt_tokens + new_tokens, ON_THIS_DEVICE)
-            if part == "mixer":
-                here = layer.kernel(batch_size, num_tokens, capacity, jnp.dtype(dtype))
-            else:
-                here = layer.kernel(config.hidden_size, batch_size * num_tokens, jnp.dtype(dtype))
-            named = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}..{layers[-1]} ({len(layers)})"
-            rows.append(LayerRow(named, part, step, here.implementation, here.reason))
-    return rows
+    capacity = cache_capacity(prompt_tokens + new_tokens, ON_THIS_DEVICE)
+    return list(layer_kernels(Model(config), jnp.dtype(dtype), batch_size, prompt_tokens, 1, capacity))
 
 
-def document(kernels: list[KernelRow], layers: list[LayerRow]) -> dict[str, Any]:
+def document(kernels: list[KernelRow], layers: list[LayerKernel]) -> dict[str, Any]:
     """The document of `--json`."""
     return {"kernels": [asdict(row) for row in kernels], "layers": [asdict(row) for row in layers]}
 
 
-def print_tables(name: str, kernels: list[KernelRow], layers: list[LayerRow], caption: str) -> None:
+def print_tables(name: str, kernels: list[KernelRow], layers: list[LayerKernel], caption: str) -> None:
     from rich.console import Console
     from rich.table import Table
 

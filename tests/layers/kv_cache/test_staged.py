@@ -27,7 +27,7 @@ def example():
 
 
 def attended(query, new, position, mask, cache):
-    return attend(query, new.key, new.value, position, mask, cache, scale=0.3, softcap=2.0)
+    return attend(query, new.key, new.value, position, mask, cache, scale=0.3, softcap=2.0)[0]
 
 
 def positions(first, count):

@@ -130,10 +130,10 @@ def test_gradients_are_those_of_plain_jax():
 @pytest.mark.parametrize(
     ("num_new", "mask", "change", "words"),
     [
-        (1, Causal(), {"kept": jnp.ones((2, CAPACITY), bool)}, "which tokens"),
+        (1, Causal(), {"kept": jnp.ones((2, CAPACITY), bool)}, "marks tokens"),
         (1, Causal(), {"latent": jnp.zeros((2, CAPACITY, RANK), jnp.bfloat16)}, "holds bfloat16"),
         (1, Causal() & Window(9), {}, "read all cached tokens"),
-        (40, Causal(), {"kept": jnp.ones((2, CAPACITY), bool)}, "which tokens"),
+        (40, Causal(), {"kept": jnp.ones((2, CAPACITY), bool)}, "marks tokens"),
         (40, Causal(), {"latent": jnp.zeros((2, CAPACITY, RANK), jnp.bfloat16)}, "holds bfloat16"),
         (40, TREE, {}, "no chain with a window"),
         (40, Causal(), {"latent": jnp.zeros((2, 200, RANK)), "rope_key": jnp.zeros((2, 200, ROPE))}, "multiple of 128"),
@@ -160,8 +160,11 @@ def test_what_else_no_kernel_takes():
     with pytest.raises(NotImplementedError, match="at most 128 new and staged tokens, these are 130"):
         select_absorbed(query, query, Causal(), staged, Execution("tpu"))
     wrapped = dataclasses.replace(staged, cache="something else")
-    with pytest.raises(NotImplementedError, match="reads caches of the class LatentCache, this one is a str"):
+    with pytest.raises(NotImplementedError, match=r"the cache \(str\) has no latent_slots for it"):
         select_absorbed(query, query, Causal(), wrapped, Execution("tpu"))
+    both = r"the cache \(str\) has no latent_slots .*; it takes at most 128 .*; its mask \(Both\) does not let"
+    with pytest.raises(NotImplementedError, match=both):
+        select_absorbed(query, query, Causal() & Window(3), wrapped, Execution("tpu"))
     assert select_absorbed(query, query, Causal(), staged, Execution()).backend == "xla"
     assert expanded_kernels.select_expanded(query, 32, Causal(), None, Execution()).backend == "xla"
 
