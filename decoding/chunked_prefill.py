@@ -14,9 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from decodax.core.arguments import whole_number
 from decodax.core.axes import declared_axes
 from decodax.decoding.early_exit.contract import LayerPolicy
 from decodax.decoding.logits_processors import History
@@ -77,23 +79,33 @@ def prefill(
     cache_policy: what the caches keep; by default what `layer_policy` needs. It must mark tokens where that does.
     layer_policy: which layers the prompts run, all by default (`decoding/early_exit/`).
 
+    In a jitted function, prompts, lengths and seeds may be traced: then the sizes are those of the longest prompt that
+    `tokens` has room for, `max_new_tokens` is one number, and values cannot be checked.
+
     Raises ValueError for an empty row, token ids outside the vocabulary, shapes that do not match, and rows that would
     be longer than the model's context. Raises ValueError for a cache policy that the model's layers, or the layer
     policy, cannot use.
     Raises MemoryError when the cache would not fit on the device.
     """
-    tokens, length = np.asarray(tokens), np.asarray(length, np.int32)
-    limit = length + np.asarray(max_new_tokens, np.int32)
-    _check_prompt(model, tokens, length, limit)
-    batch, longest = tokens.shape[0], int(length.max())
-    capacity = cache_capacity(int(limit.max()), model.execution)
+    is_traced = any(isinstance(given, Tracer) for given in (tokens, length, max_new_tokens, seed))
+    numpy: Any = jnp if is_traced else np
+    tokens, length = numpy.asarray(tokens), numpy.asarray(length, np.int32)
+    limit = length + numpy.asarray(max_new_tokens, np.int32)
+    if is_traced:
+        most_new = whole_number("max_new_tokens", max_new_tokens, least=1, otherwise=", where prompts are traced")
+        longest, most = tokens.shape[1], tokens.shape[1] + most_new
+        _check_prompt(model, np.zeros(tokens.shape), np.full(length.shape, longest), np.full(length.shape, most))
+    else:
+        _check_prompt(model, tokens, length, limit)
+        longest, most = int(length.max()), int(limit.max())
+    batch, capacity = tokens.shape[0], cache_capacity(most, model.execution)
     dtype = cache_dtype or model.dtype(params)
     policy = _cache_policy(model, cache_policy, layer_policy)
     check_cache_fits(model, batch, capacity, dtype, policy)
     sampling = Sampling.create(batch, model.config.vocab_size) if sampling is None else sampling
     width = min(tokens.shape[1], capacity)
-    padded = np.zeros((batch, capacity), np.int32)
-    padded[:, :width] = np.where(np.arange(width) < length[:, None], tokens[:, :width], 0)
+    prompt = numpy.where(np.arange(width)[None, :] < length[:, None], tokens[:, :width], 0).astype(np.int32)
+    padded = numpy.pad(prompt, ((0, 0), (0, capacity - width)))
     stops = np.broadcast_to(np.asarray(stop_token_ids, np.int32), (batch, len(stop_token_ids)))
     state = empty_state(
         model,
@@ -101,7 +113,7 @@ def prefill(
         padded,
         length,
         limit,
-        np.asarray(seed, np.uint32),
+        numpy.asarray(seed, np.uint32),
         stops,
         sampling,
         policy,
@@ -142,7 +154,7 @@ def _without_options(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, history=history, sampling=Sampling((), False))
 
 
-def _check_prompt(model: Model, tokens: np.ndarray, length: np.ndarray, limit: np.ndarray) -> None:
+def _check_prompt(model: Model, tokens: HostOrDevice, length: HostOrDevice, limit: HostOrDevice) -> None:
     """Raises ValueError with the row and what to do when a prompt cannot be run."""
     if tokens.ndim != 2 or length.shape != tokens.shape[:1]:
         raise ValueError(f"tokens must be [B, T] and length [B], got shapes {tokens.shape} and {length.shape}")

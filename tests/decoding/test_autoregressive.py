@@ -237,3 +237,32 @@ def test_a_recurrent_state_is_not_said_to_shrink_with_the_tokens(monkeypatch, ki
             check_cache_fits(model, 3, 40, jnp.float32)
         tokens = int(message.split("That holds ")[1].split(" tokens")[0])
         assert cache_bytes(model, 3, tokens, jnp.float32) <= size - 1 < cache_bytes(model, 3, tokens + 1, jnp.float32)
+
+
+def test_prompts_and_seeds_may_be_traced():
+    """Prefill and decoding in one jitted function of prompts, lengths and seeds: one program, the same tokens."""
+    sampling = decoding.Sampling.create(3, 37, temperature=[0.0, 0.8, 1.2])
+    decode = decoding.autoregressive(MODEL)
+
+    @jax.jit
+    def run(params, tokens, length, seed):
+        return decode(params, decoding.prefill(MODEL, params, tokens, length, 7, seed, sampling=sampling))
+
+    rows = np.random.default_rng(5).integers(0, 37, (2, 3, 11))
+    for tokens, length, seed in zip(rows, ([11, 4, 1], [2, 9, 7]), ([1, 2, 3], [4, 5, 6]), strict=True):
+        length = np.array(length, np.int32)
+        state = decoding.prefill(MODEL, PARAMS, tokens, length, 7, np.array(seed), sampling=sampling)
+        got, want = run(PARAMS, tokens, length, np.array(seed)), decode(PARAMS, state)
+        np.testing.assert_array_equal(got.length, want.length)
+        for row, end in enumerate(length + 7):
+            np.testing.assert_array_equal(got.tokens[row, :end], want.tokens[row, :end])
+    assert run._cache_size() == 1
+
+
+def test_what_cannot_be_traced_is_said():
+    tokens, length, seed = jnp.zeros((1, 11), jnp.int32), jnp.array([11]), jnp.array([0])
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number, at least 1, where prompts"):
+        jax.jit(lambda most: decoding.prefill(MODEL, PARAMS, tokens, length, most, seed))(jnp.array([7]))
+    context = MODEL.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"fit in the model's context of {context}, got 11 \+ {context} tokens"):
+        jax.jit(lambda tokens: decoding.prefill(MODEL, PARAMS, tokens, length, context, seed))(tokens)
