@@ -20,7 +20,7 @@ from decodax.decoding.pace import Pace
 from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.ready_strategy import ReadyStrategy
 from decodax.decoding.rows import repeat_rows
-from decodax.decoding.sizes import chunk_tokens
+from decodax.decoding.sizes import check_step_fits, chunk_tokens
 from decodax.decoding.state import DecodeState
 from decodax.decoding.text_watcher import TextWatcher
 from decodax.models.layer_kernels import LayerKernel, layer_kernels
@@ -144,6 +144,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         assert_same_on_all_processes(lm.model.execution.mesh, _run_fingerprint(lm, rows, options))
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
     plan = ReadyStrategy(lm, options, len(seeds))
+    check_step_fits(lm.model, len(seeds), plan.step_tokens, plan.num_logits_arrays(sampling))
     lengths = np.asarray([len(ids) for ids in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int64)
     for index, ids in enumerate(rows):

@@ -14,11 +14,13 @@ class NodeRandom:
     """The random numbers of a round; they depend on a row's seed and on positions only, so not on the batch.
 
     seed: one per row.
-    position: of the token that follows each node (prompt included, from 0).
+    position: of the token that follows each node (prompt included, from 0); the root's is the lowest.
+    max_depth: edges on the longest path.
     """
 
     seed: UInt32[Array, " B"]
     position: Int[Array, "B C"]
+    max_depth: int = pytree.static()
 
     def uniform(self) -> Float32[Array, "B C"]:
         """A number in [0, 1) for every node, which decides its acceptance; those of siblings are independent."""
@@ -32,10 +34,18 @@ class NodeRandom:
         uniform = (jax.vmap(random_bits)(keys, node) >> 8).astype(jnp.float32) * 2.0**-24
         return uniform.reshape(self.position.shape)
 
-    def token_noise(self, vocab_size: int) -> Float32[Array, "B C V"]:
-        """Gumbel noise at every node: added to the target's logits, its argmax is the token of plain decoding."""
-        noise = gumbel(self._keys(self.position, Draw.TOKEN).reshape(-1), (vocab_size,))
-        return noise.reshape(*self.position.shape, vocab_size)
+    def sample(self, logits: Float32[Array, "B C V"]) -> Int[Array, "B C"]:
+        """The token that plain decoding would draw after every node, for these logits (softmax: the distribution).
+
+        Nodes of one depth share a position, and so the noise: it is made for max_depth + 1 positions, not for C nodes.
+        """
+        root = self.position[:, :1]
+        levels = root + jnp.arange(self.max_depth + 1, dtype=root.dtype)[None, :]
+        noise = gumbel(self._keys(levels, Draw.TOKEN).reshape(-1), (logits.shape[2],))
+        noise = noise.reshape(*levels.shape, logits.shape[2])
+        if levels.shape != self.position.shape:  # a chain has one node at each depth
+            noise = jnp.take_along_axis(noise, (self.position - root)[:, :, None], axis=1)
+        return jax.vmap(argmax_token, in_axes=1, out_axes=1)(logits + noise)
 
     def draw(self, node: Int[Array, " B"], probs: Float32[Array, "B V"]) -> Int[Array, " B"]:
         """A token after `node`, drawn from `probs` with the random numbers of plain decoding at that position."""

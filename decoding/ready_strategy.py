@@ -12,8 +12,10 @@ from decodax.core.method_text import method_from_text
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.built_strategies import build_once, on_devices_of
 from decodax.decoding.draft_length import DraftChoice
+from decodax.decoding.drafters import Children
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.programs import bounded_jit
+from decodax.decoding.sampling import Sampling
 from decodax.decoding.speculative_decoding import Speculative, speculative
 from decodax.decoding.state import DecodeState
 from decodax.decoding.strategies import METHODS as STRATEGIES
@@ -68,6 +70,16 @@ class ReadyStrategy:
     def step_tokens(self) -> int:
         """Tokens of one forward of the model in the loop: those of a draft, and the last one."""
         return 1 if self._speculative is None else self._speculative.drafter.num_nodes
+
+    def num_logits_arrays(self, sampling: Sampling) -> int:
+        """Arrays [B, C, V] that a step makes: logits, those after processors, the draft's distributions, random bits.
+
+        A product with few rows on CPU makes the logits in another layout first.
+        """
+        if self._speculative is None:
+            return 1 + bool(sampling.processors) + sampling.do_sample
+        draws = sampling.do_sample and self._speculative.drafter.children is not Children.CHOSEN
+        return 2 + bool(sampling.processors) + draws
 
     def start(self, state: DecodeState) -> DecodeState:
         """Lets the drafter prefill the prompts."""

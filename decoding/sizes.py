@@ -81,6 +81,23 @@ def _available_host_bytes() -> int | None:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_step_fits(model: Model, batch_size: int, num_tokens: int, num_arrays: int) -> None:
+    """Raises MemoryError, with what to do, when the logits of a decoding step are larger than the free memory.
+
+    num_tokens: of the step: the nodes of a draft.
+    num_arrays: float32 [B, C, V] that the step makes, C being these tokens.
+    """
+    vocab_size, execution = model.vocab_size, model.execution
+    num_shards = execution.num_shards("B", batch_size) * execution.num_shards("V", vocab_size)
+    needed, free = 4 * num_arrays * batch_size * num_tokens * vocab_size // num_shards, free_bytes()
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"a step over {num_tokens} tokens in each of {batch_size} rows makes {num_arrays} arrays of logits "
+            f"[{batch_size}, {num_tokens}, {vocab_size}], {needed:,} bytes, and {free:,} are free: "
+            f"{'lower draft_tokens, or split the batch' if num_tokens > 1 else 'split the batch'}"
+        )
+
+
 def check_cache_fits(
     model: Model, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
 ) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from decodax.decoding.verifiers.contract import Verifier as Verifier
     from decodax.decoding.verifiers.contract import at_node as at_node
     from decodax.decoding.verifiers.contract import follow_argmax as follow_argmax
+    from decodax.decoding.verifiers.contract import follow_tokens as follow_tokens
     from decodax.decoding.verifiers.deterministic_tree import DeterministicTree as DeterministicTree
     from decodax.decoding.verifiers.exact_match import ExactMatch as ExactMatch
     from decodax.decoding.verifiers.tree_rejection import TreeRejection as TreeRejection
@@ -33,5 +34,5 @@ _METHODS = Methods(
 )
 METHODS: "Mapping[str, type[Verifier]]" = _METHODS
 
-_CONTRACT = ("NodeRandom", "Verdict", "Verifier", "at_node", "follow_argmax")
+_CONTRACT = ("NodeRandom", "Verdict", "Verifier", "at_node", "follow_argmax", "follow_tokens")
 __getattr__, __dir__ = exports(__name__, _METHODS.exports | dict.fromkeys(_CONTRACT, "contract"))

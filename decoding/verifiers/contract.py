@@ -67,11 +67,15 @@ class Verifier:
 
 
 def follow_argmax(proposal: Proposal, scores: Float32[Array, "B C V"]) -> Verdict:
-    """Accepts child x of node u if x = argmax(scores[u]); the token after the last accepted node is its argmax."""
-    target_token = jax.vmap(argmax_token, in_axes=1, out_axes=1)(scores)
-    matches = proposal.token == jnp.take_along_axis(target_token, proposal.parent, axis=1)
+    """`follow_tokens` with the argmax at every node."""
+    return follow_tokens(proposal, jax.vmap(argmax_token, in_axes=1, out_axes=1)(scores))
+
+
+def follow_tokens(proposal: Proposal, token: Int[Array, "B C"]) -> Verdict:
+    """Accepts child x of node u if x = token[u]; the token after the last accepted node is `token` there."""
+    matches = proposal.token == jnp.take_along_axis(token, proposal.parent, axis=1)
     node = proposal.tree.accepted_path(matches & proposal.is_candidate)
-    return Verdict(node, at_node(target_token, node))
+    return Verdict(node, at_node(token, node))
 
 
 def at_node(values: Array, node: Int[Array, " B"]) -> Array:

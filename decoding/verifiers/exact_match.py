@@ -15,7 +15,7 @@ from jaxtyping import Array, Float32
 
 from decodax.decoding.drafters.contract import Children, Proposal
 from decodax.decoding.node_random import NodeRandom
-from decodax.decoding.verifiers.contract import Verdict, Verifier, follow_argmax
+from decodax.decoding.verifiers.contract import Verdict, Verifier, follow_tokens
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,4 @@ class ExactMatch(Verifier):
     supported_children: ClassVar[frozenset[Children]] = frozenset(Children)
 
     def verify(self, proposal: Proposal, logits: Float32[Array, "B C V"], rng: NodeRandom) -> Verdict:
-        return follow_argmax(proposal, logits + rng.token_noise(logits.shape[2]))
+        return follow_tokens(proposal, rng.sample(logits))

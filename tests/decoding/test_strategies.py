@@ -439,3 +439,16 @@ def test_another_tokenizer_is_refused():
     draft = dataclasses.replace(DRAFT, tokenizer=tokenizer, path=Path("swapped"))
     with pytest.raises(ValueError, match="token 0 is 'a' in tiny and 'b' in swapped"):
         generate(strategy="draft_model", draft=draft)
+
+
+def test_the_error_for_a_step_that_does_not_fit_says_what_would(monkeypatch):
+    """A sampled tree makes logits, processed ones, and distributions of the draft, at all of its nodes."""
+    monkeypatch.setattr("decodax.decoding.sizes.free_bytes", lambda: 4 * 4 * 3 * 9 * 37 - 1)
+    options = {"strategy": "draft_sampled_tree", "draft": DRAFT, "temperature": 0.7}
+    with pytest.raises(
+        MemoryError, match=r"9 tokens in each of 3 rows makes 4 arrays of logits \[3, 9, 37\], 15,984 bytes, and 15,983"
+    ) as refused:
+        generate(**options)
+    assert str(refused.value).endswith("lower draft_tokens, or split the batch")
+    with pytest.raises(MemoryError, match="the cache for 3 rows"):  # the step itself fits
+        generate(draft_tokens=7, **options)

@@ -43,7 +43,7 @@ def verify(rule_numbers, logits):
     rule = object.__new__(TypicalAcceptance)
     object.__setattr__(rule, "epsilon", rule_numbers[0])
     object.__setattr__(rule, "delta", rule_numbers[1])
-    return rule.verify(PROPOSAL, logits, NodeRandom(SEED, POSITION))
+    return rule.verify(PROPOSAL, logits, NodeRandom(SEED, POSITION, 3))
 
 
 @jax.jit
@@ -91,7 +91,7 @@ def test_equally_long_paths_are_chosen_by_likelihood():
     proposal = fixed_proposal(Tree.fixed(parents), jnp.array([[0, 0, 2, 1]]), jnp.ones((1, 4), bool))
     logits = jnp.asarray(np.broadcast_to(logprobs, (1, 4, 3)))
     position = jnp.array([[1, 2, 2, 2]])
-    assert TypicalAcceptance().verify(proposal, logits, NodeRandom(SEED[:1], position)).node[0] == 3
+    assert TypicalAcceptance().verify(proposal, logits, NodeRandom(SEED[:1], position, 1)).node[0] == 3
 
 
 def test_turned_off_it_is_plain_decoding():

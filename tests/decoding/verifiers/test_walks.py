@@ -133,7 +133,7 @@ def test_the_token_after_the_path_is_drawn_with_the_noise_of_its_position(name):
     rule, kind, parents = CASES[name]
     proposal, logits = proposal_of(kind, parents)
     position = positions(parents, slice(None))
-    rng = NodeRandom(SEED, position)
+    rng = NodeRandom(SEED, position, 4)
     verdict = verify(rule, proposal, logits, rng)
     node, probs = end(rule, proposal, logits, uniform_numbers(rng))
     np.testing.assert_array_equal(verdict.node, node)
@@ -144,7 +144,7 @@ def test_the_token_after_the_path_is_drawn_with_the_noise_of_its_position(name):
 
 def test_acceptance_draws_are_uniform_and_independent():
     position = positions(TREE, slice(None))
-    uniform = np.asarray(uniform_numbers(NodeRandom(SEED, position)))
+    uniform = np.asarray(uniform_numbers(NodeRandom(SEED, position, 3)))
     assert uniform.dtype == np.float32 and uniform.min() >= 0 and uniform.max() < 1
     assert len(np.unique(uniform)) > 0.999 * uniform.size
     # 2,651 numbers in ten bins; the largest correlation of 55 pairs of columns of 241 is below 4 / sqrt(241).
@@ -156,7 +156,7 @@ def test_acceptance_draws_are_uniform_and_independent():
     bits = jax.random.bits(jax.random.fold_in(key, 9), (), jnp.uint32)
     assert uniform[0, 9] == int(bits >> 8) / 2**24
     # A node's draw depends on its own position and row.
-    moved = np.asarray(uniform_numbers(NodeRandom(SEED, position.at[7, 4].add(1))))
+    moved = np.asarray(uniform_numbers(NodeRandom(SEED, position.at[7, 4].add(1), 3)))
     np.testing.assert_array_equal(np.argwhere(moved != uniform), [[7, 4]])
 
 
@@ -164,7 +164,7 @@ def test_acceptance_draws_are_uniform_and_independent():
 @pytest.mark.quick_cases(1)
 def test_eager_calls_decide_the_same(name):
     rule, kind, parents = CASES[name]
-    arguments = *proposal_of(kind, parents), NodeRandom(SEED, positions(parents, slice(None)))
+    arguments = *proposal_of(kind, parents), NodeRandom(SEED, positions(parents, slice(None)), 4)
     assert_same(rule.verify(*arguments), verify(rule, *arguments))
 
 
@@ -174,7 +174,7 @@ def test_a_tree_of_the_root_alone_gives_the_token_of_plain_decoding(name):
     proposal, logits = proposal_of(kind, parents)
     position, is_candidate = positions(parents, slice(None))[:, :1], jnp.zeros((ROWS, 1), bool)
     root = fixed_proposal(Tree.fixed([-1]), proposal.token[:, :1], is_candidate, logprobs=proposal.logprobs[:, :1])
-    verdict = verify(rule, root, logits[:, :1], NodeRandom(SEED, position))
+    verdict = verify(rule, root, logits[:, :1], NodeRandom(SEED, position, 0))
     np.testing.assert_array_equal(verdict.node, 0)
     np.testing.assert_array_equal(verdict.token, np.argmax(np.asarray(logits[:, 0] + noise_at(position[:, 0])), axis=1))
 
@@ -185,6 +185,6 @@ def test_a_draft_that_is_the_target_is_always_accepted(name):
     proposal, _ = proposal_of(kind, parents)
     every = jnp.ones(proposal.token.shape, bool).at[:, 0].set(False)
     same = dataclasses.replace(proposal, is_candidate=every)
-    verdict = verify(rule, same, proposal.logprobs, NodeRandom(SEED, positions(parents, slice(None))))
+    verdict = verify(rule, same, proposal.logprobs, NodeRandom(SEED, positions(parents, slice(None)), 4))
     first_leaf = {CHAIN: 4, TREE: 3}[parents]  # the first child of the first child ...
     np.testing.assert_array_equal(verdict.node, first_leaf)
