@@ -1,7 +1,6 @@
 """Loads a model that is ready to run from a folder, a Hugging Face id, or the demo model that decodax carries."""
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,7 +90,6 @@ def load(
     tokenizer = Tokenizer.from_folder(folder)
     end_token_ids = read_end_token_ids(folder, config.vocab_size)
     fitted = None if mesh is None else mesh_for(mesh, config, rules)
-    _warn_of_idle_options(fitted, rules=rules, sequence_parallel=sequence_parallel, pipeline=pipeline)
     execution = Execution(implementation, fitted, rules, sequence_parallel=sequence_parallel, pipeline=pipeline)
     model = Model(config, invariant, execution)
     if implementation is not None:
@@ -105,19 +103,6 @@ def load(
             opened = in_stages(opened, stack_weights(config.weights(), model.stages), model.stages)
         params = read_params(opened, dtype=kind, sharding_of=sharding_of, progress=progress)
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
-
-
-def _warn_of_idle_options(mesh: Mesh | None, *, rules: Rules, sequence_parallel: bool, pipeline: Pipeline) -> None:
-    """Warns where an option for devices changes nothing on this mesh, or without one."""
-    axes = () if mesh is None else mesh.axis_names
-    given = {
-        "rules": rules is not RULES and mesh is None,
-        "sequence_parallel": sequence_parallel and "tensor" not in axes,
-        "pipeline": pipeline != ONE_CHUNK and "pipeline" not in axes,
-    }
-    needs = {"rules": "a mesh", "sequence_parallel": "a mesh axis 'tensor'", "pipeline": "a mesh axis 'pipeline'"}
-    for name in (name for name, is_idle in given.items() if is_idle):
-        warnings.warn(f"{name} changes nothing here, as it needs {needs[name]}: see `mesh`", stacklevel=4)
 
 
 def find_folder(path_or_id: str | Path | None) -> Path:

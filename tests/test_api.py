@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import warnings
 from pathlib import Path
 
 import jax
@@ -12,6 +13,8 @@ import decodax
 from decodax.decoding import GenerateOptions
 from decodax.decoding.logits_processors import METHODS as PROCESSORS
 from decodax.sharding.pipeline import Pipeline
+from decodax.sharding.rules import Rules
+from tests.golden_files import load_golden
 
 load = inspect.unwrap(decodax.load)  # as for users: without this session's type checks
 
@@ -67,3 +70,22 @@ def test_the_signature_of_generate_is_its_options():
     assert [name for name in documented if name in options] == list(options)
     for name, method in PROCESSORS.items():
         assert f"    {name} *: {method.help}\n" in decodax.generate.__doc__
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sequence_parallel": True}, "sequence_parallel changes nothing here, as it needs a mesh axis 'tensor'"),
+        ({"sequence_parallel": True, "mesh": "data=1"}, "sequence_parallel changes nothing here"),
+        ({"pipeline": Pipeline(chunks=2)}, "pipeline changes nothing here, as it needs a mesh axis 'pipeline'"),
+        ({"rules": Rules((("B", "data"),))}, "rules changes nothing here, as it needs a mesh"),
+        ({"sequence_parallel": True, "mesh": "tensor=1"}, None),
+        ({"rules": Rules((("B", "data"),)), "mesh": "data=1"}, None),
+    ],
+)
+def test_options_that_change_nothing_without_a_mesh_say_so(options, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decodax.load(load_golden("llama").folder, **options)
+    found = [str(one.message) for one in caught if "changes nothing" in str(one.message)]
+    assert found == [] if said is None else len(found) == 1 and said in found[0]

@@ -1,6 +1,7 @@
 """Provides the functions most users need: load a model, generate with it, read its logits."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Never
 
@@ -20,6 +21,7 @@ from decodax.decoding.options import GenerateOptions
 from decodax.decoding.programs import bounded_jit
 from decodax.decoding.strategies import Speculation, Strategy
 from decodax.kernels_pallas.selection import IMPLEMENTATIONS, Implementation
+from decodax.layers.execution import Execution
 from decodax.models.load import LanguageModel, working_dtype
 from decodax.models.load import load as _load
 from decodax.models.model import Model, Params
@@ -90,7 +92,21 @@ def load(
     if adapter is not None and not isinstance(adapter, AuxiliaryWeights):
         adapter = folder_name("adapter", adapter, ", or an AuxiliaryWeights")
     lm = _load(path, dtype=working_dtype(dtype), **options)
+    _warn_of_idle_options(lm.model.execution)
     return lm if adapter is None else with_adapter(lm, adapter)
+
+
+def _warn_of_idle_options(execution: Execution) -> None:
+    """Warns where an option for devices changes nothing on this mesh, or without one."""
+    axes = () if execution.mesh is None else execution.mesh.axis_names
+    idle = {
+        "rules": execution.rules is not RULES and execution.mesh is None,
+        "sequence_parallel": execution.sequence_parallel and "tensor" not in axes,
+        "pipeline": execution.pipeline != ONE_CHUNK and "pipeline" not in axes,
+    }
+    needs = {"rules": "a mesh", "sequence_parallel": "a mesh axis 'tensor'", "pipeline": "a mesh axis 'pipeline'"}
+    for name in (name for name, is_idle in idle.items() if is_idle):
+        warnings.warn(f"{name} changes nothing here, as it needs {needs[name]}: see `mesh`", stacklevel=3)
 
 
 def generate(

@@ -58,7 +58,8 @@ def expected(prompt):
     """Greedy decoding by hand: the most probable token that makes no pair of tokens a second time."""
     ids = list(LM.tokenizer.encode(prompt))
     for _ in range(NEW):
-        logits = np.array(decodax.logits(LM, [ids])[0, -1])
+        padded = [*ids, *[0] * (64 - len(ids))]
+        logits = np.array(decodax.logits(LM, [padded])[0, len(ids) - 1])
         logits[[after for before, after in pairwise(ids) if before == ids[-1]]] = -np.inf
         ids.append(int(np.argmax(logits)))
     return ids

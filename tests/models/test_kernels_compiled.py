@@ -64,7 +64,9 @@ def cache_copies(compiled: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("chips", "kv_shards", "num_layers"), [(8, 8, SHAPES["8b"].num_layers), (16, 8, 2)], ids=["8 chips", "16 chips"]
+    ("chips", "kv_shards", "num_layers"),
+    [(8, 8, 3), pytest.param(8, 8, SHAPES["8b"].num_layers, marks=pytest.mark.slow), (16, 8, 2)],
+    ids=["8 chips", "8 chips, all layers", "16 chips"],
 )
 def test_the_decoding_loop(chips, kv_shards, num_layers):
     """Eight key-value heads on sixteen chips are held twice, and the kernel runs on each chip as on eight."""

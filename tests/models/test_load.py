@@ -1,7 +1,6 @@
 """Loading a model by name: folders, the embedded model, the hub without a network, dtypes, a quiet progress bar."""
 
 import shutil
-import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -16,8 +15,6 @@ from decodax.models import load as load_module
 from decodax.models.checkpoints.reading import NonFiniteWeightWarning
 from decodax.models.checkpoints.write_hf import to_hf
 from decodax.models.load import find_folder, load
-from decodax.sharding.pipeline import Pipeline
-from decodax.sharding.rules import Rules
 from tests.golden_files import load_golden
 
 LLAMA = load_golden("llama").folder
@@ -173,22 +170,3 @@ def test_progress_appears_only_when_it_takes_long(monkeypatch, capsys):
     load(LLAMA)
     out, err = capsys.readouterr()
     assert out == "" and "loading llama" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"sequence_parallel": True}, "sequence_parallel changes nothing here, as it needs a mesh axis 'tensor'"),
-        ({"sequence_parallel": True, "mesh": "data=1"}, "sequence_parallel changes nothing here"),
-        ({"pipeline": Pipeline(chunks=2)}, "pipeline changes nothing here, as it needs a mesh axis 'pipeline'"),
-        ({"rules": Rules((("B", "data"),))}, "rules changes nothing here, as it needs a mesh"),
-        ({"sequence_parallel": True, "mesh": "tensor=1"}, None),
-        ({"rules": Rules((("B", "data"),)), "mesh": "data=1"}, None),
-    ],
-)
-def test_options_that_change_nothing_without_a_mesh_say_so(options, said):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        load(LLAMA, **options)
-    found = [str(one.message) for one in caught if "changes nothing" in str(one.message)]
-    assert found == [] if said is None else len(found) == 1 and said in found[0]
