@@ -46,7 +46,7 @@ POLICIES = examples_of(policy_examples, early_exit.METHODS)
 EXAMPLES = [*DRAFTERS, *(name for name in POLICIES if not name.endswith(policy_examples.SKIPS))]
 # Examples with their own handling of layers; the others, and the same for other kinds, are slow, because of compiling.
 FAST = {
-    "hybrid": {"draft_model, tree", "all_layers", "routed_layers, all layers"},
+    "hybrid": {"all_layers", "routed_layers, all layers"},
     "recurrent": {"kangaroo"},
     "mla": {"speculative_exit, all layers"},
     "moe": {"early_layers"},

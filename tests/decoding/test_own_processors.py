@@ -74,6 +74,7 @@ def test_a_function_reads_the_tokens_so_far():
 
 @pytest.mark.parametrize("strategy", ["layer_skip", "draft_tree", "draft_model"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.quick_cases(2)
 def test_drafts_are_verified_with_it(strategy, temperature):
     """Every node of a tree has the text of its own path; so verified tokens are those of plain decoding."""
     options = {"logits_processors": [no_repeated_pair], "temperature": temperature, "seed": [3, 5, 7]}

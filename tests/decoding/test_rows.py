@@ -26,7 +26,7 @@ def start(kind, rows, seeds):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 def test_repeated_rows_are_prompts_given_several_times(kind):
     twice = np.repeat(np.arange(3), 2)
     wanted = start(kind, twice, SEEDS)

@@ -80,7 +80,7 @@ def test_logits_of_a_ragged_batch(name):
 
 
 @pytest.mark.parametrize("name", ROUTE_CASES)
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 def test_prefill_at_once_in_chunks_and_token_by_token_are_equal(name):
     golden, lm = load_golden(name), language_model(name)
     whole, _ = prefill(lm, golden.tokens, golden.length, golden.tokens.shape[1])
@@ -93,7 +93,7 @@ def test_prefill_at_once_in_chunks_and_token_by_token_are_equal(name):
 
 
 @pytest.mark.parametrize("name", ROUTE_CASES)
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 def test_a_row_in_a_batch_is_the_row_alone(name):
     golden, lm = load_golden(name), language_model(name)
     together, _ = prefill(lm, golden.tokens, golden.length, golden.tokens.shape[1])

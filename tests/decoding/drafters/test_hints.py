@@ -84,6 +84,7 @@ def test_hints_alone_are_plain_decoding_and_the_draft_runs_every_token_once():
     np.testing.assert_array_equal(state.draft[0].length, LENGTHS + 4)
 
 
+@pytest.mark.slow
 def test_tokens_that_a_sampling_option_rules_out_are_no_hints():
     _, proposal = some_rounds(Hints(MODEL, num_likely=LIKELY), start(options="every option"))
     possible = np.asarray(proposal.likely[:, 0] >= 0)

@@ -178,6 +178,7 @@ def test_drafts_are_counted():
     assert int(counts.proposed[0]) == lengths.sum() - 1  # the row with one prompt token had no draft at first
 
 
+@pytest.mark.slow
 def test_no_round_leaves_a_draft_token_in_the_cache():
     """After each round, as tokens are accepted and rejected, and where a stop cuts a draft."""
     state, met = begin(PARAMS, HEAD_PARAMS, start()), set()
@@ -303,6 +304,7 @@ def test_a_nonfinite_row_leaves_the_others_unchanged():
     assert_drafters_state(state, (0, 2))
 
 
+@pytest.mark.slow
 def test_runs_in_bfloat16():
     """Nothing is promoted silently: shapes and dtypes of a round, without running it."""
     narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), (PARAMS, HEAD_PARAMS))
