@@ -36,7 +36,11 @@ class RMSNormConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32, returned in the input's dtype."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32, returned in the input's dtype.
+
+    Rounded once, after the scale, in all families, as Gemma's norm is in transformers. Those of Llama and most others
+    round there before the scale, too, so that a bfloat16 result may differ in its last bit.
+    """
 
     config: RMSNormConfig
     size: int

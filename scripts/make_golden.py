@@ -2,6 +2,7 @@
 
     pip install "transformers>=5" torch
     python -m decodax.scripts.make_golden [CASE ...]
+    python -m decodax.scripts.make_golden --bfloat16
 
 Each case is a model folder (config.json in the spelling of transformers 4 or 5, written here by hand; model.safetensors
 with every parameter random, norms and biases too) and a golden.npz:
@@ -10,7 +11,10 @@ with every parameter random, norms and biases too) and a golden.npz:
     logits[B, T, V]            of each prompt run alone, 0 where padded
     generated[B, 24]           greedy continuation of each prompt alone, through transformers' own cache
 
-Everything is float32 with eager attention. Seeds are tried until no greedy choice is closer than MIN_GAP, so that
+The case that has a family's name also has golden_bfloat16.npz, with `bits`[B, T, V]: the same logits computed in
+bfloat16, from the weights rounded to it, as the bits of those numbers (uint16).
+
+All else is float32 with eager attention. Seeds are tried until no greedy choice is closer than MIN_GAP, so that
 another order of additions cannot change a token, no continuation repeats itself, and float64 gives nearly the same
 logits, so that they do not depend on rounding.
 """
@@ -24,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from decodax.models.families import FAMILIES
 from decodax.scripts._golden_cases import CASES, STACKED
 from decodax.scripts._golden_quantised import packed_fp8, packed_mxfp4
 
@@ -154,7 +159,27 @@ def write_case(name: str, config: dict[str, Any]) -> None:
     print(f"{name:18} seed {seed:2} {found}")
 
 
+def write_bfloat16(name: str) -> None:
+    """Writes the logits of a case in bfloat16 beside those in float32."""
+    import torch
+
+    folder = GOLDEN / name
+    with np.load(folder / "golden.npz") as file:
+        tokens, lengths, bits = file["tokens"], file["length"], np.zeros(file["logits"].shape, np.uint16)
+    for row, length in enumerate(lengths):
+        model = load_alone(folder, "bfloat16")
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens[row, :length])[None].long(), use_cache=False).logits[0]
+        bits[row, :length] = logits.to(torch.bfloat16).view(torch.uint16).numpy()
+    np.savez_compressed(folder / "golden_bfloat16.npz", bits=bits)
+    print(f"{name:18} bfloat16")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--bfloat16"]:
+        for name in FAMILIES:
+            write_bfloat16(name)
+        return
     names = sys.argv[1:] or list(CASES)
     if unknown := sorted(set(names) - set(CASES)):
         raise SystemExit(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")

@@ -1,0 +1,58 @@
+"""Logits in bfloat16 are as near to exact ones as those that transformers computes in bfloat16, family by family.
+
+Exact: the same rounded weights, computed in float32. A bfloat16 number is off by up to 2^-8 of it, and a token's hidden
+state is rounded some eight times a layer (norms, projections, attention, activation, sums), so its logits are off by
+about 2^-8 sqrt(8 layers) of theirs. That holds for most tokens: where two experts are near a tie, rounding may choose
+the other one, for this token and so for those after it, in either implementation.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import decodax
+from decodax.models.families import FAMILIES
+from tests.golden_files import load_golden
+
+SHARE_WITHOUT_A_TIE = 0.7
+
+
+@cache
+def errors(name):
+    """Root mean squares over each prompt token's logits: errors of ours, of transformers', their difference; layers.
+
+    In units of the root mean square of all logits.
+    """
+    golden, lm = load_golden(name), decodax.load(load_golden(name).folder, dtype="bfloat16")
+    with np.load(golden.folder / "golden_bfloat16.npz") as file:
+        theirs = file["bits"].view(ml_dtypes.bfloat16).astype(np.float64)
+    batch, num_tokens = golden.tokens.shape
+    position = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
+    row_length = jnp.broadcast_to(jnp.asarray(golden.length, jnp.int32)[:, None], position.shape)
+
+    @jax.jit
+    def run(params, tokens):
+        return lm.model.logits(params, lm.model.apply(params, tokens, position, row_length=row_length).hidden)
+
+    tokens, wide = jnp.asarray(golden.tokens, jnp.int32), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
+    ours, exact = (np.asarray(run(params, tokens), np.float64) for params in (lm.params, wide))
+    is_prompt = np.arange(num_tokens)[None, :] < golden.length[:, None]
+    scale = np.sqrt(np.mean(exact[is_prompt] ** 2))
+    differences = (ours - exact, theirs - exact, ours - theirs)
+    of_tokens = [np.sqrt(np.mean(each[is_prompt] ** 2, axis=1)) / scale for each in differences]
+    return *of_tokens, lm.config.num_layers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.quick_cases(1)
+def test_errors_are_those_of_the_dtype(name):
+    ours, theirs, between, num_layers = errors(name)
+    limit = max(2**-8 * np.sqrt(8 * num_layers), 2 * np.median(theirs))  # Qwen3-Next rounds more numbers
+    assert np.mean(ours < limit) >= SHARE_WITHOUT_A_TIE
+    assert np.median(ours) > 2**-12  # it did run in bfloat16
+    assert np.median(ours) < 1.5 * np.median(theirs)
+    assert np.median(between) < 1.25 * (np.median(ours) + np.median(theirs))  # both are near the same exact ones
