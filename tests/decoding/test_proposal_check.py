@@ -102,6 +102,19 @@ def test_what_a_trace_cannot_know_changes_no_token(change):
 
 
 @dataclass(frozen=True)
+class GreedyOnly(Verifier):
+    """A verifier that does not say what it accepts of sampled rows."""
+
+    lossless = True
+    supported_children = frozenset(Children)
+
+
+def test_a_verifier_without_a_rule_for_sampled_rows_is_refused_for_them():
+    decode(PromptLookup(2), GreedyOnly())
+    with pytest.raises(ValueError, match=r"GreedyOnly verifies greedy rows only .* temperature above 0: set it to 0"):
+        decode(PromptLookup(2), GreedyOnly(), options="sampled")
+
+
 class Silent(Verifier):
     """A verifier that does not say what it supports."""
 
