@@ -7,10 +7,11 @@ the speed drifts by a factor of two within minutes, only numbers from the same r
 import dataclasses
 import datetime
 import json
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,17 @@ def _cpu_name() -> str:
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
     Console().print(f"wrote {path}", soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no numbers that are not finite, as the error of a kernel that gives NaN: their names stand for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

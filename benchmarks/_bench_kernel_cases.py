@@ -40,9 +40,8 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the operand with most bytes."""
-        leaves = jax.tree.leaves(self.shape.operands())
-        return max(leaves, key=lambda leaf: leaf.size * leaf.dtype.itemsize).dtype.name
+        """Of queries, keys, values or tokens; decays and scales may have another."""
+        return jnp.dtype(self.shape.dtype).name
 
     def num_bytes(self) -> int:
         """Bytes of the operands in memory."""

@@ -64,4 +64,4 @@ def test_causal_kernels_do_not_run_where_ptxas_may_be_wrong(monkeypatch, version
     monkeypatch.setattr(hopper, "cuda_version", lambda: version)
     query, key = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 128, 8, 64), (1, 2, 128, 64)))
     found = select_flash_prefill(query, key, key)
-    assert found.implementation == runs and ("CUDA 12.9.1" in found.reason) == (runs == "xla")
+    assert found.implementation == runs and ("install CUDA 13" in found.reason) == (runs == "xla")
