@@ -18,8 +18,8 @@ def miscompiled_reason() -> str | None:
     if version is None or not _FIRST_WRONG <= version < _FIRST_RIGHT:
         return None
     return (
-        f"ptxas of CUDA {version // 1000}.{version % 1000 // 10} may compile causal masks wrongly: install CUDA 13 (the "
-        "extra cuda13)"
+        f"ptxas of CUDA {version // 1000}.{version % 1000 // 10} may compile causal masks wrongly: install CUDA 13 (as "
+        "the extra cuda13 does)"
     )
 
 
