@@ -15,12 +15,14 @@ class NodeRandom:
 
     seed: one per row.
     position: of the token that follows each node (prompt included, from 0); the root's is the lowest.
-    max_depth: edges on the longest path.
+    max_depth: edges on the longest path, at most.
+    is_chain: whether node c is at depth c in every row.
     """
 
     seed: UInt32[Array, " B"]
     position: Int[Array, "B C"]
     max_depth: int = pytree.static()
+    is_chain: bool = pytree.static(default=False)
 
     def uniform(self) -> Float32[Array, "B C"]:
         """A number in [0, 1) for every node, which decides its acceptance; those of siblings are independent."""
@@ -40,10 +42,10 @@ class NodeRandom:
         Nodes of one depth share a position, and so the noise: it is made for max_depth + 1 positions, not for C nodes.
         """
         root = self.position[:, :1]
-        levels = root + jnp.arange(self.max_depth + 1, dtype=root.dtype)[None, :]
+        levels = self.position if self.is_chain else root + jnp.arange(self.max_depth + 1, dtype=root.dtype)[None, :]
         noise = gumbel(self._keys(levels, Draw.TOKEN).reshape(-1), (logits.shape[2],))
         noise = noise.reshape(*levels.shape, logits.shape[2])
-        if levels.shape != self.position.shape:  # a chain has one node at each depth
+        if not self.is_chain:
             noise = jnp.take_along_axis(noise, (self.position - root)[:, :, None], axis=1)
         return jax.vmap(argmax_token, in_axes=1, out_axes=1)(logits + noise)
 

@@ -92,7 +92,7 @@ class Speculative:
         with jax.named_scope(type(self.verifier).__name__):
             target_logits = node_logits(state.sampling, logits, node_history(state.history, tree, proposal.token))
             if state.sampling.do_sample:
-                rng = NodeRandom(state.seed, state.length[:, None] + depth, self.drafter.max_depth)
+                rng = NodeRandom(state.seed, state.length[:, None] + depth, self.drafter.max_depth, tree.is_chain)
                 verdict = self.verifier.verify(proposal, target_logits, rng)
             else:
                 verdict = self.verifier.verify_greedy(proposal, target_logits)

@@ -16,11 +16,13 @@ import pytest
 
 import tests.speculation
 from decodax import decoding
-from decodax.decoding.drafters import METHODS, Children, Drafter
+from decodax.decoding.drafters import METHODS as OURS
+from decodax.decoding.drafters import Children, Drafter
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
 from tests.contracts.examples import drafters as made_by
 from tests.contracts.lookup import examples_of
+from tests.contracts.outside import with_outside
 from tests.speculation import (
     LENGTHS,
     MODEL,
@@ -35,7 +37,7 @@ from tests.speculation import (
 from tests.tiny import tiny_config
 
 OPTIONS = "every option"
-EXAMPLES = examples_of(made_by, METHODS)
+EXAMPLES = examples_of(made_by, with_outside(OURS, "drafters"))
 ALL_TOKENS = 1000
 # A target that has another vocabulary and another width, so that no weights for the one fit the other.
 OTHER = Model(dataclasses.replace(tiny_config(vocab_size=41), hidden_size=29))

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 
 from decodax import decoding
-from decodax.decoding.early_exit import METHODS, LayerPolicy
+from decodax.decoding.early_exit import METHODS as OURS
+from decodax.decoding.early_exit import LayerPolicy
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
 from tests.contracts.examples import early_exit as made_by
 from tests.contracts.examples.drafters import Target
 from tests.contracts.lookup import examples_of
+from tests.contracts.outside import with_outside
 from tests.speculation import DRAFT_PARAMS, LENGTHS, MODEL, NEW, PARAMS, TOLERANCE, assert_same, plain, start
 from tests.tiny import tiny_config
 
 OPTIONS = "sampled"  # and one row is greedy
+METHODS = with_outside(OURS, "early_exit")
 EXAMPLES = examples_of(made_by, METHODS)
 L = MODEL.config.num_layers
 ALL_TOKENS = 1000

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decodax.layers.kv_cache import METHODS
+from decodax.layers.kv_cache import METHODS as OURS
 from decodax.layers.kv_cache.contract import Cache
 from decodax.layers.kv_cache.micro_batch import MicroBatch, micro_batch_cache
 from decodax.layers.kv_cache.stacked import Stacked
 from tests.contracts.examples import kv_cache
 from tests.contracts.examples.kv_cache import BATCH
 from tests.contracts.lookup import examples_of
+from tests.contracts.outside import with_outside
 from tests.contracts.updates import concatenated, token_axes, tokens_of_row, update_of_rows
 
-EXAMPLES = examples_of(kv_cache, METHODS)
+EXAMPLES = examples_of(kv_cache, with_outside(OURS, "kv_cache"))
 CAPACITY, TOKENS = 12, 5
 COUNT, MORE = np.array([3, 0, 2], np.int32), np.array([1, 4, 0], np.int32)
 PATH = np.array([[4, 0, 2, 1], [1, 1, 0, 2], [3, 1, 4, 4]], np.int32)

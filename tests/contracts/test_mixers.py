@@ -16,17 +16,20 @@ from decodax.core.weight import Weight, named_weights
 from decodax.layers.attention.mask import Ancestors, Causal
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.kv_cache.contract import MarksTokens
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.staged import Staged
-from decodax.layers.mixers import METHODS, Mixer
+from decodax.layers.mixers import METHODS as OURS
+from decodax.layers.mixers import Mixer
 from decodax.layers.norm import RMSNormConfig
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.model import Model
 from tests.contracts.examples import mixers
 from tests.contracts.lookup import examples_of
+from tests.contracts.outside import with_outside
 from tests.contracts.updates import token_axes, tokens_of_row, update_of_rows
 
-EXAMPLES = examples_of(mixers, METHODS)
+EXAMPLES = examples_of(mixers, with_outside(OURS, "mixers"))
 BATCH, WIDTH, CAPACITY, LONGEST, CHUNK = 3, 13, 19, 16, 5
 LENGTHS = np.array([5, 0, 2])  # tokens committed before a tree
 # A tree, one with two roots, and a chain.
@@ -250,27 +253,41 @@ def test_staged_tokens_are_read_as_those_of_the_same_forward(layer, tree):
 
 
 def test_nonfinite_numbers_reach_only_what_reads_them(layer, tree):
-    """Nodes of trees, tokens of chains, and the cache of the last row. The rest is the same to the last bit."""
+    """Nodes of trees, tokens of chains, and the cache of the last row. The rest is the same to the last bit.
 
-    def with_nan(leaf):
-        leaf = np.array(leaf)
-        if leaf.dtype.kind == "f":
-            leaf[2] = np.nan
-        return leaf
+    What reads them is what changes with them while they are finite: it ends where a mixer reads only a few tokens.
+    """
 
-    cache = jax.tree.map(with_nan, tree.cache)
+    def in_last_row(number):
+        def change(leaf):
+            leaf = np.array(leaf)
+            if leaf.dtype.kind == "f":
+                leaf[2] += np.float32(number)
+            return leaf
+
+        return jax.tree.map(change, tree.cache)
+
+    def changed(hidden, first, second):
+        hidden = hidden.copy()
+        hidden[0, 3, 2] += np.float32(first)
+        hidden[1, 4, 0] += np.float32(second)
+        return hidden
+
     chain, position = hidden_states(CHUNK, 7), positions(LENGTHS, CHUNK)
     in_tree = np.stack([ANCESTORS[0, :, 3], ANCESTORS[1, :, 4], np.ones(NODES, bool)])
     in_chain = np.stack([np.arange(CHUNK) >= 3, np.arange(CHUNK) >= 4, np.ones(CHUNK, bool)])
-    for hidden, run, is_nonfinite in (
+    for hidden, run, may_read in (
         (tree.nodes, tree.run, in_tree),
         (chain, lambda chain, cache: layer.run(layer.params, chain, position, cache, Causal()), in_chain),
     ):
-        want, nonfinite = np.asarray(run(hidden, tree.cache)[0]), hidden.copy()
-        nonfinite[0, 3, 2], nonfinite[1, 4, 0] = np.nan, np.inf
-        got = np.asarray(run(nonfinite, cache)[0])
-        np.testing.assert_array_equal(np.isfinite(got).all(2), ~is_nonfinite)
-        np.testing.assert_array_equal(got[~is_nonfinite], want[~is_nonfinite])
+        want = np.asarray(run(hidden, tree.cache)[0])
+        reads = np.any(np.asarray(run(changed(hidden, 1, 1), in_last_row(1))[0]) != want, axis=2)
+        got = np.asarray(run(changed(hidden, np.nan, np.inf), in_last_row(np.nan))[0])
+        is_finite = np.isfinite(got).all(2)
+        assert reads[0, 3] and reads[1, 4] and reads[2, 0]
+        assert not np.any(is_finite & reads) and not np.any(~is_finite & ~may_read)
+        np.testing.assert_array_equal(is_finite[:2], ~reads[:2])
+        np.testing.assert_array_equal(got[~may_read], want[~may_read])
 
 
 @pytest.mark.quick_cases(4)
@@ -320,11 +337,11 @@ class OtherPolicy(KVCache):
 def test_a_cache_policy_is_honoured_or_the_reason_given(name):
     config = EXAMPLES[name]
     assert config.unsupported_policy_reason(KVCache) is None and config.unsupported_policy_reason(MarkedCache) is None
-    if name.startswith("cca"):
+    if isinstance(config.empty_cache(1, 3, jnp.float32), MarksTokens):
+        assert config.empty_cache(1, 3, jnp.float32, MarkedCache).marks_tokens
+    else:
         with pytest.raises(ValueError, match="use a method that skips no layers"):
             config.empty_cache(1, 3, jnp.float32, MarkedCache)
-    else:
-        assert config.empty_cache(1, 3, jnp.float32, MarkedCache).marks_tokens
     reason = config.unsupported_policy_reason(OtherPolicy)
     made = jax.tree.leaves(config.empty_cache(1, 3, jnp.float32, OtherPolicy), is_leaf=lambda x: type(x) is OtherPolicy)
     assert (reason is None) == any(type(cache) is OtherPolicy for cache in made)

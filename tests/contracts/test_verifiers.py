@@ -20,11 +20,13 @@ from decodax.decoding.drafters import Children, Drafter, fixed_proposal
 from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import choose
 from decodax.decoding.tree import Tree, expansion
-from decodax.decoding.verifiers import METHODS, NodeRandom, TreeRejection, Verifier
+from decodax.decoding.verifiers import METHODS as OURS
+from decodax.decoding.verifiers import NodeRandom, TreeRejection, Verifier
 from decodax.models.model import Model
+from tests.contracts.outside import with_outside
 from tests.tiny import tiny_config
 
-RULES = {name: method() for name, method in METHODS.items()}
+RULES = {name: method() for name, method in with_outside(OURS, "verifiers").items()}
 ROWS, VOCABULARY = 10_007, 7
 CHAIN, TREE = expansion((1, 1)), expansion((3, 2))
 CASES = [
@@ -124,7 +126,8 @@ def _verify(rule, proposal, logits, rng):
 
 def verify(rule, drafted, logits, do_sample=True, rows=slice(None)):
     """Node and token of the verdict, in NumPy."""
-    rng = NodeRandom(jnp.asarray(SEED[rows]), positions(drafted.parents, rows)) if do_sample else None
+    depth = int(Tree.fixed(drafted.parents).depth.max())
+    rng = NodeRandom(jnp.asarray(SEED[rows]), positions(drafted.parents, rows), depth) if do_sample else None
     verdict = _verify(rule, drafted.proposal, logits, rng)
     return np.asarray(verdict.node), np.asarray(verdict.token)
 

@@ -32,6 +32,7 @@ from decodax.decoding.prompt_tree import PromptTree, dynamic_trees
 from decodax.decoding.training.kangaroo import initial_adapter
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
+from tests.contracts.outside import OUTSIDE
 
 TREES = dynamic_trees([[0.5, 0.2, 0.1], [0.4, 0.2, 0.1]], 12)
 ENSEMBLE = (PromptTree((-1, 0, 0, 1), (2, 2, 1, 2)),)
@@ -168,3 +169,8 @@ def replay() -> Make:
         return Example(Replay(4, target.model.config.vocab_size), recording, has_rows=True)
 
     return make
+
+
+def last_successor() -> Make:
+    method = OUTSIDE["drafters"]["last_successor"]
+    return lambda target: Example(method(3, target.model.config.vocab_size))

@@ -13,6 +13,7 @@ import numpy as np
 from decodax.decoding.drafters import Drafter, Hints
 from decodax.decoding.early_exit import AllLayers, LayerPolicy, RoutedLayers, SkipDecode, SpeculativeExit
 from tests.contracts.examples.drafters import Target
+from tests.contracts.outside import OUTSIDE
 from tests.odd_drafters import RandomTrees
 
 SKIPS = "fewer layers"
@@ -86,4 +87,13 @@ def routed_layers() -> dict[str, Make]:
     return {
         "all layers": lambda target: make(target, 0.0, -99.0),
         SKIPS: lambda target: make(target, 2.0, 0.0),
+    }
+
+
+def first_layers() -> dict[str, Make]:
+    """All layers until after the end of the texts, and one layer from within them on."""
+    method = OUTSIDE["early_exit"]["first_layers"]
+    return {
+        "all layers": lambda target: _with_random_trees(target, method(1, full_tokens=1000)),
+        SKIPS: lambda target: _with_random_trees(target, method(1, full_tokens=3)),
     }

@@ -11,6 +11,7 @@ from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
 from decodax.layers.kv_cache.recurrent import RecurrentCache
 from decodax.layers.kv_cache.tailed import TailedCache, TailedUpdate
+from tests.contracts.outside import OUTSIDE
 
 BATCH, DTYPE = 3, jnp.float32
 
@@ -106,3 +107,30 @@ def recurrent():
             held_after=lambda tokens: (_state(tokens), _tail(tokens.columns, 4)),
         ),
     }
+
+
+def int8():
+    """Of the largest number of a token and head 127 steps, so that each is within half a step."""
+
+    def read_as(tokens):
+        def rounded(numbers):
+            scale = np.max(np.abs(numbers), axis=-1, keepdims=True) * np.float32(1 / 127)
+            return np.round(numbers / scale) * scale
+
+        return rounded(tokens.key), rounded(tokens.value)
+
+    return CacheExample(
+        lambda capacity: OUTSIDE["kv_cache"]["int8"].empty(BATCH, 2, capacity, 5, DTYPE),
+        lambda num_tokens: KVUpdate.empty(BATCH, 2, num_tokens, 5, DTYPE),
+        slots=lambda cache: cache,
+        read_as=read_as,
+    )
+
+
+def shift():
+    return CacheExample(
+        lambda capacity: OUTSIDE["kv_cache"]["shift"].empty(BATCH, capacity, 7, DTYPE),
+        lambda num_tokens: OUTSIDE["mixers"]["token_shift"](7).empty_update(BATCH, num_tokens, DTYPE),
+        held=lambda cache: (cache.tail,),
+        held_after=lambda tokens: (_tail(tokens.features, 1),),
+    )

@@ -9,6 +9,7 @@ from decodax.layers.mixers.mfa import MFAConfig
 from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
+from tests.contracts.outside import OUTSIDE
 
 _ROPE = Rope(4, 100.0)
 _NORM = RMSNormConfig(1e-5)
@@ -51,3 +52,7 @@ def lightning():
 
 def gated_delta():
     return GatedDeltaConfig(2, 6, 5, 7, convolution_width=4, activation="silu", scale=0.4, norm=_NORM)
+
+
+def token_shift():
+    return OUTSIDE["mixers"]["token_shift"](7)

@@ -83,6 +83,7 @@ def positions(parents, rows):
 
 SEED = jnp.arange(ROWS, dtype=jnp.uint32) + 5
 uniform_numbers = jax.jit(NodeRandom.uniform)
+sample_tokens = jax.jit(NodeRandom.sample)
 
 
 @jax.jit
@@ -158,6 +159,20 @@ def test_acceptance_draws_are_uniform_and_independent():
     # A node's draw depends on its own position and row.
     moved = np.asarray(uniform_numbers(NodeRandom(SEED, position.at[7, 4].add(1), 3)))
     np.testing.assert_array_equal(np.argwhere(moved != uniform), [[7, 4]])
+
+
+@pytest.mark.parametrize("parents", [CHAIN, TREE, (-1, 0, 0, 1)], ids=["chain", "tree", "as deep as a chain may be"])
+def test_a_sampled_node_has_the_noise_of_its_position(parents):
+    """Whatever the depth that a drafter promises; a chain says that it is one."""
+    tree, position = Tree.fixed(parents), positions(parents, slice(None))
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=(*position.shape, VOCABULARY)), jnp.float32)
+    deepest = int(tree.depth.max())
+    for max_depth in (deepest, len(parents) - 1, len(parents) + 3):
+        is_chain = tree.is_chain and max_depth == deepest
+        tokens = sample_tokens(NodeRandom(SEED, position, max_depth, is_chain), logits)
+        for node in range(len(parents)):
+            want = np.argmax(np.asarray(logits)[:, node] + np.asarray(noise_at(position[:, node])), axis=1)
+            np.testing.assert_array_equal(tokens[:, node], want)
 
 
 @pytest.mark.parametrize("name", ["chain, drawn", "without replacement"])
