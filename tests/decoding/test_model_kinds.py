@@ -25,6 +25,7 @@ from tests.contracts.examples import drafters as drafter_examples
 from tests.contracts.examples import early_exit as policy_examples
 from tests.contracts.examples.drafters import Target
 from tests.contracts.lookup import examples_of
+from tests.contracts.outside import with_outside
 from tests.model_kinds import (
     IS_RECURRENT,
     LAYERS,
@@ -41,8 +42,8 @@ from tests.model_kinds import (
 from tests.speculation import TOLERANCE, assert_same, assert_same_caches
 
 ALL_LAYERS = AllLayers()
-DRAFTERS = examples_of(drafter_examples, drafters.METHODS)
-POLICIES = examples_of(policy_examples, early_exit.METHODS)
+DRAFTERS = examples_of(drafter_examples, with_outside(drafters.METHODS, "drafters"))
+POLICIES = examples_of(policy_examples, with_outside(early_exit.METHODS, "early_exit"))
 EXAMPLES = [*DRAFTERS, *(name for name in POLICIES if not name.endswith(policy_examples.SKIPS))]
 # Examples with their own handling of layers; the others, and the same for other kinds, are slow, because of compiling.
 FAST = {
