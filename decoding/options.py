@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from decodax.core.arguments import in_order, inside, is_integer, plain, refusal, strings, token_ids, whole_number
 from decodax.decoding.logits_processors import METHODS as PROCESSORS
-from decodax.decoding.own_processor import own_processor
+from decodax.decoding.own_processor import own_processors
 from decodax.decoding.random import fold_seed
 from decodax.decoding.sampling import Sampling
 
@@ -56,9 +56,7 @@ class _Options:
         if self.stop_token_ids is not None:
             self._keep("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))
         self._keep("seed", _read_seed(self.seed))
-        own = self.logits_processors
-        own = (own,) if callable(own) or not isinstance(own, Iterable) else tuple(own)
-        self._keep("logits_processors", tuple(map(own_processor, own)))
+        self._keep("logits_processors", own_processors(self.logits_processors))
         if self.draft_tokens is not None and not (isinstance(self.draft_tokens, str) and self.draft_tokens == "auto"):
             number = whole_number("draft_tokens", self.draft_tokens, least=1, otherwise=", or 'auto'")
             self._keep("draft_tokens", number)

@@ -1,6 +1,6 @@
 """Takes logits processors of one's own: a function of a few lines, or an object with arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,8 +28,14 @@ class OwnProcessor(LogitsProcessor):
         return self.function(logits, history)
 
 
-def own_processor(given: Any) -> LogitsProcessor:
-    """A processor of one's own as one of ours.
+def own_processors(given: Any) -> tuple[LogitsProcessor, ...]:
+    """Processors of one's own, one or several, as ours."""
+    several = isinstance(given, Iterable) and not callable(given)
+    return tuple(map(_own_processor, given if several else (given,)))
+
+
+def _own_processor(given: Any) -> LogitsProcessor:
+    """One of them.
 
     given: a function, or any hashable object that can be called: it gets a `History` with tokens and without counts. Or
         a `LogitsProcessor` that is a pytree (`decodax.core.pytree.dataclass`): its arrays may change from call to call,

@@ -5,7 +5,7 @@ and `token_logprob` is how probable the model itself found a token, before any o
 model's dtype.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from decodax.core.arguments import shown
 from decodax.decoding.logits_processors import METHODS
 from decodax.decoding.logits_processors.contract import Batch, History, LogitsProcessor
 from decodax.decoding.logits_processors.temperature import Temperature
-from decodax.decoding.own_processor import own_processor
+from decodax.decoding.own_processor import own_processors
 from decodax.decoding.random import Draw, draw_keys, gumbel
 from decodax.decoding.top_tokens import argmax_token
 
@@ -57,7 +57,7 @@ class Sampling:
         vocab_size: int,
         *,
         end_token_ids: Any = (),
-        logits_processors: Iterable[Any] = (),
+        logits_processors: Any = (),
         **options: Any,
     ) -> "Sampling":
         """The pipeline for options by their names in `METHODS`, each one value, or one per row.
@@ -67,7 +67,8 @@ class Sampling:
         greedy.
 
         end_token_ids: what `min_new_tokens` forbids.
-        logits_processors: one's own (`own_processor`), which run in their order, before the temperature.
+        logits_processors: one's own, one or several (`own_processor.py`), which run in their order, before the
+            temperature.
         Raises TypeError for a name that does not exist.
         Raises ValueError for a value that has no meaning, and where a row would have no token left.
         """
@@ -82,7 +83,7 @@ class Sampling:
         _check_some_token_is_left(active, batch)
         temperature = created["temperature"]
         do_sample = not isinstance(temperature, Temperature) or temperature.samples
-        own = [own_processor(given) for given in logits_processors]
+        own = list(own_processors(logits_processors))
         place = sum(name in active for name in list(METHODS)[: list(METHODS).index("temperature")])
         ordered = [*active.values()][:place] + own + [*active.values()][place:]
         return cls(tuple(processor for processor in ordered if do_sample or not processor.only_sampling), do_sample)

@@ -110,7 +110,7 @@ def test_the_same_function_compiles_once():
 
 def test_own_processors_come_before_the_temperature():
     options = {"temperature": 0.5, "repetition_penalty": 1.5, "top_k": 3}
-    sampling = Sampling.create(2, VOCABULARY, logits_processors=[no_repeated_pair], **options)
+    sampling = Sampling.create(2, VOCABULARY, logits_processors=no_repeated_pair, **options)
     names = [processor.name for processor in sampling.processors]
     assert names == ["RepetitionPenalty", "no_repeated_pair", "Temperature", "TopK"]
     assert sampling.needs_tokens and not Sampling.create(2, VOCABULARY, **options).needs_tokens
