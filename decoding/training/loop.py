@@ -164,7 +164,7 @@ class _Reports:
     bar: Progress
     losses: list[Array] = field(default_factory=list)
     tokens: int = 0
-    since: float = field(default_factory=time.perf_counter)
+    since: float = field(default_factory=lambda: time.perf_counter())
 
     def add(self, loss: Array, tokens: int) -> None:
         self.losses.append(loss)

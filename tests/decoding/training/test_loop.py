@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,16 @@ def test_a_few_steps_lower_the_loss_and_the_update_is_scaled_by_the_rate(optimiz
     for _ in range(30):
         trained, state, last = step(trained, state, FROZEN, rows(0), np.int32(0), np.float32(0.05))
     assert last < 0.7 * first
+
+
+def test_the_speed_is_the_tokens_since_the_last_report_over_their_seconds(tmp_path, monkeypatch):
+    """With a clock that moves a second at each look; rows of 5 tokens predict 4."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("decodax.decoding.training.loop.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    run(tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # Two steps of three rows. The loop looks at the clock after each step, and for a report twice.
+    assert [entry["tokens/s"] for entry in entries] == [2 * 3 * 4 / seconds for seconds in (2, 3, 3, 3)]
 
 
 @pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGINT])
