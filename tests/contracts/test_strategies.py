@@ -11,6 +11,7 @@ from functools import cache, partial
 from math import ceil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -179,6 +180,18 @@ def layers_needed(lm, made, stats):
             assert drafted <= beside <= (total - 1) * drafted
             return full + beside, full + min(rows * beside, (total - 1) * (nodes - 1) * rounds)
     return full, full
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_a_strategy_builds_fits_the_model(name):
+    """Its drafter and its layer policy take the weights that come with it; the model's own are all there."""
+    lm = load(*model_of(name))
+    made = METHODS[name]().build(lm)
+    params = lm.params if made.params is None else made.params
+    made.drafter.check(lm.model, made.draft_params)
+    made.layer_policy.check(lm.model, params)
+    assert made.drafter.children in made.verifier.supported_children
+    assert jax.tree.structure(lm.params) == jax.tree.structure({key: params[key] for key in lm.params})
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

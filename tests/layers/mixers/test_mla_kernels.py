@@ -15,7 +15,9 @@ from decodax.decoding.sampling import Sampling
 from decodax.decoding.state import empty_state
 from decodax.layers.attention import expanded_kernels
 from decodax.layers.attention.attend_absorbed import select_absorbed
+from decodax.layers.attention.expanded_over_devices import _cached as read_slots
 from decodax.layers.attention.mask import Ancestors, Causal, Tokens, Window
+from decodax.layers.attention.over_context import OwnSlots
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
@@ -125,6 +127,30 @@ def test_gradients_are_those_of_plain_jax():
     got, want = (differentiate(Execution(kind), parameters(), hidden) for kind in ("tpu_interpreted", "xla"))
     for gradient, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(gradient, expected, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_a_kernel_reads_the_slots_of_a_device():
+    """The partial softmax of each of two devices over its half of the cache is plain JAX's; one has no token there."""
+    random, num_new = np.random.default_rng(6), 40
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
+    _, position, cache = operands(num_new)
+    up = draw(HEADS * 16, RANK) * RANK**-0.5, draw(HEADS * 32, RANK) * RANK**-0.5
+    new = draw(2, num_new, RANK), draw(2, num_new, ROPE)
+    query, halves = draw(2, num_new, HEADS, 16 + ROPE), CAPACITY // 2
+    options = {"scale": 0.2, "causal": True, "window": None}
+    for device in range(2):
+        first, slots = device * halves, slice(device * halves, (device + 1) * halves)
+        own = LatentCache(cache.latent[:, slots], cache.rope_key[:, slots], cache.length).shard(jnp.int32(first))
+        mask = OwnSlots(Causal(), jnp.int32(first), jnp.bool_(device == 0))
+        read = lambda execution, own=own, mask=mask: read_slots(
+            query, *new, *up, position, mask, own, options=options, execution=Execution(execution)
+        )
+        got, want = (read(execution) for execution in ("tpu_interpreted", "xla"))
+        is_read = np.asarray(own.length)[:, None, None] > 0
+        assert is_read.tolist() == [[[False]], [[True]]]
+        np.testing.assert_allclose(got.output, want.output, atol=TOLERANCE * np.abs(want.output).max())
+        np.testing.assert_allclose(*(np.where(is_read, part.lse, 0) for part in (got, want)), atol=1e-4)
+        assert np.isneginf(got.lse[0]).all() and np.isneginf(want.lse[0]).all()
 
 
 @pytest.mark.parametrize(
