@@ -6,12 +6,10 @@ the speed drifts by a factor of two within minutes, only numbers from the same r
 
 import dataclasses
 import datetime
-import json
-import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks._json_file import write_json_file
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
@@ -180,18 +179,8 @@ def _cpu_name() -> str:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+    write_json_file(path, result)
     Console().print(f"wrote {path}", soft_wrap=True)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no numbers that are not finite, as the error of a kernel that gives NaN: their names stand for them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -6,7 +6,6 @@ Nothing of JAX is imported here, so that the process that runs the checks holds 
 
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -16,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks._json_file import write_json_file
 
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 5.0  # no check is started with less: starting Python, JAX and a device takes as long
@@ -131,10 +132,10 @@ def run_checks(
 
     def note(record: dict[str, Any]) -> None:
         records.append(record)
-        write_json(output, {**head, "records": records})
+        write_json_file(output, {**head, "records": records})
         print(f"[{time.monotonic() - start:4.0f} s] {line(record)}", flush=True)
 
-    write_json(output, {**head, "records": records})
+    write_json_file(output, {**head, "records": records})
     with tempfile.TemporaryDirectory() as folder:
         try:
             while waiting or running:
@@ -188,22 +189,6 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is whole at any time; non-finite numbers become their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f"{path.name}.{os.getpid()}.new")
-    written.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
-    os.replace(written, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def end_on_sigterm() -> None:
     """Turns SIGTERM into an exception, so that the checks that run are ended, too."""
 
@@ -226,4 +211,4 @@ def child_outcome(path: Path, run: Callable[[], dict[str, Any]], limit_s: float)
         outcome = run()
     except NotImplementedError as unsupported_reason:
         outcome = {"refused": str(unsupported_reason), "line": str(unsupported_reason)}
-    write_json(path, outcome)
+    write_json_file(path, outcome)

@@ -143,8 +143,8 @@ def test_the_process_that_runs_the_checks_takes_no_device():
 
 
 def test_non_finite_numbers_are_written_by_name(tmp_path):
-    infinite = "import sys; from benchmarks._gpu_runner import *; from pathlib import Path\n"
-    infinite += "write_json(Path(sys.argv[1]), {'passed': True, 'worst': [float('inf'), float('nan'), 1.5]})"
+    infinite = "import sys; from benchmarks._json_file import write_json_file; from pathlib import Path\n"
+    infinite += "write_json_file(Path(sys.argv[1]), {'passed': True, 'worst': [float('inf'), float('nan'), 1.5]})"
     assert run(tmp_path, python("infinite", infinite))["infinite"]["worst"] == ["inf", "nan", 1.5]
 
 

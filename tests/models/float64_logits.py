@@ -18,21 +18,12 @@ SINGLE = jnp.float32
 def logits(name: str) -> np.ndarray:
     """Of every token of the golden prompts, [B, T, V], as the model's precision is now."""
     import decodax
-    from tests.golden_files import load_golden
+    from tests.golden_files import load_golden, logits_of
 
-    golden = load_golden(name)
-    lm = decodax.load(golden.folder, dtype="float32")
+    lm = decodax.load(load_golden(name).folder, dtype="float32")
     double = jnp.float32 is not SINGLE
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), lm.params) if double else lm.params
-    batch, num_tokens = golden.tokens.shape
-    position = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
-    row_length = jnp.broadcast_to(jnp.asarray(golden.length, jnp.int32)[:, None], position.shape)
-
-    @jax.jit
-    def run(params, tokens):
-        return lm.model.logits(params, lm.model.apply(params, tokens, position, row_length=row_length).hidden)
-
-    return np.asarray(run(params, jnp.asarray(golden.tokens, jnp.int32)), np.float64)
+    return logits_of(load_golden(name), lm, params)
 
 
 def main() -> None:

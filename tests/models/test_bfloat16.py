@@ -16,7 +16,7 @@ import pytest
 
 import decodax
 from decodax.models.families import FAMILIES
-from tests.golden_files import load_golden
+from tests.golden_files import load_golden, logits_of
 
 SHARE_WITHOUT_A_TIE = 0.7
 
@@ -27,17 +27,9 @@ def errors(name):
     golden, lm = load_golden(name), decodax.load(load_golden(name).folder, dtype="bfloat16")
     with np.load(golden.folder / "golden_bfloat16.npz") as file:
         theirs = file["bits"].view(ml_dtypes.bfloat16).astype(np.float64)
-    batch, num_tokens = golden.tokens.shape
-    position = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
-    row_length = jnp.broadcast_to(jnp.asarray(golden.length, jnp.int32)[:, None], position.shape)
-
-    @jax.jit
-    def run(params, tokens):
-        return lm.model.logits(params, lm.model.apply(params, tokens, position, row_length=row_length).hidden)
-
-    tokens, wide = jnp.asarray(golden.tokens, jnp.int32), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
-    ours, exact = (np.asarray(run(params, tokens), np.float64) for params in (lm.params, wide))
-    is_prompt = np.arange(num_tokens)[None, :] < golden.length[:, None]
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
+    ours, exact = (logits_of(golden, lm, params) for params in (lm.params, wide))
+    is_prompt = np.arange(ours.shape[1])[None, :] < golden.length[:, None]
     scale = np.sqrt(np.mean(exact[is_prompt] ** 2))
     of_tokens = [np.sqrt(np.mean((given - exact)[is_prompt] ** 2, axis=1)) / scale for given in (ours, theirs)]
     return *of_tokens, lm.config.num_layers
@@ -51,4 +43,4 @@ def test_errors_are_those_of_the_dtype(name):
     assert np.median(theirs) < limit  # the exact logits are near those that transformers rounds
     assert np.mean(ours < max(limit, 2 * np.median(theirs))) >= SHARE_WITHOUT_A_TIE  # Qwen3-Next rounds more numbers
     assert np.median(ours) > 2**-12  # it did run in bfloat16
-    assert np.median(ours) < 1.5 * np.median(theirs)
+    assert np.median(ours) < 1.5 * np.median(theirs)  # of 39 tokens, so that medians vary by tens of percent
