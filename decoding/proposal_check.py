@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from decodax.core.arguments import shown
 from decodax.decoding.drafters.contract import Children, Drafter, Proposal
+from decodax.decoding.drafters.wider_proposals import LayerProposal
 from decodax.decoding.state import DecodeState
 from decodax.decoding.verifiers.contract import Verifier
+from decodax.models.model import Model
 
 _VERIFIER_FACTS = (("supported_children", frozenset, "a frozenset of Children"), ("lossless", bool, "True or False"))
 _SIZES = {"num_nodes": 1, "max_depth": 0}
@@ -49,7 +51,7 @@ def check_pair(drafter: Any, verifier: Any) -> None:
         )
 
 
-def checked_proposal(drafter: Drafter, proposed: Any, state: DecodeState, vocab_size: int) -> tuple[Proposal, Any]:
+def checked_proposal(drafter: Drafter, proposed: Any, state: DecodeState, model: Model) -> tuple[Proposal, Any]:
     """What `drafter.propose` gave: the proposal and the drafter's state.
 
     Raises ValueError, with the field, what it must be and what it is, for a proposal that breaks the contract.
@@ -58,7 +60,8 @@ def checked_proposal(drafter: Drafter, proposed: Any, state: DecodeState, vocab_
     if not isinstance(proposed, tuple) or len(proposed) != 2 or not isinstance(proposed[0], Proposal):
         raise ValueError(f"{name} must return a Proposal and the drafter's state, got {shown(proposed)}")
     proposal, draft = proposed
-    shape = (state.tokens.shape[0], drafter.num_nodes)
+    shape, vocab_size = (state.tokens.shape[0], drafter.num_nodes), model.vocab_size
+    hidden_size = model.config.hidden_size
     for field, kind in (("token", jnp.integer), ("is_candidate", jnp.bool_)):
         array = getattr(proposal, field)
         if getattr(array, "shape", None) != shape or not jnp.issubdtype(array.dtype, kind):
@@ -70,6 +73,11 @@ def checked_proposal(drafter: Drafter, proposed: Any, state: DecodeState, vocab_
         raise ValueError(
             f"the tree of {name} must have {_name(drafter)}.num_nodes = {drafter.num_nodes} nodes, got "
             f"{proposal.tree.num_nodes}"
+        )
+    if isinstance(proposal, LayerProposal) and getattr(proposal.hidden, "shape", None) != (*shape, hidden_size):
+        raise ValueError(
+            f"hidden of {name} must be hidden states of shape {(*shape, hidden_size)} (rows, num_nodes, hidden size), "
+            f"got {shown(proposal.hidden)}"
         )
     logprobs = proposal.logprobs
     if drafter.children is not Children.CHOSEN and state.sampling.do_sample:

@@ -19,9 +19,9 @@ import numpy as np
 
 from decodax.core.printable import printable, printable_list
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights
-from decodax.decoding.drafters.medusa_heads import check_heads
 from decodax.models.checkpoints.model_files import find_file, read_json_object
 from decodax.models.checkpoints.weight_formats import read_floats, require_finite
+from decodax.models.medusa_heads import check_heads
 from decodax.models.model import Params
 
 if TYPE_CHECKING:

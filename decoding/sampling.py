@@ -129,6 +129,17 @@ def processed(sampling: Sampling, logits: Float[Array, "B V"], history: History)
     return jnp.where(is_best, 0.0, -jnp.inf)
 
 
+def argmax_and_confidence(
+    sampling: Sampling, logits: Float32[Array, "B V"], history: History
+) -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
+    """The most probable token after the sampling options that can change it, and the confidence: its probability.
+
+    The confidence is that without options, so that it means the same in greedy rows and in sampled ones.
+    """
+    confidence = jnp.exp(jnp.max(logits, axis=1) - jax.nn.logsumexp(logits, axis=1))
+    return argmax_token(processed_logits(sampling.greedy, logits, history)), confidence
+
+
 def choose(
     sampling: Sampling,
     logits: Float[Array, "B V"],

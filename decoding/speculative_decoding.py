@@ -18,16 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int
+from jaxtyping import Array, Float32, Int
 
 from decodax.decoding.draft_counts import DraftCounts
 from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal
-from decodax.decoding.early_exit import AllLayers, LayerPolicy, TargetForward
+from decodax.decoding.early_exit import AllLayers, LayerPolicy
 from decodax.decoding.loop import run_until_done
 from decodax.decoding.node_random import NodeRandom
 from decodax.decoding.proposal_check import check_pair, checked_proposal, describe
 from decodax.decoding.sampling import token_logprob
-from decodax.decoding.state import DecodeState, LayerCounts
+from decodax.decoding.state import DecodeState
 from decodax.decoding.tree_logits import node_history, node_logits
 from decodax.decoding.verifiers.contract import Verifier
 from decodax.models.model import Model, Params, commit
@@ -82,7 +82,7 @@ class Speculative:
         assert counts is not None
         with jax.named_scope(type(self.drafter).__name__):
             proposed = self.drafter.propose(params, draft_params, state)
-            proposal, draft = checked_proposal(self.drafter, proposed, state, self.model.vocab_size)
+            proposal, draft = checked_proposal(self.drafter, proposed, state, self.model)
         tree = proposal.tree
         depth = jnp.broadcast_to(jnp.asarray(tree.depth), proposal.token.shape)
         position = state.length[:, None] - 1 + depth
@@ -113,7 +113,7 @@ class Speculative:
             failed=state.failed | failed,
             done=state.done | failed,
             num_target_forwards=state.num_target_forwards + 1,
-            layer_counts=_layer_counts(state, proposal, reached, emitted > 0),
+            layer_counts=state.layer_counts.add(reached.layers_run, reached.row_layers, emitted > 0),
             layer_policy=reached.state,
             draft=draft,
             counts=counts.add(tree, proposal.is_candidate, path, num_accepted, emitted, proposal.num_draft_forwards),
@@ -138,15 +138,6 @@ def speculative(
     """
     check_pair(drafter, verifier)
     return Speculative(model, drafter, verifier, layer_policy)
-
-
-def _layer_counts(
-    state: DecodeState, proposal: Proposal, reached: TargetForward, is_active: Bool[Array, " B"]
-) -> LayerCounts:
-    """Adds the layers of the target's forward, and those that the drafter ran."""
-    drafted = proposal.layers_run if proposal.row_layers is None else proposal.row_layers
-    batch, row = proposal.layers_run + reached.layers_run, drafted + reached.row_layers
-    return state.layer_counts.add(batch, row, is_active)
 
 
 def _block(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from decodax.core import pytree
 from decodax.decoding.drafters import Drafter, fixed_proposal
+from decodax.decoding.drafters.wider_proposals import LayerProposal
 from decodax.decoding.tree import Tree
 from decodax.layers.attention.mask import Ancestors
 from decodax.layers.kv_cache.staged import place, stage
@@ -104,6 +105,5 @@ class ShallowExit(Drafter):
                 draft_token = jnp.argmax(MODEL.logits(params, out.hidden)[:, 0], axis=1)
                 token = token.at[:, node + 1].set(draft_token.astype(jnp.int32))
         proposal = fixed_proposal(tree, token, jnp.ones(token.shape, bool))
-        return dataclasses.replace(
-            proposal, vectors=jnp.concatenate(vectors, axis=1), cache_updates=updates
-        ), state.draft
+        hidden = jnp.concatenate(vectors, axis=1)
+        return LayerProposal.extend(proposal, hidden, cache_updates=updates), state.draft

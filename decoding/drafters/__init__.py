@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from decodax.decoding.drafters.prompt_tokens import PromptTokens as PromptTokens
     from decodax.decoding.drafters.replay import Recording as Recording
     from decodax.decoding.drafters.replay import Replay as Replay
+    from decodax.decoding.drafters.wider_proposals import HintedProposal as HintedProposal
+    from decodax.decoding.drafters.wider_proposals import LayerProposal as LayerProposal
 
 _METHODS = Methods(
     __name__,
@@ -53,6 +55,8 @@ __getattr__, __dir__ = exports(
         "Outcome": "contract",
         "Proposal": "contract",
         "fixed_proposal": "contract",
+        "HintedProposal": "wider_proposals",
+        "LayerProposal": "wider_proposals",
         "Recording": "replay",
     },
 )

@@ -12,7 +12,7 @@ import enum
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int
 
 from decodax.core import pytree
 from decodax.decoding.state import DecodeState
@@ -39,20 +39,13 @@ class Children(enum.Enum):
 class Proposal:
     """A tree of C nodes per row for the target to run in one forward.
 
+    Drafters that run the target's own layers, or that give hints besides, propose a wider one (`wider_proposals.py`).
+
     token: of each node; the root's is the row's last token. Siblings are in the order in which they were drawn.
     tree: the parents of the nodes.
     is_candidate: nodes that may be accepted; the root, padding, and nodes that only carry vectors may not.
     logprobs: log-probabilities from which the children of each node were drawn; None for CHOSEN children.
     num_draft_forwards: runs of the drafter's own network for this proposal.
-    vectors: hidden states from which the target starts, instead of the tokens' embeddings: those after its first
-        `len(cache_updates)` layers.
-    cache_updates: of those layers, so that a drafter made of them need not have them run twice.
-    first_layer: number of layers that the drafter has run, where only the round decides it; `cache_updates` then has an
-        entry for every layer of the target, of which those from `first_layer` on are overwritten.
-    layers_run: runs of the target's layers in drafting, for the batch.
-    row_layers: those that each row needed; None for all of them.
-    likely: tokens that the drafter finds likely after each node, most probable first, whether or not they are nodes; -1
-        at a node without any, and where it has fewer. Read by layer policies that decide by them.
     """
 
     token: Int[Array, "B C"]
@@ -60,12 +53,11 @@ class Proposal:
     is_candidate: Bool[Array, "B C"]
     logprobs: Float32[Array, "B C V"] | None
     num_draft_forwards: Int[Array, ""]
-    vectors: Float[Array, "B C D"] | None = None
-    cache_updates: tuple[Any, ...] = ()
-    first_layer: Int[Array, ""] | None = None
-    layers_run: Int[Array, ""] | int = 0
-    row_layers: Int[Array, " B"] | None = None
-    likely: Int[Array, "B C I"] | None = None
+
+    @property
+    def inputs(self) -> Array:
+        """What the target's forward starts from: the tokens."""
+        return self.token
 
     @property
     def parent(self) -> Int[Array, "B C"]:

@@ -24,57 +24,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from decodax.core import pytree
-from decodax.decoding.drafters._exits import argmax_and_confidence, check_draft, check_exit, staged_before
+from decodax.decoding.drafters._exits import chain_proposal, check_draft, check_exit, draft_chain
 from decodax.decoding.drafters._size import set_chain
-from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal, fixed_proposal
+from decodax.decoding.drafters._staged_draft import Level, StagedDraft
+from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal
 from decodax.decoding.early_exit import run_layer
 from decodax.decoding.exit_choice import best_exit
+from decodax.decoding.exit_counts import ExitCounts, evaluate_exits
 from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.state import DecodeState
-from decodax.decoding.tree import Tree
 from decodax.layers.kv_cache.contract import Rewindable
-from decodax.layers.kv_cache.staged import stage
 from decodax.models.model import Model
 
 DECAY = 0.95  # of the counts, per round
 PROMPT_TOKENS = 32  # at each prompt's end, from which the first counts come
-UNSEEN = 0.5  # the agreement of an exit without counts
-
-
-@pytree.dataclass
-class ExitCounts:
-    """Decayed counts for the exit after each layer but the last.
-
-    right, wrong: tokens.
-    right_confidence, wrong_confidence: summed confidences of those tokens.
-    """
-
-    right: Float32[Array, " exits"]
-    wrong: Float32[Array, " exits"]
-    right_confidence: Float32[Array, " exits"]
-    wrong_confidence: Float32[Array, " exits"]
-
-    @classmethod
-    def zero(cls, num_exits: int) -> "ExitCounts":
-        return cls(*jnp.zeros((4, num_exits), jnp.float32))
-
-    def decayed(self, by: Float32[Array, ""]) -> "ExitCounts":
-        return jax.tree.map(lambda count: by * count, self)
-
-    def agreement(self) -> Float32[Array, " exits"]:
-        """The share of right tokens."""
-        total = self.right + self.wrong
-        return jnp.where(total > 0, self.right / jnp.maximum(total, 1e-9), UNSEEN)
-
-    def threshold(self) -> Float32[Array, " exits"]:
-        """The midpoint of the mean confidences in right and in wrong tokens; 0 where there were none of a kind."""
-        right = self.right_confidence / jnp.maximum(self.right, 1e-9)
-        wrong = self.wrong_confidence / jnp.maximum(self.wrong, 1e-9)
-        return jnp.where((self.right > 0) & (self.wrong > 0), (right + wrong) / 2, 0.0)
 
 
 class Drafted(NamedTuple):
@@ -102,27 +69,6 @@ class DelState:
     counts: ExitCounts
     round: Int[Array, ""]
     drafted: Drafted | None = None
-
-
-class _Draft(NamedTuple):
-    """A draft in progress.
-
-    node: the next to run.
-    end: the number of nodes that the draft will have.
-    token: the draft tokens so far.
-    history: as if the tokens had been emitted.
-    states: as in `Drafted`.
-    vectors: hidden states after the exit layer.
-    cache_updates: of every layer.
-    """
-
-    node: Int[Array, ""]
-    end: Int[Array, ""]
-    token: Int[Array, "B C"]
-    history: History
-    states: Float[Array, "exits B C D"]
-    vectors: Float[Array, "B C D"]
-    cache_updates: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -173,53 +119,45 @@ class DynamicExit(Drafter):
         states = jnp.stack([out.captured[layer] for layer in self.capture])
         target_token = jnp.argmax(self.model.logits(params, out.hidden), axis=2).astype(jnp.int32)
         count = jnp.where(state.done, 0, jnp.minimum(num_tokens, state.length - 1))
-        counts = self._evaluate(params, Sampling((), False), states, target_token, count, state.history)
+        counts = evaluate_exits(self.model, params, Sampling((), False), states, target_token, count, state.history)
         return DelState(counts, jnp.int32(0))
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, DelState]:
         counts: ExitCounts = state.draft.counts
-        tree, last_token = Tree.chain(self.num_nodes), state.last_token()
         exit_layer, length = best_exit(counts.agreement(), self.num_exits + 1, self.max_tokens)
-        threshold = counts.threshold()[exit_layer - 1]
-        dtype, shape = self.model.dtype(params), (*last_token.shape, self.num_nodes)
-        draft = _Draft(
-            jnp.int32(0),
-            length + 1,
-            jnp.zeros(shape, jnp.int32).at[:, 0].set(last_token),
-            state.history,
-            jnp.zeros((self.num_exits, *shape, self.model.config.hidden_size), dtype),
-            jnp.zeros((*shape, self.model.config.hidden_size), dtype),
-            self.model.empty_update(shape[0], shape[1], dtype),
+        threshold, model = counts.threshold()[exit_layer - 1], self.model
+        shape, dtype = (state.tokens.shape[0], self.num_nodes), model.dtype(params)
+
+        def run(draft: StagedDraft, level: Level):
+            """Runs the node through the layers before the exit; the others are not computed."""
+            hidden, states, updates = model.embed(params, level.token), draft.own.own, []
+            caches = (*level.stage(state.caches[:-1], draft.updates), state.caches[-1])
+            for index in range(self.num_exits):
+                runs = jnp.asarray(index) < exit_layer
+                hidden, new, _ = run_layer(model, params, index, hidden, level.position, caches, level.mask, runs)
+                updates.append(new)
+                states = jax.lax.dynamic_update_slice(states, hidden[None], (index, 0, draft.level, 0))
+            return hidden, hidden, states, tuple(updates)
+
+        def ends_together(confidence: Float32[Array, " B"]) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
+            ends = jnp.broadcast_to(jnp.all((confidence < threshold) | state.done), confidence.shape)
+            return ~ends, ~ends
+
+        *updates, last_update = model.empty_update(*shape, dtype)
+        draft = draft_chain(
+            model,
+            params,
+            state,
+            tuple(updates),
+            run,
+            head=lambda hidden: model.logits(params, hidden),
+            rule=ends_together,
+            num_nodes=self.num_nodes,
+            limit=length + 1,
+            own=jnp.zeros((self.num_exits, *shape, model.config.hidden_size), dtype),
         )
-
-        def run(draft: _Draft) -> _Draft:
-            draft, hidden = self._run_node(params, state, draft, exit_layer)
-
-            def draft_token() -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
-                logits = self.model.logits(params, hidden)[:, 0]
-                return argmax_and_confidence(state.sampling, logits, draft.history)
-
-            # Nothing is drafted from the last node, so the head does not run there.
-            is_last = draft.node + 1 >= draft.end
-            token, confidence = jax.lax.cond(is_last, lambda: (last_token, jnp.zeros(last_token.shape)), draft_token)
-            ends = jnp.all((confidence < threshold) | state.done)
-            return draft._replace(
-                node=draft.node + 1,
-                end=jnp.where(ends, draft.node + 1, draft.end),
-                token=draft.token.at[:, draft.node + 1].set(token, mode="drop"),
-                history=draft.history.record(token[:, None], jnp.ones_like(token)),
-            )
-
-        draft = jax.lax.while_loop(lambda draft: draft.node < draft.end, run, draft)
-        is_drafted = jnp.broadcast_to((jnp.arange(self.num_nodes) < draft.end)[None, :], shape)
-        proposal = dataclasses.replace(
-            fixed_proposal(tree, draft.token, is_drafted, forwards=draft.end),
-            vectors=draft.vectors,
-            cache_updates=draft.cache_updates,
-            first_layer=exit_layer,
-            layers_run=draft.end * exit_layer,
-        )
-        drafted = Drafted(exit_layer, draft.states, state.history)
+        drafted = Drafted(exit_layer, draft.own.own, state.history)
+        proposal = chain_proposal(draft, exit_layer, (*draft.updates, last_update))
         return proposal, dataclasses.replace(state.draft, drafted=drafted)
 
     def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> DelState:
@@ -230,61 +168,7 @@ class DynamicExit(Drafter):
         position = (state.length - emitted)[:, None] + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
         token = jnp.take_along_axis(state.tokens, jnp.minimum(position, state.tokens.shape[1] - 1), axis=1)
         evaluates = before.round % self.every == 0
-        new = self._evaluate(params, state.sampling, states, token, jnp.where(evaluates, emitted, 0), drafted.history)
+        count = jnp.where(evaluates, emitted, 0)
+        new = evaluate_exits(self.model, params, state.sampling, states, token, count, drafted.history)
         old = before.counts.decayed(jnp.where(evaluates, DECAY, 1.0))
         return DelState(jax.tree.map(jnp.add, old, new), before.round + 1)
-
-    def _run_node(
-        self, params: Any, state: DecodeState, draft: _Draft, exit_layer: Int[Array, ""]
-    ) -> tuple[_Draft, Float[Array, "B 1 D"]]:
-        """Runs the draft's next node through the layers before the exit; the others are not computed."""
-        tree, node = Tree.chain(self.num_nodes), draft.node
-        position = state.length[:, None] - 1 + jnp.asarray(tree.depth)
-        own = jax.lax.dynamic_slice_in_dim(position, node, 1, axis=1)
-        hidden = self.model.embed(params, jax.lax.dynamic_slice_in_dim(draft.token, node, 1, axis=1))
-        mask, staged = staged_before(node, self.num_nodes), stage(state.caches, draft.cache_updates, position)
-        updates, states = list(draft.cache_updates), draft.states
-        for index in range(self.num_exits):
-            hidden, new, _ = run_layer(
-                self.model, params, index, hidden, own, staged, mask, jnp.asarray(index) < exit_layer
-            )
-            updates[index] = updates[index].place(new, node[None])
-            states = jax.lax.dynamic_update_slice(states, hidden[None], (index, 0, node, 0))
-        vectors = jax.lax.dynamic_update_slice_in_dim(draft.vectors, hidden, node, axis=1)
-        return draft._replace(states=states, vectors=vectors, cache_updates=tuple(updates)), hidden
-
-    def _evaluate(
-        self,
-        params: Any,
-        sampling: Sampling,
-        states: Float[Array, "exits B C D"],
-        target_token: Int[Array, "B C"],
-        count: Int[Array, " B"],
-        history: History,
-    ) -> ExitCounts:
-        """Counts of every exit's tokens against the target's, at the first `count[b]` positions of row b.
-
-        One position after the other, as the logits of all of them at once would be large.
-
-        sampling: the options under which an exit's token is the most probable.
-        states: hidden states after each layer.
-        target_token: the right tokens.
-        history: at the first position.
-        """
-
-        def add(node: Int[Array, ""], carry: tuple[ExitCounts, History]) -> tuple[ExitCounts, History]:
-            counts, history = carry
-            hidden = jax.lax.dynamic_slice_in_dim(states, node, 1, axis=2)
-            exits, batch = hidden.shape[:2]
-            logits = self.model.logits(params, hidden.reshape(exits * batch, 1, -1)).reshape(exits, batch, -1)
-            token, confidence = jax.vmap(lambda logits: argmax_and_confidence(sampling, logits, history))(logits)
-            target = jax.lax.dynamic_slice_in_dim(target_token, node, 1, axis=1)
-            is_right = token == target.T
-            counts_here = (node < count)[None, :]
-            right, wrong = is_right & counts_here, ~is_right & counts_here
-            new = [jnp.sum(kind, axis=1, dtype=jnp.float32) for kind in (right, wrong)]
-            new += [jnp.sum(jnp.where(kind, confidence, 0.0), axis=1) for kind in (right, wrong)]
-            after = history.record(target, jnp.ones(batch, jnp.int32))
-            return jax.tree.map(jnp.add, counts, ExitCounts(*new)), after
-
-        return jax.lax.fori_loop(0, jnp.max(count), add, (ExitCounts.zero(self.num_exits), history))[0]

@@ -8,43 +8,27 @@ cache and committed when the target has accepted the tokens, so nothing rejected
 run; when one is accepted, the next round begins by running it.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int
+from jaxtyping import Array, Float32, Int
 
 from decodax.decoding.chunked_prefill import all_layers, prefill_caches
 from decodax.decoding.draft_vocabulary import check_vocabulary
-from decodax.decoding.drafters._expand import draw_children
+from decodax.decoding.drafters._expand import empty_logprobs, with_drawn_children
 from decodax.decoding.drafters._size import check_chain, set_tree
+from decodax.decoding.drafters._staged_draft import Level, StagedDraft, draft_levels
+from decodax.decoding.drafters._tree_levels import children_table, tree_layout
 from decodax.decoding.drafters.contract import Children, Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.decoding.tree_logits import node_history, node_logits
-from decodax.layers.attention.mask import Ancestors
-from decodax.layers.kv_cache.staged import place, stage
 from decodax.models.model import Model, commit
-
-
-class _Draft(NamedTuple):
-    """A draft in progress. The last entry of token and cache_updates is for the token before the last one.
-
-    The cache lacks that token when the previous round accepted a leaf.
-
-    token: draft tokens so far.
-    is_candidate: which of them may be accepted.
-    logprobs: from which they were drawn.
-    cache_updates: staged.
-    """
-
-    token: Int[Array, "B C_plus_1"]
-    is_candidate: Bool[Array, "B C"]
-    logprobs: Float32[Array, "B C V"] | None
-    cache_updates: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -103,24 +87,31 @@ class DraftModel(Drafter):
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, tuple[Any, ...]]:
         tree, caches = Tree.fixed(self.parents), state.draft
+        nodes, vocab_size = tree.num_nodes, self.model.vocab_size
         lacks_two = state.length - caches[0].length > 1
-        levels = jnp.asarray(_levels(tree))
-        draft = self._begin(draft_params, state, tree.num_nodes)
-
-        def grow(index: Array, draft: _Draft) -> _Draft:
-            level = levels[index]
-            logits, updates = self._run_level(draft_params, draft, state, tree, caches, level, lacks_two)
-            return self._expand(draft._replace(cache_updates=updates), state, tree, level, logits)
-
-        # The first level is the token before the last one; it runs when some row's cache lacks it.
+        # One node more than the tree has: the token before the last one.
+        updates = self.model.empty_update(state.tokens.shape[0], nodes + 1, self.model.dtype(draft_params))
+        logprobs = empty_logprobs(state, self.children, nodes, vocab_size)
+        draft = StagedDraft.begin(state, nodes + 1, updates, logprobs=logprobs)
+        before = jnp.take_along_axis(state.tokens, jnp.maximum(state.length[:, None] - 2, 0), axis=1)[:, 0]
+        draft = draft.with_children(jnp.int32(nodes), before, jnp.zeros_like(state.done))
+        # The first level is that token; it runs when some row's cache lacks it.
         first = 1 - jnp.any(lacks_two & ~state.done).astype(jnp.int32)
-        draft = jax.lax.fori_loop(first, len(levels), grow, draft)
-        token = draft.token[:, : tree.num_nodes]
-        forwards = len(levels) - first
-        return fixed_proposal(tree, token, draft.is_candidate, logprobs=draft.logprobs, forwards=forwards), (
-            caches,
-            draft.cache_updates,
-        )
+        draft = dataclasses.replace(draft, level=first)
+        layout = tree_layout(tree, state.length, lacks_two)
+
+        def run(draft: StagedDraft, level: Level) -> tuple[Float32[Array, "B W V"], tuple[Any, ...]]:
+            staged = level.stage(caches, draft.updates)
+            out = self.model.apply(draft_params, level.token, level.position, staged, mask=level.mask)
+            return self.model.logits(draft_params, out.hidden), out.cache_updates
+
+        def expand(draft: StagedDraft, level: Level, logits: Float32[Array, "B W V"]) -> StagedDraft:
+            return self._expand(draft, state, tree, level.node, logits)
+
+        draft = draft_levels(draft, layout, run, expand, len(layout.levels))
+        token, is_candidate, forwards = draft.token[:, :nodes], draft.is_candidate[:, :nodes], draft.level - first
+        proposal = fixed_proposal(tree, token, is_candidate, logprobs=draft.logprobs, forwards=forwards)
+        return proposal, (caches, draft.updates)
 
     def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> tuple[Any, ...]:
         caches, updates = state.draft
@@ -136,37 +127,9 @@ class DraftModel(Drafter):
             caches, updates, count, jnp.take_along_axis(path, jnp.minimum(place_of, path.shape[1] - 1), axis=1)
         )
 
-    def _begin(self, draft_params: Any, state: DecodeState, num_nodes: int) -> _Draft:
-        batch = state.tokens.shape[0]
-        before = jnp.take_along_axis(state.tokens, jnp.maximum(state.length[:, None] - 2, 0), axis=1)
-        token = (
-            jnp.zeros((batch, num_nodes + 1), jnp.int32).at[:, 0].set(state.last_token()).at[:, -1].set(before[:, 0])
-        )
-        logprobs = None
-        if state.sampling.do_sample and self.children is not Children.CHOSEN:
-            logprobs = jnp.zeros((batch, num_nodes, self.model.vocab_size), jnp.float32)
-        dtype = self.model.dtype(draft_params)
-        no = jnp.zeros((batch, num_nodes), bool)
-        return _Draft(token, no, logprobs, self.model.empty_update(batch, num_nodes + 1, dtype))
-
-    def _run_level(self, draft_params, draft: _Draft, state: DecodeState, tree: Tree, caches, level, lacks_two):
-        """Logits at the nodes of a level, and the staged cache updates with theirs; padding is run too, and dropped."""
-        num_nodes = tree.num_nodes
-        node = jnp.minimum(level, num_nodes)
-        own = np.eye(num_nodes + 1, dtype=bool)
-        above = np.pad(tree.ancestors[0], ((0, 1), (0, 1))) & ~own
-        above = jnp.broadcast_to(jnp.asarray(above)[node], (len(lacks_two), level.shape[0], num_nodes + 1))
-        attends_before = lacks_two[:, None] & (node < num_nodes)[None, :]
-        above = above.at[:, :, -1].set(attends_before)
-        themselves = jnp.broadcast_to(jnp.eye(level.shape[0], dtype=bool), (*above.shape[:2], level.shape[0]))
-        depth = jnp.pad(jnp.asarray(tree.depth), ((0, 0), (0, 1)), constant_values=-1)
-        position = jnp.maximum(state.length[:, None] - 1 + depth, 0)
-        staged = stage(caches, draft.cache_updates, position)
-        mask = Ancestors(jnp.concatenate([above, themselves], axis=2))
-        out = self.model.apply(draft_params, draft.token[:, node], position[:, node], staged, mask=mask)
-        return self.model.logits(draft_params, out.hidden), place(draft.cache_updates, out.cache_updates, level)
-
-    def _expand(self, draft: _Draft, state: DecodeState, tree: Tree, level: Array, logits: Array) -> _Draft:
+    def _expand(
+        self, draft: StagedDraft, state: DecodeState, tree: Tree, level: Int[Array, " W"], logits: Array
+    ) -> StagedDraft:
         """Adds the children of a level's nodes.
 
         The most probable ones do not depend on what shapes a draw. Without that, a greedy row beside sampled ones gets
@@ -177,35 +140,7 @@ class DraftModel(Drafter):
         history = node_history(state.history, tree, draft.token[:, : tree.num_nodes])
         node = jnp.minimum(level, tree.num_nodes - 1)
         logits = node_logits(sampling, logits, jax.tree.map(lambda counts: counts[:, node], history))
-        children = jnp.asarray(_children(tree))[level]
         position = state.length[:, None] + jnp.asarray(tree.depth)[:, node]
-        token, is_possible = draw_children(logits, kind, children.shape[1], state.seed, position)
-        slot, batch, logprobs = children.reshape(-1), token.shape[0], draft.logprobs
-        if logprobs is not None:
-            logprobs = logprobs.at[:, level].set(jax.nn.log_softmax(logits, axis=2), mode="drop")
-        return draft._replace(
-            token=draft.token.at[:, slot].set(token.reshape(batch, -1), mode="drop"),
-            is_candidate=draft.is_candidate.at[:, slot].set(is_possible.reshape(batch, -1), mode="drop"),
-            logprobs=logprobs,
+        return with_drawn_children(
+            draft, state, kind, logits, level, jnp.asarray(children_table(tree))[level], position
         )
-
-
-def _levels(tree: Tree) -> Int[np.ndarray, "I W"]:
-    """The levels to run: the token before the last one (C), the root, then the nodes with children at each depth.
-
-    Padded with C + 1.
-    """
-    parent, depth = tree.parent[0], tree.depth[0]
-    inner = np.unique(parent[1:])
-    levels = [[tree.num_nodes], *(inner[depth[inner] == level] for level in range(int(depth.max())))]
-    return _padded(levels, tree.num_nodes + 1)
-
-
-def _children(tree: Tree) -> Int[np.ndarray, "C_plus_2 I"]:
-    """The children of each node in order; none of the token before the last one (C), nor of padding (C + 1)."""
-    return _padded([np.flatnonzero(tree.parent[0] == node) for node in range(tree.num_nodes + 2)], tree.num_nodes + 1)
-
-
-def _padded(lists: Sequence[Sequence[int] | np.ndarray], filling: int) -> np.ndarray:
-    width = max(len(nodes) for nodes in lists)
-    return np.array([[*nodes, *[filling] * (width - len(nodes))] for nodes in lists], np.int32)

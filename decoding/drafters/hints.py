@@ -1,7 +1,7 @@
 """Gives the target a draft model's most probable next tokens, whether or not they are nodes to verify.
 
 SpecEE (SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting, arXiv 2504.08850) needs only
-a few likely tokens from a draft: `Proposal.likely`. The draft is a `DraftModel` whose tree has `num_likely` children at
+a few likely tokens from a draft: `HintedProposal`. The draft is a `DraftModel` whose tree has `num_likely` children at
 every node that the draft runs; the target verifies the nodes of a smaller tree, `parents`. By default that is the root
 alone, which is plain decoding with hints.
 """
@@ -18,6 +18,7 @@ from jaxtyping import Int
 from decodax.decoding.drafters._size import set_size
 from decodax.decoding.drafters.contract import Children, Drafter, Outcome, Proposal, fixed_proposal
 from decodax.decoding.drafters.draft_model import DraftModel
+from decodax.decoding.drafters.wider_proposals import HintedProposal
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
 from decodax.models.model import Model
@@ -72,7 +73,7 @@ class Hints(Drafter):
         is_known = jnp.asarray(child >= 0)[None] & whole.is_candidate[:, child]
         token, is_candidate = whole.token[:, : self.num_nodes], whole.is_candidate[:, : self.num_nodes]
         proposal = fixed_proposal(Tree.fixed(self.parents), token, is_candidate, forwards=whole.num_draft_forwards)
-        return dataclasses.replace(proposal, likely=jnp.where(is_known, whole.token[:, child], -1)), draft
+        return HintedProposal.extend(proposal, jnp.where(is_known, whole.token[:, child], -1)), draft
 
     def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> Any:
         draft = self.draft

@@ -13,25 +13,24 @@ draft token.
 The first round of a row whose prompt is one token drafts nothing: the head has not run yet.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from decodax.core import pytree
 from decodax.core.weight import Weight
 from decodax.decoding.chunked_prefill import prefill_caches
-from decodax.decoding.drafters._exits import staged_before
-from decodax.decoding.drafters._expand import draw_children
+from decodax.decoding.drafters._expand import empty_logprobs, with_drawn_children
 from decodax.decoding.drafters._size import set_chain
+from decodax.decoding.drafters._staged_draft import Layout, Level, StagedDraft, draft_levels
 from decodax.decoding.drafters.contract import Children, Drafter, Outcome, Proposal, fixed_proposal
-from decodax.decoding.logits_processors import History
 from decodax.decoding.sampling import processed_logits
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
-from decodax.layers.kv_cache.staged import Staged
 from decodax.models.model import Model, Params, commit
 from decodax.models.mtp_head import mtp_head
 
@@ -50,24 +49,6 @@ class Latest:
         last = last if path is None else jnp.take_along_axis(path, last, axis=1)
         new = jnp.take_along_axis(updates, last[:, :, None], axis=1)[:, 0]
         return Latest(jnp.where(count[:, None] > 0, new, self.output))
-
-
-class _Draft(NamedTuple):
-    """A draft in progress.
-
-    token, is_candidate: draft tokens so far, and which may be accepted.
-    logprobs: from which they were drawn.
-    output: of the head at the last node but one, which predicts the last.
-    cache_updates: the head's, staged.
-    history: as if the tokens had been emitted.
-    """
-
-    token: Int[Array, "B C"]
-    is_candidate: Bool[Array, "B C"]
-    logprobs: Float32[Array, "B C V"] | None
-    output: Float[Array, "B D"]
-    cache_updates: Any
-    history: History
 
 
 @dataclass(frozen=True)
@@ -127,25 +108,40 @@ class MTPHead(Drafter):
         return caches[-2], caches[-1]
 
     def propose(self, params: Params, draft_params: Params, state: DecodeState) -> tuple[Proposal, tuple[Any, Latest]]:
-        draft = self._draft_token(params, state, self._begin(state), 0)
-        offset = jnp.arange(self.num_nodes, dtype=jnp.int32)
-        position = state.length[:, None] - 1 + offset[None, :]
+        (cache, latest), head, nodes = state.draft, mtp_head(self.model), self.num_nodes
+        chain, is_complete = Tree.chain(nodes), (cache.length == state.length - 1) & (state.length > 1)
+        kind = self.children if state.sampling.do_sample else Children.CHOSEN
 
-        def step(node: Int[Array, ""], draft: _Draft) -> _Draft:
-            """Runs the head at the node before `node`, then drafts the token after `node`."""
-            embedded = self.model.embed(params, jax.lax.dynamic_slice_in_dim(draft.token, node, 1, axis=1))
-            own, slot = jax.lax.dynamic_slice_in_dim(position, node - 1, 1, axis=1), node - 1
-            staged, mask = Staged(state.draft[0], draft.cache_updates, position), staged_before(slot, self.num_nodes)
-            head, before = mtp_head(self.model), draft.output[:, None]
-            output, updates = head.apply(draft_params, embedded, before, own, staged, mask=mask)
-            draft = draft._replace(output=output[:, 0], cache_updates=draft.cache_updates.place(updates, slot[None]))
-            return self._draft_token(params, state, draft, node)
+        def run(draft: StagedDraft, level: Level) -> tuple[Float[Array, "B D"], tuple[Any, ...]]:
+            """Runs the head on a draft token and its own output before it."""
+            embedded, (own,) = self.model.embed(params, level.token), level.stage((cache,), draft.updates)
+            before, _ = draft.own
+            output, update = head.apply(draft_params, embedded, before[:, None], level.position, own, mask=level.mask)
+            return output[:, 0], (update,)
 
-        draft = jax.lax.fori_loop(1, self.num_tokens, step, draft)
-        chain, forwards = Tree.chain(self.num_nodes), self.num_tokens
-        return fixed_proposal(
-            chain, draft.token, draft.is_candidate, logprobs=draft.logprobs, forwards=forwards
-        ), state.draft
+        def expand(draft: StagedDraft, level: Level | None, output: Float[Array, "B D"]) -> StagedDraft:
+            """Adds the token after the level's node."""
+            _, history = draft.own
+            logits = self.model.read_out(params, output[:, None])[:, 0]
+            logits = processed_logits(state.sampling, logits, history)[:, None]
+            node = draft.level[None]
+            position = state.length[:, None] + draft.level
+            draft = with_drawn_children(draft, state, kind, logits, node, node[:, None] + 1, position)
+            token = jax.lax.dynamic_index_in_dim(draft.token, draft.level + 1, 1)
+            history = history.record(token, jnp.ones_like(token[:, 0]))
+            return dataclasses.replace(draft, own=(output, history))
+
+        updates = head.empty_update(state.tokens.shape[0], nodes, latest.output.dtype)
+        logprobs = empty_logprobs(state, self.children, nodes, self.model.config.vocab_size)
+        draft = StagedDraft.begin(state, nodes, (updates,), logprobs=logprobs, own=(latest.output, state.history))
+        draft = dataclasses.replace(expand(draft, None, latest.output), level=jnp.int32(1))
+        # The cache holds the entry of the token before the last one; node i adds the one of the token before it.
+        layout = Layout.chain(state.length - 1, nodes, first=1)
+        draft = draft_levels(draft, layout, run, expand, self.num_tokens)
+        forwards = self.num_tokens
+        is_candidate = draft.is_candidate & is_complete[:, None]
+        proposal = fixed_proposal(chain, draft.token, is_candidate, logprobs=draft.logprobs, forwards=forwards)
+        return proposal, state.draft
 
     def update(self, params: Params, draft_params: Params, state: DecodeState, outcome: Outcome) -> tuple[Any, Latest]:
         """Runs the head on what the round added: the true hidden states of the tokens, each with the token after it."""
@@ -183,33 +179,6 @@ class MTPHead(Drafter):
         embedded = self.model.embed(params, jnp.take_along_axis(state.tokens, after, axis=1))
         normed = self.model.normed(params, hidden)
         return mtp_head(self.model).apply(draft_params, embedded, normed, position, cache, row_length=row_length)
-
-    def _begin(self, state: DecodeState) -> _Draft:
-        batch, vocab_size = state.tokens.shape[0], self.model.config.vocab_size
-        shape, output = (batch, self.num_nodes), state.draft[1].output
-        logprobs = None
-        if state.sampling.do_sample and self.children is not Children.CHOSEN:
-            logprobs = jnp.zeros((*shape, vocab_size), jnp.float32)
-        updates = mtp_head(self.model).empty_update(batch, self.num_nodes, output.dtype)
-        token = jnp.zeros(shape, jnp.int32).at[:, 0].set(state.last_token())
-        return _Draft(token, jnp.zeros(shape, bool), logprobs, output, updates, state.history)
-
-    def _draft_token(self, params: Params, state: DecodeState, draft: _Draft, node: Int[Array, ""] | int) -> _Draft:
-        """The draft with a token after `node`, from the head's output."""
-        logits = self.model.read_out(params, draft.output[:, None])[:, 0]
-        logits = processed_logits(state.sampling, logits, draft.history)
-        kind = self.children if state.sampling.do_sample else Children.CHOSEN
-        children, possible = draw_children(logits[:, None], kind, 1, state.seed, state.length[:, None] + node)
-        token, logprobs = children[:, 0, 0], draft.logprobs
-        is_complete = (state.draft[0].length == state.length - 1) & (state.length > 1)
-        if logprobs is not None:
-            logprobs = logprobs.at[:, node].set(jax.nn.log_softmax(logits, axis=1))
-        return draft._replace(
-            token=draft.token.at[:, node + 1].set(token),
-            is_candidate=draft.is_candidate.at[:, node + 1].set(possible[:, 0, 0] & is_complete),
-            logprobs=logprobs,
-            history=draft.history.record(token[:, None], jnp.ones_like(token)),
-        )
 
 
 def _shape(weight: Weight | Array) -> tuple[int, ...]:

@@ -12,19 +12,20 @@ Departs from the authors' code in that the first prompt tokens run in the first 
 prefill.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from decodax.core import pytree
 from decodax.decoding.drafters._size import set_size
 from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal, fixed_proposal
+from decodax.decoding.drafters.wider_proposals import LayerProposal
 from decodax.decoding.prompt_tree import PromptTree
+from decodax.decoding.prompt_tree_tables import PromptTables, prompt_table
 from decodax.decoding.ranked_tokens import sibling_ranks, top_k_per_distance, tree_tokens
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree import Tree
@@ -41,26 +42,6 @@ class RankedTokens:
 
     token: Int[Array, "B m R"]
     distances: Int[Array, " B"]
-
-
-class _Tables(NamedTuple):
-    """The nodes of the trees, one entry per state; trees are padded to one size with unused nodes.
-
-    parent, rank: of each node.
-    is_candidate: false for prompt tokens and padding.
-    distance: 0 for a candidate, i for the i-th prompt token.
-    member: the ensemble member of a prompt token.
-    prompt_node[s, c, e, i]: the node of prompt token i of member e after candidate c.
-    num_prompts: after each candidate.
-    """
-
-    parent: Int[np.ndarray, "I C"]
-    rank: Int[np.ndarray, "I C"]
-    is_candidate: Bool[np.ndarray, "I C"]
-    distance: Int[np.ndarray, "I C"]
-    member: Int[np.ndarray, "I C"]
-    prompt_node: Int[np.ndarray, "I C n m"]
-    num_prompts: Int[np.ndarray, "I C"]
 
 
 @dataclass(frozen=True)
@@ -106,9 +87,9 @@ class PromptTokens(Drafter):
         return int(max(sibling_ranks(tree.parents).max() for tree in self.trees)) + 1
 
     @cached_property
-    def _tables(self) -> _Tables:
-        tables = [_table(tree, self.ensemble, self.distances, self.num_nodes) for tree in self.trees]
-        return _Tables(*(np.stack(arrays) for arrays in zip(*tables, strict=True)))
+    def _tables(self) -> PromptTables:
+        tables = [prompt_table(tree, self.ensemble, self.distances, self.num_nodes) for tree in self.trees]
+        return PromptTables(*(np.stack(arrays) for arrays in zip(*tables, strict=True)))
 
     @cached_property
     def _shapes(self) -> tuple[Tree, ...]:
@@ -140,7 +121,7 @@ class PromptTokens(Drafter):
         embedded = self.model.embed(params, token)
         vectors = jnp.where((distance > 0)[..., None], prompt.astype(embedded.dtype), embedded)
         proposal = fixed_proposal(tree, token, is_candidate)
-        return dataclasses.replace(proposal, vectors=vectors), ranked
+        return LayerProposal.extend(proposal, vectors), ranked
 
     def update(self, params: Any, draft_params: Any, state: DecodeState, outcome: Outcome) -> RankedTokens:
         before, tables = state.draft, self._tables
@@ -170,22 +151,3 @@ class PromptTokens(Drafter):
             for name in ("depth", "ancestors")
         )
         return Tree(jnp.asarray(self._tables.parent)[index], depth, ancestors)
-
-
-def _table(tree: PromptTree, ensemble: int, distances: int, num_nodes: int) -> _Tables:
-    """One tree's tables: candidates, then for each of them its chains, then padding nodes under the root."""
-    count = len(tree.parents)
-    parent = [*tree.parents, *[0] * (num_nodes - count)]
-    distance, member = np.zeros(num_nodes, np.int32), np.zeros(num_nodes, np.int32)
-    prompt_node = np.zeros((num_nodes, ensemble, distances), np.int32)
-    node = count
-    for candidate, number in enumerate(tree.prompts):
-        for own in range(ensemble):
-            for step in range(number):
-                parent[node] = candidate if step == 0 else node - 1
-                distance[node], member[node], prompt_node[candidate, own, step] = step + 1, own, node
-                node += 1
-    rank = np.pad(sibling_ranks(tree.parents), (0, num_nodes - count))
-    is_candidate = np.arange(num_nodes) < count
-    num_prompts = np.pad(np.asarray(tree.prompts, np.int32), (0, num_nodes - count))
-    return _Tables(np.asarray(parent, np.int32), rank, is_candidate, distance, member, prompt_node, num_prompts)

@@ -1,11 +1,16 @@
 """Runs every layer, except those that a drafter made of the target's own first layers has run already."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
+from decodax.decoding.drafters.wider_proposals import LayerProposal
 from decodax.decoding.early_exit.conditional_layer import run_layer
 from decodax.decoding.early_exit.contract import LayerPolicy, TargetForward
+from decodax.decoding.state import DecodeState
+from decodax.models.model import Model, Params
 from decodax.models.transformer import Forward
 
 
@@ -16,32 +21,47 @@ class AllLayers(LayerPolicy):
     lossless = True
 
     def forward(self, model, params, state, proposal, position, capture):
-        inputs = proposal.token if proposal.vectors is None else proposal.vectors
         num_layers, mask = model.config.num_layers, proposal.tree.mask()
+        if not isinstance(proposal, LayerProposal):
+            out = model.apply(params, proposal.token, position, state.caches, mask=mask, capture=capture)
+            return _counted(out, num_layers, num_layers, position, state)
         if proposal.first_layer is None:
             first = len(proposal.cache_updates)
             layers = (first, num_layers)
-            out = model.apply(params, inputs, position, state.caches, mask=mask, layers=layers, capture=capture)
+            out = model.apply(
+                params, proposal.hidden, position, state.caches, mask=mask, layers=layers, capture=capture
+            )
             out = out._replace(cache_updates=(*proposal.cache_updates, *out.cache_updates))
-            layers_run = jnp.int32(num_layers - first)
         else:
-            hidden, updates, captured = inputs, [], {}
-            for index in range(num_layers):
-                is_left = index >= proposal.first_layer
-                hidden, new, _ = run_layer(
-                    model,
-                    params,
-                    index,
-                    hidden,
-                    position,
-                    state.caches,
-                    mask,
-                    is_left,
-                    otherwise=proposal.cache_updates[index],
-                )
-                updates.append(new)
-                if index + 1 in capture:
-                    captured[index + 1] = hidden
-            out = Forward(hidden, tuple(updates), captured)
-            layers_run = num_layers - proposal.first_layer
-        return TargetForward(out, layers_run, jnp.broadcast_to(layers_run, position.shape[:1]), state.layer_policy)
+            first = proposal.first_layer
+            out = _run_from(model, params, state, proposal, first, position, capture)
+        left = num_layers - first
+        return _counted(out, proposal.layers_run + left, proposal.row_layers + left, position, state)
+
+
+def _run_from(
+    model: Model,
+    params: Params,
+    state: DecodeState,
+    proposal: LayerProposal,
+    first: Int[Array, ""],
+    position: Int[Array, "B C"],
+    capture: tuple[int, ...],
+) -> Forward:
+    """Runs the layers from `first` on, which only the round decides."""
+    hidden, mask = proposal.hidden, proposal.tree.mask()
+    updates, captured = [], {}
+    for index, update in enumerate(proposal.cache_updates):
+        is_left = index >= first
+        hidden, new, _ = run_layer(
+            model, params, index, hidden, position, state.caches, mask, is_left, otherwise=update
+        )
+        updates.append(new)
+        if index + 1 in capture:
+            captured[index + 1] = hidden
+    return Forward(hidden, tuple(updates), captured)
+
+
+def _counted(out: Forward, layers_run: Any, row_layers: Any, position: Array, state: DecodeState) -> TargetForward:
+    per_row = jnp.broadcast_to(jnp.asarray(row_layers, jnp.int32), position.shape[:1])
+    return TargetForward(out, jnp.asarray(layers_run, jnp.int32), per_row, state.layer_policy)

@@ -26,7 +26,7 @@ class TargetForward:
     """The result of a forward.
 
     forward: hidden states after the last layer that ran, and cache updates of every layer.
-    layers_run: layers that the batch ran.
+    layers_run: layers that the batch ran, those that the drafter ran for the proposal included.
     row_layers: those that each row needed; a layer that runs for one row of a batch runs for all, so this is at most
         `layers_run`.
     state: the layer policy's own after the forward.

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from decodax.core import pytree
 from decodax.decoding.chunked_prefill import prefill_state
 from decodax.decoding.drafters.contract import Proposal
+from decodax.decoding.drafters.wider_proposals import LayerProposal
 from decodax.decoding.early_exit.conditional_layer import mark, run_layer
 from decodax.decoding.early_exit.contract import TargetForward
 from decodax.decoding.state import DecodeState
@@ -96,14 +97,13 @@ def forward_stack(
 
     Raises ValueError where the drafter ran some layers.
     """
-    if proposal.cache_updates or proposal.first_layer is not None:
+    if isinstance(proposal, LayerProposal) and proposal.has_run_layers:
         raise ValueError(
             "a layer policy that skips layers needs a drafter that runs none of the target's own, "
             "got a proposal with cache updates of layers: use another drafter, or AllLayers"
         )
-    inputs = proposal.token if proposal.vectors is None else proposal.vectors
     mask = proposal.tree.mask()
-    out = run_stack(model, params, inputs, position, state.caches, active, mask=mask, capture=capture)
+    out = run_stack(model, params, proposal.inputs, position, state.caches, active, mask=mask, capture=capture)
     return TargetForward(out.forward, out.layers_run, out.row_layers, state.layer_policy)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from decodax.decoding.drafters.contract import Proposal
+from decodax.decoding.drafters.wider_proposals import HintedProposal, LayerProposal
 from decodax.decoding.early_exit.conditional_layer import run_layer
 from decodax.decoding.early_exit.contract import LayerPolicy, TargetForward
 from decodax.decoding.top_tokens import argmax_token
@@ -136,7 +137,7 @@ class SpeculativeExit(LayerPolicy):
         return jnp.zeros((batch_size, self.memory), jnp.int32)
 
     def forward(self, model, params, state, proposal, position, capture):
-        if proposal.cache_updates or proposal.first_layer is not None or proposal.vectors is not None:
+        if isinstance(proposal, LayerProposal):
             raise ValueError(
                 "speculative exits need a drafter with a network of its own, not one of the target's layers"
             )
@@ -215,7 +216,7 @@ def _likely(proposal: Proposal, count: int) -> Int[Array, "B C I"]:
 
     Raises ValueError when the proposal has another number of them than the predictors read.
     """
-    if proposal.likely is not None:
+    if isinstance(proposal, HintedProposal):
         if proposal.likely.shape[2] != count:
             raise ValueError(
                 f"the exit predictors read {count} likely tokens, the drafter gives {proposal.likely.shape[2]}"
@@ -234,7 +235,7 @@ def _may_agree(proposal: Proposal, fires: Bool[Array, "B C"], votes: Bool[Array,
 
     Without `likely`, a path of the proposal agrees only if it ends at a node without children.
     """
-    ends = jnp.ones_like(votes) if proposal.likely is not None else ~votes
+    ends = jnp.ones_like(votes) if isinstance(proposal, HintedProposal) else ~votes
     agrees = jnp.all((fires | ~votes)[:, None, :] | ~jnp.asarray(proposal.tree.ancestors), axis=2)
     is_reached = proposal.is_candidate.at[:, 0].set(True)
     return fires[:, 0] & jnp.any(agrees & ends & is_reached, axis=1)

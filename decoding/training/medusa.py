@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from decodax.decoding.drafters.medusa_heads import MedusaShape, head_logits, initial_heads
 from decodax.decoding.ranked_tokens import rank_accuracies
 from decodax.decoding.training.auxiliary import AuxiliaryTraining
+from decodax.models.medusa_heads import MedusaShape, head_logits, initial_heads
 from decodax.models.model import Model, Params
 
 RANKS = 10  # ranks of a head's tokens that are counted one by one

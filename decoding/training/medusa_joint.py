@@ -22,7 +22,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights
-from decodax.decoding.drafters.medusa_heads import MedusaShape, check_heads
 from decodax.decoding.training.distillation import kl_divergence
 from decodax.decoding.training.medusa import (
     MedusaTraining,
@@ -33,6 +32,7 @@ from decodax.decoding.training.medusa import (
     with_top_tokens,
 )
 from decodax.layers.adapters.low_rank import low_rank_change, merged
+from decodax.models.medusa_heads import MedusaShape, check_heads
 from decodax.models.model import Model, Params
 
 HEADS_WEIGHT = 0.2  # lambda_0 of the paper

@@ -17,7 +17,7 @@ import pytest
 import tests.speculation
 from decodax import decoding
 from decodax.decoding.drafters import METHODS as OURS
-from decodax.decoding.drafters import Children, Drafter
+from decodax.decoding.drafters import Children, Drafter, LayerProposal
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
 from tests.contracts.examples import drafters as made_by
@@ -118,7 +118,7 @@ def kept(proposal):
         "ancestors": jnp.broadcast_to(jnp.asarray(tree.ancestors), (*shape, shape[1])),
         "logprobs": proposal.logprobs,
         "num_draft_forwards": proposal.num_draft_forwards,
-        "layers": jnp.int32(len(proposal.cache_updates)),
+        "layers": jnp.int32(isinstance(proposal, LayerProposal) and proposal.has_run_layers),
     }
 
 

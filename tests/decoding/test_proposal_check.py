@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from decodax.decoding import speculative
-from decodax.decoding.drafters import Children, Drafter, NoDraft, PromptLookup, fixed_proposal
+from decodax.decoding.drafters import Children, Drafter, LayerProposal, NoDraft, PromptLookup, fixed_proposal
 from decodax.decoding.tree import Tree
 from decodax.decoding.verifiers import ChainRejection, ExactMatch, Verifier
 from tests.speculation import MODEL, PARAMS, plain, start
@@ -52,6 +52,10 @@ CHANGES = {
     "numbers for candidates": lambda proposal: (changed(proposal, is_candidate=proposal.token), ()),
     "another tree": lambda proposal: (changed(proposal, tree=Tree.chain(NODES + 1)), ()),
     "another first token": lambda proposal: (changed(proposal, token=proposal.token.at[:, 0].set(3)), ()),
+    "other hidden states": lambda proposal: (
+        changed(LayerProposal.extend(proposal, jnp.zeros((3, NODES, 4))), hidden=jnp.zeros((3, 4))),
+        (),
+    ),
     "unknown tokens": lambda proposal: (
         changed(proposal, token=proposal.token.at[:, 1:].set(jnp.asarray([-4, 99]))),
         (),
@@ -76,6 +80,7 @@ def decode(drafter, verifier=None, **options):
         ("no rows", r"got int32 of shape \(3,\)"),
         ("fewer tokens", r"token of Always.propose must be .* got int32 of shape \(3, 2\)"),
         ("numbers for candidates", r"is_candidate of Always.propose must be bool.* got int32 of shape \(3, 3\)"),
+        ("other hidden states", r"hidden of Always.propose must be hidden states of shape \(3, 3, \d+\) .* got "),
         ("another tree", "the tree of Always.propose must have Always.num_nodes = 3 nodes, got 4"),
     ],
 )

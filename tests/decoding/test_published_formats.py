@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 import decodax
 from decodax.decoding.auxiliary_weights import read_auxiliary_weights, write_auxiliary_weights
-from decodax.decoding.drafters.medusa_heads import head_logits
 from decodax.decoding.published_formats import PUBLISHED_ACCURACY, load_medusa, load_prompt_tokens
+from decodax.models.medusa_heads import head_logits
 from tests.decoding.test_generation import LM
 
 WIDTH, VOCABULARY = LM.config.hidden_size, LM.config.vocab_size

@@ -22,13 +22,13 @@ from decodax import decoding
 from decodax.decoding import built_strategies, draft_length, programs, strategies
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights
 from decodax.decoding.drafters import DraftModel, PromptLookup
-from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
 from decodax.decoding.find_draft import find_draft
 from decodax.decoding.prompt_tree import dynamic_trees, stationary_expected_tokens
 from decodax.decoding.strategies import DraftingStrategy, DraftModelChain, PromptLookupChain, Speculation, medusa, ppd
 from decodax.decoding.tree_choice import best_tree, expected_tokens
 from decodax.decoding.verifiers import ExactMatch, TypicalAcceptance
 from decodax.models.load import LanguageModel, find_folder
+from decodax.models.medusa_heads import MedusaShape, initial_heads
 from tests.decoding.test_generation import LETTERS, LM, PROMPTS, letter_tokenizer
 from tests.tiny import tiny_model
 

@@ -30,4 +30,4 @@ def select_dispatch(execution: Execution, num_choices: int) -> ExpertDispatch:
         return METHODS["sorted"]()
     if num_choices <= FEW_CHOICES:
         return METHODS["gather_scatter"]()
-    return METHODS["hierarchical" if len(over) == 2 and not isinstance(over, str) else "all_to_all"]()
+    return METHODS["hierarchical" if isinstance(over, tuple) and len(over) == 2 else "all_to_all"]()

@@ -8,10 +8,10 @@ import typer
 from decodax.cli import session
 from decodax.cli.train_command import training
 from decodax.cli.train_options import PLAN, Ready
-from decodax.decoding.drafters.medusa_heads import MedusaShape
 from decodax.decoding.training.medusa import MedusaTraining
 from decodax.decoding.training.self_distillation import self_distilled
 from decodax.decoding.training.texts import Texts
+from decodax.models.medusa_heads import MedusaShape
 
 SHAPE = MedusaShape()
 

@@ -27,10 +27,10 @@ from decodax.decoding.drafters import (
     Recording,
     Replay,
 )
-from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
 from decodax.decoding.prompt_tree import PromptTree, dynamic_trees
 from decodax.decoding.training.kangaroo import initial_adapter
 from decodax.decoding.verifiers import ExactMatch
+from decodax.models.medusa_heads import MedusaShape, initial_heads
 from decodax.models.model import Model
 from tests.contracts.outside import OUTSIDE
 

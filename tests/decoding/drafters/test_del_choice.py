@@ -13,7 +13,8 @@ import pytest
 
 from decodax import decoding
 from decodax.decoding.drafters import DynamicExit
-from decodax.decoding.drafters.del_choice import DECAY, UNSEEN, ExitCounts
+from decodax.decoding.drafters.del_choice import DECAY
+from decodax.decoding.exit_counts import UNSEEN, ExitCounts
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
 from tests.speculation import (

@@ -82,7 +82,7 @@ def test_the_proposal_equals_forwards_without_a_cache():
     for row, text in enumerate(drafted):
         nodes = slice(len(text) - DRAFT_TOKENS - 1, len(text))
         np.testing.assert_array_equal(proposal.token[row], text[nodes])
-        np.testing.assert_allclose(proposal.vectors[row], out.captured[1][row, nodes], atol=TOLERANCE)
+        np.testing.assert_allclose(proposal.hidden[row], out.captured[1][row, nodes], atol=TOLERANCE)
         np.testing.assert_allclose(update.key[row], out.cache_updates[0].key[row, :, nodes], atol=TOLERANCE)
         np.testing.assert_allclose(update.value[row], out.cache_updates[0].value[row, :, nodes], atol=TOLERANCE)
 

@@ -144,7 +144,7 @@ def test_drafts_end_when_unsure_and_no_layer_runs_twice():
         state = run(blocks=blocks, new=new)
         proposal, reached = proposed(state)
         deep = np.asarray(reached.forward.hidden)
-        assert int(reached.layers_run) == 1 and np.isfinite(deep).all()
+        assert int(reached.layers_run) == proposal.layers_run + 1 and np.isfinite(deep).all()
         runs = []
         for row, text in enumerate(texts(state)):
             drafted, (shallow, whole) = ([], ([], [])) if state.done[row] else expected_draft(text)
@@ -153,11 +153,11 @@ def test_drafts_end_when_unsure_and_no_layer_runs_twice():
             np.testing.assert_array_equal(proposal.is_candidate[row], is_drafted)
             np.testing.assert_array_equal(proposal.token[row][: len(drafted) + 1], [text[-1], *drafted])
             if runs[-1]:
-                np.testing.assert_allclose(proposal.vectors[row, : runs[-1]], shallow, atol=TOLERANCE)
+                np.testing.assert_allclose(proposal.hidden[row, : runs[-1]], shallow, atol=TOLERANCE)
                 np.testing.assert_allclose(deep[row, : runs[-1]], whole, atol=TOLERANCE)
         np.testing.assert_array_equal(proposal.row_layers, runs)
         assert int(proposal.num_draft_forwards) == int(proposal.layers_run) == max(runs)
-        assert not np.any(proposal.vectors[:, max(runs) :])
+        assert not np.any(proposal.hidden[:, max(runs) :])
         met |= set(runs)
     assert met == {0, 2, 3, 4}
 

@@ -9,8 +9,8 @@ import pytest
 
 from decodax import decoding
 from decodax.decoding.drafters import MedusaHeads
-from decodax.decoding.drafters.medusa_heads import MedusaShape, head_logits, initial_heads
 from decodax.decoding.verifiers import ExactMatch
+from decodax.models.medusa_heads import MedusaShape, head_logits, initial_heads
 from tests.speculation import MODEL, NEW, PARAMS, VOCABULARY, disturbed, forward, padded, start, texts
 from tests.tiny import tiny_model
 

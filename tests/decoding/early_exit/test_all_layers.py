@@ -76,8 +76,8 @@ class SometimesExit(ShallowExit):
         updates = MODEL.empty_update(*proposal.token.shape, jnp.float32)
         updates = place((updates[0],), proposal.cache_updates, jnp.arange(self.num_nodes)) + updates[1:]
         has_run = state.num_target_forwards % 2
-        vectors = jnp.where(has_run > 0, proposal.vectors, MODEL.embed(params, proposal.token))
-        return dataclasses.replace(proposal, vectors=vectors, cache_updates=updates, first_layer=has_run), draft
+        hidden = jnp.where(has_run > 0, proposal.hidden, MODEL.embed(params, proposal.token))
+        return dataclasses.replace(proposal, hidden=hidden, cache_updates=updates, first_layer=has_run), draft
 
 
 def test_the_target_continues_at_the_layer_where_the_drafter_stopped():

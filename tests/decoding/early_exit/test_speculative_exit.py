@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from decodax import decoding
-from decodax.decoding.drafters import Proposal
+from decodax.decoding.drafters import HintedProposal, LayerProposal
 from decodax.decoding.drafters.hints import Hints
 from decodax.decoding.early_exit.speculative_exit import SpeculativeExit, exit_features, exit_score, token_logits
 from decodax.decoding.speculative_decoding import speculative
@@ -243,7 +243,7 @@ def test_a_tree_exits_when_the_path_of_its_own_tokens_agrees(given):
             for b, row in enumerate(likely)
         ]
         table = [[own + [-1] * (LIKELY - len(own)) for own in row] for row in likely]
-        proposal = dataclasses.replace(proposal, likely=jnp.asarray(table, jnp.int32))
+        proposal = HintedProposal.extend(proposal, jnp.asarray(table, jnp.int32))
     wanted = [
         next(
             (
@@ -325,8 +325,8 @@ def test_bad_inputs_are_refused():
         jax.eval_shape(speculative(DEEP, drafter, ExactMatch(), EXIT), params, PARAMS, state)
     position = state.length[:, None] - 1
     vectors = DEEP.embed(WITHOUT, state.last_token()[:, None])
-    drafted = Proposal(
-        state.last_token()[:, None], Tree.chain(1), jnp.zeros((3, 1), bool), None, jnp.int32(0), vectors=vectors
+    drafted = LayerProposal(
+        state.last_token()[:, None], Tree.chain(1), jnp.zeros((3, 1), bool), None, jnp.int32(0), hidden=vectors
     )
     with pytest.raises(ValueError, match="a network of its own"):
         EXIT.forward(DEEP, params, state, drafted, position, ())

@@ -13,13 +13,13 @@ import decodax
 from decodax import decoding
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights, read_auxiliary_weights
 from decodax.decoding.drafters import MedusaHeads
-from decodax.decoding.drafters.medusa_heads import MedusaShape, initial_heads
 from decodax.decoding.training.medusa import MedusaTraining, places, window_states
 from decodax.decoding.training.medusa_joint import MedusaJointShape, MedusaJointTraining
 from decodax.decoding.training.self_distillation import self_distilled
 from decodax.decoding.training.texts import Texts
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.adapters.low_rank import merged
+from decodax.models.medusa_heads import MedusaShape, initial_heads
 from tests.decoding.training.small import PLAN
 from tests.speculation import disturbed
 

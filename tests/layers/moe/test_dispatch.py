@@ -79,6 +79,11 @@ def test_the_default_dispatch():
     assert select_dispatch(FLAT, FEW_CHOICES) == GatherScatter()
     assert select_dispatch(FLAT, FEW_CHOICES + 1) == AllToAll()
     assert select_dispatch(NODES, FEW_CHOICES + 1) == Hierarchical()
+    for axes in ({"ep": 8}, {"a": 2, "b": 2, "c": 2}):  # one axis with a name of two letters; three axes
+        kinds = (jax.sharding.AxisType.Auto,) * len(axes)
+        mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+        split = replace(FLAT, mesh=mesh, rules=Rules((("E", tuple(axes)),)))
+        assert select_dispatch(split, FEW_CHOICES + 1) == AllToAll()
     assert select_dispatch(replace(FLAT, experts="dense"), 1) == Dense()
     assert select_dispatch(replace(FLAT, experts=AllToAll(3)), 1) == AllToAll(3)
     hash(replace(FLAT, experts=AllToAll(3)))
