@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from decodax import decoding
-from decodax.decoding.drafters import HintedProposal, LayerProposal
+from decodax.decoding.drafters import HintedProposal, LayerProposal, Proposal
 from decodax.decoding.drafters.hints import Hints
 from decodax.decoding.early_exit.speculative_exit import SpeculativeExit, exit_features, exit_score, token_logits
 from decodax.decoding.speculative_decoding import speculative
