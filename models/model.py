@@ -49,6 +49,12 @@ class Model:
     invariant: bool = False
     execution: Execution = ON_THIS_DEVICE
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for the invariant mode of a model with a layer that has none."""
+        reasons = [block.mixer.invariant_unsupported_reason() for block in self.config.blocks if self.invariant]
+        if found := sorted(set(filter(None, reasons))):
+            raise ValueError(f"this model has no invariant mode: {', '.join(found)}: use invariant=False")
+
     @property
     def module(self) -> Transformer:
         """The linen module, to `init`, `apply` or `tabulate` it directly."""

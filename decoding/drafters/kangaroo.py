@@ -14,7 +14,6 @@ before any option, so that it means the same in greedy and in sampled rows.
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from decodax.decoding.chunked_prefill import prefill_caches
@@ -96,7 +95,7 @@ class Kangaroo(Drafter):
 
         batch, capacity = state.tokens.shape
         own = self.adapter.empty_cache(batch, capacity, self.model.dtype(params))
-        empty = jax.tree.map(jnp.zeros_like, shallow)  # caches of any kind begin as zeros
+        empty = tuple(cache.empty_like() for cache in shallow)
         return prefill_caches(run, (*empty, own), state.tokens, state.length, skip=state.failed)[-1]
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, tuple[Any, Any]]:

@@ -103,7 +103,7 @@ class MTPHead(Drafter):
         dtype = draft_params["join"].dtype
         own = mtp_head(self.model).empty_cache(batch, capacity, dtype)
         latest = Latest(jnp.zeros((batch, self.model.config.hidden_size), dtype))
-        empty = jax.tree.map(jnp.zeros_like, state.caches)  # caches of any kind begin as zeros
+        empty = tuple(cache.empty_like() for cache in state.caches)
         caches = prefill_caches(run, (*empty, own, latest), state.tokens, state.length, skip=state.failed)
         return caches[-2], caches[-1]
 

@@ -10,12 +10,12 @@ per head that takes its share of the softmax and adds nothing (gpt-oss, arXiv 25
 from jaxtyping import Array, Float, Float32, Int
 
 from decodax.layers.attention import attend_over_devices as over_devices
+from decodax.layers.attention.attend_invariant import Tile, attend_invariant
 from decodax.layers.attention.implementations import AttentionImplementation, attention_by
 from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.sinks import without_share
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
-from decodax.layers.kv_cache.contract import Cache
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import CacheView
 
 IMPLEMENTATIONS = {
     "split tokens": AttentionImplementation(
@@ -37,7 +37,7 @@ def attend(
     value: Float[Array, "B K T H"],
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: Cache | Staged | None,
+    cache: CacheView,
     *,
     scale: float,
     softcap: float | None,
@@ -49,7 +49,8 @@ def attend(
     query, key, value: of the T new tokens.
     position: of the new tokens.
     mask: which keys a query attends to; every query must attend to itself.
-    cache: keys and values of earlier tokens. Tokens staged with it are new ones that come before those of this forward.
+    cache: a view of the keys and values of earlier tokens. Tokens staged with them are new ones that come before those
+        of this forward; those of a tile run in the invariant mode.
     scale: of the scores.
     softcap: scores become softcap tanh(score / softcap); None for none.
     sink: a learned score per head.
@@ -57,6 +58,8 @@ def attend(
 
     Raises NotImplementedError if `execution` asks for a kernel that does not take these operands.
     """
+    if isinstance(cache, Tile):
+        return attend_invariant(query, key, value, position, mask, cache, scale=scale, softcap=softcap, sink=sink)
     operands = (query, key, value, position, mask, cache)
     attention = attention_by(IMPLEMENTATIONS, operands, execution, scale=scale, softcap=softcap)
     output, lse = attention(*operands)

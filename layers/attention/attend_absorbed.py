@@ -33,11 +33,10 @@ from decodax.layers.attention.implementations import (
 from decodax.layers.attention.mask import Mask, Span
 from decodax.layers.attention.over_context import Heads, over_slots
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.contract import Cache
 from decodax.layers.kv_cache.full import KVUpdate
-from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
-from decodax.layers.kv_cache.micro_batch import MicroBatchCache
-from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
+from decodax.layers.kv_cache.latent import LatentUpdate
+from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import CacheView, committed, num_staged, part
 
 
 def attend_absorbed(
@@ -46,7 +45,7 @@ def attend_absorbed(
     update: LatentUpdate,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: LatentCache | MicroBatchCache | Staged,
+    cache: CacheView,
     *,
     scale: float,
     execution: Execution,
@@ -93,7 +92,7 @@ def select_absorbed(
     if selection.backend == "xla":
         return selection
     batch, num_queries, num_heads, _ = query_latent.shape
-    bare, num_new = unstaged(cache), num_queries + num_staged(cache)
+    bare, num_new = committed(cache), num_queries + num_staged(cache)
 
     def part(query: Any) -> jax.ShapeDtypeStruct:
         heads = num_heads // execution.num_shards("N")
@@ -111,7 +110,7 @@ def select_absorbed(
 @every_reason
 def _operands_reason(query_latent: Any, mask: Mask, cache: Any, execution: Execution) -> Iterator[str | None]:
     """Every reason why no kernel takes such operands, whatever their sizes."""
-    yield cache_unsupported_reason(unstaged(cache), "latent_slots", query_latent)
+    yield cache_unsupported_reason(committed(cache), "latent_slots", query_latent)
     num_new = query_latent.shape[1] + num_staged(cache)
     if num_new > MAX_NEW_TOKENS:
         yield f"it takes at most {MAX_NEW_TOKENS} new and staged tokens, these are {num_new}"
@@ -136,7 +135,7 @@ def attend_in_kernels(
     With 16 heads they are more rows than a cached token's bytes pay for (see there), so reading the cache again for the
     next of them costs no time.
     """
-    key_position, bare, num_queries = position, unstaged(cache), position.shape[1]
+    key_position, bare, num_queries = position, committed(cache), position.shape[1]
     if isinstance(cache, Staged):
         update = update.after(cache.update)
         key_position = jnp.concatenate([cache.position, position], axis=1)
@@ -178,8 +177,7 @@ def attend_absorbed_in_xla(
         return KVUpdate(tokens, tokens)
 
     query = jnp.concatenate([query_latent, query_rope], axis=3)
-    if isinstance(cache, Staged):
-        cache = Staged(cache.cache, one_head(cache.update), cache.position)
+    cache = part(cache, lambda latents: latents, one_head)
     output, lse = attend_in_blocks(query, one_head(update), position, mask, cache, scale=scale, execution=execution)
     return output[..., : query_latent.shape[3]], lse
 
@@ -189,7 +187,7 @@ def attend_in_blocks(
     new: KVUpdate,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: Cache | Staged | None,
+    cache: CacheView,
     *,
     scale: float,
     execution: Execution,

@@ -15,9 +15,8 @@ from decodax.layers.attention.expansion import Expansion
 from decodax.layers.attention.implementations import AttentionImplementation, attention_by
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
-from decodax.layers.kv_cache.micro_batch import MicroBatchCache
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.latent import LatentUpdate
+from decodax.layers.kv_cache.view import CacheView
 
 IMPLEMENTATIONS = {
     "split tokens": AttentionImplementation(
@@ -36,7 +35,7 @@ def attend_expanded(
     expand: Expansion,
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: LatentCache | MicroBatchCache | Staged | None,
+    cache: CacheView,
     *,
     scale: float,
     execution: Execution,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from decodax.core import pytree
 from decodax.core.blockwise_attention import KeyBlock, attend_to_block
@@ -105,8 +105,8 @@ def attend_invariant(
     scale: float,
     softcap: float | None,
     sink: Float[Array, " N"] | None = None,
-) -> Float[Array, "rows 1 N H"]:
-    """`attend` for a tile, in the order of slots.
+) -> tuple[Float[Array, "rows 1 N H"], Float32[Array, "rows 1 N"]]:
+    """`attend` for a tile, in the order of slots: the outputs, and the log-sum-exps of the scores.
 
     Rows that are not real, and a query that attends to nothing, give zeros.
 
@@ -161,8 +161,7 @@ def attend_invariant(
         rows = jnp.moveaxis(per_query, 0, 1).reshape(-1, *query.shape[1:3], *per_query.shape[4:])
         return jnp.pad(rows, [(0, query.shape[0] - rows.shape[0])] + [(0, 0)] * (rows.ndim - 1))
 
-    output, _ = without_share(as_rows(output), as_rows(lse), sink)
-    return jax.lax.optimization_barrier(output)
+    return jax.lax.optimization_barrier(without_share(as_rows(output), as_rows(lse), sink))
 
 
 def _new_tokens(tile: Tile, own: KVUpdate, position: Int[Array, "B T"]) -> _New:

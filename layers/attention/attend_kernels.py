@@ -22,8 +22,7 @@ from decodax.layers.attention.implementations import cache_unsupported_reason
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.attention.nonfinite import mask_nonfinite, of_own_tokens
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.contract import Cache
-from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
+from decodax.layers.kv_cache.view import CacheView, committed, num_staged
 
 LANES = 128  # of a TPU
 _KEYS = "B K S H"
@@ -41,7 +40,7 @@ def unsupported_reason(
 
 
 def select_attention(
-    query: Any, key: Any, value: Any, mask: Mask, cache: Cache | Staged | None, execution: Execution
+    query: Any, key: Any, value: Any, mask: Mask, cache: CacheView, execution: Execution
 ) -> KernelSelection:
     """The kernel for the operands (arrays or their shapes), or "xla", and why.
 
@@ -61,7 +60,7 @@ def select_attention(
         return selection
     query_part = _part(query, "B T N H", execution)
     own = _part(key, _KEYS, execution), _part(value, _KEYS, execution)
-    bare: Any = unstaged(cache)
+    bare: Any = committed(cache)
     sources = [own]
     if bare is not None:
         sources.append((_part(bare.slots.first, _KEYS, execution), _part(bare.slots.second, _KEYS, execution)))
@@ -76,7 +75,7 @@ def select_attention(
 def _operands_reason(query: Any, key: Any, mask: Mask, cache: Any, execution: Execution) -> Iterator[str | None]:
     """Every reason why no kernel takes such operands, whatever their sizes."""
     is_step = _is_step(query, cache)
-    yield cache_unsupported_reason(unstaged(cache), "slots", query)
+    yield cache_unsupported_reason(committed(cache), "slots", query)
     if num_staged(cache) and not is_step:
         yield f"staged tokens need a cache before them and at most {MAX_STEP_TOKENS} new ones after them"
     if mask.span(is_new=False) is None or not (is_step or mask.span(is_new=True)):
@@ -89,7 +88,7 @@ def _operands_reason(query: Any, key: Any, mask: Mask, cache: Any, execution: Ex
 
 def _is_step(query: Any, cache: Any) -> bool:
     """Whether it is a call of `flash_decode`: few new tokens, after a cache."""
-    return query.shape[1] <= MAX_STEP_TOKENS and unstaged(cache) is not None
+    return query.shape[1] <= MAX_STEP_TOKENS and committed(cache) is not None
 
 
 def _part(operand: Any, axes: str, execution: Execution) -> jax.ShapeDtypeStruct:
@@ -127,7 +126,7 @@ def _step(
     query, key, value, position, mask, cache, options: dict[str, Any], execution: Execution
 ) -> tuple[Array, Array]:
     """The new tokens of a decoding step, and staged ones before them, in one kernel with the cache."""
-    bare = unstaged(cache)
+    bare = committed(cache)
     new = staged_and_new(key, value, position, cache)
     key, value = mask_nonfinite(new.key, new.value)
     allowed = allowed_among_new(mask, position, new.position)

@@ -25,8 +25,9 @@ from decodax.core.partial_softmax import OnlineSoftmax
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.attention.nonfinite import mask_nonfinite
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
-from decodax.layers.kv_cache.contract import Cache
-from decodax.layers.kv_cache.staged import Staged, unstaged
+from decodax.layers.kv_cache.contract import ReadableCache
+from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import CacheView, committed
 
 QUERY_TILE_TOKENS = 128  # queries that attend at once to the new tokens up to the last of them: half the scores
 
@@ -45,7 +46,7 @@ def attend_in_xla(
     value: Float[Array, "B K U H"],
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: Cache | Staged | None,
+    cache: CacheView,
     *,
     scale: float,
     softcap: float | None,
@@ -79,10 +80,10 @@ def attend_in_xla(
             for start in range(0, query.shape[1], QUERY_TILE_TOKENS)
         ]
         seen = tiles[0] if len(tiles) == 1 else jax.tree.map(lambda *tile: jnp.concatenate(tile, axis=2), *tiles)
-    if unstaged(cache) is not None:
+    if committed(cache) is not None:
         on_cpu = is_for_cpu(execution)
         seen = _attend_to_cache(
-            seen, grouped, position, mask, unstaged(cache), **options, block_tokens=block_tokens, on_cpu=on_cpu
+            seen, grouped, position, mask, committed(cache), **options, block_tokens=block_tokens, on_cpu=on_cpu
         )
     return finish_by_query(seen, query.shape[1], value.dtype)
 
@@ -91,7 +92,7 @@ def staged_and_new(
     key: Float[Array, "B K T H"],
     value: Float[Array, "B K T I"],
     position: Int[Array, "B T"],
-    cache: Cache | Staged | None,
+    cache: CacheView,
 ) -> NewKeys:
     """The staged tokens, if there are any, with the new ones after them."""
     if isinstance(cache, Staged):
@@ -128,7 +129,7 @@ def _attend_to_cache(
     grouped: Float[Array, "B K Q H"],
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: Cache,
+    cache: ReadableCache,
     *,
     scale: float,
     softcap: float | None,
@@ -142,7 +143,9 @@ def _attend_to_cache(
     return attend_to_slots(seen, grouped, slots, first, jnp.max(cache.length), **options)
 
 
-def _read(cache: Cache, mask: Mask, position: Int[Array, "B T"], start: Int[Array, ""], num_tokens: int) -> KeyBlock:
+def _read(
+    cache: ReadableCache, mask: Mask, position: Int[Array, "B T"], start: Int[Array, ""], num_tokens: int
+) -> KeyBlock:
     """Slots of the cache. Their values are used as they are, so a slot that was never written must not hold NaN."""
     key, value, key_position, filled = cache.read(start, num_tokens)
     allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=False))[:, None]

@@ -19,7 +19,7 @@ from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.nonfinite import mask_nonfinite_latents, of_own_tokens
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
-from decodax.layers.kv_cache.staged import num_staged, unstaged
+from decodax.layers.kv_cache.view import committed, num_staged
 
 KERNEL_BLOCK_TOKENS = (1024, 512, 256, 128)  # of a cache, at a time: the first that divides it
 
@@ -60,7 +60,7 @@ def select_expanded(query: Any, value_size: int, mask: Mask, cache: Any, executi
 @every_reason
 def _operands_reason(query: Any, mask: Mask, cache: Any, execution: Execution) -> Iterator[str | None]:
     """Every reason why no kernel takes such operands, whatever their sizes."""
-    bare = unstaged(cache)
+    bare = committed(cache)
     if num_staged(cache):
         yield "staged tokens need a cache before them and few new ones after them"
     if not (mask.span(is_new=True) and mask.span(is_new=False)):

@@ -1,7 +1,5 @@
 """Computes attention on keys and values made from latents in plain JAX, with any cache of latents and any mask."""
 
-from typing import Any
-
 from jaxtyping import Array, Float, Float32, Int
 
 from decodax.kernels_pallas.padding import padded
@@ -11,7 +9,7 @@ from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVUpdate
 from decodax.layers.kv_cache.latent import LatentUpdate
-from decodax.layers.kv_cache.staged import Staged, unstaged
+from decodax.layers.kv_cache.view import CacheView, part
 
 
 def attend_expanded_in_xla(
@@ -21,7 +19,7 @@ def attend_expanded_in_xla(
     value_up: Float[Array, "NJ R"],
     position: Int[Array, "B T"],
     mask: Mask,
-    cache: Any,
+    cache: CacheView,
     *,
     scale: float,
     execution: Execution,
@@ -33,10 +31,8 @@ def attend_expanded_in_xla(
         latent, rope_key = (tokens.astype(query.dtype) for tokens in (update.latent, update.rope_key))
         return KVUpdate(*expand.of_one_size(latent, rope_key))
 
-    new, bare = heads(update), unstaged(cache)
-    expanded: Any = None if bare is None else ExpandedCache(bare, expand)
-    if isinstance(cache, Staged):
-        expanded = Staged(expanded, heads(cache.update), cache.position)
+    new = heads(update)
+    expanded = part(cache, lambda latents: ExpandedCache(latents, expand), heads)
     query = padded(query, 3, new.key.shape[3])
     output, lse = attend_in_blocks(query, new, position, mask, expanded, scale=scale, execution=execution)
     return output[..., :value_size], lse

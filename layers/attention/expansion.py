@@ -70,6 +70,3 @@ class ExpandedCache:
         dtype = self.expand.key_up.dtype
         key, value = self.expand.of_one_size(latent.astype(dtype), rope_key.astype(dtype))
         return key, value, position, filled[:, None]
-
-    def commit(self, update: object, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "ExpandedCache":
-        raise TypeError("keys and values that are made from latents are not written: commit to the cache of latents")

@@ -29,7 +29,8 @@ from decodax.kernels_pallas.decode.new_tokens import MAX_STEP_TOKENS
 from decodax.layers.attention.mask import Mask, Span, Tokens
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.contract import Splittable
-from decodax.layers.kv_cache.staged import Staged, num_staged, unstaged
+from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import committed, num_staged
 from decodax.sharding.context_algorithm import select_context_algorithm
 from decodax.sharding.ring import ring
 from decodax.sharding.split_cache import merge_over_devices, read_by_all
@@ -81,7 +82,7 @@ def tokens_unsupported_reason(
         return reason
     if num_staged(cache):
         return "there are staged tokens"
-    if unstaged(cache) is not None and num_tokens <= MAX_STEP_TOKENS:
+    if committed(cache) is not None and num_tokens <= MAX_STEP_TOKENS:
         return f"up to {MAX_STEP_TOKENS} new tokens after a cache are on every device, these are {num_tokens}"
     if execution.mesh_axes("T", num_tokens) != execution.mesh_axes("S"):
         return f"{num_tokens} tokens do not divide over {execution.num_shards('S')} devices"
@@ -93,7 +94,7 @@ def tokens_unsupported_reason(
 def slots_unsupported_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
     """Why `over_slots` does not run; None if it does."""
     reason = _slots_reason(heads, cache, execution)
-    if reason is None and unstaged(cache) is None:
+    if reason is None and committed(cache) is None:
         return "there is no cache"
     return reason
 
@@ -110,7 +111,7 @@ def heads_unsupported_reason(heads: Heads, cache: Any, execution: Execution) -> 
 
 def _slots_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
     """Why attention is not split over the devices that slots and tokens are split over."""
-    bare = unstaged(cache)
+    bare = committed(cache)
     reason = _devices_reason(heads, cache, execution)
     if reason is None and execution.num_shards("S") == 1:
         return "neither slots nor tokens are split over devices"
@@ -121,7 +122,7 @@ def _slots_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
 
 def _devices_reason(heads: Heads, cache: Any, execution: Execution) -> str | None:
     """Why attention does not run on each device with its share of the operands."""
-    bare, num_shards = unstaged(cache), execution.num_shards("N")
+    bare, num_shards = committed(cache), execution.num_shards("N")
     if heads.query % num_shards or execution.num_shards("K", heads.key_value) not in (num_shards, heads.key_value):
         return f"the query heads of one of {num_shards} devices would not find their key-value heads on it"
     if bare is not None and not isinstance(bare, Splittable):
@@ -151,7 +152,7 @@ def over_slots(attention: Attention, axes: tuple[str | None, ...], execution: Ex
     axis = execution.mesh_axes("S")
 
     def on_device(position: Array, mask: Mask, cache: Any, *operands: Any) -> tuple[Array, Array]:
-        device, bare = jax.lax.axis_index(axis), unstaged(cache)
+        device, bare = jax.lax.axis_index(axis), committed(cache)
         first = device * bare.capacity
         own = bare.shard(first)
         if isinstance(cache, Staged):

@@ -27,8 +27,8 @@ class Slots(NamedTuple):
 
 
 @runtime_checkable
-class Cache(Protocol):
-    """Keys and values of the past tokens of B rows, for one layer.
+class ReadableCache(Protocol):
+    """What attention reads: keys and values of the past tokens of B rows, for one layer.
 
     length: tokens written so far.
     capacity: slots, all of which `read` may return.
@@ -44,6 +44,15 @@ class Cache(Protocol):
         self, start: Int[Array, ""], num_tokens: int
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "#B S"], Bool[Array, "B #K S"]]:
         """Keys, values, positions and validity of the `num_tokens` slots from `start` on, all within `capacity`."""
+        ...
+
+
+@runtime_checkable
+class Cache(ReadableCache, Protocol):
+    """A cache of keys and values that decoding keeps."""
+
+    def empty_like(self) -> Self:
+        """An empty cache of the same form, for the same rows."""
         ...
 
     def commit(self, update: Any, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> Self:

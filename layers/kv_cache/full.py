@@ -103,6 +103,10 @@ class KVCache:
         """What kernels read (see `HasSlots`)."""
         return Slots(self.key, self.value, self.length) if self.kept is None else None
 
+    def empty_like(self) -> "KVCache":
+        """An empty cache of the same form."""
+        return jax.tree.map(jnp.zeros_like, self)
+
     def rewound(self, length: Int[Array, " B"]) -> "KVCache":
         """The cache without the tokens after the first `length[b]` of a row."""
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))

@@ -104,6 +104,10 @@ class LatentCache:
         """What kernels read (see `HasSlots`)."""
         return Slots(self.latent, self.rope_key, self.length) if self.kept is None else None
 
+    def empty_like(self) -> "LatentCache":
+        """An empty cache of the same form."""
+        return jax.tree.map(jnp.zeros_like, self)
+
     def rewound(self, length: Int[Array, " B"]) -> "LatentCache":
         """The cache without the tokens after the first `length[b]` of a row."""
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))
@@ -129,7 +133,7 @@ class LatentCache:
     def read(
         self, start: Int[Array, ""], num_tokens: int
     ) -> tuple[Float[Array, "B 1 S I"], Float[Array, "B 1 S I"], Int[Array, "1 S"], Bool[Array, "B 1 S"]]:
-        """As `Cache.read`: one head, whose keys and values are latents followed by rope keys, I = R + H."""
+        """As `ReadableCache.read`: one head, whose keys and values are latents followed by rope keys, I = R + H."""
         latent, rope_key, position, filled = self.read_latents(start, num_tokens)
         tokens = jnp.concatenate([latent, rope_key], axis=2)[:, None]
         return tokens, tokens, position, filled[:, None]

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from decodax.core import pytree
-from decodax.layers.kv_cache.contract import Cache
-from decodax.layers.kv_cache.latent import LatentCache
+from decodax.layers.kv_cache.contract import ReadableCache
 from decodax.layers.kv_cache.stacked import first_of, lengths_of
 from decodax.layers.kv_cache.tailed import TailedCache
 
@@ -96,7 +95,7 @@ class MicroBatchCache:
     def read(
         self, start: Int[Array, ""], num_tokens: int
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "#B S"], Bool[Array, "B #K S"]]:
-        """As `Cache.read`."""
+        """As `ReadableCache.read`."""
         return self._cut(jax.vmap(lambda cache: cache.read(start, num_tokens))(self.stack))
 
     def read_latents(
@@ -104,9 +103,6 @@ class MicroBatchCache:
     ) -> tuple[Float[Array, "B S R"], Float[Array, "B S H"], Int[Array, "1 S"], Bool[Array, "B S"]]:
         """As `LatentCache.read_latents`."""
         return self._cut(jax.vmap(lambda cache: cache.read_latents(start, num_tokens))(self.stack))
-
-    def commit(self, update: Any, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "MicroBatchCache":
-        raise TypeError("the cache of a micro-batch is read-only: commit to the cache of all rows")
 
     def _cut(self, slots: tuple[Array, ...]) -> Any:
         """These rows of what was read of all rows of all layers; positions may be the same for all rows."""
@@ -131,7 +127,7 @@ def micro_batch_cache(stack: Any, layer: Int[Array, ""], rows: MicroBatch, *, in
         tail = cut(stack.tail, layer, rows)
         return dataclasses.replace(stack, kv=micro_batch_cache(stack.kv, layer, rows, in_place=in_place), tail=tail)
     is_all = rows.count == 1 and jax.tree.leaves(stack)[0].shape[0] == 1
-    reads_slots = isinstance(stack, LatentCache | Cache)
+    reads_slots = isinstance(stack, ReadableCache)
     return MicroBatchCache(stack, layer, rows) if reads_slots and in_place and not is_all else cut(stack, layer, rows)
 
 

@@ -93,6 +93,10 @@ class RecurrentCache:
         state = jnp.zeros((batch_size, *state_shape), jnp.float32)
         return cls(state, tail, jnp.zeros(batch_size, jnp.int32), capacity)
 
+    def empty_like(self) -> "RecurrentCache":
+        """An empty cache of the same form."""
+        return jax.tree.map(jnp.zeros_like, self)
+
     def empty_update(self, num_tokens: int, dtype: DTypeLike, *, per_channel: bool) -> RecurrentUpdate:
         """An empty update for tokens that will be staged.
 

@@ -36,6 +36,10 @@ class Stacked:
         """Of a cache: whether it may hold marks of tokens for which its layer did not run (`MarksTokens`)."""
         return getattr(self.each, "marks_tokens", False)
 
+    def empty_like(self) -> "Stacked":
+        """Of caches: empty ones of the same form."""
+        return Stacked(jax.vmap(lambda cache: cache.empty_like())(self.each))
+
     def commit(self, update: "Stacked", count: Int[Array, " B"], path: Int[Array, "B A"] | None = None) -> "Stacked":
         """Every layer's cache after its own `commit` of its update."""
         return Stacked(jax.vmap(lambda cache, new: cache.commit(new, count, path))(self.each, update.each))

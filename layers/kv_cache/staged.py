@@ -27,16 +27,6 @@ class Staged:
     position: Int[Array, "B U"]
 
 
-def unstaged(cache: Any) -> Any:
-    """The cache itself, without the staged tokens."""
-    return cache.cache if isinstance(cache, Staged) else cache
-
-
-def num_staged(cache: Any) -> int:
-    """The number of tokens staged beside a cache."""
-    return cache.position.shape[1] if isinstance(cache, Staged) else 0
-
-
 def stage(caches: tuple[Any, ...], update: tuple[Any, ...], position: Int[Array, "B U"]) -> tuple[Staged, ...]:
     """Every layer's cache with its staged tokens."""
     return tuple(Staged(cache, staged, position) for cache, staged in zip(caches, update, strict=True))

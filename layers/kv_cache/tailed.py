@@ -87,6 +87,10 @@ class TailedCache:
     def capacity(self) -> int:
         return self.kv.capacity
 
+    def empty_like(self) -> "TailedCache":
+        """An empty cache of the same form."""
+        return TailedCache(self.kv.empty_like(), jnp.zeros_like(self.tail))
+
     def commit(
         self, update: TailedUpdate, count: Int[Array, " B"], path: Int[Array, "B A"] | None = None
     ) -> "TailedCache":

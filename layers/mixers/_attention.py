@@ -31,6 +31,9 @@ class AttentionConfig:
     def unsupported_policy_reason(self, policy: CachePolicy) -> str | None:
         return None
 
+    def invariant_unsupported_reason(self) -> str | None:
+        return None
+
     def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
         """Scores and weighted values: 4 H FLOPs per head and token attended to."""
         num_keys, num_read = num_cached + (num_new + 1) / 2, float(num_cached)

@@ -44,6 +44,9 @@ class RecurrentConfig:
         own = policy in (KVCache, MarkedCache)  # a token that is not kept changes no state
         return None if own else "a recurrent layer has a state, and no keys and values"
 
+    def invariant_unsupported_reason(self) -> str | None:
+        return "a recurrent layer adds up its tokens in chunks"
+
     def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
         """Decay, update and read of the state."""
         return MixingCost(6 * math.prod(self.state_shape), 0)

@@ -22,14 +22,13 @@ from jaxtyping import Array, Float, Int
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend import attend
-from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask, Window
 from decodax.layers.attention.predecessors import predecessors
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, KVUpdate
-from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.kv_cache.tailed import TailedCache, TailedUpdate
+from decodax.layers.kv_cache.view import CacheView, committed, part, staged_tokens
 from decodax.layers.mixers._attention import AttentionConfig
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.row_parallel import row_parallel_linear
@@ -121,6 +120,9 @@ class CCAConfig(AttentionConfig):
         tail_shape = (self.width - 1, self.num_convolved + self.half_values)
         return TailedCache.empty(batch_size, self.num_kv_heads, capacity, self.head_size, tail_shape, dtype, policy)
 
+    def invariant_unsupported_reason(self) -> str | None:
+        return "convolutions read tokens that are in no cache"
+
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> TailedUpdate:
         num_columns = self.num_convolved + self.half_values
         return TailedUpdate.empty(batch_size, self.num_kv_heads, num_tokens, self.head_size, num_columns, dtype)
@@ -142,26 +144,24 @@ class CCA(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: TailedCache | Staged | Tile | None,
+        cache: CacheView,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], TailedUpdate]:
         config = self.config
-        if isinstance(cache, Tile):
-            raise ValueError("attention with convolutions has no invariant mode: use a model with invariant=False")
         weight = fetch_own(self, config.weights(self.hidden_size))
 
         def project(name: str) -> Float[Array, "B T _"]:
             return linear(inputs, weight[name], weight.get(f"{name}_bias"))
 
-        committed = cache.cache if isinstance(cache, Staged) else cache
-        staged = (cache.update.columns, cache.position) if isinstance(cache, Staged) else None
+        before, staged = committed(cache), staged_tokens(cache)
+        staged = None if staged is None else (staged[0].columns, staged[1])
         # The bias is added later: the first token's delayed values are the bias, as the token before it is zero.
         delayed = linear(inputs, weight["delayed_value"])
         columns = jnp.concatenate([project("query"), project("key"), delayed], axis=2)
-        if committed is None:
+        if before is None:
             tail = jnp.zeros((inputs.shape[0], config.width - 1, columns.shape[2]), columns.dtype)
         else:
-            tail = committed.tail
+            tail = before.tail
         window = predecessors(columns, position, mask, tail, staged)
 
         query, key = _convolved(config, weight, window[..., : config.num_convolved])
@@ -176,9 +176,7 @@ class CCA(nn.Module):
         key, value = (jnp.moveaxis(heads, 1, 2) for heads in (rotate(key, cos, sin), value))
         if config.window is not None:
             mask = mask & Window(config.window)
-        kv_cache = None if committed is None else committed.kv
-        if isinstance(cache, Staged):
-            kv_cache = Staged(kv_cache, cache.update.kv, cache.position)
+        kv_cache = part(cache, lambda cache: cache.kv, lambda update: update.kv)
         options = {"scale": config.scale, "softcap": None, "execution": self.execution}
         mixed, _ = attend(query, key, value, position, mask, kv_cache, **options)
         flat, over_heads = mixed.reshape(*inputs.shape[:2], -1), {"axis_name": "N", "execution": self.execution}

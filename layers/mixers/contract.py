@@ -57,6 +57,10 @@ class Mixer(Protocol):
         """Why this layer's cache is not made by the policy; None where it is, or keeps the marks that it is for."""
         ...
 
+    def invariant_unsupported_reason(self) -> str | None:
+        """Why this layer has no invariant mode (`Model.invariant`); None where it attends with `attend` alone."""
+        ...
+
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> Any:
         """An empty cache update of `num_tokens` tokens, to stage them; has `place(new, slot)`."""
         ...

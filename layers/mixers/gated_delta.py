@@ -20,13 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
-from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask
 from decodax.layers.attention.predecessors import predecessors
 from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import ACTIVATIONS
-from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.recurrent import RecurrentUpdate
+from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._recurrent import RecurrentConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.recurrence.block import past_of
@@ -118,7 +117,7 @@ class GatedDelta(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: RecurrentCache | Staged | Tile | None,
+        cache: CacheView,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], RecurrentUpdate]:
         config = self.config

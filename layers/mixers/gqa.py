@@ -17,12 +17,10 @@ from jaxtyping import Array, Float, Int
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend import attend
-from decodax.layers.attention.attend_invariant import Tile, attend_invariant
 from decodax.layers.attention.mask import Mask, Window
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.contract import Cache
 from decodax.layers.kv_cache.full import KVUpdate
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._attention import AttentionConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
@@ -128,7 +126,7 @@ class GQA(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: Cache | Staged | Tile | None,
+        cache: CacheView,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], KVUpdate]:
         config = self.config
@@ -157,10 +155,7 @@ class GQA(nn.Module):
         if config.window is not None:
             mask = mask & Window(config.window)
         scores = {"scale": config.scale, "softcap": config.softcap, "sink": weight.get("sinks")}
-        if isinstance(cache, Tile):
-            mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
-        else:
-            mixed, _ = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
+        mixed, _ = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         flat = flat if gate is None else flat * jax.nn.sigmoid(gate)
         output = row_parallel_linear(

@@ -16,12 +16,10 @@ from jaxtyping import Array, Float, Int
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
 from decodax.layers.attention.attend import attend
-from decodax.layers.attention.attend_invariant import Tile, attend_invariant
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import Execution
-from decodax.layers.kv_cache.contract import Cache
 from decodax.layers.kv_cache.full import KVUpdate
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._attention import AttentionConfig
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
@@ -88,7 +86,7 @@ class MFA(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: Cache | Staged | Tile | None,
+        cache: CacheView,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], KVUpdate]:
         config = self.config
@@ -102,9 +100,6 @@ class MFA(nn.Module):
         key = rotate(linear(inputs, weight["key"])[:, :, None], cos, sin)
         key, value = jnp.moveaxis(key, 1, 2), linear(inputs, weight["value"])[:, None]
         scores = {"scale": config.scale, "softcap": None}
-        if isinstance(cache, Tile):
-            mixed = attend_invariant(query, key, value, position, mask, cache, **scores)
-        else:
-            mixed, _ = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
+        mixed, _ = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         return row_parallel_linear(flat, weight["out"], axis_name="N", execution=self.execution), KVUpdate(key, value)

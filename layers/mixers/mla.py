@@ -20,15 +20,13 @@ from decodax.kernels_pallas.decode.new_tokens import MAX_NEW_TOKENS
 from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.attention.attend_absorbed import attend_absorbed, select_absorbed
 from decodax.layers.attention.attend_expanded import attend_expanded
-from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.expansion import Expansion
 from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache.contract import CachePolicy
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
-from decodax.layers.kv_cache.micro_batch import MicroBatchCache
-from decodax.layers.kv_cache.staged import Staged, unstaged
+from decodax.layers.kv_cache.view import CacheView, committed
 from decodax.layers.mixers.contract import MixingCost
 from decodax.layers.norm import RMSNorm, RMSNormConfig
 from decodax.layers.rope import Rope, rotate
@@ -120,6 +118,9 @@ class MLAConfig:
         own = policy in (KVCache, MarkedCache)
         return None if own else "latent attention caches latents, and no keys and values"
 
+    def invariant_unsupported_reason(self) -> str | None:
+        return "latent attention reads latents in two ways, by the number of tokens"
+
     def mixing_cost(self, num_new: int, num_cached: int) -> MixingCost:
         num_keys, own = num_cached + (num_new + 1) / 2, (self.num_heads, self.latent_rank)
         if num_new <= self.most_absorbed_tokens:
@@ -160,12 +161,10 @@ class MLA(nn.Module):
         inputs: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         row_length: Int[Array, "B T"],
-        cache: LatentCache | MicroBatchCache | Staged | Tile | None,
+        cache: CacheView,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], LatentUpdate]:
         config = self.config
-        if isinstance(cache, Tile):
-            raise ValueError("latent attention has no invariant mode: use a model with invariant=False")
         weight = fetch_own(self, config.weights(self.hidden_size))
 
         def project(name: str, inputs: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
@@ -189,7 +188,7 @@ class MLA(nn.Module):
 
         key_up, value_up = weight["key_up"], weight["value_up"]
         options = {"scale": config.scale, "execution": self.execution}
-        if cache is None or unstaged(cache) is None or inputs.shape[1] > config.most_absorbed_tokens:
+        if committed(cache) is None or inputs.shape[1] > config.most_absorbed_tokens:
             query = jnp.concatenate([query_nope, query_rope], axis=3)
             expand = Expansion(key_up, value_up, config.num_heads)
             mixed = attend_expanded(query, update, expand, position, mask, cache, **options)

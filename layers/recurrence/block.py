@@ -8,16 +8,15 @@ Chunkwise forms: Gated Linear Attention, arXiv 2312.06635. Departs from it: each
 difference of two running sums, as in the paper, loses digits when decays are strong and overflows in a division.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.kv_cache.recurrent import RecurrentCache, RecurrentUpdate
-from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import CacheView, committed, staged_tokens
 
 
 class Past(NamedTuple):
@@ -59,17 +58,14 @@ class Past(NamedTuple):
         return self.update is None and mask.span(is_new=True) is not None
 
 
-def past_of(cache: Any, empty: RecurrentCache) -> Past:
-    """The `Past` of a layer's cache (or `Staged`); `empty` is the cache where nothing precedes the tokens.
+def past_of(view: CacheView, empty: RecurrentCache) -> Past:
+    """The `Past` of what a layer reads; `empty` is the cache where nothing precedes the tokens.
 
     Raises ValueError for a cache of another kind.
     """
-    update = position = None
-    if isinstance(cache, Staged):
-        cache, update, position = cache.cache, cache.update, cache.position
+    update, position = staged_tokens(view) or (None, None)
+    cache = committed(view)
     cache = empty if cache is None else cache
-    if isinstance(cache, Tile):
-        raise ValueError("a model with recurrent layers cannot run in the invariant mode: use invariant=False")
     if not isinstance(cache, RecurrentCache):
         raise ValueError(f"a recurrent layer's cache must be a RecurrentCache, got {type(cache)}: use its empty_cache")
     return Past(cache, update, position)

@@ -168,6 +168,11 @@ def check_slots(example, slots, row, tokens, position):
     np.testing.assert_array_equal(value[row][:, is_filled], wanted_values[:, position[is_filled]])
 
 
+def test_an_empty_cache_like_a_filled_one(filled):
+    for cache, capacity in ((filled.cache, CAPACITY), (filled.longer, CAPACITY), (filled.empty(3), 3)):
+        assert_identical(cache.empty_like(), filled.example.empty(capacity))
+
+
 def test_a_commit_of_no_token_changes_nothing(filled):
     """To the last bit, whatever the update holds."""
     nothing, update = np.zeros(BATCH, np.int32), with_nan(filled.update(1))
@@ -316,6 +321,11 @@ def test_a_stack_of_layers_is_each_of_them(filled):
     np.testing.assert_array_equal(got.length, 2 * COUNT)
     wanted = stacked(*(place(buffer, update, slot) for buffer, update in zip(updates[::-1], updates, strict=True)))
     assert_identical(place(stacked(*updates[::-1]), stacked(*updates), slot), wanted)
+
+
+def test_a_stack_empties_each_layer(filled):
+    stack = Stacked(jax.tree.map(lambda *leaves: np.stack(leaves), filled.cache, filled.longer))
+    assert_identical(stack.empty_like().each, jax.tree.map(np.zeros_like, stack.each))
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "cut out"])

@@ -353,3 +353,22 @@ def test_a_cache_policy_is_honoured_or_the_reason_given(name):
         attending = BlockConfig(EXAMPLES["gqa, all tokens"], GatedMLPConfig(5), RMSNormConfig(1e-5))
         mixed = dataclasses.replace(model.config, blocks=(block, attending))
         assert type(Model(mixed).empty_cache(1, 3, jnp.float32, OtherPolicy)[1]) is OtherPolicy
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_invariant_mode_gives_the_same_bits_or_is_refused(name):
+    """Tokens one by one, and all in one forward."""
+    block = BlockConfig(EXAMPLES[name], GatedMLPConfig(5), RMSNormConfig(1e-5))
+    config = ModelConfig(7, WIDTH, 64, (block,), RMSNormConfig(1e-5), tie_embeddings=True)
+    reason = EXAMPLES[name].invariant_unsupported_reason()
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"this model has no invariant mode: {reason}: use invariant=False"):
+            Model(config, invariant=True)
+        return
+    model = Model(config, invariant=True)
+    params, tokens, run = model.init(jax.random.key(0)), jnp.array([[3, 1, 6, 2]]), jax.jit(model.apply)
+    whole, caches = run(params, tokens, positions(0, 4)).hidden, model.empty_cache(1, 8, jnp.float32)
+    for place in range(4):
+        out = run(params, tokens[:, place : place + 1], positions(place, 1), caches)
+        np.testing.assert_array_equal(out.hidden[:, 0], whole[:, place])
+        caches = tuple(cache.commit(new, jnp.array([1])) for cache, new in zip(caches, out.cache_updates, strict=True))

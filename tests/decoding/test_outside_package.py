@@ -127,6 +127,9 @@ def watched(plugin):
         length = property(lambda self: self.small.length)
         capacity = property(lambda self: self.small.capacity)
 
+        def empty_like(self):
+            return jax.tree.map(jnp.zeros_like, self)
+
         def read(self, begin, num_tokens):
             return self.small.read(begin, num_tokens)
 

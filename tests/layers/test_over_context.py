@@ -21,7 +21,8 @@ from decodax.layers.attention.over_context import OwnSlots
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
-from decodax.layers.kv_cache.staged import Staged, unstaged
+from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import committed
 from decodax.sharding.context_algorithm import select_context_algorithm
 from decodax.sharding.mesh import read_mesh
 from tests.sharding.collectives import collectives, count
@@ -205,7 +206,7 @@ def test_kernels_on_each_device(name):
     """
     _, _, mask, softcap, *_ = CASES[name]
     *arrays, cache = operands(name, size=128, capacity=1024)
-    bare = dataclasses.replace(unstaged(cache), kept=None)
+    bare = dataclasses.replace(committed(cache), kept=None)
     empty = jnp.arange(1024)[None, None, :, None] >= bare.length[:, None, None, None]
     behind = lambda bare: dataclasses.replace(cache, cache=bare) if isinstance(cache, Staged) else bare
     options, parts = {"scale": 0.05, "softcap": softcap}, []

@@ -35,8 +35,10 @@ def test_bad_meshes_are_refused(text, message):
 
 
 def test_one_device_less():
-    with pytest.raises(ValueError, match="needs 2 devices, and there is 1 cpu device"):
+    with pytest.raises(ValueError, match="needs 2 devices, and there is 1 cpu device:"):
         read_mesh("data=2", jax.devices()[:1])
+    with pytest.raises(ValueError, match="needs 3 devices, and there are 2 cpu devices"):
+        read_mesh("data=3", jax.devices()[:2])
 
 
 def test_key_value_heads_fewer_than_devices_are_copied():

@@ -31,6 +31,9 @@ class Int8Cache:
 
     capacity = property(lambda self: self.key.shape[2])
 
+    def empty_like(self):
+        return jax.tree.map(jnp.zeros_like, self)
+
     def read(self, start, num_tokens):
         arrays = (self.key, self.key_scale, self.value, self.value_scale)
         key, key_scale, value, value_scale = (

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -14,7 +15,7 @@ from decodax.kernels_pallas.selection import KernelSelection
 from decodax.layers.attention.predecessors import predecessors, tail_after
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
-from decodax.layers.kv_cache.staged import Staged, unstaged
+from decodax.layers.kv_cache.view import committed, staged_tokens
 from decodax.layers.mixers.contract import MixingCost
 from decodax.layers.row_parallel import row_parallel_linear
 
@@ -41,6 +42,9 @@ class ShiftCache:
     @classmethod
     def empty(cls, batch_size, capacity, num_features, dtype):
         return cls(jnp.zeros((batch_size, 1, num_features), dtype), jnp.zeros(batch_size, jnp.int32), capacity)
+
+    def empty_like(self):
+        return jax.tree.map(jnp.zeros_like, self)
 
     def commit(self, update, count, path=None):
         tail = tail_after(self.tail, update.features, count, path)
@@ -74,6 +78,9 @@ class TokenShift:
     def unsupported_policy_reason(self, policy):
         return None if policy in (KVCache, MarkedCache) else "a token shift caches no keys and values"
 
+    def invariant_unsupported_reason(self):
+        return "a token shift reads the token before from elsewhere in a chain"
+
     def empty_update(self, batch_size, num_tokens, dtype):
         return ShiftUpdate(jnp.zeros((batch_size, num_tokens, self.num_features), dtype))
 
@@ -93,9 +100,9 @@ class TokenShiftModule(nn.Module):
     def __call__(self, inputs, position, row_length, cache, mask):
         weight = fetch_own(self, self.config.weights(self.hidden_size))
         features = linear(inputs, weight["in"])
-        committed = unstaged(cache)
-        tail = jnp.zeros_like(features[:, :1]) if committed is None else committed.tail
-        staged = (cache.update.features, cache.position) if isinstance(cache, Staged) else None
+        last, staged = committed(cache), staged_tokens(cache)
+        tail = jnp.zeros_like(features[:, :1]) if last is None else last.tail
+        staged = None if staged is None else (staged[0].features, staged[1])
         before, own = jnp.moveaxis(predecessors(features, position, mask, tail, staged), 2, 0)
         mixed = own + weight["shift"][None, None] * before
         output = row_parallel_linear(mixed, weight["out"], axis_name="F", execution=self.execution)
