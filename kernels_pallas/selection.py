@@ -1,12 +1,14 @@
 """Selects which implementation of a kernel runs, and gives the reason.
 
 A kernel has up to three: `xla` (its reference, on any device), `tpu` (Pallas, Mosaic TPU) and `gpu` (Pallas, Mosaic
-GPU: Hopper). The default is the one for this process's device if it supports these shapes and dtypes, and `xla`
-otherwise; `implementation=` asks for one. `tpu_interpreted` and `gpu_interpreted` run the kernel on CPU, slowly, with
-uninitialised memory as NaN: they are for tests.
+GPU: Hopper). The default is the one for this process's device, or for that of `compiled_for`, if it supports these
+shapes and dtypes, and `xla` otherwise; `implementation=` asks for one. `tpu_interpreted` and `gpu_interpreted` run the
+kernel on CPU, slowly, with uninitialised memory as NaN: they are for tests.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import import_module
@@ -60,7 +62,7 @@ def select_kernel(kernel: str, asked: Implementation | None, unsupported_reason:
     Raises NotImplementedError if the one asked for does not support the operands.
     """
     if asked is None:
-        backend, reason = backend_of_this_device()
+        backend, reason = backend_of_device()
         if backend == "xla":
             return KernelSelection("xla", reason)
         reason_against = unsupported_reason(backend)
@@ -76,6 +78,32 @@ def select_kernel(kernel: str, asked: Implementation | None, unsupported_reason:
     if reason_against is not None:
         raise NotImplementedError(f"{kernel} with implementation={asked!r}: {reason_against}: use implementation='xla'")
     return selection
+
+
+_TARGET: ContextVar[str | None] = ContextVar("decodax_target_device", default=None)
+
+
+@contextmanager
+def compiled_for(platform: Literal["tpu", "cpu"]) -> Iterator[None]:
+    """What is traced within takes the kernels of such a device, which need not be here; for compiling ahead of time."""
+    token = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def platform_of_device() -> str:
+    """The platform for which programs are traced: that of `compiled_for`, or of this process."""
+    return _TARGET.get() or jax.default_backend()
+
+
+def backend_of_device() -> tuple[Literal["xla", "tpu", "gpu"], str]:
+    """The kernels of the device for which programs are traced, and the reason."""
+    target = _TARGET.get()
+    if target is None:
+        return backend_of_this_device()
+    return ("tpu", "the program is for a TPU") if target == "tpu" else ("xla", f"there are no kernels for {target}")
 
 
 @cache

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from decodax.core.weight import Weight
 from decodax.kernels_pallas.decode.new_tokens import MAX_STEP_TOKENS
-from decodax.kernels_pallas.selection import Implementation, backend_of_this_device
+from decodax.kernels_pallas.selection import Implementation, backend_of_device
 from decodax.sharding import constraints
 from decodax.sharding.context_algorithm import ContextAlgorithm
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
@@ -54,7 +54,7 @@ class Execution:
     def runs_xla(self) -> bool:
         """Whether plain XLA runs, without kernels."""
         asked = self.implementation
-        return asked == "xla" or (asked is None and backend_of_this_device()[0] == "xla")
+        return asked == "xla" or (asked is None and backend_of_device()[0] == "xla")
 
     @property
     def on_one_device(self) -> "Execution":

@@ -1,7 +1,8 @@
 """Compiles a plan for TPUs that need not exist: the decoding loop of `autoregressive.py`, and a chunk of a prefill.
 
 libtpu compiles for any slice on any x86-64 Linux. The programs are those that run: `Model.apply`, argmax and commit,
-with the weights and the state as shapes with the shardings of `decodax.load` and of decoding.
+with the weights and the state as shapes with the shardings of `decodax.load` and of decoding, and with the kernels that
+a model takes which is loaded there.
 
 A prefill chunk takes XLA about ten seconds a layer, so only one layer of each kind is compiled, and the last layer,
 whose output is not used. Its collectives are multiplied by the number of layers of the kind. A pipeline is compiled
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from decodax.core.weight import Weight
 from decodax.decoding.autoregressive import autoregressive
 from decodax.decoding.chunked_prefill import MAX_CHUNK_TOKENS, prefill_chunk
+from decodax.kernels_pallas.selection import compiled_for
 from decodax.layers.execution import Execution
 from decodax.models.config import ModelConfig
 from decodax.models.key_value_copies import fit_mesh
@@ -86,9 +88,10 @@ def compile_step(plan: Plan) -> Program:
     Raises ModuleNotFoundError without libtpu.
     Raises `DoesNotFitError` if the compiler finds no room.
     """
-    model, params, state = _abstract(plan, plan.split.config)
-    lower = jax.jit(autoregressive(model), donate_argnums=1).lower
-    return _compile("decoding step", plan, plan.split.config, lower, (params, state), params, state)
+    with compiled_for("tpu"):
+        model, params, state = _abstract(plan, plan.split.config)
+        lower = jax.jit(autoregressive(model), donate_argnums=1).lower
+        return _compile("decoding step", plan, plan.split.config, lower, (params, state), params, state)
 
 
 def compile_prompt(plan: Plan) -> Program:
@@ -97,18 +100,19 @@ def compile_prompt(plan: Plan) -> Program:
     kinds = tuple(dict.fromkeys(config.blocks))
     cut = plan.split.degree("pipeline") == 1 and len(kinds) < config.num_layers
     few = dataclasses.replace(config, blocks=(*kinds, config.blocks[-1])) if cut else config
-    model, params, state = _abstract(plan, few)
     chunk = min(MAX_CHUNK_TOKENS, plan.workload.context)
-    start = jax.ShapeDtypeStruct((), jnp.int32)
-    arguments = (model, None, chunk, params, state, start)
-    return _compile("prompt chunk", plan, few, prefill_chunk.lower, arguments, params, state)
+    with compiled_for("tpu"):
+        model, params, state = _abstract(plan, few)
+        start = jax.ShapeDtypeStruct((), jnp.int32)
+        arguments = (model, None, chunk, params, state, start)
+        return _compile("prompt chunk", plan, few, prefill_chunk.lower, arguments, params, state)
 
 
 def _abstract(plan: Plan, config: ModelConfig) -> tuple[Model, Any, Any]:
     """The model on the topology's chips, its parameters and a state, as shapes with their shardings."""
     rules = plan.split.rules
     mesh = fit_mesh(read_mesh(plan.split.text, tpu_devices(plan.topology.name)), config)
-    model = Model(config, execution=Execution("tpu", mesh, rules))
+    model = Model(config, execution=Execution(mesh=mesh, rules=rules))
     dtype = jnp.dtype(plan.workload.dtype)
 
     def weight(described: Weight) -> jax.ShapeDtypeStruct:

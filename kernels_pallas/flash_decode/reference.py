@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from decodax.core.blockwise_attention import KeyBlock, Slots, attend_to_slots, finish_by_query
 from decodax.kernels_pallas.decode.new_tokens import NewTokens
 from decodax.kernels_pallas.decode.reference import as_read, attend_to_new, readable
+from decodax.kernels_pallas.selection import platform_of_device
 
 
 def flash_decode(
@@ -34,7 +35,7 @@ def flash_decode(
 
     lowest = jnp.int32(0) if first is None or num_sink_tokens else jnp.maximum(jnp.min(first), 0)
     end = jnp.max(length, initial=0)
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = platform_of_device() == "cpu"
     seen = attend_to_slots(
         seen, grouped, Slots(read, key.shape[2]), lowest, end, **options, block_tokens=None, on_cpu=on_cpu
     )

@@ -23,6 +23,7 @@ from decodax.core.blockwise_attention import (
 )
 from decodax.core.partial_softmax import OnlineSoftmax
 from decodax.kernels_pallas.mla_decode.new_latents import NewLatents, mask_nonfinite
+from decodax.kernels_pallas.selection import platform_of_device
 
 
 def mla_decode(
@@ -40,7 +41,7 @@ def mla_decode(
     grouped = group_queries(jnp.concatenate([query_latent, query_rope], axis=3), 1)
     seen = OnlineSoftmax.start(grouped.shape[:3], latent.shape[2])
     slots, end = Slots(partial(_read, latent, rope_key, length), latent.shape[1]), jnp.max(length)
-    options, on_cpu = {"scale": scale, "softcap": softcap}, jax.default_backend() == "cpu"
+    options, on_cpu = {"scale": scale, "softcap": softcap}, platform_of_device() == "cpu"
     with full_float32(latent.dtype):
         if new is not None:
             new = mask_nonfinite(new)

@@ -22,6 +22,7 @@ from decodax.core.blockwise_attention import (
     group_queries,
 )
 from decodax.core.partial_softmax import OnlineSoftmax
+from decodax.kernels_pallas.selection import platform_of_device
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.attention.nonfinite import mask_nonfinite
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
@@ -161,4 +162,4 @@ def is_for_cpu(execution: Execution) -> bool:
         return False
     if execution.mesh is not None:
         return execution.mesh.devices.flat[0].platform == "cpu"
-    return jax.default_backend() == "cpu"
+    return platform_of_device() == "cpu"

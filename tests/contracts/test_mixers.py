@@ -214,6 +214,24 @@ def test_a_node_of_a_tree_is_the_last_token_of_its_path(tree):
     close(tree.outputs, tree.wanted)
 
 
+def test_a_token_is_where_its_position_says(layer, tree):
+    """And not where it stands in its forward: in any order with parents before children, outputs are the same."""
+    order = np.array([[0, 2, 5, 1, 3, 4, 6], [1, 4, 0, 6, 5, 2, 3], range(NODES)])
+    reordered = lambda nodes: np.take_along_axis(nodes, order[..., None], axis=1)
+    position = jnp.asarray(LENGTHS[:, None] + np.take_along_axis(tree.depth, order, axis=1), jnp.int32)
+    mask = Ancestors(jnp.asarray(np.take_along_axis(reordered(ANCESTORS), order[:, None], axis=2)))
+    outputs, update = layer.run(layer.params, reordered(tree.nodes), position, tree.cache, mask)
+    close(outputs, reordered(tree.wanted))
+    # Committed in the order of a path, they are that path.
+    wanted = np.flatnonzero(ANCESTORS[0, 6])
+    paths, count = np.zeros((BATCH, NODES), np.int32), np.array([len(wanted), 0, 0], np.int32)
+    paths[0, : len(wanted)] = np.argsort(order[0])[wanted]
+    cache, following = commit(tree.cache, update, count, paths), hidden_states(CHUNK, 5)
+    got, _ = layer.run(layer.params, following, positions(LENGTHS + count, CHUNK), cache, Causal())
+    text = np.concatenate([tree.prefix[0, : LENGTHS[0]], tree.nodes[0, wanted], following[0]])
+    close(got[0], layer.whole(text)[-CHUNK:])
+
+
 def test_after_a_committed_path_tokens_follow_it(layer, tree):
     """The deepest node's path, one of a single node, and nothing."""
     nodes = (6, 0, None)

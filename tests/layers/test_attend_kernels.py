@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.kernels_pallas.selection import compiled_for
 from decodax.layers.attention import attend_kernels
 from decodax.layers.attention.attend import attend
 from decodax.layers.attention.attend_kernels import select_attention
-from decodax.layers.attention.attend_xla import attend_in_xla
+from decodax.layers.attention.attend_xla import attend_in_xla, is_for_cpu
 from decodax.layers.attention.mask import Ancestors, Causal, Window
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVCache, KVUpdate
@@ -179,13 +180,20 @@ def test_heads_that_do_not_divide_over_the_devices():
         chosen(1, Causal(), Execution("tpu", mesh))
 
 
-def test_a_chip_takes_what_fits_it_without_being_asked(monkeypatch):
-    monkeypatch.setattr("decodax.kernels_pallas.selection.backend_of_this_device", lambda: ("tpu", "a TPU"))
-    assert chosen(1, Causal(), Execution()).backend == "tpu"
-    assert chosen(70, Causal(), Execution()).backend == "tpu"
-    narrow = lambda cache: dataclasses.replace(cache, key=cache.key[..., :64], value=cache.value[..., :64])
-    query, key, value, _, cache = operands(1, 0)
-    choice = select_attention(query[..., :64], key[..., :64], value[..., :64], Causal(), narrow(cache), Execution())
-    assert "XLA would copy caches of head size 64" in choice.reason
-    no_chain = chosen(70, Ancestors(jnp.ones((1, 70, 70), bool)), Execution())
-    assert (no_chain.backend, no_chain.reason) == ("xla", "a TPU, but its mask (Ancestors) is no chain with a window")
+def test_a_program_takes_the_kernels_of_the_device_that_it_is_compiled_for():
+    """Of a device that need not be here; what the shapes are too narrow for runs in plain JAX, in that device's way."""
+    assert Execution().runs_xla and is_for_cpu(Execution())
+    with compiled_for("tpu"):
+        assert not Execution().runs_xla and not is_for_cpu(Execution()) and Execution("xla").runs_xla
+        assert chosen(1, Causal(), Execution()).backend == "tpu"
+        assert chosen(70, Causal(), Execution()).backend == "tpu"
+        narrow = lambda cache: dataclasses.replace(cache, key=cache.key[..., :64], value=cache.value[..., :64])
+        query, key, value, _, cache = operands(1, 0)
+        choice = select_attention(query[..., :64], key[..., :64], value[..., :64], Causal(), narrow(cache), Execution())
+        assert "XLA would copy caches of head size 64" in choice.reason
+        no_chain = chosen(70, Ancestors(jnp.ones((1, 70, 70), bool)), Execution())
+        reason = "the program is for a TPU, but its mask (Ancestors) is no chain with a window"
+        assert (no_chain.backend, no_chain.reason) == ("xla", reason)
+    with compiled_for("cpu"):
+        assert Execution().runs_xla and is_for_cpu(Execution())
+    assert Execution().runs_xla and is_for_cpu(Execution())
