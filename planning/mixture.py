@@ -10,8 +10,8 @@ from decodax.layers.moe.dispatch.gather_scatter import GatherScatter
 from decodax.layers.moe.dispatch.selection import select_dispatch
 from decodax.layers.moe.exchange import default_capacity
 from decodax.layers.moe.layer import MoEConfig
-from decodax.planning.split import stored_bytes
-from decodax.planning.work import Collective, CostItem, Shape
+from decodax.planning.split import Split, stored_bytes
+from decodax.planning.work import Collective, CostItem, Shape, Tokens
 
 
 def mixture(shape: Shape, layer: MoEConfig, weights: dict[str, Any], count: int) -> list[CostItem]:
@@ -33,7 +33,7 @@ def mixture(shape: Shape, layer: MoEConfig, weights: dict[str, Any], count: int)
 def _busiest(shape: Shape, layer: MoEConfig, experts: dict[str, Any]) -> tuple[float, float, float, float]:
     """FLOPs, and bytes of weights, caches (none) and activations, of the device that runs the most experts."""
     split, tokens, router = shape.split, shape.tokens, layer.router
-    gathered_tokens, num_devices = _group_tokens(shape), split.num_shards("E")
+    gathered_tokens, num_devices = _group_tokens(split, tokens), split.num_shards("E")
     chance = 1 - (1 - router.experts_per_token / router.num_experts) ** gathered_tokens
     num_used = busiest_experts(router.num_experts // num_devices, num_devices, chance)
     choices = max(gathered_tokens * router.experts_per_token / num_devices, num_used)
@@ -51,7 +51,7 @@ def _busiest(shape: Shape, layer: MoEConfig, experts: dict[str, Any]) -> tuple[f
 def _collectives(shape: Shape, layer: MoEConfig) -> Iterator[Collective]:
     """The collectives of the dispatch algorithm that is selected for this number of choices."""
     split, tokens = shape.split, shape.tokens
-    per_token, of_group = layer.router.experts_per_token, _group_tokens(shape)
+    per_token, of_group = layer.router.experts_per_token, _group_tokens(split, tokens)
     width = split.config.hidden_size * tokens.item_bytes
     tensor, over = split.axes_of("F"), split.axes_of("E")
     dispatch = select_dispatch(Execution("xla", split.mesh, split.rules), round(tokens.rows * tokens.new * per_token))
@@ -66,18 +66,22 @@ def _collectives(shape: Shape, layer: MoEConfig) -> Iterator[Collective]:
         if over:
             yield Collective("all-reduce", over, of_group * width)
         return
-    num_devices = split.num_shards("E")
-    own = -(-of_group // num_devices)
-    room = default_capacity(round(own * per_token), num_devices) * num_devices
+    room = room_for_choices(split, layer, tokens)
     yield from [Collective("all-to-all", over, room * width)] * 2
     if tensor:
         yield Collective("all-reduce", tensor, room * width)
         yield from () if layer.shared is None else shape.all_reduces("F")
 
 
-def _group_tokens(shape: Shape) -> int:
+def room_for_choices(split: Split, layer: MoEConfig, tokens: Tokens) -> int:
+    """Slots on a device for choices (tokens times experts per token), where devices exchange them."""
+    num_devices = split.num_shards("E")
+    own = -(-_group_tokens(split, tokens) // num_devices)
+    return default_capacity(round(own * layer.router.experts_per_token), num_devices) * num_devices
+
+
+def _group_tokens(split: Split, tokens: Tokens) -> int:
     """Tokens of the devices that share one set of experts; rows of other device groups are not among them."""
-    split, tokens = shape.split, shape.tokens
     groups = [axis for axis in split.axes_of("B", tokens.rows) if axis not in split.axes_of("E")]
     return tokens.rows * tokens.new // math.prod(split.degree(axis) for axis in groups)
 

@@ -75,6 +75,20 @@ def test_a_step_of_a_pipeline(as_users_compile):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "topology", "sizes", "workload"),
+    [
+        ("Llama-3.1-8B", "v5e:2x4", {"tensor": 8}, Workload(64, 8192)),
+        ("DeepSeek-V3", "v5p:2x2x2", {"expert": 4, "tensor": 2}, WORKLOAD),
+    ],
+    ids=["dense", "experts"],
+)
+def test_temporaries_of_large_chunks_are_as_estimated(name, topology, sizes, workload, as_users_compile):
+    plan = plan_for(config_of(name, num_hidden_layers=4), parse_topology(topology), workload, sizes)
+    assert 0.8 < compile_prompt(plan).temporary_bytes / plan.memory.temporaries <= 1.0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"tensor": 8}], ids=str)
 def test_a_prompt(sizes, as_users_compile):
     """Two of 32 layers are compiled, of which the last makes keys and values only; all-reduces are counted for 32."""

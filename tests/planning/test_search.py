@@ -179,8 +179,17 @@ def test_a_workload_has_rows_and_tokens():
 
 
 def test_memory_for_temporaries():
-    """A chunk's hidden states, a feed-forward layer's outputs on a chip, and logits; compiled programs need less."""
+    """A chunk's hidden states, and a feed-forward layer's inner outputs on a chip; or a step's logits."""
     split = Split.of(LLAMA, {"tensor": 8})
-    outputs = 2 * 14336 // 8 + 4096
-    expected = 8 * 512 * (outputs + 4 * 4096) * 2 + 2 * 8 * 128256 // 8 * 4
+    expected = 8 * 512 * (2 * 14336 // 8 + 3 * 4096) * 2
     assert memory_of(split, V5E_8, Workload(8, 2048)).temporaries == expected
+    # One row's chunk of two tokens is less than its logits.
+    assert memory_of(split, V5E_8, Workload(1, 2)).temporaries == 2 * 128256 // 8 * 4
+
+
+def test_memory_for_experts_that_exchange_tokens():
+    """Every device has room for twice its mean share of choices, sent, received and returned."""
+    split = Split.of(config_of("DeepSeek-V3", num_hidden_layers=4), {"expert": 4, "tensor": 2})
+    room = 2 * 8 * (8 * 512) // 4
+    expected = room * (3 * 7168 + 2 * 2048 // 2) * 2 + 3 * (2 * 512) * 7168 * 2
+    assert memory_of(split, parse_topology("v5p:2x2x2"), Workload(8, 2048)).temporaries == expected
