@@ -20,6 +20,14 @@ def zstd_runs(num_bytes):
     return bytes(frame)
 
 
+def zstd_blocks(count):
+    """A zstd frame of so many compressed blocks, which do not state their decompressed size."""
+    frame = bytearray(struct.pack("<I", 0xFD2FB528) + bytes([0, 0x58]))
+    for block in range(count):
+        frame += (2 << 3 | 2 << 1 | (block + 1 == count)).to_bytes(3, "little") + bytes(2)
+    return bytes(frame)
+
+
 def frame(content, *, stated):
     """A zstd frame with one raw block, with a stated decompressed size."""
     header = struct.pack("<I", 0xFD2FB528) + bytes([0x80 | 0x20]) + struct.pack("<I", stated)
@@ -42,6 +50,9 @@ def frame(content, *, stated):
         ("zstd", b"\0" * 9, "it is no zstd stream"),
         ("zstd", b"", "it decompresses to 0 bytes"),
         ("zstd", zstd_runs(2**30), "it decompresses to up to 1,073,741,824 bytes"),
+        ("zstd", zstd_blocks(512), None),  # at most 64 MiB, which is what small chunks may need
+        ("zstd", zstd_blocks(513), "it decompresses to up to 67,239,936 bytes"),
+        ("zstd", zstd_runs(7)[:6] + (2**17 + 1 << 3 | 3).to_bytes(3, "little") + bytes(1), "it is no intact zstd"),
         ("zstd", bytes(2**21), "it has 2,097,152 compressed bytes, for 7"),
         ("gzip", gzip.compress(bytes(7), mtime=0), None),
         ("zlib", zlib.compress(bytes(7)), None),

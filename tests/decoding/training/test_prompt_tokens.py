@@ -21,6 +21,7 @@ from tests.decoding.training.small import TEXTS, documents
 
 SHAPE = PromptTokensShape(distances=2, ensemble=3)
 PLAN = replace(small.PLAN, peak=0.1, window_tokens=16, short_tokens=16, weight_decay=0.0)
+LONGEST = 138
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,14 @@ def finished(target, tmp_path_factory):
 
 def logits_after(target, vectors):
     """Forward over vectors, without a cache: logits after the last; padded, so that one shape is compiled."""
-    filled = np.zeros((1, 12, vectors.shape[1]), np.float32)
+    filled = np.zeros((1, LONGEST, vectors.shape[1]), np.float32)
     filled[0, : len(vectors)] = vectors
     return np.asarray(forward(target.model, target.params, jnp.asarray(filled)))[0, len(vectors) - 1]
 
 
 @partial(jax.jit, static_argnums=0)
 def forward(model, params, vectors):
-    return model.logits(params, model.apply(params, vectors, jnp.arange(12, dtype=jnp.int32)[None]).hidden)
+    return model.logits(params, model.apply(params, vectors, jnp.arange(LONGEST, dtype=jnp.int32)[None]).hidden)
 
 
 def probs(logits):
@@ -52,8 +53,8 @@ def probs(logits):
 
 def test_the_loss_is_that_of_separate_forwards(target):
     embedding = np.asarray(jax.random.normal(jax.random.key(0), (2, 3, target.config.hidden_size)), np.float32)
-    tokens = np.stack([documents(3, 1)[0][:9], documents(4, 1)[0][:9]])
-    cut = np.array([[0, 4, 8], [2, 2, 7]], np.int32)
+    tokens = np.tile(np.stack([documents(3, 1)[0][:9], documents(4, 1)[0][:9]]), (1, 15))  # more than 127
+    cut = np.array([[0, 4, 134], [2, 2, 133]], np.int32)
     logits = jax.jit(_logits, static_argnums=0)
     got = logits(target.model, target.params, jnp.asarray(embedding), jnp.asarray(tokens), jnp.asarray(cut))
     table = np.asarray(target.model.embed(target.params, jnp.arange(37, dtype=jnp.int32)[None]))[0]
@@ -71,6 +72,7 @@ def test_the_loss_is_that_of_separate_forwards(target):
                     for member in range(3)
                 ]
                 np.testing.assert_allclose(got[1][row, index, distance], np.mean(found, axis=0), atol=1e-4)
+    tokens = tokens[:, :9]
     training = PromptTokensTraining(target, SHAPE, PLAN, TEXTS, Path("unused"))
     measured = training.measure({"embedding": jnp.asarray(embedding)}, np.pad(tokens, ((0, 0), (0, 1))))
     places = np.broadcast_to(np.array([4], np.int32), (2, 1))
