@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,20 @@ def test_defaults(model_type):
     assert (mixer.qkv_bias, mixer.out_bias) == (model_type == "qwen2", False)
     assert (mixer.head_norm is not None) == (model_type == "qwen3")
     assert config.embedding_scale == (math.sqrt(48) if model_type == "gemma2" else 1.0)
+
+
+# What `save_pretrained` writes of each class made without arguments, by the fields that decodax reads.
+WRITTEN = json.loads(Path(__file__).with_name("default_configs.json").read_text("utf-8"))
+REQUIRED = {"deepseek_v2": {"num_experts_per_tok": 2}}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_file_without_fields_is_the_class_in_transformers(model_type):
+    required, written = REQUIRED.get(model_type, {}), WRITTEN[model_type]
+    assert read_config({"model_type": model_type} | required)[1] == read_config(written | required)[1]
+    for name, default in FAMILIES[model_type].defaults.items():
+        if default is not None and written.get(name):  # not what another default switches off
+            assert written[name] == (list(default) if isinstance(default, tuple) else default), name
 
 
 def test_null_derives_heads_and_switches_features_off():
