@@ -164,7 +164,8 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         layer_policy=plan.layer_policy,
     )
     samples = [ids for ids in rows for _ in range(options.n)]
-    state = plan.start(state if options.n == 1 else repeat_rows(state, seeds, lm.model.execution))
+    state = plan.start(state)
+    state = state if options.n == 1 else repeat_rows(state, seeds, plan.constrained)
     jax.block_until_ready(state)
     prefill_seconds = clock.lap()
     prefill_forwards = int(state.num_target_forwards)

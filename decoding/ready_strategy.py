@@ -81,6 +81,11 @@ class ReadyStrategy:
         draws = sampling.do_sample and self._speculative.drafter.children is not Children.CHOSEN
         return 2 + bool(sampling.processors) + draws
 
+    @property
+    def constrained(self) -> Callable[[DecodeState], DecodeState]:
+        """Gives a state its sharding constraints."""
+        return self._model.execution.constrained if self._speculative is None else self._speculative.constrained
+
     def start(self, state: DecodeState) -> DecodeState:
         """Lets the drafter prefill the prompts."""
         if self._speculative is None:

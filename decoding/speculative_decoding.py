@@ -76,6 +76,13 @@ class Speculative:
         counts = DraftCounts.zero(drafter.max_depth)
         return dataclasses.replace(state, draft=draft, counts=counts, started_by=describe(drafter))
 
+    def constrained(self, state: DecodeState) -> DecodeState:
+        """The state with sharding constraints: the target's, and for the drafter's state its own."""
+        draft = self.drafter.constrained(state.draft, self.model)
+        return dataclasses.replace(
+            self.model.execution.constrained(dataclasses.replace(state, draft=None)), draft=draft
+        )
+
     def step(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
         """One round."""
         counts = state.counts

@@ -46,7 +46,7 @@ class Recording:
 class Replay(Drafter):
     """A chain of the recorded tokens after the row's last; a wrong one is (recorded + 1) mod vocab_size.
 
-    Keeps no state.
+    Its state is the recording, so that rows may be repeated.
 
     num_tokens: of a draft; 0 is allowed here only: with one node the loop does plain decoding, which measures the cost
         of the loop itself.
@@ -79,13 +79,14 @@ class Replay(Drafter):
         recorded, batch = draft_params.tokens.shape[0], state.tokens.shape[0]
         if recorded != batch:
             raise ValueError(f"the recording must have the batch's {batch} rows, got {recorded}")
-        return ()
+        return draft_params
 
     def propose(self, params: Any, draft_params: Any, state: DecodeState) -> tuple[Proposal, Any]:
         position = state.length[:, None] - 1 + jnp.arange(self.num_nodes, dtype=jnp.int32)[None, :]
-        last = draft_params.tokens.shape[1] - 1
+        recording = state.draft
+        last = recording.tokens.shape[1] - 1
         slot = jnp.minimum(position, last)
-        recorded = jnp.take_along_axis(draft_params.tokens, slot, axis=1)
-        is_wrong = jnp.take_along_axis(draft_params.is_wrong, slot, axis=1)
+        recorded = jnp.take_along_axis(recording.tokens, slot, axis=1)
+        is_wrong = jnp.take_along_axis(recording.is_wrong, slot, axis=1)
         token = jnp.where(is_wrong, (recorded + 1) % self.vocab_size, recorded).at[:, 0].set(state.last_token())
         return fixed_proposal(Tree.chain(self.num_nodes), token, position <= last), state.draft

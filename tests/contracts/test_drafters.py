@@ -18,6 +18,7 @@ import tests.speculation
 from decodax import decoding
 from decodax.decoding.drafters import METHODS as OURS
 from decodax.decoding.drafters import Children, Drafter, LayerProposal
+from decodax.decoding.rows import repeat_rows
 from decodax.decoding.verifiers import ExactMatch
 from decodax.models.model import Model
 from tests.contracts.examples import drafters as made_by
@@ -189,6 +190,22 @@ def test_rows_end_within_a_draft_where_plain_decoding_ends_them(name):
     want = plain_decode(PARAMS, start(params=PARAMS, options=OPTIONS, **changes))
     assert np.all(np.asarray(want.length) - LENGTHS < NEW)
     assert_same(run(name, **changes)[-1], want)
+
+
+@each_example
+def test_started_rows_may_be_repeated(name):
+    """Each of them then goes on as if it had been started twice."""
+    own, seeds = example(name), np.array([5, 6, 7], np.uint32)
+    draft_params = own.draft_params
+    if own.has_rows:
+        draft_params = jax.tree.map(lambda leaf: leaf[:1], draft_params)
+    begin, decode = compiled(own.drafter)
+    state = begin(PARAMS, draft_params, start(slice(0, 1), params=PARAMS, options=OPTIONS))
+    state = repeat_rows(state, seeds, decoding.speculative(MODEL, own.drafter, ExactMatch()).constrained)
+    alone = start(slice(0, 1), params=PARAMS, options=OPTIONS)
+    assert_same(
+        decode(PARAMS, draft_params, state), plain_decode(PARAMS, repeat_rows(alone, seeds, lambda state: state))
+    )
 
 
 @each_example

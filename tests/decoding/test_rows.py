@@ -30,7 +30,7 @@ def start(kind, rows, seeds):
 def test_repeated_rows_are_prompts_given_several_times(kind):
     twice = np.repeat(np.arange(3), 2)
     wanted = start(kind, twice, SEEDS)
-    got = repeat_rows(start(kind, np.arange(3), SEEDS[::2]), SEEDS, model_of(kind).execution)
+    got = repeat_rows(start(kind, np.arange(3), SEEDS[::2]), SEEDS, model_of(kind).execution.constrained)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     assert_same_caches(got.caches, wanted.caches, np.arange(6))
     rest = lambda state: jax.tree.leaves(dataclasses.replace(state, caches=()))
@@ -46,10 +46,10 @@ def test_what_cannot_be_repeated_is_refused(monkeypatch):
     state = start("moe", np.arange(3), SEEDS[::2])
     execution = model_of("moe").execution
     with pytest.raises(ValueError, match="seed must have one entry for each new row, a multiple of 3 rows, got 4"):
-        repeat_rows(state, SEEDS[:4], execution)
+        repeat_rows(state, SEEDS[:4], execution.constrained)
     bare = dataclasses.replace(state, draft=(state.length,))
     with pytest.raises(ValueError, match=r"rows are found by the axis B .*, and DecodeState.draft\[0\] has none"):
-        repeat_rows(bare, SEEDS, execution)
+        repeat_rows(bare, SEEDS, execution.constrained)
     monkeypatch.setattr("decodax.decoding.rows.free_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match=r"6 samples of 3 prompts need .* bytes, and 1,000 are free: ask for fewer"):
-        repeat_rows(state, SEEDS, execution)
+        repeat_rows(state, SEEDS, execution.constrained)
