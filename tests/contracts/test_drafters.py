@@ -202,10 +202,8 @@ def test_started_rows_may_be_repeated(name):
     begin, decode = compiled(own.drafter)
     state = begin(PARAMS, draft_params, start(slice(0, 1), params=PARAMS, options=OPTIONS))
     state = repeat_rows(state, seeds, decoding.speculative(MODEL, own.drafter, ExactMatch()).constrained)
-    alone = start(slice(0, 1), params=PARAMS, options=OPTIONS)
-    assert_same(
-        decode(PARAMS, draft_params, state), plain_decode(PARAMS, repeat_rows(alone, seeds, lambda state: state))
-    )
+    alone = repeat_rows(start(slice(0, 1), params=PARAMS, options=OPTIONS), seeds, lambda state: state)
+    assert_same(decode(PARAMS, draft_params, state), plain_decode(PARAMS, alone))
 
 
 @each_example
