@@ -10,7 +10,7 @@ import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import numpy as np
 
@@ -226,3 +226,14 @@ def folder_name(name: str, value: Any, otherwise: str = "") -> str | Path:
     except ValueError:  # a null character, say
         raise refusal(name, "a path that this system allows", found) from None
     return found if isinstance(value, str) else Path(found)
+
+
+def require_methods(given: Any, contract: type, what: str) -> None:
+    """Raises ValueError, with the names of what is missing, for an object that lacks methods of a contract.
+
+    what: the object's part, for the message.
+    """
+    asked = {name for base in contract.__mro__ if base not in (Protocol, Generic, object) for name in vars(base)}
+    missing = sorted(name for name in asked - {*dir(given)} if not name.startswith("_"))  # no property is evaluated
+    if missing:
+        raise ValueError(f"{what} {type(given).__name__} lacks {', '.join(missing)} of {contract.__name__}: add them")

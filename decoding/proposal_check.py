@@ -10,10 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from decodax.core.arguments import shown
+from decodax.core.array_check import check_array
 from decodax.decoding.drafters.contract import Children, Drafter, Proposal
-from decodax.decoding.drafters.wider_proposals import LayerProposal
 from decodax.decoding.state import DecodeState
 from decodax.decoding.verifiers.contract import Verifier
+from decodax.decoding.wider_proposal_check import check_wider
 from decodax.models.model import Model
 
 _VERIFIER_FACTS = (("supported_children", frozenset, "a frozenset of Children"), ("lossless", bool, "True or False"))
@@ -61,24 +62,15 @@ def checked_proposal(drafter: Drafter, proposed: Any, state: DecodeState, model:
         raise ValueError(f"{name} must return a Proposal and the drafter's state, got {shown(proposed)}")
     proposal, draft = proposed
     shape, vocab_size = (state.tokens.shape[0], drafter.num_nodes), model.vocab_size
-    hidden_size = model.config.hidden_size
-    for field, kind in (("token", jnp.integer), ("is_candidate", jnp.bool_)):
-        array = getattr(proposal, field)
-        if getattr(array, "shape", None) != shape or not jnp.issubdtype(array.dtype, kind):
-            described = f"{array.dtype} of shape {array.shape}" if hasattr(array, "shape") else shown(array)
-            raise ValueError(
-                f"{field} of {name} must be {kind.__name__} of shape {shape} (rows, num_nodes), got {described}"
-            )
+    check_array(f"token of {name}", proposal.token, shape, jnp.integer, "rows, num_nodes")
+    check_array(f"is_candidate of {name}", proposal.is_candidate, shape, jnp.bool_, "rows, num_nodes")
     if proposal.tree.num_nodes != drafter.num_nodes:
         raise ValueError(
             f"the tree of {name} must have {_name(drafter)}.num_nodes = {drafter.num_nodes} nodes, got "
             f"{proposal.tree.num_nodes}"
         )
-    if isinstance(proposal, LayerProposal) and getattr(proposal.hidden, "shape", None) != (*shape, hidden_size):
-        raise ValueError(
-            f"hidden of {name} must be hidden states of shape {(*shape, hidden_size)} (rows, num_nodes, hidden size), "
-            f"got {shown(proposal.hidden)}"
-        )
+    check_array(f"num_draft_forwards of {name}", proposal.num_draft_forwards, (), jnp.integer)
+    check_wider(name, proposal, shape, model)
     logprobs = proposal.logprobs
     if drafter.children is not Children.CHOSEN and state.sampling.do_sample:
         found = None if logprobs is None else logprobs.shape

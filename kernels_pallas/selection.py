@@ -85,7 +85,10 @@ _TARGET: ContextVar[str | None] = ContextVar("decodax_target_device", default=No
 
 @contextmanager
 def compiled_for(platform: Literal["tpu", "cpu"]) -> Iterator[None]:
-    """What is traced within takes the kernels of such a device, which need not be here; for compiling ahead of time."""
+    """What is traced within takes the kernels of such a device, which need not be here; for compiling ahead of time.
+
+    A function that `jax.jit` has traced before for the same arguments keeps what it had: give it a new one.
+    """
     token = _TARGET.set(platform)
     try:
         yield

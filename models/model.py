@@ -19,12 +19,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from decodax.core.arguments import require_methods
 from decodax.core.weight import Weight
 from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
-from decodax.layers.kv_cache.contract import CachePolicy
+from decodax.layers.kv_cache.contract import CachePolicy, KeptCache
 from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.kv_cache.stacked import Stacked
+from decodax.layers.mixers.contract import Mixer
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.transformer import Forward, Transformer
 from decodax.sharding.pipeline import Stages, find_stages
@@ -50,7 +52,9 @@ class Model:
     execution: Execution = ON_THIS_DEVICE
 
     def __post_init__(self) -> None:
-        """Raises ValueError for the invariant mode of a model with a layer that has none."""
+        """Raises ValueError for a mixer that lacks a method, and for an invariant mode where a layer has none."""
+        for mixer in dict.fromkeys(block.mixer for block in self.config.blocks):
+            require_methods(mixer, Mixer, "the mixer")
         reasons = [block.mixer.invariant_unsupported_reason() for block in self.config.blocks if self.invariant]
         if found := sorted(set(filter(None, reasons))):
             raise ValueError(f"this model has no invariant mode: {', '.join(found)}: use invariant=False")
@@ -158,7 +162,10 @@ class Model:
                 f"cache_policy {getattr(policy, '__name__', type(policy).__name__)} would change no layer of this "
                 f"model: {', '.join(sorted(set(filter(None, reasons))))}: leave it out"
             )
-        return self._per_entry(lambda block: block.mixer.empty_cache(batch_size, capacity, dtype, policy))
+        caches = self._per_entry(lambda block: block.mixer.empty_cache(batch_size, capacity, dtype, policy))
+        for cache in caches:
+            require_methods(cache, KeptCache, "the cache")
+        return caches
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> tuple[Any, ...]:
         """An empty cache update per layer for `num_tokens` tokens to be staged (`layers/kv_cache/staged.py`)."""

@@ -101,6 +101,11 @@ class MTPHead(Drafter):
 
         batch, capacity = state.tokens.shape
         dtype = draft_params["join"].dtype
+        if dtype != self.model.dtype(params):
+            raise ValueError(
+                f"the MTP head's weights must have the model's dtype {self.model.dtype(params)}, got {dtype}: "
+                "`load_mtp_head(..., dtype=)` reads them in it"
+            )
         own = mtp_head(self.model).empty_cache(batch, capacity, dtype)
         latest = Latest(jnp.zeros((batch, self.model.config.hidden_size), dtype))
         empty = tuple(cache.empty_like() for cache in state.caches)

@@ -33,7 +33,7 @@ class AllLayers(LayerPolicy):
             )
             out = out._replace(cache_updates=(*proposal.cache_updates, *out.cache_updates))
         else:
-            first = proposal.first_layer
+            first = jnp.asarray(proposal.first_layer, jnp.int32)
             out = _run_from(model, params, state, proposal, first, position, capture)
         left = num_layers - first
         return _counted(out, proposal.layers_run + left, proposal.row_layers + left, position, state)

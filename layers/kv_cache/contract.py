@@ -48,8 +48,14 @@ class ReadableCache(Protocol):
 
 
 @runtime_checkable
-class Cache(ReadableCache, Protocol):
-    """A cache of keys and values that decoding keeps."""
+class KeptCache(Protocol):
+    """What decoding keeps for a layer: keys and values, or a state."""
+
+    @property
+    def length(self) -> Int[Array, " B"]: ...
+
+    @property
+    def capacity(self) -> int: ...
 
     def empty_like(self) -> Self:
         """An empty cache of the same form, for the same rows."""
@@ -65,6 +71,11 @@ class Cache(ReadableCache, Protocol):
         path: indices of the accepted tokens.
         """
         ...
+
+
+@runtime_checkable
+class Cache(ReadableCache, KeptCache, Protocol):
+    """A cache of keys and values that attention reads and decoding keeps."""
 
 
 @runtime_checkable

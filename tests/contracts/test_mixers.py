@@ -390,3 +390,26 @@ def test_the_invariant_mode_gives_the_same_bits_or_is_refused(name):
         out = run(params, tokens[:, place : place + 1], positions(place, 1), caches)
         np.testing.assert_array_equal(out.hidden[:, 0], whole[:, place])
         caches = tuple(cache.commit(new, jnp.array([1])) for cache, new in zip(caches, out.cache_updates, strict=True))
+
+
+def test_a_mixer_or_a_cache_that_lacks_methods_is_refused():
+    """Where it is used first, with the names of what is missing."""
+
+    class Bare:
+        length = capacity = 0
+
+    class Careless(type(EXAMPLES["mfa"])):
+        def empty_cache(self, *sizes, **options):
+            return Bare()
+
+    def model_with(mixer):
+        block = BlockConfig(EXAMPLES["mfa"], GatedMLPConfig(5), RMSNormConfig(1e-5))
+        object.__setattr__(block, "mixer", mixer)  # which no annotation checks, as outside these tests
+        return Model(ModelConfig(7, WIDTH, 64, (block,), RMSNormConfig(1e-5), tie_embeddings=True))
+
+    with pytest.raises(ValueError, match=r"the mixer GatedMLPConfig lacks empty_cache, .*unsupported_policy_reason of"):
+        model_with(GatedMLPConfig(5))
+    mfa = EXAMPLES["mfa"]
+    careless = Careless(**{field.name: getattr(mfa, field.name) for field in dataclasses.fields(mfa)})
+    with pytest.raises(ValueError, match="the cache Bare lacks commit, empty_like of KeptCache: add them"):
+        model_with(careless).empty_cache(1, 8, jnp.float32)

@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 
 from decodax.decoding import speculative
-from decodax.decoding.drafters import Children, Drafter, LayerProposal, NoDraft, PromptLookup, fixed_proposal
+from decodax.decoding.drafters import (
+    Children,
+    Drafter,
+    HintedProposal,
+    LayerProposal,
+    NoDraft,
+    PromptLookup,
+    fixed_proposal,
+)
 from decodax.decoding.tree import Tree
 from decodax.decoding.verifiers import ChainRejection, ExactMatch, Verifier
 from tests.speculation import MODEL, PARAMS, plain, start
 
-NODES = 3
+NODES, WIDTH = 3, MODEL.config.hidden_size
 
 
 def changed(proposal, **fields):
@@ -25,6 +33,20 @@ def changed(proposal, **fields):
     for name, value in fields.items():
         object.__setattr__(other, name, value)
     return other
+
+
+def updates(num_nodes=NODES):
+    """Empty cache updates of both layers."""
+    return MODEL.empty_update(3, num_nodes, jnp.float32)
+
+
+def layered(proposal, **fields):
+    """The proposal of a drafter that says that it ran the first layers."""
+    return changed(LayerProposal.extend(proposal, jnp.zeros((3, NODES, WIDTH))), **fields)
+
+
+def hinted(proposal, likely):
+    return changed(HintedProposal.extend(proposal, jnp.zeros((3, NODES, 2), jnp.int32)), likely=likely)
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,26 @@ CHANGES = {
         changed(LayerProposal.extend(proposal, jnp.zeros((3, NODES, 4))), hidden=jnp.zeros((3, 4))),
         (),
     ),
+    "whole hidden states": lambda proposal: (
+        layered(proposal, hidden=jnp.zeros((3, NODES, WIDTH), jnp.int32)),
+        (),
+    ),
+    "updates of fewer nodes": lambda proposal: (layered(proposal, cache_updates=updates(1)[:1]), ()),
+    "updates of a kind of their own": lambda proposal: (layered(proposal, cache_updates=(np.zeros(3),)), ()),
+    "more updates than layers": lambda proposal: (layered(proposal, cache_updates=updates() * 2), ()),
+    "a first layer and one update": lambda proposal: (
+        layered(proposal, cache_updates=updates()[:1], first_layer=jnp.int32(1)),
+        (),
+    ),
+    "a first layer for each row": lambda proposal: (
+        layered(proposal, cache_updates=updates(), first_layer=jnp.ones(3, jnp.int32)),
+        (),
+    ),
+    "layers of half a row": lambda proposal: (layered(proposal, row_layers=jnp.ones(2, jnp.int32)), ()),
+    "layers in floats": lambda proposal: (layered(proposal, layers_run=jnp.float32(1)), ()),
+    "forwards for each row": lambda proposal: (changed(proposal, num_draft_forwards=jnp.ones(3, jnp.int32)), ()),
+    "likely tokens in floats": lambda proposal: (hinted(proposal, jnp.zeros((3, NODES, 2))), ()),
+    "likely tokens of no node": lambda proposal: (hinted(proposal, jnp.zeros((3, 3), jnp.int32)), ()),
     "unknown tokens": lambda proposal: (
         changed(proposal, token=proposal.token.at[:, 1:].set(jnp.asarray([-4, 99]))),
         (),
@@ -80,7 +122,36 @@ def decode(drafter, verifier=None, **options):
         ("no rows", r"got int32 of shape \(3,\)"),
         ("fewer tokens", r"token of Always.propose must be .* got int32 of shape \(3, 2\)"),
         ("numbers for candidates", r"is_candidate of Always.propose must be bool.* got int32 of shape \(3, 3\)"),
-        ("other hidden states", r"hidden of Always.propose must be hidden states of shape \(3, 3, \d+\) .* got "),
+        (
+            "other hidden states",
+            r"hidden of Always.propose must be floating of shape \(3, 3, \d+\) .* got float32",
+        ),
+        ("whole hidden states", r"hidden of Always.propose must be floating of shape .*, got int32 of shape"),
+        (
+            "updates of fewer nodes",
+            r"cache_updates\[0\] of Always.propose must be that layer's for 3 rows of 3 nodes",
+        ),
+        ("updates of a kind of their own", r"cache_updates\[0\] of Always.propose .*, got ndarray with \[3\]"),
+        (
+            "more updates than layers",
+            "cache_updates of .* must be one for each layer run, at most 2, got 4",
+        ),
+        ("a first layer and one update", "must be one for each layer run, 2, as first_layer is given, got 1"),
+        (
+            "a first layer for each row",
+            r"first_layer of .* must be integer of shape \(\), got int32 of shape",
+        ),
+        (
+            "layers of half a row",
+            r"row_layers of .* must be integer of shape \(3,\) \(rows\), got .* \(2,\)",
+        ),
+        ("layers in floats", r"layers_run of Always.propose must be integer of shape \(\), got float32"),
+        ("forwards for each row", r"num_draft_forwards of Always.propose must be integer of shape \(\), got int32 of"),
+        ("likely tokens in floats", r"likely of Always.propose must be integer of shape \(3, 3, any\) .*, got float32"),
+        (
+            "likely tokens of no node",
+            r"likely of .* must be integer of shape .*, got int32 of shape \(3, 3\)",
+        ),
         ("another tree", "the tree of Always.propose must have Always.num_nodes = 3 nodes, got 4"),
     ],
 )

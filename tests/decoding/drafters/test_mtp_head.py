@@ -393,6 +393,9 @@ def test_what_does_not_fit_is_refused():
     drafter.check(MODEL, WEIGHTS)
     with pytest.raises(ValueError, match="drafts for the model whose checkpoint holds it"):
         drafter.check(llama.model, WEIGHTS)
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), WEIGHTS)
+    with pytest.raises(ValueError, match="must have the model's dtype float32, got bfloat16: `load_mtp_head"):
+        jax.eval_shape(drafter.start, LM.params, rounded, run(max_tokens=1))
     for head in (None, {}, WEIGHTS | {"join": WEIGHTS["join"].T}):
         with pytest.raises(ValueError, match="must be the weights of this model's MTP head"):
             drafter.check(MODEL, head)
