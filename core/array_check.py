@@ -19,9 +19,10 @@ def check_array(what: str, array: Any, shape: tuple[int | None, ...], kind: Any,
     """
     is_number = isinstance(array, int) and not isinstance(array, bool)
     given: Any = np.asarray(array, np.int32) if is_number else array
-    found: Any = getattr(given, "shape", None)
-    is_array = found is not None and len(found) == len(shape) and jnp.issubdtype(given.dtype, kind)
-    if is_array and all(size in (None, own) for size, own in zip(shape, found, strict=True)):
+    found: tuple[Any, ...] | None = getattr(given, "shape", None)
+    fits = found is not None and len(found) == len(shape)
+    fits = fits and all(size in (None, own) for size, own in zip(shape, found or (), strict=True))
+    if fits and jnp.issubdtype(given.dtype, kind):
         return
     sizes = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
     described = shown(array) if found is None else f"{given.dtype} of shape {tuple(found)}"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from decodax.decoding.loop import run_until_done
-from decodax.decoding.sampling import choose, token_logprob
+from decodax.decoding.sampling import choose, has_choice, processed_logits, token_logprob
 from decodax.decoding.state import DecodeState
 from decodax.models.model import Model, Params, commit
 
@@ -31,6 +31,8 @@ def autoregressive(model: Model) -> Decode:
         # A finite step has a finite logprob. The commit depends on it, which keeps non-finite steps out of the cache,
         # and lets XLA write in place (see KVCache.commit).
         finite = jnp.isfinite(logprob)
+        if state.sampling.has_own:
+            finite &= has_choice(state.sampling, processed_logits(state.sampling, logits, state.history))
         failed = ~state.done & ~finite
         caches = state.caches
         state, emitted = state.append(token[:, None], logprob[:, None], finite.astype(jnp.int32))

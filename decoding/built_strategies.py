@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from decodax.core.arguments import refusal
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.strategies import Speculation, Strategy
 from decodax.models.checkpoints.model_files import stamp
@@ -25,7 +26,14 @@ def build_once(strategy: Strategy, lm: "LanguageModel", draft: Any, batch_size: 
     A folder is read again when its files have changed. Raises what `Strategy.build` raises.
     """
     key = (strategy, _identity(draft), batch_size if strategy.measures else None)
-    return _kept(lm, key, lambda: strategy.build(lm, draft, batch_size))
+    return _kept(lm, key, lambda: _built_by(strategy, lm, draft, batch_size))
+
+
+def _built_by(strategy: Strategy, lm: "LanguageModel", draft: Any, batch_size: int) -> Any:
+    built: Any = strategy.build(lm, draft, batch_size)
+    if not isinstance(built, Speculation | DraftChoice) and not callable(built):
+        raise refusal(f"what {type(strategy).__name__}.build returns", "a Speculation(drafter, verifier)", built)
+    return built
 
 
 def on_devices_of(lm: "LanguageModel", speculation: Speculation) -> Speculation:

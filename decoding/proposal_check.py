@@ -7,6 +7,7 @@ and a draft token that is not in the vocabulary is no candidate.
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from decodax.core.arguments import shown
@@ -82,6 +83,16 @@ def checked_proposal(drafter: Drafter, proposed: Any, state: DecodeState, model:
     is_known = (proposal.token >= 0) & (proposal.token < vocab_size)
     token = jnp.where(is_known, proposal.token, 0).at[:, 0].set(state.last_token())
     return replace(proposal, token=token, is_candidate=proposal.is_candidate & is_known), draft
+
+
+def check_kept(drafter: Drafter, before: Any, after: Any) -> None:
+    """Raises ValueError where `drafter.update` gave a state of another form than the one before the round."""
+    kinds = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), state) for state in (before, after)]
+    if jax.tree.structure(before) != jax.tree.structure(after) or kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{_name(drafter)}.update must return the drafter's state in the form in which `start` made it, "
+            f"{shown(before)}, got {shown(after)}"
+        )
 
 
 def describe(drafter: Drafter) -> str:

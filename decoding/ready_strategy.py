@@ -109,7 +109,8 @@ def _find_strategy(options: GenerateOptions) -> Any:
         return strategy()
     is_known = isinstance(strategy, Strategy | Speculation)
     if not is_known and (isinstance(strategy, type) or not callable(strategy) or not is_hashable(strategy)):
-        raise refusal("strategy", "a name, a Speculation or a function from a model", strategy)
+        expected = "a name, a Strategy object, a Speculation or a function from a model"
+        raise refusal("strategy", expected, strategy)
     return strategy
 
 

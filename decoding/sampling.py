@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
 
 from decodax.core import pytree
 from decodax.core.arguments import shown
@@ -49,6 +49,12 @@ class Sampling:
     def needs_tokens(self) -> bool:
         """Whether `History` must hold the tokens themselves."""
         return any(processor.needs_tokens for processor in self.processors)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether some processor is the user's own, which may leave a row no token."""
+        ours = tuple(METHODS.values())
+        return not all(isinstance(processor, ours) for processor in self.processors)
 
     @classmethod
     def create(
@@ -138,6 +144,11 @@ def argmax_and_confidence(
     """
     confidence = jnp.exp(jnp.max(logits, axis=1) - jax.nn.logsumexp(logits, axis=1))
     return argmax_token(processed_logits(sampling.greedy, logits, history)), confidence
+
+
+def has_choice(sampling: Sampling, processed: Float32[Array, "*rows V"]) -> Bool[Array, "*rows"] | bool:
+    """Which rows have a token left after the processors, and no NaN; those of this library always leave one."""
+    return jnp.isfinite(jnp.max(processed, axis=-1)) if sampling.has_own else True
 
 
 def choose(

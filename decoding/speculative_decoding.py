@@ -25,8 +25,8 @@ from decodax.decoding.drafters.contract import Drafter, Outcome, Proposal
 from decodax.decoding.early_exit import AllLayers, LayerPolicy
 from decodax.decoding.loop import run_until_done
 from decodax.decoding.node_random import NodeRandom
-from decodax.decoding.proposal_check import check_pair, checked_proposal, describe
-from decodax.decoding.sampling import token_logprob
+from decodax.decoding.proposal_check import check_kept, check_pair, checked_proposal, describe
+from decodax.decoding.sampling import has_choice, token_logprob
 from decodax.decoding.state import DecodeState
 from decodax.decoding.tree_logits import node_history, node_logits
 from decodax.decoding.verifiers.contract import Verifier
@@ -85,7 +85,7 @@ class Speculative:
 
     def step(self, params: Params, draft_params: Any, state: DecodeState) -> DecodeState:
         """One round."""
-        counts = state.counts
+        counts, begun = state.counts, state.draft
         assert counts is not None
         with jax.named_scope(type(self.drafter).__name__):
             proposed = self.drafter.propose(params, draft_params, state)
@@ -109,7 +109,9 @@ class Speculative:
         # Tokens up to the first non-finite logprob are kept. So the commit depends on the forward's result, which lets
         # XLA write in place (see KVCache.commit).
         offset = jnp.arange(token.shape[1], dtype=jnp.int32)[None, :]
-        is_nonfinite = ~jnp.isfinite(logprob) & (offset <= num_accepted[:, None])
+        is_left = jnp.broadcast_to(has_choice(state.sampling, target_logits), proposal.token.shape)
+        is_finite = jnp.isfinite(logprob) & jnp.take_along_axis(is_left, path, axis=1)
+        is_nonfinite = ~is_finite & (offset <= num_accepted[:, None])
         num_finite = jnp.min(jnp.where(is_nonfinite, offset, num_accepted[:, None] + 1), axis=1)
         caches = state.caches
         state, emitted = state.append(token, logprob, num_finite)
@@ -127,6 +129,7 @@ class Speculative:
         )
         outcome = Outcome(proposal, logits, forward, path, emitted)
         draft = self.drafter.update(params, draft_params, state, outcome)
+        check_kept(self.drafter, begun, draft)
         return dataclasses.replace(state, draft=self.drafter.constrained(draft, self.model))
 
 

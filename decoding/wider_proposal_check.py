@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from decodax.core.arguments import shown
 from decodax.core.array_check import check_array
 from decodax.decoding.drafters.contract import Proposal
 from decodax.decoding.drafters.wider_proposals import HintedProposal, LayerProposal
@@ -34,6 +35,8 @@ def check_wider(name: str, proposal: Proposal, shape: tuple[int, int], model: Mo
 
 def _check_updates(name: str, proposal: LayerProposal, shape: tuple[int, int], model: Model) -> None:
     layers, updates = model.config.num_layers, proposal.cache_updates
+    if not isinstance(updates, tuple):
+        raise ValueError(f"cache_updates of {name} must be a tuple, one entry for each layer run, got {shown(updates)}")
     if len(updates) > layers or (proposal.first_layer is not None and len(updates) != layers):
         number = f"at most {layers}" if proposal.first_layer is None else f"{layers}, as first_layer is given"
         raise ValueError(f"cache_updates of {name} must be one for each layer run, {number}, got {len(updates)}")

@@ -205,7 +205,8 @@ class Model:
 
         params: of the model.
         inputs: token ids, or hidden states (embeddings, or what an earlier range of layers returned).
-        position: absolute position of each token; for a tree, the row's length plus the node's depth.
+        position: absolute position of each token: the number of tokens before it. For the nodes of a draft tree that is
+            `state.length - 1` plus the node's depth, as the root is the row's last token.
         caches: those of the whole model (`empty_cache`); None means that nothing precedes these tokens.
         mask: which new tokens each query attends to; `Causal()` (a chain) by default, `Ancestors` for a tree.
             With staged caches (`layers/kv_cache/staged.py`) the staged tokens count as new, before these.

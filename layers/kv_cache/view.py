@@ -9,13 +9,19 @@ from typing import Any
 
 from jaxtyping import Array, Int
 
+from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.kv_cache.staged import Staged
 
 CacheView = Any
 
 
 def committed(view: CacheView) -> Any:
-    """The cache of the committed tokens; None where there are none."""
+    """The cache of the committed tokens; None where there are none. Raises ValueError in the invariant mode."""
+    if isinstance(view, Tile):
+        raise ValueError(
+            "a layer that asks for parts of its cache has no invariant mode: its `invariant_unsupported_reason` must "
+            "say so; use invariant=False"
+        )
     return view.cache if isinstance(view, Staged) else view
 
 

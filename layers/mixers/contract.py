@@ -58,7 +58,10 @@ class Mixer(Protocol):
         ...
 
     def invariant_unsupported_reason(self) -> str | None:
-        """Why this layer has no invariant mode (`Model.invariant`); None where it attends with `attend` alone."""
+        """Why this layer has no invariant mode (`Model.invariant`).
+
+        None where it passes its view of a `KVCache` to `attend` as it is, and asks for no part of it.
+        """
         ...
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> Any:

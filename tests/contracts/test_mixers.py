@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from decodax.core.weight import Weight, named_weights
+from decodax.layers.attention.attend_invariant import Tile
 from decodax.layers.attention.mask import Ancestors, Causal
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.kv_cache.contract import MarksTokens
 from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.staged import Staged
+from decodax.layers.kv_cache.view import part
 from decodax.layers.mixers import METHODS as OURS
 from decodax.layers.mixers import Mixer
 from decodax.layers.norm import RMSNormConfig
@@ -413,3 +415,9 @@ def test_a_mixer_or_a_cache_that_lacks_methods_is_refused():
     careless = Careless(**{field.name: getattr(mfa, field.name) for field in dataclasses.fields(mfa)})
     with pytest.raises(ValueError, match="the cache Bare lacks commit, empty_like of KeptCache: add them"):
         model_with(careless).empty_cache(1, 8, jnp.float32)
+
+
+def test_a_part_of_a_cache_is_refused_in_the_invariant_mode():
+    tile = Tile(None, None, None, 1, 1, True)
+    with pytest.raises(ValueError, match="has no invariant mode: its `invariant_unsupported_reason` must say so"):
+        part(tile, lambda cache: cache, lambda update: update)

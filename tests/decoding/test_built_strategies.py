@@ -77,3 +77,13 @@ def test_a_strategy_made_by_hand_is_put_on_the_devices_once(lm):
     assert on_devices_of(lm, made) is on_devices_of(lm, made)
     assert on_devices_of(lm, made).drafter == made.drafter
     assert on_devices_of(lm, Counted().build(lm)) is not on_devices_of(lm, made)
+
+
+@pytest.mark.parametrize("built", [None, 3])
+def test_what_builds_no_speculation_is_refused(lm, built):
+    class Careless(Counted):
+        def build(self, lm, draft=None, batch_size=1):
+            return built
+
+    with pytest.raises(ValueError, match=rf"what Careless.build returns must be a Speculation.*, got {built}"):
+        build_once(Careless(2), lm, None, 1)

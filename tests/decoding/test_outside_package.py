@@ -154,6 +154,9 @@ class Forked(Drafter):
     num_nodes = property(lambda self: 2 * self.chain.num_tokens + 1)
     max_depth = property(lambda self: self.chain.num_tokens)
 
+    def start(self, params, draft_params, state):
+        return self.chain.start(params, draft_params, state)
+
     def propose(self, params, draft_params, state):
         proposal, draft = self.chain.propose(params, draft_params, state)
         token, is_candidate = (jnp.repeat(x, 2, axis=1)[:, 1:] for x in (proposal.token, proposal.is_candidate))

@@ -175,3 +175,19 @@ def test_logits_keep_their_dtype():
     history = History(None, None, jnp.zeros(1, jnp.int32))
     doubled = processed_logits(sampling, jnp.ones((1, 5), jnp.bfloat16), history)
     assert doubled.dtype == jnp.float32 and float(doubled[0, 0]) == 2
+
+
+@pytest.mark.parametrize("strategy", [None, "prompt_lookup"])
+@pytest.mark.parametrize("given", [jnp.nan, -jnp.inf, jnp.inf], ids=str)
+def test_a_row_without_a_token_to_choose_fails_and_no_other(strategy, given):
+    """From the third new token on, in the second row; NaN and +inf in all of a row's logits choose nothing either."""
+
+    def spoils(logits, history):
+        is_second = jnp.arange(len(logits)) == 1
+        return jnp.where((is_second & (history.num_new_tokens >= 2))[:, None], given, logits)
+
+    plain, out = generate(temperature=0.7), generate(temperature=0.7, logits_processors=spoils, strategy=strategy)
+    assert out.finish_reasons == ["length", "failed", *["length"] * (len(PROMPTS) - 2)]
+    assert len(out.tokens[1]) == 2
+    for row in (index for index in range(len(PROMPTS)) if index != 1):
+        np.testing.assert_array_equal(out.tokens[row], plain.tokens[row])

@@ -227,3 +227,15 @@ def test_a_state_goes_on_only_with_the_drafter_that_started_it():
     jax.eval_shape(other, PARAMS, None, dataclasses.replace(begun, draft=None))
     careful = speculative(MODEL, PromptLookup(3, max_ngram=2), ExactMatch())  # other settings of the same drafter
     jax.eval_shape(careful, PARAMS, None, begun)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"), [(None, "got None"), (jnp.zeros(3), r"got .*0., 0."), ((1, 2), r"got \(1, 2\)")]
+)
+def test_a_state_of_another_form_is_refused(kept, message):
+    class Forgetful(Always):
+        def update(self, params, draft_params, state, outcome):
+            return kept
+
+    with pytest.raises(ValueError, match=rf"Forgetful.update must return the drafter's state .*, \(\), {message}"):
+        jax.eval_shape(speculative(MODEL, Forgetful(), ExactMatch()), PARAMS, None, start())

@@ -292,7 +292,7 @@ def other_vocabulary():
     ("options", "message"),
     [
         ({"strategy": "fastest"}, r"strategy must be one of \['autoregressive', .*got 'fastest'"),
-        ({"strategy": 3}, "a name, a Speculation or a function"),
+        ({"strategy": 3}, "a name, a Strategy object, a Speculation"),
         ({"strategy": "draft_model"}, "'draft_model' needs a draft for tiny: pass draft=FOLDER"),
         ({"strategy": "draft_model", "draft": other_vocabulary()}, "vocabulary of 37 tokens, got 41 in other"),
         ({"strategy": "draft_model", "draft": DRAFT, "draft_tokens": 0}, "draft_tokens must be .* at least 1, .*got 0"),
