@@ -7,6 +7,7 @@ strings and streaming, the host also reads the text between blocks of tokens.
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -126,6 +127,9 @@ class Generation:
     stats: Stats
 
 
+_MANY_LAYERS = 12  # from which on the prompts' program and the loop are compiled side by side
+
+
 def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Generation:
     """Runs the prompts as one batch; see `decodax.generate`."""
     rows = encode_prompts(lm, prompts)
@@ -152,17 +156,20 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     limits = np.minimum(min(options.max_new_tokens, context), context - lengths)
 
     clock = _Clock()
-    state = prefill(
+    prompts_of = partial(
+        prefill,
         lm.model,
         plan.params,
-        tokens,
-        lengths,
-        limits,
-        seeds[:: options.n],
+        seed=seeds[:: options.n],
         sampling=sampling,
         stop_token_ids=ends,
         layer_policy=plan.layer_policy,
     )
+    if lm.config.num_layers >= _MANY_LAYERS and lm.model.execution.mesh is None and options.n == 1:
+        # Of prompts of one token nothing runs; with as many tokens in all, the state has the same shapes.
+        one = np.ones_like(lengths)
+        plan.compile_ahead(jax.eval_shape(lambda: prompts_of(tokens[:, :1], one, lengths + limits - one)))
+    state = prompts_of(tokens, lengths, limits)
     samples = [ids for ids in rows for _ in range(options.n)]
     state = plan.start(state)
     state = state if options.n == 1 else repeat_rows(state, seeds, plan.constrained)

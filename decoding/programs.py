@@ -11,6 +11,7 @@ import ctypes
 import functools
 import gc
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -18,10 +19,13 @@ from typing import Any
 
 import jax
 
+from decodax.decoding.compile_clock import add_compile_seconds
+
 MAX_PROGRAMS = 64
 _MAPS, _MAX_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 _programs: OrderedDict[Hashable, Any] = OrderedDict()  # most recently used last
+_preparing: dict[Hashable, threading.Event] = {}  # programs that another thread compiles
 _lock = threading.Lock()
 
 
@@ -43,14 +47,49 @@ class BoundedJit:
         self._function, self._static, self._donated = function, static_argnums, donate_argnums
 
     def __call__(self, *arguments: Any) -> Any:
-        key = (self, *(self._key(index, argument) for index, argument in enumerate(arguments)))
+        key = self._full_key(arguments)
+        with _lock:
+            ready = _preparing.get(key)
+        if ready is not None:
+            begin = time.perf_counter()
+            ready.wait()
+            add_compile_seconds(time.perf_counter() - begin)
+        return self._program(key)[0](*arguments)
+
+    def prepare(self, *arguments: Any) -> Any:
+        """Compiles the program for these arguments, which may be shapes; a call with such arguments then finds it.
+
+        For another thread than the one that calls, so that several programs compile side by side. Gives the shapes of
+        the results; None where the program is there already.
+        """
+        key, ready = self._full_key(arguments), threading.Event()
+        program, is_new = self._program(key)
+        if not is_new:
+            return None
+        with _lock:
+            _preparing[key] = ready
+        try:
+            lowered = program.lower(*arguments)
+            lowered.compile()
+            return jax.tree.map(lambda out: jax.ShapeDtypeStruct(out.shape, out.dtype), lowered.out_info)
+        finally:
+            with _lock:
+                del _preparing[key]
+            ready.set()
+
+    def _program(self, key: Hashable) -> tuple[Any, bool]:
+        """The program of this key, and whether it is new."""
         with _lock:
             program = _programs.pop(key, None)
-            if program is None:
+            is_new = program is None
+            if is_new:
                 program = self._jit()
                 _drop_oldest()
             _programs[key] = program
-        return program(*arguments)
+        return program, is_new
+
+    def _full_key(self, arguments: tuple[Any, ...]) -> Hashable:
+        return (self, *(self._key(index, argument) for index, argument in enumerate(arguments)))
 
     def _key(self, index: int, argument: Any) -> Hashable:
         if index in self._static:

@@ -1,10 +1,13 @@
 """Prepares a decoding strategy for one model: compiled functions of a state, and its name in the statistics."""
 
+import contextlib
+import threading
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from decodax.core.arguments import is_hashable, refusal, shown
@@ -80,6 +83,25 @@ class ReadyStrategy:
             return 1 + bool(sampling.processors) + sampling.do_sample
         draws = sampling.do_sample and self._speculative.drafter.children is not Children.CHOSEN
         return 2 + bool(sampling.processors) + draws
+
+    def compile_ahead(self, state: DecodeState) -> None:
+        """Compiles the loop in another thread, for a state of these shapes, while the prompts' program compiles.
+
+        What it raises, the call of the loop raises again.
+        """
+        most = jax.ShapeDtypeStruct((), jnp.int32)
+
+        def compile_loop() -> None:
+            with contextlib.suppress(Exception):
+                if self._speculative is None:
+                    _decode_plain.prepare(self._make, self._model, self.params, state, most)
+                    return
+                options = self._speculative, self.params, self.draft_params
+                started = _start_speculation.prepare(*options, state)
+                if started is not None:
+                    _decode_speculation.prepare(*options, started, most)
+
+        threading.Thread(target=compile_loop, name="compile_ahead").start()
 
     @property
     def constrained(self) -> Callable[[DecodeState], DecodeState]:

@@ -1,6 +1,10 @@
 """Compiled programs are kept up to a bound, least recently used first out, and evicted ones free their memory."""
 
+import contextlib
+import dataclasses
 import gc
+import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,7 +12,11 @@ import pytest
 
 import decodax
 from decodax.decoding import programs
-from decodax.decoding.programs import bounded_jit, num_programs
+from decodax.decoding.compile_clock import compile_seconds
+from decodax.decoding.programs import BoundedJit, bounded_jit, num_programs
+from decodax.models.load import LanguageModel
+from decodax.models.model import Model
+from tests.tiny import tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +110,74 @@ def test_options_share_the_prefill_program(monkeypatch):
     before = num_programs()
     decodax.generate(lm, [prompt], max_new_tokens=2, temperature=0.7, presence_penalty=0.5)
     assert num_programs() == before + 2  # an empty state and a loop, but no other prefill
+
+
+def test_a_program_prepared_elsewhere_is_found():
+    double, traced = counted()
+    shape = jax.ShapeDtypeStruct((3,), np.float32)
+    out = double.prepare(2.0, shape)
+    assert (out.shape, out.dtype) == ((3,), np.float32) and double.prepare(2.0, shape) is None
+    np.testing.assert_array_equal(double(2.0, np.ones(3, np.float32)), np.full(3, 2.0))
+    assert traced == [(2.0, (3,))] and num_programs() == 1
+
+
+def test_a_call_waits_for_the_thread_that_compiles_its_program():
+    """Its time counts as compiling; where that thread fails, the call compiles, or fails, by itself."""
+    begun, may_end, traced = threading.Event(), threading.Event(), []
+
+    @bounded_jit()
+    def slow(x):
+        traced.append(threading.current_thread().name)
+        if threading.current_thread().name == "elsewhere":
+            begun.set()
+            may_end.wait(30)
+        if x.shape == (4,):
+            raise ValueError("four")
+        return x + 1
+
+    for size, trials in ((3, 1), (4, 2)):
+        begun.clear(), may_end.clear(), traced.clear()
+        shape = jax.ShapeDtypeStruct((size,), np.float32)
+        thread = threading.Thread(target=lambda shape=shape: quietly(slow.prepare, shape), name="elsewhere")
+        thread.start()
+        assert begun.wait(30)
+        threading.Timer(0.2, may_end.set).start()
+        before = compile_seconds()
+        if size == 3:
+            np.testing.assert_array_equal(slow(np.zeros(3, np.float32)), np.ones(3))
+            assert compile_seconds() - before > 0.1
+        else:
+            with pytest.raises(ValueError, match="four"):
+                slow(np.zeros(4, np.float32))
+        thread.join()
+        assert len(traced) == trials
+
+
+def quietly(function, *arguments):
+    with contextlib.suppress(ValueError):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("strategy", [None, "prompt_lookup"])
+def test_a_deep_model_compiles_its_loop_beside_the_prompts_program_and_once(strategy, monkeypatch, caplog):
+    block = tiny_config().blocks[0]
+    model = Model(dataclasses.replace(tiny_config(), blocks=(block,) * 12))
+    lm = LanguageModel(model, model.config, model.init(jax.random.key(0)), None, Path("deep"), ())
+    ahead, real = [], BoundedJit.prepare
+
+    def prepare(self, *given):
+        ahead.append(self.__name__)
+        return real(self, *given)
+
+    monkeypatch.setattr(BoundedJit, "prepare", prepare)
+    monkeypatch.setattr(programs, "MAX_PROGRAMS", 64)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        first = decodax.generate(lm, [[3, 1, 4, 3, 1]], max_new_tokens=6, strategy=strategy)
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert not any("jit(decode)" in message for message in compiled)  # this thread's: the other has done it
+    assert ahead == (["decode"] if strategy is None else ["start", "decode"])
+    monkeypatch.setattr("decodax.decoding.generation._MANY_LAYERS", 13)
+    programs._programs.clear()
+    again = decodax.generate(lm, [[3, 1, 4, 3, 1]], max_new_tokens=6, strategy=strategy)
+    np.testing.assert_array_equal(first.tokens[0], again.tokens[0])
+    assert first.stats.compile_seconds > 0 and len(ahead) <= 2
