@@ -27,7 +27,7 @@ from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
 from decodax.models.checkpoints.reading import host_buffer
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model, Params
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +53,7 @@ class Shape:
         norm = RMSNormConfig(self.norm_eps)
         rope = Rope(self.head_size, self.rope_base)
         mixer = GQAConfig(self.num_heads, self.num_kv_heads, self.head_size, rope, scale=self.head_size**-0.5)
-        block = BlockConfig(mixer, GatedMLPConfig(self.intermediate_size), norm)
+        block = pre_norm_block(mixer, GatedMLPConfig(self.intermediate_size), norm)
         blocks = (block,) * self.num_layers
         return Model(ModelConfig(self.vocab_size, self.hidden_size, self.max_positions, blocks, norm, False))
 

@@ -1,12 +1,12 @@
 """Defines the config of a model as frozen data; families differ in these fields and in nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from decodax.core.weight import Weight
 from decodax.layers.feed_forward import FeedForward
 from decodax.layers.mixers.contract import Mixer
-from decodax.layers.norm import RMSNormConfig
+from decodax.layers.norm import Norm
 
 
 @dataclass(frozen=True)
@@ -23,33 +23,52 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class BlockConfig:
-    """One layer: norm, mixer, add; norm, feed-forward, add.
+class SubLayer:
+    """A mixer or a feed-forward layer f with its norms: keep x + add post_norm(f(norm(x))).
 
-    mixer, feed_forward: the two sublayers.
-    norm: of their inputs.
-    post_norms: also norm what is added (Gemma 2).
-    mixer_residual, feed_forward_residual: how each is added.
+    layer: the mixer or the feed-forward layer.
+    norm: of its input.
+    post_norm: of its output; None for none.
+    residual: how it is added.
     """
 
-    mixer: Mixer
-    feed_forward: FeedForward
-    norm: RMSNormConfig
-    post_norms: bool = False
-    mixer_residual: Residual = Residual()
-    feed_forward_residual: Residual = Residual()
+    layer: Any
+    norm: Norm
+    post_norm: Norm | None = None
+    residual: Residual = Residual()
+
+    def weights(self, name: str, hidden_size: int) -> dict[str, Any]:
+        """Those of the layer under this name, and of its norms under `{name}_norm` and the like."""
+        norms = {"norm": self.norm, "post_norm": self.post_norm}
+        described = {f"{name}_{kind}": norm.weights(hidden_size) for kind, norm in norms.items() if norm is not None}
+        return {**described, name: self.layer.weights(hidden_size)}
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One layer of the model: a mixer sub-layer (attention, or a recurrence), then a feed-forward sub-layer."""
+
+    mixer: SubLayer
+    feed_forward: SubLayer
+
+    def with_mixer(self, mixer: Mixer) -> "BlockConfig":
+        """The block with another mixer."""
+        return replace(self, mixer=replace(self.mixer, layer=mixer))
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
-        weights: dict[str, Any] = {
-            "mixer_norm": self.norm.weights(hidden_size),
-            "mixer": self.mixer.weights(hidden_size),
-            "feed_forward_norm": self.norm.weights(hidden_size),
-            "feed_forward": self.feed_forward.weights(hidden_size),
-        }
-        if self.post_norms:
-            weights["mixer_post_norm"] = self.norm.weights(hidden_size)
-            weights["feed_forward_post_norm"] = self.norm.weights(hidden_size)
-        return weights
+        mixer, feed_forward = self.mixer, self.feed_forward
+        return {**mixer.weights("mixer", hidden_size), **feed_forward.weights("feed_forward", hidden_size)}
+
+
+def pre_norm_block(
+    mixer: Mixer, feed_forward: FeedForward, norm: Norm, *, post_norm: Norm | None = None
+) -> BlockConfig:
+    """Norm, mixer, add; norm, feed-forward, add: the block of most families.
+
+    norm: of both inputs.
+    post_norm: of both outputs.
+    """
+    return BlockConfig(SubLayer(mixer, norm, post_norm), SubLayer(feed_forward, norm, post_norm))
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,7 @@ class ModelConfig:
     hidden_size: int
     max_position_embeddings: int
     blocks: tuple[BlockConfig, ...]
-    final_norm: RMSNormConfig
+    final_norm: Norm
     tie_embeddings: bool
     embedding_scale: float = 1.0
     logit_softcap: float | None = None

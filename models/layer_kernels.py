@@ -74,9 +74,9 @@ def check_kernels(model: Model, dtype: DTypeLike) -> None:
 def _alike(config: ModelConfig) -> dict[tuple[str, Any], list[int]]:
     groups: dict[tuple[str, Any], list[int]] = {}
     for index, block in enumerate(config.blocks):
-        groups.setdefault(("mixer", block.mixer), []).append(index)
-        if isinstance(block.feed_forward, MoEConfig):
-            groups.setdefault(("experts", block.feed_forward), []).append(index)
+        groups.setdefault(("mixer", block.mixer.layer), []).append(index)
+        if isinstance(fed := block.feed_forward.layer, MoEConfig):
+            groups.setdefault(("experts", fed), []).append(index)
     return groups
 
 

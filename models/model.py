@@ -53,9 +53,9 @@ class Model:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a mixer that lacks a method, and for an invariant mode where a layer has none."""
-        for mixer in dict.fromkeys(block.mixer for block in self.config.blocks):
+        for mixer in dict.fromkeys(block.mixer.layer for block in self.config.blocks):
             require_methods(mixer, Mixer, "the mixer")
-        reasons = [block.mixer.invariant_unsupported_reason() for block in self.config.blocks if self.invariant]
+        reasons = [block.mixer.layer.invariant_unsupported_reason() for block in self.config.blocks if self.invariant]
         if found := sorted(set(filter(None, reasons))):
             raise ValueError(f"this model has no invariant mode: {', '.join(found)}: use invariant=False")
 
@@ -156,20 +156,20 @@ class Model:
         policy: KV cache policy.
         Raises ValueError for a policy that no layer can honour.
         """
-        reasons = [block.mixer.unsupported_policy_reason(policy) for block in self.config.blocks]
+        reasons = [block.mixer.layer.unsupported_policy_reason(policy) for block in self.config.blocks]
         if None not in reasons:
             raise ValueError(
                 f"cache_policy {getattr(policy, '__name__', type(policy).__name__)} would change no layer of this "
                 f"model: {', '.join(sorted(set(filter(None, reasons))))}: leave it out"
             )
-        caches = self._per_entry(lambda block: block.mixer.empty_cache(batch_size, capacity, dtype, policy))
+        caches = self._per_entry(lambda block: block.mixer.layer.empty_cache(batch_size, capacity, dtype, policy))
         for cache in caches:
             require_methods(cache, KeptCache, "the cache")
         return caches
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> tuple[Any, ...]:
         """An empty cache update per layer for `num_tokens` tokens to be staged (`layers/kv_cache/staged.py`)."""
-        return self._per_entry(lambda block: block.mixer.empty_update(batch_size, num_tokens, dtype))
+        return self._per_entry(lambda block: block.mixer.layer.empty_update(batch_size, num_tokens, dtype))
 
     def _per_entry(self, make: Callable[[BlockConfig], Any]) -> tuple[Any, ...]:
         """One entry per layer, with layers at the same place of different stages stacked."""

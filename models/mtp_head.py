@@ -22,7 +22,7 @@ from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch
 from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import Execution
-from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.norm import Norm
 from decodax.models.checkpoints.model_files import has_orbax_arrays
 from decodax.models.checkpoints.name_map_selection import tensor_names
 from decodax.models.checkpoints.name_prefix import find_names
@@ -51,7 +51,7 @@ class MTPHeadModel:
     """
 
     block: BlockConfig
-    norm: RMSNormConfig
+    norm: Norm
     hidden_size: int
     execution: Execution
 
@@ -89,10 +89,10 @@ class MTPHeadModel:
         return _Module(self).apply({"params": params}, embedded, hidden, position, row_length, cache, mask)
 
     def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike) -> Any:
-        return self.block.mixer.empty_cache(batch_size, capacity, dtype)
+        return self.block.mixer.layer.empty_cache(batch_size, capacity, dtype)
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> Any:
-        return self.block.mixer.empty_update(batch_size, num_tokens, dtype)
+        return self.block.mixer.layer.empty_update(batch_size, num_tokens, dtype)
 
 
 class _Module(nn.Module):
@@ -103,7 +103,7 @@ class _Module(nn.Module):
         config, size = self.config, self.config.hidden_size
 
         def norm(name: str, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            return RMSNorm(config.norm, size, name=name)(inputs)
+            return config.norm.module(size, name=name)(inputs)
 
         with jax.named_scope("mtp_head"):
             halves = jnp.concatenate([norm("embedding_norm", embedded), norm("hidden_norm", hidden)], axis=2)

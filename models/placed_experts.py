@@ -22,7 +22,9 @@ def place_experts(
     rules: with a pair ("E", a mesh axis, or several), over whose devices the slots are sharded.
     Raises ValueError for a placement of another number of experts or devices, and for a layer without one.
     """
-    sparse = [index for index, block in enumerate(model.config.blocks) if isinstance(block.feed_forward, MoEConfig)]
+    sparse = [
+        index for index, block in enumerate(model.config.blocks) if isinstance(block.feed_forward.layer, MoEConfig)
+    ]
     placements = dict.fromkeys(sparse, placement) if isinstance(placement, Placement) else dict(placement)
     if set(placements) != set(sparse):
         raise ValueError(f"layers {sparse} have experts and need a placement each, got them for {sorted(placements)}")
@@ -35,11 +37,11 @@ def place_experts(
                 f"layer {index}: the rules split experts over {num_devices} devices of the mesh, and its placement is "
                 f"for {table.num_devices}"
             )
-        mixture = blocks[index].feed_forward
-        assert isinstance(mixture, MoEConfig)
+        sub_layer = blocks[index].feed_forward
+        mixture = sub_layer.layer
         if mixture.placement is not None:
             raise ValueError(f"layer {index} has a placement already: restore its weights first (Placement.restore)")
-        blocks[index] = replace(blocks[index], feed_forward=replace(mixture, placement=table))
+        blocks[index] = replace(blocks[index], feed_forward=replace(sub_layer, layer=replace(mixture, placement=table)))
         own = params[f"blocks_{index}"]
         experts = table.arrange(own["feed_forward"]["experts"])
         params[f"blocks_{index}"] = {**own, "feed_forward": {**own["feed_forward"], "experts": experts}}

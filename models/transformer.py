@@ -15,8 +15,8 @@ from decodax.core.linear import linear
 from decodax.core.weight import fetch
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
-from decodax.layers.norm import RMSNorm
-from decodax.models.config import BlockConfig, ModelConfig, Residual
+from decodax.layers.norm import Norm
+from decodax.models.config import BlockConfig, ModelConfig, Residual, SubLayer
 
 
 class Forward(NamedTuple):
@@ -37,10 +37,7 @@ class Forward(NamedTuple):
 
 
 class Block(nn.Module):
-    """hidden + mixer(norm(hidden)), then + feed_forward(norm(.)); each has its name in a profile.
-
-    The config's residuals describe sums other than this plain one.
-    """
+    """A mixer sub-layer, then a feed-forward sub-layer (`BlockConfig`); each has its name in a profile."""
 
     config: BlockConfig
     hidden_size: int
@@ -48,24 +45,22 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, position, row_length, cache, mask):
-        config, size = self.config, self.hidden_size
+        size, gathered = self.hidden_size, self.execution.sequence_gathered
 
-        def norm(name: str, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            return RMSNorm(config.norm, size, name=name)(inputs)
+        def norm(name: str, config: Norm | None, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            return inputs if config is None else config.module(size, name=name)(inputs)
 
-        gathered = self.execution.sequence_gathered
-        mixer = config.mixer.module(size, "mixer", self.execution)
-        normed = norm("mixer_norm", hidden)
-        added, cache_updates = mixer(gathered(normed), position, row_length, cache, mask)
-        if config.post_norms:
-            added = norm("mixer_post_norm", added)
-        hidden = _sum(config.mixer_residual, hidden, normed, added)
-        feed_forward = config.feed_forward.module(size, "feed_forward", self.execution)
-        normed = norm("feed_forward_norm", hidden)
-        added, routes = feed_forward(gathered(normed))
-        if config.post_norms:
-            added = norm("feed_forward_post_norm", added)
-        return _sum(config.feed_forward_residual, hidden, normed, added), cache_updates, routes
+        def sub_layer(name: str, config: SubLayer, hidden: Array, *context: Any) -> tuple[Array, Any]:
+            """The sum, and what the layer gives besides."""
+            layer = config.layer.module(size, name, self.execution)
+            normed = norm(f"{name}_norm", config.norm, hidden)
+            added, besides = layer(gathered(normed), *context)
+            added = norm(f"{name}_post_norm", config.post_norm, added)
+            return _sum(config.residual, hidden, normed, added), besides
+
+        hidden, cache_update = sub_layer("mixer", self.config.mixer, hidden, position, row_length, cache, mask)
+        hidden, routes = sub_layer("feed_forward", self.config.feed_forward, hidden)
+        return hidden, cache_update, routes
 
 
 def _sum(residual: Residual, hidden: Array, normed: Array, added: Array) -> Array:
@@ -86,7 +81,7 @@ class Transformer(nn.Module):
         described, padded = config.weights(), self.execution.padded
         self.embedding = fetch(self, "embedding", described["embedding"], padded)
         self.blocks = [Block(block, config.hidden_size, self.execution) for block in config.blocks]
-        self.final_norm = RMSNorm(config.final_norm, config.hidden_size)
+        self.final_norm = config.final_norm.module(config.hidden_size)
         self.head = self.embedding if config.tie_embeddings else fetch(self, "head", described["head"], padded)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -70,7 +70,7 @@ def _head(split: Split, tokens: Tokens) -> CostItem:
 
 
 def _mixer(shape: Shape, block: BlockConfig, count: int) -> CostItem:
-    split, tokens, mixer = shape.split, shape.tokens, block.mixer
+    split, tokens, mixer = shape.split, shape.tokens, block.mixer.layer
     weights = {name: value for name, value in block.weights(split.config.hidden_size).items() if "mixer" in name}
     flops, weight_bytes, activations = shape.products(weights, shape.num_tokens)
     cost, num_shards = mixer.mixing_cost(tokens.new, tokens.cached), split.num_shards("N")
@@ -98,7 +98,7 @@ def _cache_bytes(shape: Shape, block: BlockConfig) -> tuple[float, float]:
     split, least = shape.split, 128 * shape.split.degree("context")
 
     short, long = (
-        split.state_bytes(_empty_cache(block.mixer, shape.tokens.rows, capacity, shape.tokens.cache_dtype))
+        split.state_bytes(_empty_cache(block.mixer.layer, shape.tokens.rows, capacity, shape.tokens.cache_dtype))
         for capacity in (least, 2 * least)
     )
     per_token = (long - short) / 128
@@ -114,7 +114,7 @@ def _feed_forward(shape: Shape, block: BlockConfig, count: int) -> list[CostItem
     weights = {
         name: value for name, value in block.weights(shape.split.config.hidden_size).items() if "mixer" not in name
     }
-    layer = block.feed_forward
+    layer = block.feed_forward.layer
     if not isinstance(layer, MoEConfig):
         flops, weight_bytes, activations = shape.products(weights, shape.num_tokens)
         return [CostItem("feed-forward", count, flops, weight_bytes, 0, activations, tuple(shape.all_reduces("F")))]

@@ -37,7 +37,7 @@ MIN_GAP = 2e-3  # between the two largest logits of every greedy step
 MAX_ROUNDING = 2e-5  # between logits in float32 and in float64
 MIN_DISTINCT = 6  # different tokens in every continuation: one that repeats itself tests little
 PROMPT_LENGTHS = (5, 23, 11)  # longer and shorter than the windows and original lengths below
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 
 def randomise(model: Any, seed: int) -> None:

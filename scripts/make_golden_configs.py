@@ -28,7 +28,7 @@ from decodax.models.families import FAMILIES
 from decodax.scripts._config_facts import facts_of, windows_by_mask, windows_by_rule
 from decodax.scripts._golden_cases import CASES
 
-FOLDER = Path(__file__).parent.parent / "tests" / "golden" / "configs"
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden" / "configs"
 ABSENT = "absent"  # in place of a value: the field is left out
 VALUES = [ABSENT, None, True, False, 0, 1, 2, 3, 0.5, "gelu", [], {}]
 # Read by the code that all families share in transformers: PreTrainedConfig (the rotation), masks and caches.

@@ -18,7 +18,7 @@ from decodax.models.config import BlockConfig, ModelConfig
 
 def facts_of(config: ModelConfig, max_position_embeddings: int) -> dict[str, Any]:
     """The facts; a row of twice `max_position_embeddings` is the long one of the rotation."""
-    ropes = [block.mixer.rope for block in config.blocks if isinstance(block.mixer, GQAConfig | MLAConfig)]
+    ropes = [block.mixer.layer.rope for block in config.blocks if isinstance(block.mixer.layer, GQAConfig | MLAConfig)]
     return {
         "vocabulary": config.vocab_size,
         "hidden": config.hidden_size,
@@ -58,11 +58,11 @@ def rope_facts(rope: Rope, max_position_embeddings: int) -> dict[str, Any]:
 
 
 def layer_facts(block: BlockConfig) -> dict[str, Any]:
-    mixer, feed_forward = block.mixer_residual, block.feed_forward_residual
+    mixer, feed_forward = block.mixer.residual, block.feed_forward.residual
     return {
-        "eps": number(block.norm.eps),
-        "mixer": mixer_facts(block.mixer),
-        "feed_forward": feed_forward_facts(block.feed_forward),
+        "eps": number(block.mixer.norm.eps),
+        "mixer": mixer_facts(block.mixer.layer),
+        "feed_forward": feed_forward_facts(block.feed_forward.layer),
         "residuals": [number(value) for value in (mixer.keep, mixer.add, feed_forward.keep, feed_forward.add)],
     }
 

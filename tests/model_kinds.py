@@ -18,7 +18,7 @@ from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model
 from tests.tiny import NORM
 
@@ -52,7 +52,7 @@ IS_RECURRENT = (DELTA, LINEAR, LIGHTNING)
 
 @cache
 def model_of(kind: str) -> Model:
-    blocks = tuple(BlockConfig(mixer, feed_forward, NORM) for mixer, feed_forward in LAYERS[kind])
+    blocks = tuple(pre_norm_block(mixer, feed_forward, NORM) for mixer, feed_forward in LAYERS[kind])
     return Model(ModelConfig(VOCABULARY, WIDTH, 512, blocks, NORM, tie_embeddings=False, logit_softcap=5.0))
 
 

@@ -70,7 +70,7 @@ def test_a_hopper_gpu_gets_kernels_or_the_reason_why_not(on_hopper):
         # The tiny model's heads fit no kernel, and the reason says so.
         assert row.implementation == "xla" and "Hopper" in row.reason and "head" in row.reason
     mixers = [GQAConfig(32, 8, 128, Rope(128, 1e4), scale=0.1, window=window) for window in (None, None, 512)]
-    blocks = tuple(dataclasses.replace(config.blocks[0], mixer=mixer) for mixer in mixers)
+    blocks = tuple(config.blocks[0].with_mixer(mixer) for mixer in mixers)
     rows = bench_kernels.layer_selections(dataclasses.replace(config, blocks=blocks), "bfloat16", 1, 100, 924)
     assert [(row.layers, row.step) for row in rows] == [
         *(("0..1 (2)", step) for step in ("prompt", "decoding")),

@@ -6,7 +6,7 @@ from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model
 
 NORM = RMSNormConfig(1e-5)
@@ -29,8 +29,8 @@ def tiny_config(*, vocab_size: int = 37, max_position_embeddings: int = 512) -> 
     windowed = GQAConfig(6, 2, 8, Rope(8, 1e4), scale=8**-0.5, window=5, softcap=2.0)
     full = GQAConfig(6, 3, 8, Rope(4, 1e4), scale=0.4, qkv_bias=True, out_bias=True, head_norm=NORM)
     blocks = (
-        BlockConfig(windowed, GatedMLPConfig(29), NORM, post_norms=True),
-        BlockConfig(full, GatedMLPConfig(31, activation="gelu_tanh", bias=True), NORM),
+        pre_norm_block(windowed, GatedMLPConfig(29), NORM, post_norm=NORM),
+        pre_norm_block(full, GatedMLPConfig(31, activation="gelu_tanh", bias=True), NORM),
     )
     return ModelConfig(vocab_size, 23, max_position_embeddings, blocks, NORM, tie_embeddings=False, logit_softcap=5.0)
 

@@ -33,7 +33,13 @@ def exit_adapter(model: Model, exit_layer: int) -> AttentionExit:
     """
     check_exit(model, exit_layer)
     config, block = model.config, model.config.blocks[exit_layer]
-    return AttentionExit(block.mixer, block.norm, config.final_norm, config.hidden_size, model.execution)
+    return AttentionExit(
+        block.mixer.layer,
+        block.mixer.norm,
+        config.final_norm,
+        config.hidden_size,
+        model.execution,
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from decodax.core.weight import Weight
 from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.mixers.contract import Mixer
-from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.norm import Norm
 
 Params = dict[str, Any]
 
@@ -37,8 +37,8 @@ class AttentionExit:
     """
 
     mixer: Mixer
-    mixer_norm: RMSNormConfig
-    final_norm: RMSNormConfig
+    mixer_norm: Norm
+    final_norm: Norm
     hidden_size: int
     execution: Execution = ON_THIS_DEVICE
 
@@ -91,10 +91,10 @@ class _Module(nn.Module):
     def __call__(self, hidden, position, row_length, cache, mask):
         config, size = self.config, self.config.hidden_size
         with jax.named_scope("exit_adapter"):
-            normed = RMSNorm(config.mixer_norm, size, name="mixer_norm")(hidden)
+            normed = config.mixer_norm.module(size, name="mixer_norm")(hidden)
             mixer = config.mixer.module(size, "mixer", config.execution)
             added, update = mixer(normed, position, row_length, cache, mask)
-            return RMSNorm(config.final_norm, size, name="final_norm")(hidden + added), update
+            return config.final_norm.module(size, name="final_norm")(hidden + added), update
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ from decodax.layers.feed_forward import ACTIVATIONS
 from decodax.layers.kv_cache.recurrent import RecurrentUpdate
 from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._recurrent import RecurrentConfig
-from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.norm import Norm
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.delta import delta_recurrence
 from decodax.layers.row_parallel import row_parallel_linear
@@ -56,7 +56,7 @@ class GatedDeltaConfig(RecurrentConfig):
     convolution_width: int
     activation: str
     scale: float
-    norm: RMSNormConfig
+    norm: Norm
 
     def __post_init__(self) -> None:
         if self.num_value_heads % self.num_key_heads:
@@ -142,7 +142,7 @@ class GatedDelta(nn.Module):
         query, key, value = (self.execution.split(heads, "B _ N _") for heads in _heads(config, *by_kind))
         read, corrected = delta_recurrence(query, key, value, log_decay, beta, position, mask, past, scale=config.scale)
         read, corrected = (self.execution.gathered_tokens(heads) for heads in (read, corrected))
-        normed = RMSNorm(config.norm, config.value_size, "H", name="norm")(read)
+        normed = config.norm.module(config.value_size, "H", name="norm")(read)
         gated = normed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
         flat = gated.astype(inputs.dtype).reshape(*inputs.shape[:2], -1)
         output = row_parallel_linear(flat, weight["out"], axis_name="N", execution=self.execution)

@@ -24,7 +24,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.recurrent import RecurrentUpdate
 from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._recurrent import RecurrentConfig
-from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.norm import Norm
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.linear import linear_recurrence
 from decodax.layers.row_parallel import row_parallel_linear
@@ -49,7 +49,7 @@ class GatedLinearConfig(RecurrentConfig):
     gate_rank: int
     gate_temperature: float
     scale: float
-    norm: RMSNormConfig
+    norm: Norm
 
     decays_per_channel = True
     has_kernel = True
@@ -118,7 +118,7 @@ class GatedLinear(nn.Module):
         read = linear_recurrence(
             query, key, value, log_decay, position, mask, past, scale=config.scale, execution=self.execution
         )
-        gated = RMSNorm(config.norm, config.value_size, "H", name="norm")(read) * jax.nn.silu(gate)
+        gated = config.norm.module(config.value_size, "H", name="norm")(read) * jax.nn.silu(gate)
         flat = gated.reshape(batch, num_tokens, -1)
         output = row_parallel_linear(flat, weight["out"], axis_name="N", execution=self.execution)
         return output, RecurrentUpdate(key, value, log_decay)

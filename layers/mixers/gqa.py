@@ -22,7 +22,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVUpdate
 from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._attention import AttentionConfig
-from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.norm import Norm
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.row_parallel import row_parallel_linear
 
@@ -53,7 +53,7 @@ class GQAConfig(AttentionConfig):
     scale: float
     qkv_bias: bool = False
     out_bias: bool = False
-    head_norm: RMSNormConfig | None = None
+    head_norm: Norm | None = None
     window: int | None = None
     softcap: float | None = None
     norm_across_heads: bool = False
@@ -138,7 +138,7 @@ class GQA(nn.Module):
         def heads(name: str, flat: Float[Array, "B T _"]) -> Float[Array, "B T _ H"]:
             by_head = (*inputs.shape[:2], -1, config.head_size)
             if config.head_norm is not None and name != "value":
-                norm = RMSNorm(config.head_norm, *config.normed(name), name=f"{name}_norm")
+                norm = config.head_norm.module(*config.normed(name), name=f"{name}_norm")
                 flat = norm(flat if config.norm_across_heads else flat.reshape(by_head))
             if config.clip is not None:
                 flat = jnp.clip(flat, -config.clip, config.clip)

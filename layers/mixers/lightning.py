@@ -25,7 +25,7 @@ from decodax.layers.feed_forward import ACTIVATIONS
 from decodax.layers.kv_cache.recurrent import RecurrentUpdate
 from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._recurrent import RecurrentConfig
-from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.norm import Norm
 from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.linear import linear_recurrence
 from decodax.layers.row_parallel import row_parallel_linear
@@ -67,7 +67,7 @@ class LightningConfig(RecurrentConfig):
     slopes: tuple[float, ...]
     activation: str | None
     scale: float
-    norm: RMSNormConfig
+    norm: Norm
 
     has_kernel = True
 
@@ -127,7 +127,7 @@ class Lightning(nn.Module):
             query, key, value, log_decay, position, mask, past, scale=config.scale, execution=self.execution
         )
         flat = read.reshape(batch, num_tokens, -1)
-        normed = RMSNorm(config.norm, flat.shape[2], "NH", name="norm")(flat)
+        normed = config.norm.module(flat.shape[2], "NH", name="norm")(flat)
         gated = jax.nn.sigmoid(linear(inputs, weight["gate"])) * normed
         output = row_parallel_linear(gated, weight["out"], axis_name="N", execution=self.execution)
         return output, RecurrentUpdate(key, value, log_decay)

@@ -21,7 +21,7 @@ from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.full import KVUpdate
 from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._attention import AttentionConfig
-from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.norm import Norm
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.row_parallel import row_parallel_linear
 
@@ -42,7 +42,7 @@ class MFAConfig(AttentionConfig):
     query_rank: int
     rope: Rope
     scale: float
-    norm: RMSNormConfig
+    norm: Norm
 
     num_kv_heads = 1
     window = None
@@ -93,7 +93,7 @@ class MFA(nn.Module):
         weight = fetch_own(self, config.weights(self.hidden_size))
 
         compressed = linear(inputs, weight["query_down"])
-        compressed = RMSNorm(config.norm, config.query_rank, "R", name="query_norm")(compressed)
+        compressed = config.norm.module(config.query_rank, "R", name="query_norm")(compressed)
         query = linear(compressed, weight["query_up"]).reshape(*inputs.shape[:2], config.num_heads, -1)
         cos, sin = config.rope.angles(position, row_length)
         query = rotate(query, cos, sin)

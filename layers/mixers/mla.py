@@ -28,7 +28,7 @@ from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
 from decodax.layers.kv_cache.view import CacheView, committed
 from decodax.layers.mixers.contract import MixingCost
-from decodax.layers.norm import RMSNorm, RMSNormConfig
+from decodax.layers.norm import Norm
 from decodax.layers.rope import Rope, rotate
 from decodax.layers.row_parallel import row_parallel_linear
 
@@ -56,7 +56,7 @@ class MLAConfig:
     query_rank: int | None
     rope: Rope
     scale: float
-    norm: RMSNormConfig
+    norm: Norm
     rope_interleaved: bool
     bias: bool = False
 
@@ -174,14 +174,14 @@ class MLA(nn.Module):
         if config.query_rank is None:
             flat = project("query", inputs)
         else:
-            compressed = RMSNorm(config.norm, config.query_rank, "R", name="query_norm")(project("query_down", inputs))
+            compressed = config.norm.module(config.query_rank, "R", name="query_norm")(project("query_down", inputs))
             flat = project("query_up", compressed)
         query = flat.reshape(*inputs.shape[:2], config.num_heads, -1)
         query_nope = query[..., : config.nope_size]
         query_rope = rotate(query[..., config.nope_size :], cos, sin, interleaved=config.rope_interleaved)
 
         down = project("latent_down", inputs)
-        latent = RMSNorm(config.norm, config.latent_rank, "R", name="latent_norm")(down[..., : config.latent_rank])
+        latent = config.norm.module(config.latent_rank, "R", name="latent_norm")(down[..., : config.latent_rank])
         shared_key = down[:, :, None, config.latent_rank :]
         rope_key = rotate(shared_key, cos, sin, interleaved=config.rope_interleaved)[:, :, 0]
         update = LatentUpdate(latent, rope_key)

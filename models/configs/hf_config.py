@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from decodax.core.printable import printable
-from decodax.layers.norm import RMSNormConfig
 from decodax.models.checkpoints.model_files import find_file, read_json_object
 from decodax.models.checkpoints.weight_formats import read_quantization
 from decodax.models.config import BlockConfig, ModelConfig
@@ -105,7 +104,7 @@ def _read(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig, list[str]]:
         hidden_size=fields["hidden_size"],
         max_position_embeddings=context,
         blocks=blocks,
-        final_norm=_norm(fields, family),
+        final_norm=family.norm(fields),
         tie_embeddings=fields["tie_word_embeddings"],
         embedding_scale=family.embedding_scale(fields),
         logit_softcap=None if softcap is None else float(softcap),
@@ -136,10 +135,6 @@ def _with_family_names(raw: Mapping[str, Any], family: Family) -> _File:
                 f"{alias} and {name} mean the same and differ: got {quoted(raw[alias])} and {quoted(fields[name])}"
             )
     return _File(fields, family, file.written, file.problems, file.notes)
-
-
-def _norm(fields: Mapping[str, Any], family: Family) -> RMSNormConfig:
-    return RMSNormConfig(float(fields["rms_norm_eps"]), family.unit_offset_norms)
 
 
 def _fields(file: _File) -> dict[str, Any]:
@@ -185,15 +180,9 @@ def _blocks(file: _File, fields: Mapping[str, Any], settings: RopeSettings) -> t
     kinds = _layer_kinds(file, fields)
     if problems or rope is None:
         return context, ()
-    norm = _norm(fields, family)
+    norm = family.norm(fields)
     layers = [Layer(family, index, kind, fields, rope, settings.values, norm) for index, kind in enumerate(kinds)]
-    return context, tuple(_block(layer) for layer in layers)
-
-
-def _block(layer: Layer) -> BlockConfig:
-    family = layer.family
-    residuals = family.residuals(layer)
-    return BlockConfig(family.mixer(layer), family.feed_forward(layer), layer.norm, family.post_norms, *residuals)
+    return context, tuple(family.block(layer) for layer in layers)
 
 
 def _rotary_size(fields: Mapping[str, Any], family: Family, settings: RopeSettings, problems: list[str]) -> int:

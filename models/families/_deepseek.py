@@ -70,7 +70,7 @@ def is_sparse(layer: Layer) -> bool:
 
 def tensors(block: BlockConfig) -> BlockTensors:
     """The tensor names; kv_b_proj holds each head's key weights, then its value weights."""
-    mixer = block.mixer
+    mixer = block.mixer.layer
     assert isinstance(mixer, MLAConfig)
     size = mixer.nope_size + mixer.value_size
 

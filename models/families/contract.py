@@ -12,9 +12,10 @@ from typing import Any
 
 from decodax.layers.feed_forward import FeedForward
 from decodax.layers.mixers.contract import Mixer
+from decodax.layers.norm import Norm
 from decodax.models.checkpoints.name_map import NameMaps, renamed, single_tensor
-from decodax.models.config import BlockConfig, ModelConfig, Residual
-from decodax.models.families.layer import Fields, Layer, attention, gated_mlp
+from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.families.layer import Fields, Layer, attention, gated_mlp, pre_norm, rms_norm
 
 ParameterPath = tuple[str, ...]  # the keys that lead to one parameter
 
@@ -87,12 +88,11 @@ class Family:
     score_scale_field: the field whose inverse square root scales the scores, in place of the head size.
     qkv_bias, out_bias, mlp_bias: true, false, or the name of the boolean field with the answer.
     head_norms: whether each head's queries and keys are normed.
-    unit_offset_norms: whether norms multiply by 1 + weight.
-    post_norms: whether mixer and feed-forward outputs are normed.
     rotary_size: the field with the number of coordinates of a head that rotate; None: all, or the share in the file.
     default_rope: the `rope_scaling` of a config without one.
     mixer, feed_forward: (layer) -> these of a block, where they are not plain attention and a gated MLP.
-    residuals: (layer) -> how mixer and feed-forward are added.
+    norm: (fields) -> the model's norm.
+    block: (layer) -> the block that mixer and feed-forward are parts of.
     embedding_scale, logit_scale: (fields) -> what multiplies the embeddings and the logits.
     block_tensors: the tensor names of a block's weights; a function of the block if they depend on its sizes or kind.
     elsewhere: config -> a regular expression for the names of stored tensors that are loaded separately
@@ -115,13 +115,12 @@ class Family:
     out_bias: bool | str = False
     mlp_bias: bool | str = False
     head_norms: bool = False
-    unit_offset_norms: bool = False
-    post_norms: bool = False
     rotary_size: str | None = None
     default_rope: Mapping[str, Any] | None = None
     mixer: Callable[[Layer], Mixer] = attention
     feed_forward: Callable[[Layer], FeedForward] = gated_mlp
-    residuals: Callable[[Layer], tuple[Residual, Residual]] = lambda layer: (Residual(), Residual())
+    norm: Callable[[Fields], Norm] = rms_norm
+    block: Callable[[Layer], BlockConfig] = pre_norm
     embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
     logit_scale: Callable[[Fields], float] = lambda fields: 1.0
     block_tensors: BlockTensors | Callable[[BlockConfig], BlockTensors] = field(default_factory=lambda: BLOCK_TENSORS)

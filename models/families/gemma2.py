@@ -6,7 +6,7 @@ Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118.
 import math
 
 from decodax.models.families.contract import BLOCK_TENSORS, Family
-from decodax.models.families.layer import sizes
+from decodax.models.families.layer import pre_and_post_norm, rms_norm_unit_offset, sizes
 
 FAMILY = Family(
     model_type="gemma2",
@@ -34,8 +34,8 @@ FAMILY = Family(
     score_scale_field="query_pre_attn_scalar",
     qkv_bias="attention_bias",
     out_bias="attention_bias",
-    unit_offset_norms=True,
-    post_norms=True,
+    norm=rms_norm_unit_offset,
+    block=pre_and_post_norm,
     embedding_scale=lambda fields: math.sqrt(fields["hidden_size"]),
     block_tensors={
         **BLOCK_TENSORS,

@@ -11,7 +11,7 @@ from decodax.models.checkpoints.name_map import NameMaps, PeriodicSlice, TensorS
 from decodax.models.config import BlockConfig, Residual
 from decodax.models.families._experts import either, softmax_top_k
 from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors, Family
-from decodax.models.families.layer import Layer, attention, sizes
+from decodax.models.families.layer import Layer, attention, pre_norm, sizes, with_residuals
 
 
 def _attention(layer: Layer) -> GQAConfig:
@@ -23,14 +23,14 @@ def _experts(layer: Layer) -> MoEConfig:
     return MoEConfig(router, layer.fields["intermediate_size"], layer.activation)
 
 
-def _residuals(layer: Layer) -> tuple[Residual, Residual]:
+def _block(layer: Layer) -> BlockConfig:
     added = Residual(add=float(layer.fields["residual_multiplier"]))
-    return added, added
+    return with_residuals(pre_norm(layer), added, added)
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:
     """The tensor names; experts are always stacked, gate and up in one tensor."""
-    config = block.feed_forward
+    config = block.feed_forward.layer
     assert isinstance(config, MoEConfig)
     width = config.intermediate_size
 
@@ -73,7 +73,7 @@ FAMILY = Family(
     mixer=_attention,
     fixed={"norm_topk_prob": True},
     feed_forward=_experts,
-    residuals=_residuals,
+    block=_block,
     embedding_scale=lambda fields: float(fields["embedding_multiplier"]),
     logit_scale=lambda fields: 1 / float(fields["logits_scaling"]),
     block_tensors=_tensors,

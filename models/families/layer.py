@@ -1,13 +1,14 @@
 """Defines `Layer`, the input of a family's builders, and the builders that most families share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
-from decodax.layers.norm import RMSNormConfig
+from decodax.layers.norm import Norm, RMSNormConfig
 from decodax.layers.rope import Rope
+from decodax.models.config import BlockConfig, Residual, pre_norm_block
 
 if TYPE_CHECKING:
     from decodax.models.families.contract import Family
@@ -46,7 +47,7 @@ class Layer:
     fields: Fields
     rope: Rope
     rope_settings: Mapping[str, Any]
-    norm: RMSNormConfig
+    norm: Norm
 
     def flag(self, source: bool | str) -> bool:
         """A constant of the family, or the value of the field that it names."""
@@ -90,6 +91,36 @@ def attention(layer: Layer) -> GQAConfig:
 def gated_mlp(layer: Layer) -> GatedMLPConfig:
     """The feed-forward layer of a model without experts."""
     return GatedMLPConfig(layer.fields["intermediate_size"], layer.activation, layer.flag(layer.family.mlp_bias))
+
+
+def rms_norm(fields: Fields) -> RMSNormConfig:
+    """An RMSNorm with a scale."""
+    return RMSNormConfig(float(fields["rms_norm_eps"]))
+
+
+def rms_norm_unit_offset(fields: Fields) -> RMSNormConfig:
+    """An RMSNorm whose scale is 1 + weight."""
+    return RMSNormConfig(float(fields["rms_norm_eps"]), unit_offset=True)
+
+
+def pre_norm(layer: Layer) -> BlockConfig:
+    """A norm before the mixer and one before the feed-forward layer."""
+    return pre_norm_block(layer.family.mixer(layer), layer.family.feed_forward(layer), layer.norm)
+
+
+def pre_and_post_norm(layer: Layer) -> BlockConfig:
+    """A norm before and one after each of them."""
+    family = layer.family
+    return pre_norm_block(family.mixer(layer), family.feed_forward(layer), layer.norm, post_norm=layer.norm)
+
+
+def with_residuals(block: BlockConfig, mixer: Residual, feed_forward: Residual) -> BlockConfig:
+    """The block with other sums."""
+    return replace(
+        block,
+        mixer=replace(block.mixer, residual=mixer),
+        feed_forward=replace(block.feed_forward, residual=feed_forward),
+    )
 
 
 def slides_if_windowed(fields: Fields, index: int) -> str:

@@ -13,7 +13,7 @@ from decodax.layers.norm import RMSNormConfig
 from decodax.models.config import BlockConfig, Residual
 from decodax.models.families._experts import mixtral_tensors, softmax_top_k
 from decodax.models.families.contract import BlockTensors, Family
-from decodax.models.families.layer import Fields, Layer, attention, sizes
+from decodax.models.families.layer import Fields, Layer, attention, pre_norm, sizes, with_residuals
 
 LIGHTNING_NORM = RMSNormConfig(1e-6)  # transformers' own, whatever rms_norm_eps says
 FACTORS = ("full_attn_alpha_factor", "full_attn_beta_factor", "linear_attn_alpha_factor")
@@ -46,19 +46,19 @@ def _experts(layer: Layer) -> MoEConfig:
     return MoEConfig(router, layer.fields["intermediate_size"], layer.activation)
 
 
-def _residuals(layer: Layer) -> tuple[Residual, Residual]:
+def _block(layer: Layer) -> BlockConfig:
     mixer = "linear_attn" if layer.kind == "linear_attention" else "full_attn"
 
     def factors(name: str) -> Residual:
         keep, add = (float(layer.fields[f"{name}_{factor}_factor"]) for factor in ("alpha", "beta"))
         return Residual(keep, add, after_norm=True)
 
-    return factors(mixer), factors("mlp")
+    return with_residuals(pre_norm(layer), factors(mixer), factors("mlp"))
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:
     tensors = mixtral_tensors(block)
-    if not isinstance(block.mixer, LightningConfig):
+    if not isinstance(block.mixer.layer, LightningConfig):
         return tensors
     return {
         **tensors,
@@ -94,6 +94,6 @@ FAMILY = Family(
     mixer=_mixer,
     fixed={"norm_topk_prob": True},
     feed_forward=_experts,
-    residuals=_residuals,
+    block=_block,
     block_tensors=_tensors,
 )

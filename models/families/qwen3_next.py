@@ -13,7 +13,7 @@ from decodax.models.checkpoints.name_map import TensorSlice
 from decodax.models.config import BlockConfig
 from decodax.models.families._experts import is_sparse, qwen_gated_shared_experts, where
 from decodax.models.families.contract import BlockTensors, Family
-from decodax.models.families.layer import Fields, Layer, attention, sizes
+from decodax.models.families.layer import Fields, Layer, attention, rms_norm_unit_offset, sizes
 from decodax.models.families.qwen2_moe import shared_expert_tensors
 
 
@@ -40,7 +40,7 @@ def _mixer(layer: Layer) -> GQAConfig | GatedDeltaConfig:
 
 def _tensors(block: BlockConfig) -> BlockTensors:
     tensors = shared_expert_tensors(block)
-    mixer = block.mixer
+    mixer = block.mixer.layer
     if not isinstance(mixer, GatedDeltaConfig):
         return tensors
     convolution = TensorSlice("linear_attn.conv1d.weight", shape=(mixer.num_columns, 1, mixer.convolution_width))
@@ -90,7 +90,7 @@ FAMILY = Family(
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     head_norms=True,
-    unit_offset_norms=True,
+    norm=rms_norm_unit_offset,
     mixer=_mixer,
     feed_forward=where(is_sparse, qwen_gated_shared_experts),
     block_tensors=_tensors,

@@ -26,11 +26,11 @@ def test_on_cpu_at_a_tiny_size(tmp_path, monkeypatch):
 def test_the_dense_model_has_the_active_parameters_of_a_token(size):
     """Feed-forward weights of the dense model, and of the experts that a token chooses."""
     mixture = bench_experts.read_config(bench_experts.fields(size))[1]
-    router = mixture.blocks[0].feed_forward.router
+    router = mixture.blocks[0].feed_forward.layer.router
     active = 0
     for block in mixture.blocks:
-        assert isinstance(block.feed_forward, MoEConfig)
-        experts = block.feed_forward.weights(mixture.hidden_size)["experts"]
+        assert isinstance(block.feed_forward.layer, MoEConfig)
+        experts = block.feed_forward.layer.weights(mixture.hidden_size)["experts"]
         active += sum(weight.shape[1] * weight.shape[2] for weight in experts.values()) * router.experts_per_token
     if size == "tiny":
         params = bench_experts.dense_model(size).params

@@ -24,7 +24,7 @@ from decodax.layers.kv_cache.view import part
 from decodax.layers.mixers import METHODS as OURS
 from decodax.layers.mixers import Mixer
 from decodax.layers.norm import RMSNormConfig
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model
 from tests.contracts.examples import mixers
 from tests.contracts.lookup import examples_of
@@ -365,12 +365,12 @@ def test_a_cache_policy_is_honoured_or_the_reason_given(name):
     reason = config.unsupported_policy_reason(OtherPolicy)
     made = jax.tree.leaves(config.empty_cache(1, 3, jnp.float32, OtherPolicy), is_leaf=lambda x: type(x) is OtherPolicy)
     assert (reason is None) == any(type(cache) is OtherPolicy for cache in made)
-    block = BlockConfig(config, GatedMLPConfig(5), RMSNormConfig(1e-5))
+    block = pre_norm_block(config, GatedMLPConfig(5), RMSNormConfig(1e-5))
     model = Model(ModelConfig(7, WIDTH, 64, (block,), RMSNormConfig(1e-5), tie_embeddings=True))
     if reason is not None:
         with pytest.raises(ValueError, match=f"cache_policy OtherPolicy would change no layer of this model: {reason}"):
             model.empty_cache(1, 3, jnp.float32, OtherPolicy)
-        attending = BlockConfig(EXAMPLES["gqa, all tokens"], GatedMLPConfig(5), RMSNormConfig(1e-5))
+        attending = pre_norm_block(EXAMPLES["gqa, all tokens"], GatedMLPConfig(5), RMSNormConfig(1e-5))
         mixed = dataclasses.replace(model.config, blocks=(block, attending))
         assert type(Model(mixed).empty_cache(1, 3, jnp.float32, OtherPolicy)[1]) is OtherPolicy
 
@@ -378,7 +378,7 @@ def test_a_cache_policy_is_honoured_or_the_reason_given(name):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_invariant_mode_gives_the_same_bits_or_is_refused(name):
     """Tokens one by one, and all in one forward."""
-    block = BlockConfig(EXAMPLES[name], GatedMLPConfig(5), RMSNormConfig(1e-5))
+    block = pre_norm_block(EXAMPLES[name], GatedMLPConfig(5), RMSNormConfig(1e-5))
     config = ModelConfig(7, WIDTH, 64, (block,), RMSNormConfig(1e-5), tie_embeddings=True)
     reason = EXAMPLES[name].invariant_unsupported_reason()
     if reason is not None:
@@ -405,8 +405,8 @@ def test_a_mixer_or_a_cache_that_lacks_methods_is_refused():
             return Bare()
 
     def model_with(mixer):
-        block = BlockConfig(EXAMPLES["mfa"], GatedMLPConfig(5), RMSNormConfig(1e-5))
-        object.__setattr__(block, "mixer", mixer)  # which no annotation checks, as outside these tests
+        block = pre_norm_block(EXAMPLES["mfa"], GatedMLPConfig(5), RMSNormConfig(1e-5))
+        object.__setattr__(block.mixer, "layer", mixer)  # which no annotation checks, as outside these tests
         return Model(ModelConfig(7, WIDTH, 64, (block,), RMSNormConfig(1e-5), tie_embeddings=True))
 
     with pytest.raises(ValueError, match=r"the mixer GatedMLPConfig lacks empty_cache, .*unsupported_policy_reason of"):

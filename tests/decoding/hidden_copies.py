@@ -27,7 +27,7 @@ from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model, commit
 
 NORM = RMSNormConfig(1e-5)
@@ -38,7 +38,7 @@ CAPACITIES = (224, 896)
 
 def model_with(capacity):
     mixer = GQAConfig(2 * KV_HEADS, KV_HEADS, HEAD_SIZE, Rope(HEAD_SIZE, 1e4), scale=0.25)
-    block = BlockConfig(mixer, GatedMLPConfig(29), NORM)
+    block = pre_norm_block(mixer, GatedMLPConfig(29), NORM)
     return Model(ModelConfig(VOCABULARY, WIDTH, 1024, (block,) * LAYERS, NORM, False))
 
 

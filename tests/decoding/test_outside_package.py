@@ -29,7 +29,7 @@ from decodax.layers.kv_cache.contract import Cache, CachePolicy
 from decodax.layers.kv_cache.full import KVCache
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model
 from decodax.sharding.constraints import shardings
 from decodax.sharding.mesh import read_mesh
@@ -259,7 +259,7 @@ HEADS = GQAConfig(4, 4, 6, Rope(6, 1e4), scale=0.4)
 
 def model_on(mesh, *mixers):
     """A model of these mixers and its parameters, on one device or a mesh."""
-    blocks = tuple(BlockConfig(mixer, GatedMLPConfig(16), NORM) for mixer in mixers)
+    blocks = tuple(pre_norm_block(mixer, GatedMLPConfig(16), NORM) for mixer in mixers)
     config = ModelConfig(19, 12, 512, blocks, NORM, tie_embeddings=False)
     model = Model(config) if mesh is None else Model(config, execution=Execution(mesh=read_mesh(mesh)))
     random = np.random.default_rng(1)

@@ -25,11 +25,11 @@ def config_of(model_type="llama", **fields):
 
 
 def mixer_of(model_type="llama", **fields):
-    return config_of(model_type, **fields).blocks[0].mixer
+    return config_of(model_type, **fields).blocks[0].mixer.layer
 
 
 def windows_of(model_type, **fields):
-    return [block.mixer.window for block in config_of(model_type, **fields).blocks]
+    return [block.mixer.layer.window for block in config_of(model_type, **fields).blocks]
 
 
 # Defaults of transformers 5 (and 4) when config.json gives only the sizes.
@@ -46,15 +46,15 @@ DEFAULTS = {
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_defaults(model_type):
     config = config_of(model_type)
-    mixer = config.blocks[0].mixer
+    mixer = config.blocks[0].mixer.layer
     assert DEFAULTS[model_type] == (
         config.max_position_embeddings,
         mixer.rope.base,
         config.final_norm.eps,
-        config.blocks[0].feed_forward.activation,
+        config.blocks[0].feed_forward.layer.activation,
         config.tie_embeddings,
         mixer.head_size,
-        [block.mixer.window for block in config.blocks],
+        [block.mixer.layer.window for block in config.blocks],
         mixer.scale,
         (mixer.softcap, config.logit_softcap),
     )
@@ -82,7 +82,7 @@ def test_null_derives_heads_and_switches_features_off():
     mixer = mixer_of("mistral", num_key_value_heads=None, head_dim=None, sliding_window=None, rope_scaling=None)
     assert (mixer.num_kv_heads, mixer.head_size, mixer.window, mixer.rope.scaling) == (6, 8, None, None)
     config = config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
-    assert (config.blocks[0].mixer.softcap, config.logit_softcap) == (None, None)
+    assert (config.blocks[0].mixer.layer.softcap, config.logit_softcap) == (None, None)
 
 
 def test_windows():
@@ -173,7 +173,7 @@ def test_rope_scaling_in_every_spelling(kind, settings, beside, scaling, context
     else:
         fields |= {"rope_theta": 500.0, "rope_scaling": {spelling.removeprefix("4, "): kind, **settings}}
     config = config_of(**fields)
-    rope = config.blocks[0].mixer.rope
+    rope = config.blocks[0].mixer.layer.rope
     assert (rope.base, rope.scaling, config.max_position_embeddings) == (500.0, scaling, context)
 
 

@@ -27,11 +27,11 @@ def config_of(model_type, **fields):
 
 
 def feed_forwards(model_type, **fields):
-    return [block.feed_forward for block in config_of(model_type, **fields).blocks]
+    return [block.feed_forward.layer for block in config_of(model_type, **fields).blocks]
 
 
 def windows_of(model_type, **fields):
-    return [block.mixer.window for block in config_of(model_type, **fields).blocks]
+    return [block.mixer.layer.window for block in config_of(model_type, **fields).blocks]
 
 
 def test_fields_have_several_names():
@@ -43,7 +43,7 @@ def test_fields_have_several_names():
         "deepseek_v3": {"num_local_experts": 6, **latent},
     }.items():
         config = config_of(model_type, num_experts_per_tok=2, **fields)
-        assert config.blocks[0].feed_forward.router.num_experts == 6
+        assert config.blocks[0].feed_forward.layer.router.num_experts == 6
     with pytest.raises(ValueError, match=r"num_experts_per_tok must be in 1..6 \(num_local_experts\), got 8"):
         config_of("qwen3_moe", num_local_experts=6)
     with pytest.raises(ValueError, match=r"num_local_experts and num_experts mean the same and differ: got 8 and 6"):
@@ -75,35 +75,35 @@ def test_windows():
 
 
 def test_gpt_oss_scales_positions_by_default():
-    mixer = config_of("gpt_oss").blocks[0].mixer
+    mixer = config_of("gpt_oss").blocks[0].mixer.layer
     assert mixer.rope.scaling == YarnScaling(32.0, 4096, 0.1 * math.log(32) + 1, truncate=False)
     assert (mixer.rope.base, mixer.sinks, mixer.qkv_bias, mixer.out_bias) == (150000.0, True, True, True)
-    plain = config_of("gpt_oss", rope_parameters={"rope_type": "default", "rope_theta": 5000.0}).blocks[0].mixer
+    plain = config_of("gpt_oss", rope_parameters={"rope_type": "default", "rope_theta": 5000.0}).blocks[0].mixer.layer
     assert plain.rope.scaling is None and plain.rope.base == 5000.0
     assert feed_forwards("gpt_oss", swiglu_limit=3.0)[0].activation == ClampedSwiGLU(1.702, 3.0)
 
 
 def test_yarn_scales_latent_scores():
     sizes = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 4}
-    plain = config_of("deepseek_v3", **sizes).blocks[0].mixer
+    plain = config_of("deepseek_v3", **sizes).blocks[0].mixer.layer
     assert plain.scale == 16**-0.5 and plain.rope.rotary_size == 4 and plain.rope_interleaved
     yarn = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.5, "original_max_position_embeddings": 64}
-    scaled = config_of("deepseek_v3", **sizes, rope_scaling=yarn).blocks[0].mixer
+    scaled = config_of("deepseek_v3", **sizes, rope_scaling=yarn).blocks[0].mixer.layer
     assert scaled.scale == pytest.approx(16**-0.5 * (0.05 * math.log(40) + 1) ** 2)
 
 
 def test_layers_without_attention():
     blocks = config_of("qwen3_next", head_dim=16).blocks
-    assert [isinstance(block.mixer, GatedDeltaConfig) for block in blocks] == [True, True, True, False]
-    assert blocks[3].mixer.rope.rotary_size == 4 and blocks[3].mixer.output_gate
-    assert config_of("qwen3_next", head_dim=16, partial_rotary_factor=0.5).blocks[3].mixer.rope.rotary_size == 8
+    assert [isinstance(block.mixer.layer, GatedDeltaConfig) for block in blocks] == [True, True, True, False]
+    assert blocks[3].mixer.layer.rope.rotary_size == 4 and blocks[3].mixer.layer.output_gate
+    assert config_of("qwen3_next", head_dim=16, partial_rotary_factor=0.5).blocks[3].mixer.layer.rope.rotary_size == 8
     kinds = ["linear_attention", "full_attention"] * 2
     factors = {"linear_attn_alpha_factor": 3.5, "mlp_beta_factor": 0.5}
     blocks = config_of("minimax", layer_types=kinds, **factors).blocks
-    assert [isinstance(block.mixer, LightningConfig) for block in blocks] == [True, False] * 2
-    assert blocks[0].mixer_residual == Residual(3.5, 1.0, after_norm=True)
-    assert blocks[1].feed_forward_residual == Residual(1.0, 0.5, after_norm=True)
-    slopes = [block.mixer.slopes[0] for block in blocks[::2]]
+    assert [isinstance(block.mixer.layer, LightningConfig) for block in blocks] == [True, False] * 2
+    assert blocks[0].mixer.residual == Residual(3.5, 1.0, after_norm=True)
+    assert blocks[1].feed_forward.residual == Residual(1.0, 0.5, after_norm=True)
+    slopes = [block.mixer.layer.slopes[0] for block in blocks[::2]]
     assert slopes[0] == pytest.approx(2 ** (-8 / 6), rel=1e-4) and slopes[1] == pytest.approx(slopes[0] / 3, rel=1e-3)
 
 

@@ -54,7 +54,7 @@ def filled(model, dtype, lengths, capacity=CAPACITY):
     """Caches of random keys and values, equal in a slot for every capacity; unfilled slots hold numbers as well."""
     caches = []
     for index, block in enumerate(model.config.blocks):
-        shape = (2, len(lengths), block.mixer.num_kv_heads, 400, block.mixer.head_size)
+        shape = (2, len(lengths), block.mixer.layer.num_kv_heads, 400, block.mixer.layer.head_size)
         key, value = np.random.default_rng(index).normal(size=shape)[:, :, :, :capacity].astype(jnp.dtype(dtype))
         caches.append(KVCache(jnp.asarray(key), jnp.asarray(value), jnp.asarray(lengths, jnp.int32)))
     return tuple(caches)

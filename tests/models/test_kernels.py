@@ -18,7 +18,7 @@ from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import BlockConfig, ModelConfig, pre_norm_block
 from decodax.models.model import Model, Params, commit
 
 HEAD, WIDTH, VOCABULARY = 128, 48, 61
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5  # of the largest logit
 
 def block(**options) -> BlockConfig:
     mixer = GQAConfig(4, 2, HEAD, Rope(HEAD, 10000.0), scale=HEAD**-0.5, **options)
-    return BlockConfig(mixer, GatedMLPConfig(40), RMSNormConfig(1e-5))
+    return pre_norm_block(mixer, GatedMLPConfig(40), RMSNormConfig(1e-5))
 
 
 # One full layer, one with a window and capped scores.
@@ -39,7 +39,7 @@ NORM = RMSNormConfig(1e-5)
 LATENT = MLAConfig(2, 16, 16, 128, None, Rope(64, 1e4), 80**-0.5, NORM, rope_interleaved=True)
 EXPERTS = MoEConfig(TopK(4, 2, "softmax", renormalise=True), 128)
 STATE = LightningConfig(2, 64, (0.1, 0.5), "silu", 0.1, NORM)
-OTHERS = (BlockConfig(LATENT, EXPERTS, NORM), BlockConfig(STATE, GatedMLPConfig(40), NORM))
+OTHERS = (pre_norm_block(LATENT, EXPERTS, NORM), pre_norm_block(STATE, GatedMLPConfig(40), NORM))
 MIXED = Model(ModelConfig(VOCABULARY, 128, 512, OTHERS, NORM, True))
 MIXED_PARAMS = MIXED.init(jax.random.key(0))
 

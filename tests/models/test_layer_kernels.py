@@ -22,7 +22,7 @@ def test_every_layer_has_a_row_for_each_step(kind):
     mixers = [row for row in rows if row.part == "mixer"]
     assert {row.step for row in mixers} == {"prompt", "decoding"}
     assert all(row.implementation == "xla" and row.reason for row in rows)  # on this CPU
-    experts = [block for block in config.blocks if hasattr(block.feed_forward, "router")]
+    experts = [block for block in config.blocks if hasattr(block.feed_forward.layer, "router")]
     assert bool(experts) == any(row.part == "experts" for row in rows)
 
 

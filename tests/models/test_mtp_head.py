@@ -12,7 +12,7 @@ from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import DynamicScaling, Rope
-from decodax.models.config import BlockConfig
+from decodax.models.config import pre_norm_block
 from decodax.models.mtp_head import MTPHeadModel
 
 BATCH, TOKENS, SIZE, KV_HEADS, HEAD_SIZE = 2, 11, 23, 3, 8
@@ -20,7 +20,7 @@ BASE, FACTOR, ORIGINAL, EPSILON = 100.0, 3.0, 5, 1e-5
 TOLERANCE = 1e-5  # keys of about 1, from float32 sums of 46 products
 NORM = RMSNormConfig(EPSILON)
 ROPE = Rope(HEAD_SIZE, BASE, DynamicScaling(FACTOR, ORIGINAL))
-BLOCK = BlockConfig(GQAConfig(6, KV_HEADS, HEAD_SIZE, ROPE, scale=0.4), GatedMLPConfig(29), NORM)
+BLOCK = pre_norm_block(GQAConfig(6, KV_HEADS, HEAD_SIZE, ROPE, scale=0.4), GatedMLPConfig(29), NORM)
 
 
 def normed(vectors, weight):

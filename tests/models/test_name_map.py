@@ -294,7 +294,7 @@ def test_a_family_defines_fused_tensors_and_foreign_ones(tmp_path):
     tensors[f"model.layers.{config.num_layers}.mlp.gate_up_proj.weight"] = np.ones((2, 2), np.float32)
 
     def block_tensors(block):
-        size = block.feed_forward.intermediate_size
+        size = block.feed_forward.layer.intermediate_size
         slices = {"gate": PeriodicSlice(2 * size, 0, size), "up": PeriodicSlice(2 * size, size, 2 * size)}
         fused = {name: ((TensorSlice("mlp.gate_up_proj.weight", part=half),),) for name, half in slices.items()}
         return {**BLOCK_TENSORS, **{f"feed_forward/{name}": name_maps for name, name_maps in fused.items()}}

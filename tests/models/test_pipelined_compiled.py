@@ -17,14 +17,14 @@ from decodax.layers.execution import Execution
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model
 from decodax.sharding.pipeline import Pipeline
 from tests.kernels_pallas.ahead_of_time import count_kernels, tpu_mesh
 from tests.tiny import NORM
 
 BATCH, HEADS, HEAD_SIZE, WIDTH, CAPACITY, VOCABULARY = 8, 4, 128, 512, 2048, 256
-BLOCK = BlockConfig(GQAConfig(HEADS, HEADS, HEAD_SIZE, Rope(HEAD_SIZE, 1e4), 0.1), GatedMLPConfig(2048), NORM)
+BLOCK = pre_norm_block(GQAConfig(HEADS, HEADS, HEAD_SIZE, Rope(HEAD_SIZE, 1e4), 0.1), GatedMLPConfig(2048), NORM)
 
 
 def compiled_loop(pipeline, implementation):

@@ -136,7 +136,7 @@ def test_own_embeddings_as_input():
 
 def test_skipped_layer_reads_as_if_the_token_were_absent():
     """A token that is marked as not kept leaves no trace in that layer."""
-    model, layer = MODEL, MODEL.config.blocks[1].mixer
+    model, layer = MODEL, MODEL.config.blocks[1].mixer.layer
     hidden = jax.random.normal(jax.random.key(2), (1, 4, 23))
     position = jnp.arange(4, dtype=jnp.int32)[None]
     run = partial(model.apply, PARAMS, layers=(1, 2))

@@ -81,7 +81,7 @@ def test_a_window_bounds_what_is_read():
     tokens = Tokens(2, 1, 4096)
     config = config_of("Llama-3.1-8B", num_hidden_layers=1)
     block = config.blocks[0]
-    windowed = replace(config, blocks=(replace(block, mixer=replace(block.mixer, window=512)),))
+    windowed = replace(config, blocks=(block.with_mixer(replace(block.mixer.layer, window=512)),))
     full, less = (parts_of(one, {}, tokens)["attention"] for one in (config, windowed))
     assert less.cache_bytes == pytest.approx(full.cache_bytes / 8, rel=1e-3) and less.flops < full.flops
 

@@ -29,14 +29,14 @@ def test_llama_8b_by_hand():
     scales = 32 * ((4096 + 2 * 1024 + 2 * 14336) // 8 + 2 * 4096)
     expected = in_layers + 2 * scales + 2 * (2 * 128256 * 4096 // 8 + norms)
     assert split.weight_bytes(config.weights(), "bfloat16", int8=True) == expected
-    cache = jax.eval_shape(lambda: config.blocks[0].mixer.empty_cache(8, 2048, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: config.blocks[0].mixer.layer.empty_cache(8, 2048, jnp.bfloat16))
     assert split.state_bytes(cache) == 2 * 2 * 8 * 2048 * 128 + 4 * 8  # keys, values; the rows' lengths
 
 
 def test_few_key_value_heads_are_copied():
     """Eight heads over 16 chips: each chip has one, as over 8."""
     config = config_of("Llama-3.1-70B", num_hidden_layers=1)
-    cache = jax.eval_shape(lambda: config.blocks[0].mixer.empty_cache(8, 2048, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: config.blocks[0].mixer.layer.empty_cache(8, 2048, jnp.bfloat16))
     by_degree = [Split.of(config, {"tensor": degree}).state_bytes(cache) for degree in (4, 8, 16)]
     assert by_degree[0] - 32 == 2 * (by_degree[1] - 32) and by_degree[1] == by_degree[2]
 

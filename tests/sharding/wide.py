@@ -20,7 +20,7 @@ from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.key_value_copies import fit_mesh
 from decodax.models.model import Model
 from decodax.sharding.mesh import read_mesh
@@ -77,7 +77,7 @@ def runnable(cases: list) -> list:
 def model_of(kind: str, mesh: str | None = None, **execution: Any) -> Model:
     """The model over the mesh of this text, by default on one device."""
     layers = (LAYERS | ODD_LAYERS)[kind]
-    blocks = tuple(BlockConfig(mixer, feed_forward, NORM) for mixer, feed_forward in layers)
+    blocks = tuple(pre_norm_block(mixer, feed_forward, NORM) for mixer, feed_forward in layers)
     vocabulary = ODD_VOCABULARY if kind in ODD_LAYERS else VOCABULARY
     config = ModelConfig(vocabulary, WIDTH, 512, blocks, NORM, tie_embeddings=kind == "odd_tied")
     if mesh is None:

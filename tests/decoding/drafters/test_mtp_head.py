@@ -226,9 +226,11 @@ def test_draft_tokens_follow_the_head_s_distribution():
 @pytest.mark.slow
 def test_rows_longer_than_the_training_context():
     """With dynamic rope scaling: a prompt's tokens rotate as in the whole prompt, each further one ends its row."""
-    scaled = [dataclasses.replace(block.mixer.rope, scaling=DynamicScaling(4.0, 7)) for block in MODEL.config.blocks]
+    scaled = [
+        dataclasses.replace(block.mixer.layer.rope, scaling=DynamicScaling(4.0, 7)) for block in MODEL.config.blocks
+    ]
     blocks = tuple(
-        dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, rope=rope))
+        block.with_mixer(dataclasses.replace(block.mixer.layer, rope=rope))
         for block, rope in zip(MODEL.config.blocks, scaled, strict=True)
     )
     model = Model(dataclasses.replace(MODEL.config, blocks=blocks))

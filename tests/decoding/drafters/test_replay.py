@@ -21,8 +21,8 @@ def example():
     tokens = random.integers(0, VOCABULARY, (3, WIDTH))
     is_wrong = random.random((3, WIDTH)) < 0.5
     tokens[:, 13], is_wrong[:, 13] = VOCABULARY - 1, True  # the last token's wrong one is the first
-    state = dataclasses.replace(start(), length=jnp.asarray(LENGTHS), draft=())
-    return state, tokens, Recording(jnp.asarray(tokens), jnp.asarray(is_wrong))
+    recording = Recording(jnp.asarray(tokens), jnp.asarray(is_wrong))
+    return dataclasses.replace(start(), length=jnp.asarray(LENGTHS), draft=recording), tokens, recording
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 6])

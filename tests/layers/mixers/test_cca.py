@@ -17,7 +17,7 @@ from decodax.layers.mixers.cca import CCAConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model
 from tests.oracles.convolutional_attention import convolutional_attention
 
@@ -130,6 +130,6 @@ def test_unsupported_options_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             dataclasses.replace(PLAIN, **changes)
-    block = BlockConfig(PLAIN, GatedMLPConfig(17), RMSNormConfig(1e-5))
+    block = pre_norm_block(PLAIN, GatedMLPConfig(17), RMSNormConfig(1e-5))
     with pytest.raises(ValueError, match="no invariant mode: convolutions read tokens"):
         Model(ModelConfig(19, WIDTH, CAPACITY, (block,), RMSNormConfig(1e-5), False), invariant=True)

@@ -14,7 +14,7 @@ from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.mfa import MFAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model, commit
 from tests.oracles.attention import attention
 from tests.oracles.latent_attention import rms_norm, rotated
@@ -79,7 +79,7 @@ def test_bytes_are_those_of_one_key_and_one_value():
 
 def test_runs_in_the_invariant_mode():
     norm = RMSNormConfig(EPS)
-    config = ModelConfig(19, WIDTH, CAPACITY, (BlockConfig(CONFIG, GatedMLPConfig(17), norm),), norm, False)
+    config = ModelConfig(19, WIDTH, CAPACITY, (pre_norm_block(CONFIG, GatedMLPConfig(17), norm),), norm, False)
     model = Model(config, invariant=True)
     params, tokens = parameters(config.weights()), np.arange(4)[None]
     apply = jax.jit(partial(model.apply, params))

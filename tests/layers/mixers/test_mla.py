@@ -17,7 +17,7 @@ from decodax.layers.kv_cache.full import KVCache, MarkedCache
 from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope, YarnScaling
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model
 from tests.oracles.latent_attention import latent_attention
 
@@ -169,6 +169,6 @@ def test_few_tokens_read_the_latents_themselves():
 
 
 def test_there_is_no_invariant_mode():
-    block = BlockConfig(PLAIN, GatedMLPConfig(17), NORM)
+    block = pre_norm_block(PLAIN, GatedMLPConfig(17), NORM)
     with pytest.raises(ValueError, match="no invariant mode: latent attention"):
         Model(ModelConfig(19, WIDTH, CAPACITY, (block,), NORM, False), invariant=True)

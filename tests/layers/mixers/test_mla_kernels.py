@@ -25,7 +25,7 @@ from decodax.layers.kv_cache.staged import Staged
 from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model, commit
 from decodax.sharding.rules import TENSOR
 from tests.kernels_pallas.ahead_of_time import count_kernels, tpu_mesh
@@ -202,7 +202,7 @@ def deepseek_v2_lite(mesh: Mesh):
     """A layer with the mixer of DeepSeek-V2-Lite, its parameters and a state of decoding, as shapes on the mesh."""
     mixer = MLAConfig(16, 128, 128, 512, None, Rope(64, 1e4), 192**-0.5, NORM, rope_interleaved=True)
     config = ModelConfig(
-        1024, 2048, CHIP_CAPACITY, (BlockConfig(mixer, GatedMLPConfig(1024), NORM),) * LAYERS, NORM, False
+        1024, 2048, CHIP_CAPACITY, (pre_norm_block(mixer, GatedMLPConfig(1024), NORM),) * LAYERS, NORM, False
     )
     model = Model(config, execution=Execution("tpu", mesh))
 

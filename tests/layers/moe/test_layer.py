@@ -20,7 +20,7 @@ from decodax.layers.moe.routers.expert_choice import ExpertChoice
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, ModelConfig
+from decodax.models.config import ModelConfig, pre_norm_block
 from decodax.models.model import Model, commit
 from decodax.sharding.rules import Rules, place
 from tests.oracles.mixture_of_experts import activate, mixture, route
@@ -131,7 +131,7 @@ def tiny_model(placement=None, execution=ON_THIS_DEVICE):
     mixer = GQAConfig(6, 2, 8, Rope(8, 1e4), scale=8**-0.5)
     first = MoEConfig(TopK(8, 2, "sigmoid", True, selection_bias=True), 12, shared=SHARED, placement=placement)
     second = MoEConfig(TopK(16, 3, "softmax", True), 12, shared=SHARED, residual_mix=True)
-    blocks = tuple(BlockConfig(mixer, feed_forward, NORM) for feed_forward in (GatedMLPConfig(29), first, second))
+    blocks = tuple(pre_norm_block(mixer, feed_forward, NORM) for feed_forward in (GatedMLPConfig(29), first, second))
     return Model(ModelConfig(VOCABULARY, 23, 512, blocks, NORM, tie_embeddings=True), execution=execution)
 
 
