@@ -43,7 +43,7 @@ class Mixer(Protocol):
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module: ...
 
     def empty_cache(self, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache) -> Any:
-        """This layer's cache; has `length` Int[B], `capacity` and `commit(update, count, path)`.
+        """This layer's cache (`KeptCache`).
 
         batch_size: rows.
         capacity: tokens of each row.
