@@ -21,7 +21,7 @@ from decodax.decoding.pace import Pace
 from decodax.decoding.prompts import encode_prompts
 from decodax.decoding.ready_strategy import ReadyStrategy
 from decodax.decoding.rows import repeat_rows
-from decodax.decoding.sizes import check_step_fits, chunk_tokens
+from decodax.decoding.sizes import cache_capacity, check_step_fits, chunk_tokens
 from decodax.decoding.state import DecodeState
 from decodax.decoding.text_watcher import TextWatcher
 from decodax.models.layer_kernels import LayerKernel, layer_kernels
@@ -168,7 +168,10 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     if lm.config.num_layers >= _MANY_LAYERS and lm.model.execution.mesh is None and options.n == 1:
         # Of prompts of one token nothing runs; with as many tokens in all, the state has the same shapes.
         one = np.ones_like(lengths)
-        plan.compile_ahead(jax.eval_shape(lambda: prompts_of(tokens[:, :1], one, lengths + limits - one)))
+        capacity = cache_capacity(int(np.max(lengths + limits)), lm.model.execution)
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), sampling)
+        sizes = (len(seeds), capacity, len(ends), str(lm.dtype), str(shapes))
+        plan.compile_ahead(sizes, lambda: prompts_of(tokens[:, :1], one, lengths + limits - one))
     state = prompts_of(tokens, lengths, limits)
     samples = [ids for ids in rows for _ in range(options.n)]
     state = plan.start(state)

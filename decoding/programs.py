@@ -54,7 +54,7 @@ class BoundedJit:
             begin = time.perf_counter()
             ready.wait()
             add_compile_seconds(time.perf_counter() - begin)
-        return self._program(key)[0](*arguments)
+        return self._program(key)(*arguments)
 
     def prepare(self, *arguments: Any) -> Any:
         """Compiles the program for these arguments, which may be shapes; a call with such arguments then finds it.
@@ -63,13 +63,12 @@ class BoundedJit:
         the results; None where the program is there already.
         """
         key, ready = self._full_key(arguments), threading.Event()
-        program, is_new = self._program(key)
-        if not is_new:
-            return None
         with _lock:
-            _preparing[key] = ready
+            if key in _programs:
+                return None
+            _preparing[key] = ready  # before the program is there, so that every call that finds it waits
         try:
-            lowered = program.lower(*arguments)
+            lowered = self._program(key).lower(*arguments)
             lowered.compile()
             return jax.tree.map(lambda out: jax.ShapeDtypeStruct(out.shape, out.dtype), lowered.out_info)
         finally:
@@ -77,16 +76,15 @@ class BoundedJit:
                 del _preparing[key]
             ready.set()
 
-    def _program(self, key: Hashable) -> tuple[Any, bool]:
-        """The program of this key, and whether it is new."""
+    def _program(self, key: Hashable) -> Any:
+        """The program of this key, which may be new."""
         with _lock:
             program = _programs.pop(key, None)
-            is_new = program is None
-            if is_new:
+            if program is None:
                 program = self._jit()
                 _drop_oldest()
             _programs[key] = program
-        return program, is_new
+        return program
 
     def _full_key(self, arguments: tuple[Any, ...]) -> Hashable:
         return (self, *(self._key(index, argument) for index, argument in enumerate(arguments)))

@@ -3,7 +3,8 @@
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,7 +18,7 @@ from decodax.decoding.built_strategies import build_once, on_devices_of
 from decodax.decoding.draft_length import DraftChoice
 from decodax.decoding.drafters import Children
 from decodax.decoding.options import GenerateOptions
-from decodax.decoding.programs import bounded_jit
+from decodax.decoding.programs import MAX_PROGRAMS, bounded_jit
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.speculative_decoding import Speculative, speculative
 from decodax.decoding.state import DecodeState
@@ -28,6 +29,9 @@ from decodax.models.model import Model
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
+
+
+_ahead: OrderedDict[Hashable, None] = OrderedDict()  # loops that were compiled ahead, latest last
 
 
 class ReadyStrategy:
@@ -84,12 +88,21 @@ class ReadyStrategy:
         draws = sampling.do_sample and self._speculative.drafter.children is not Children.CHOSEN
         return 2 + bool(sampling.processors) + draws
 
-    def compile_ahead(self, state: DecodeState) -> None:
-        """Compiles the loop in another thread, for a state of these shapes, while the prompts' program compiles.
+    def compile_ahead(self, sizes: Hashable, make_state: Callable[[], DecodeState]) -> None:
+        """Compiles the loop in another thread, while the prompts' program compiles; once for the same sizes.
 
         What it raises, the call of the loop raises again.
+
+        sizes: all that the shapes of the state depend on.
+        make_state: makes such a state; only its shapes are used.
         """
-        most = jax.ShapeDtypeStruct((), jnp.int32)
+        key = self._speculative or (self._make, self._model), sizes
+        if key in _ahead:
+            return
+        _ahead[key] = None
+        if len(_ahead) > MAX_PROGRAMS:
+            _ahead.popitem(last=False)
+        state, most = jax.eval_shape(make_state), jax.ShapeDtypeStruct((), jnp.int32)
 
         def compile_loop() -> None:
             with contextlib.suppress(Exception):

@@ -94,7 +94,7 @@ def _temporaries(split: Split, workload: Workload) -> int:
     """An estimate, from above, of what a chunk of a prompt or a step needs beside weights and state.
 
     A chunk: three times its hidden states, and the products of the widest layer that are alive at once. A step: its
-    logits twice. Compiled programs need 0.7 to 1.0 of it from 150 MiB on; of less, much stays in VMEM.
+    logits twice. Compiled programs need two thirds of it to all from 150 MiB on; of less, much stays in VMEM.
     """
     config, item = split.config, jnp.dtype(workload.dtype).itemsize
     chunk = min(MAX_CHUNK_TOKENS, workload.context)

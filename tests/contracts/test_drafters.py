@@ -193,6 +193,7 @@ def test_rows_end_within_a_draft_where_plain_decoding_ends_them(name):
 
 
 @each_example
+@pytest.mark.quick_cases(5)
 def test_started_rows_may_be_repeated(name):
     """Each of them then goes on as if it had been started twice."""
     own, seeds = example(name), np.array([5, 6, 7], np.uint32)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import decodax
-from decodax.decoding import programs
+from decodax.decoding import programs, ready_strategy
 from decodax.decoding.compile_clock import compile_seconds
 from decodax.decoding.programs import BoundedJit, bounded_jit, num_programs
 from decodax.models.load import LanguageModel
@@ -171,11 +172,14 @@ def test_a_deep_model_compiles_its_loop_beside_the_prompts_program_and_once(stra
 
     monkeypatch.setattr(BoundedJit, "prepare", prepare)
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 64)
+    monkeypatch.setattr(ready_strategy, "_ahead", OrderedDict())
     with jax.log_compiles(), caplog.at_level("WARNING"):
         first = decodax.generate(lm, [[3, 1, 4, 3, 1]], max_new_tokens=6, strategy=strategy)
     compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     assert not any("jit(decode)" in message for message in compiled)  # this thread's: the other has done it
     assert ahead == (["decode"] if strategy is None else ["start", "decode"])
+    decodax.generate(lm, [[3, 1, 4, 3, 1]], max_new_tokens=6, strategy=strategy)
+    assert len(ahead) <= 2  # a second call prepares nothing
     monkeypatch.setattr("decodax.decoding.generation._MANY_LAYERS", 13)
     programs._programs.clear()
     again = decodax.generate(lm, [[3, 1, 4, 3, 1]], max_new_tokens=6, strategy=strategy)
