@@ -121,7 +121,7 @@ def step_bytes(model: Model, params: Params, state: decoding.DecodeState, routes
     """Bytes that a step halfway through has to read."""
     total = common.weight_bytes_read(params)
     for index, (block, chosen) in enumerate(zip(model.config.blocks, routes, strict=True)):
-        if isinstance(block.feed_forward.layer, MoEConfig):
+        if isinstance(block.feed_forward_layer, MoEConfig):
             experts = params[f"blocks_{index}"]["feed_forward"]["experts"]
             used = len(np.unique(np.asarray(chosen.expert)))
             total -= sum(x.nbytes for x in jax.tree.leaves(experts)) * (

@@ -26,11 +26,12 @@ WHOLE_FROM = 0.75  # on CPU, the share of the cache in use from which one block 
 
 
 class KeyBlock(NamedTuple):
-    """Keys and values of S tokens, and which of them each of T queries attends to."""
+    """Keys and values of S tokens, which of them each of T queries attends to, and what is added to the scores."""
 
     key: Float[Array, "B K S H"]
     value: Float[Array, "B K S I"]
     allowed: Bool[Array, "#B #K #T S"]
+    bias: Float32[Array, "B K Q S"] | None = None
 
     def without_unread(self) -> "KeyBlock":
         """Values that no query attends to as zeros: slots never written may hold NaN, and 0 x NaN is NaN."""
@@ -98,6 +99,8 @@ def attend_to_block(
     score = jnp.einsum("bkqh,bksh->bkqs", query, block.key, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
+    if block.bias is not None:
+        score = score + block.bias
     allowed = block.allowed
     if allowed.shape[2] > 1:
         allowed = jnp.repeat(allowed, query.shape[2] // allowed.shape[2], axis=2)
@@ -148,6 +151,18 @@ def attend_to_slots(
     if may_be_one_block:
         return jax.lax.cond(end - first > int(WHOLE_FROM * slots.capacity), all_slots, in_blocks, seen)
     return in_blocks(seen)
+
+
+def distance_bias(
+    slopes: Float32[Array, " N"],
+    num_kv_heads: int,
+    query_position: Int[Array, "B T"],
+    key_position: Int[Array, "#B S"],
+) -> Float32[Array, "B K Q S"]:
+    """ALiBi's biases, slope x (position of the key - position of the query), of queries as in `group_queries`."""
+    distance = (key_position[:, None] - query_position[:, :, None]).astype(jnp.float32)
+    by_head = slopes.reshape(1, num_kv_heads, 1, -1, 1) * distance[:, None, :, None]
+    return by_head.reshape(distance.shape[0], num_kv_heads, -1, distance.shape[2])
 
 
 def full_float32(dtype: DTypeLike) -> AbstractContextManager[None]:

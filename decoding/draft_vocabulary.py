@@ -27,8 +27,8 @@ class InTargetVocabulary(Model):
     def vocab_size(self) -> int:
         return self.target_vocab_size
 
-    def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return super().embed(params, jnp.where(tokens < self.config.vocab_size, tokens, 0))
+    def embed(self, params: Params, tokens: Int[Array, "B T"], position: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return super().embed(params, jnp.where(tokens < self.config.vocab_size, tokens, 0), position)
 
     def logits(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         logits = super().logits(params, hidden)[..., : self.target_vocab_size]

@@ -101,7 +101,7 @@ def record_routes(
     progress: called with (tokens done, tokens in all).
     Raises ValueError for a model without experts, NotImplementedError for one in pipeline stages.
     """
-    layers = [(index, block.feed_forward.layer) for index, block in enumerate(lm.config.blocks)]
+    layers = [(index, block.feed_forward_layer) for index, block in enumerate(lm.config.blocks)]
     mixtures = [(index, config) for index, config in layers if isinstance(config, MoEConfig)]
     if not mixtures:
         raise ValueError(f"{lm.path.name} has no layers with experts: there is nothing to record")

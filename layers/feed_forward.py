@@ -1,4 +1,4 @@
-"""Implements the gated feed-forward layer: down(activation(gate(x)) * up(x)).
+"""Implements feed-forward layers: gated, down(activation(gate(x)) * up(x)), and plain, down(activation(up(x))).
 
 GLU Variants Improve Transformer, arXiv 2002.05202.
 """
@@ -123,3 +123,46 @@ class GatedMLP(nn.Module):
         product = gated(self.config.activation, gate, up)
         down, bias = weight["down"], weight.get("down_bias")
         return row_parallel_linear(product, down, bias, axis_name="F", execution=self.execution), None
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The config of a plain MLP.
+
+    intermediate_size: F.
+    activation: a name of ACTIVATIONS.
+    bias: adds one to each of the two products.
+    """
+
+    intermediate_size: int
+    activation: str
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+
+    def weights(self, hidden_size: int) -> dict[str, Weight]:
+        wide, narrow = self.intermediate_size, hidden_size
+        weights = {"up": Weight(("F", "D"), (wide, narrow)), "down": Weight(("D", "F"), (narrow, wide))}
+        if self.bias:
+            weights["up_bias"] = Weight(("F",), (wide,), "zeros")
+            weights["down_bias"] = Weight(("D",), (narrow,), "zeros")
+        return weights
+
+    def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
+        return MLP(self, hidden_size, execution, name=name)
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    config: MLPConfig
+    hidden_size: int
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
+        weight = fetch_own(self, self.config.weights(self.hidden_size), self.execution.padded)
+        inner = ACTIVATIONS[self.config.activation](linear(inputs, weight["up"], weight.get("up_bias")))
+        down, bias = weight["down"], weight.get("down_bias")
+        return row_parallel_linear(inner, down, bias, axis_name="F", execution=self.execution), None

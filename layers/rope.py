@@ -1,7 +1,8 @@
 """Implements rotary position embedding (RoPE) and its published scalings to longer contexts.
 
-RoFormer, arXiv 2104.09864: pair j of a head's coordinates (j and j + rotary_size / 2, Hugging Face's half-split order)
-is rotated by position x frequency_j, with frequency_j = base^(-2 j / rotary_size). A scaling changes the frequencies:
+RoFormer, arXiv 2104.09864: pair j of a head's coordinates (j and j + rotary_size / 2, Hugging Face's half-split order,
+or the neighbours 2 j and 2 j + 1) is rotated by position x frequency_j, with frequency_j = base^(-2 j / rotary_size).
+A scaling changes the frequencies:
 
 | scaling  | source                                  | idea                                                        |
 |----------|-----------------------------------------|-------------------------------------------------------------|
@@ -17,7 +18,9 @@ decoding each token's row ends with the token itself, as in transformers with a 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -44,11 +47,13 @@ class Rope:
     rotary_size: rotates the first `rotary_size` coordinates (the head size, unless the model rotates only some).
     base: of the frequencies.
     scaling: of the frequencies, None for none.
+    interleaved: the pairs are neighbours, as in the weights of DeepSeek, GLM and Cohere.
     """
 
     rotary_size: int
     base: float
     scaling: Scaling | None = None
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         if self.rotary_size % 2 or self.rotary_size <= 0:
@@ -84,6 +89,11 @@ class Rope:
         angle = position[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
 
+    def rotation(self, position: Int[Array, "B T"], row_length: Int[Array, "B T"]) -> Callable[[Array], Array]:
+        """The function that rotates queries or keys [B, T, N, H] of tokens at these positions (`rotate`)."""
+        cos, sin = self.angles(position, row_length)
+        return partial(rotate, cos=cos, sin=sin, interleaved=self.interleaved)
+
 
 def rotate(
     heads: Float[Array, "B T N H"],
@@ -96,8 +106,8 @@ def rotate(
 
     heads: queries or keys.
     cos, sin: of the angles of J pairs.
-    interleaved: the pairs are (2 j, 2 j + 1), as in DeepSeek's weights. The result has the half-split order, which
-        changes no score as long as queries and keys agree.
+    interleaved: the pairs are (2 j, 2 j + 1). The result has the half-split order, which changes no score as long as
+        queries and keys agree.
     """
     half = cos.shape[-1]
     wide = heads.astype(jnp.float32)

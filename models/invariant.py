@@ -47,7 +47,7 @@ def apply_in_tiles(
     dtype = model.dtype(params) if is_token else inputs.dtype
 
     def run(inputs, position, row_length, tiles, mask) -> Forward:
-        hidden = jax.lax.optimization_barrier(model.embed(params, inputs)) if is_token else inputs
+        hidden = jax.lax.optimization_barrier(model.embed(params, inputs, position)) if is_token else inputs
         captured, updates = {first: hidden} if first in capture else {}, []
         for index, tile in enumerate(tiles, start=first):
             one_layer = (index, index + 1)

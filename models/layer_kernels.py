@@ -75,7 +75,7 @@ def _alike(config: ModelConfig) -> dict[tuple[str, Any], list[int]]:
     groups: dict[tuple[str, Any], list[int]] = {}
     for index, block in enumerate(config.blocks):
         groups.setdefault(("mixer", block.mixer.layer), []).append(index)
-        if isinstance(fed := block.feed_forward.layer, MoEConfig):
+        if isinstance(fed := block.feed_forward_layer, MoEConfig):
             groups.setdefault(("experts", fed), []).append(index)
     return groups
 

@@ -43,6 +43,8 @@ def initial_heads(target_params: Params, shape: MedusaShape) -> Params:
     {"head_0": {"block_0": {"weight": [D, D], "bias": [D]}, ..., "out": [V, D] unless tied}, ...}, float32.
     """
     output = target_params.get("head", target_params["embedding"]).astype(jnp.float32)
+    if "head_projection" in target_params:
+        output = output @ target_params["head_projection"].astype(jnp.float32)
     width = output.shape[1]
 
     def head() -> Params:

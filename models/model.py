@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from decodax.core.arguments import require_methods
 from decodax.core.weight import Weight
@@ -185,9 +185,9 @@ class Model:
 
         return tuple(map(entry, range(stages.num_places)))
 
-    def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, params: Params, tokens: Int[Array, "B T"], position: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The input of the first layer for these tokens; mix in other vectors and pass it to `apply`."""
-        return self.run_method(params, "embed", tokens)
+        return self.run_method(params, "embed", tokens, position)
 
     def apply(
         self,
@@ -234,7 +234,7 @@ class Model:
             from decodax.models.invariant import apply_in_tiles
 
             return apply_in_tiles(self, params, inputs, position, row_length, caches, mask, (first, last), capture)
-        hidden = self.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+        hidden = self.embed(params, inputs, position) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         if stages is not None:
             from decodax.models.pipelined import Rows, apply_in_stages
 
@@ -259,6 +259,12 @@ class Model:
     def read_out(self, params: Params, normed: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head and the soft-cap alone: logits in float32 of normed states (`normed`)."""
         return self.run_method(params, "read_out", normed)
+
+    def token_logits(
+        self, params: Params, normed: Float[Array, "*batch D"], tokens: Int[Array, "*batch I"]
+    ) -> Float32[Array, "*batch I"]:
+        """`read_out` for some tokens each."""
+        return self.run_method(params, "token_logits", normed, tokens)
 
     def run_method(self, params: Params, method: str, *arguments: Any) -> Any:
         """Runs a method of the linen module (`models/transformer.py`) with these parameters."""

@@ -147,7 +147,7 @@ def holds_mtp_head(folder: Path, family: Family, config: ModelConfig) -> bool:
     if has_orbax_arrays(folder):
         return any(name.startswith(f"{MTP_HEAD_KEY}.") for name in read_metadata(folder).names)
     stored = open_weights(folder)
-    names = find_names(stored, tensor_names(family.name_maps(config)))
+    names = find_names(stored, tensor_names(family.name_maps(config)), family.body_prefix)
     return any(names.expected(name).startswith(prefix) for name in stored)
 
 

@@ -23,7 +23,7 @@ def place_experts(
     Raises ValueError for a placement of another number of experts or devices, and for a layer without one.
     """
     sparse = [
-        index for index, block in enumerate(model.config.blocks) if isinstance(block.feed_forward.layer, MoEConfig)
+        index for index, block in enumerate(model.config.blocks) if isinstance(block.feed_forward_layer, MoEConfig)
     ]
     placements = dict.fromkeys(sparse, placement) if isinstance(placement, Placement) else dict(placement)
     if set(placements) != set(sparse):

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from decodax.core.linear import linear
-from decodax.core.weight import fetch
+from decodax.core.weight import fetch, fetch_own
 from decodax.layers.attention.mask import Mask
 from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.norm import Norm
-from decodax.models.config import BlockConfig, ModelConfig, Residual, SubLayer
+from decodax.models.config import BlockConfig, ModelConfig, SubLayer
 
 
 class Forward(NamedTuple):
@@ -37,7 +36,7 @@ class Forward(NamedTuple):
 
 
 class Block(nn.Module):
-    """A mixer sub-layer, then a feed-forward sub-layer (`BlockConfig`); each has its name in a profile."""
+    """A mixer sub-layer and a feed-forward sub-layer (`BlockConfig`); each has its name in a profile."""
 
     config: BlockConfig
     hidden_size: int
@@ -45,29 +44,36 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, position, row_length, cache, mask):
-        size, gathered = self.hidden_size, self.execution.sequence_gathered
+        config = self.config
+        normed = self._normed("mixer_norm", config.mixer.norm, hidden)
+        added, cache_update = self._layer("mixer", config.mixer, normed, position, row_length, cache, mask)
+        after, routes = self._sum("mixer", config.mixer, hidden, normed, added), None
+        if config.feed_forward is not None:
+            inputs = after if config.order == "serial" else hidden
+            if config.order != "parallel, one norm":
+                normed = self._normed("feed_forward_norm", config.feed_forward.norm, inputs)
+            added, routes = self._layer("feed_forward", config.feed_forward, normed)
+            after = self._sum("feed_forward", config.feed_forward, after, normed, added)
+        if config.output_scale:
+            after = after * fetch(self, "output_scale", config.weights(self.hidden_size)["output_scale"])
+        return after, cache_update, routes
 
-        def norm(name: str, config: Norm | None, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            return inputs if config is None else config.module(size, name=name)(inputs)
+    def _layer(self, name: str, config: SubLayer, normed: Array, *context: Any) -> tuple[Array, Any]:
+        """A layer's output, normed, and what it gives besides."""
+        layer = config.layer.module(self.hidden_size, name, self.execution)
+        output, besides = layer(self.execution.sequence_gathered(normed), *context)
+        return self._normed(f"{name}_post_norm", config.post_norm, output), besides
 
-        def sub_layer(name: str, config: SubLayer, hidden: Array, *context: Any) -> tuple[Array, Any]:
-            """The sum, and what the layer gives besides."""
-            layer = config.layer.module(size, name, self.execution)
-            normed = norm(f"{name}_norm", config.norm, hidden)
-            added, besides = layer(gathered(normed), *context)
-            added = norm(f"{name}_post_norm", config.post_norm, added)
-            return _sum(config.residual, hidden, normed, added), besides
+    def _sum(self, name: str, config: SubLayer, hidden: Array, normed: Array, added: Array) -> Array:
+        residual = config.residual
+        kept = normed if residual.after_norm else hidden
+        keep, add = (jnp.asarray(factor, hidden.dtype) for factor in (residual.keep, residual.add))
+        kept = kept if residual.keep == 1 else kept * keep
+        total = kept + (added if residual.add == 1 else added * add)
+        return self._normed(f"{name}_sum_norm", config.sum_norm, total)
 
-        hidden, cache_update = sub_layer("mixer", self.config.mixer, hidden, position, row_length, cache, mask)
-        hidden, routes = sub_layer("feed_forward", self.config.feed_forward, hidden)
-        return hidden, cache_update, routes
-
-
-def _sum(residual: Residual, hidden: Array, normed: Array, added: Array) -> Array:
-    kept = normed if residual.after_norm else hidden
-    keep, add = (jnp.asarray(factor, hidden.dtype) for factor in (residual.keep, residual.add))
-    kept = kept if residual.keep == 1 else kept * keep
-    return kept + (added if residual.add == 1 else added * add)
+    def _normed(self, name: str, norm: Norm | None, inputs: Array) -> Array:
+        return inputs if norm is None else norm.module(self.hidden_size, name=name)(inputs)
 
 
 class Transformer(nn.Module):
@@ -78,15 +84,14 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        described, padded = config.weights(), self.execution.padded
-        self.embedding = fetch(self, "embedding", described["embedding"], padded)
+        self.around = fetch_own(self, config.weights(), self.execution.padded)
         self.blocks = [Block(block, config.hidden_size, self.execution) for block in config.blocks]
-        self.final_norm = config.final_norm.module(config.hidden_size)
-        self.head = self.embedding if config.tie_embeddings else fetch(self, "head", described["head"], padded)
+        for name, norm in (("embedding_norm", config.embedding.norm), ("final_norm", config.final_norm)):
+            setattr(self, name, None if norm is None else norm.module(config.hidden_size))
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        hidden = self.embedding[tokens]
-        return hidden * jnp.asarray(self.config.embedding_scale, hidden.dtype)
+    def embed(self, tokens: Int[Array, "B T"], position: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        hidden = self.config.embedding.embedded(self.around, tokens, position)
+        return hidden if self.embedding_norm is None else self.embedding_norm(hidden)
 
     def run(
         self,
@@ -113,19 +118,20 @@ class Transformer(nn.Module):
         return Forward(self.execution.sequence_gathered(hidden), tuple(cache_updates), captured, tuple(routes))
 
     def normed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.final_norm(hidden)
+        return hidden if self.final_norm is None else self.final_norm(hidden)
 
     def read_out(self, normed: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         with jax.named_scope("logits"):
-            # The padding of the vocabulary on a mesh is cut off; each device keeps its shard, so nothing is moved.
-            logits = linear(normed, self.head, output_dtype=jnp.float32)[..., : self.config.vocab_size]
-            logits = logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
-            cap = self.config.logit_softcap
-            return logits if cap is None else cap * jnp.tanh(logits / cap)
+            return self.config.head.logits(self.around, normed, self.config.vocab_size)
+
+    def token_logits(
+        self, normed: Float[Array, "*batch D"], tokens: Int[Array, "*batch I"]
+    ) -> Float32[Array, "*batch I"]:
+        return self.config.head.token_logits(self.around, normed, tokens)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return self.read_out(self.normed(hidden))
 
     def __call__(self, tokens, position, row_length, mask):
         layers = (0, self.config.num_layers)
-        return self.logits(self.run(self.embed(tokens), position, row_length, None, mask, layers, ()).hidden)
+        return self.logits(self.run(self.embed(tokens, position), position, row_length, None, mask, layers, ()).hidden)

@@ -105,8 +105,8 @@ def _temporaries(split: Split, workload: Workload) -> int:
         weights = block.weights(config.hidden_size)
         for half in ("mixer", "feed_forward"):
             widest = max(widest, tokens * _num_outputs(split, weights[half], num_axes=2))
-        if isinstance(block.feed_forward.layer, MoEConfig):
-            choices = room_for_choices(split, block.feed_forward.layer, workload.tokens(chunk, 0))
+        if isinstance(block.feed_forward_layer, MoEConfig):
+            choices = room_for_choices(split, block.feed_forward_layer, workload.tokens(chunk, 0))
             inner = _num_outputs(split, weights["feed_forward"]["experts"], num_axes=3)
             widest = max(widest, choices * (3 * config.hidden_size + inner))  # sent, received, returned
     logits = rows * config.vocab_size // split.num_shards("V") * 4

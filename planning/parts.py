@@ -114,7 +114,7 @@ def _feed_forward(shape: Shape, block: BlockConfig, count: int) -> list[CostItem
     weights = {
         name: value for name, value in block.weights(shape.split.config.hidden_size).items() if "mixer" not in name
     }
-    layer = block.feed_forward.layer
+    layer = block.feed_forward_layer
     if not isinstance(layer, MoEConfig):
         flops, weight_bytes, activations = shape.products(weights, shape.num_tokens)
         return [CostItem("feed-forward", count, flops, weight_bytes, 0, activations, tuple(shape.all_reduces("F")))]

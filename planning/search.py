@@ -202,7 +202,7 @@ def why_left_out(config: ModelConfig, sizes: Mapping[str, int], batch: int) -> s
     if batch % rows:
         return f"a batch of {batch} does not divide over data={rows}"
     if sizes.get("expert", 1) > 1 and not any(
-        isinstance(block.feed_forward.layer, MoEConfig) for block in config.blocks
+        isinstance(block.feed_forward_layer, MoEConfig) for block in config.blocks
     ):
         return "the model has no experts: the axis expert would do what data does"
     try:

@@ -37,6 +37,9 @@ GEMMA2 = {
 }
 SHORT, LONG = [1.0, 1.1, 1.3, 1.7], [1.5, 2.5, 4.5, 9.5]
 
+PHI3 = {**SIZES, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_act": "silu"}
+GRANITE = {**SIZES, "model_type": "granite", "architectures": ["GraniteForCausalLM"], "hidden_act": "silu"}
+
 CASES: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA_4, "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False},
     "llama_tied": {  # no grouping, and a head size that follows from the others
@@ -140,6 +143,59 @@ CASES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": None,
         "attention_bias": True,
         "tie_word_embeddings": False,
+    },
+    "phi3": {**PHI3, "hidden_size": 48, "rope_theta": 100.0, "sliding_window": 7},
+    # As Phi-4-mini: three quarters of each head rotate, embeddings are tied. All prompts are longer than the original
+    # length: where a row first exceeds it, transformers computes its cache anew with the long factors.
+    "phi3_longrope": {
+        **PHI3,
+        "hidden_size": 48,
+        "rope_theta": 100.0,
+        "rope_scaling": {"type": "longrope", "short_factor": SHORT[:3], "long_factor": LONG[:3]},
+        "original_max_position_embeddings": 4,
+        "partial_rotary_factor": 0.75,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {
+        **SIZES,
+        "model_type": "olmo2",
+        "architectures": ["Olmo2ForCausalLM"],
+        "hidden_size": 48,
+        "hidden_act": "silu",
+        "rope_theta": 100.0,
+    },
+    "granite": {
+        **GRANITE,
+        "hidden_size": 48,
+        "rope_theta": 100.0,
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.7,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.3,
+    },
+    "seed_oss": {
+        **SIZES,
+        "model_type": "seed_oss",
+        "architectures": ["SeedOssForCausalLM"],
+        "hidden_act": "silu",
+        "head_dim": 8,
+        "rope_theta": 100.0,
+        "attention_bias": True,
+        "attention_out_bias": True,
+    },
+    "starcoder2": {
+        **{name: value for name, value in SIZES.items() if name != "rms_norm_eps"},
+        "model_type": "starcoder2",
+        "architectures": ["Starcoder2ForCausalLM"],
+        "hidden_size": 48,
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "rope_theta": 100.0,
+        "sliding_window": 7,
+        "use_bias": True,
+        "tie_word_embeddings": True,
     },
 }
 

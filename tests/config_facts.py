@@ -18,16 +18,20 @@ from decodax.models.config import BlockConfig, ModelConfig
 
 def facts_of(config: ModelConfig, max_position_embeddings: int) -> dict[str, Any]:
     """The facts; a row of twice `max_position_embeddings` is the long one of the rotation."""
-    ropes = [block.mixer.layer.rope for block in config.blocks if isinstance(block.mixer.layer, GQAConfig | MLAConfig)]
+    ropes = [
+        getattr(block.mixer.layer, "rope", None) or block.mixer.layer.positions
+        for block in config.blocks
+        if isinstance(block.mixer.layer, GQAConfig | MLAConfig)
+    ]
     return {
         "vocabulary": config.vocab_size,
         "hidden": config.hidden_size,
         "tied": config.tie_embeddings,
         "context": config.max_position_embeddings,
         "eps": number(config.final_norm.eps),
-        "embedding_scale": number(config.embedding_scale),
-        "logit_scale": number(config.logit_scale),
-        "logit_softcap": config.logit_softcap,
+        "embedding_scale": number(config.embedding.scale),
+        "logit_scale": number(config.head.scale),
+        "logit_softcap": config.head.softcap,
         "rope": rope_facts(ropes[0], max_position_embeddings) if ropes else None,
         "layers": [layer_facts(block) for block in config.blocks],
     }
@@ -85,16 +89,17 @@ def mixer_facts(mixer: Any) -> dict[str, Any]:
             "ranks": [mixer.query_rank, mixer.latent_rank],
             "scale": number(mixer.scale),
             "bias": mixer.bias,
-            "interleaved": mixer.rope_interleaved,
+            "interleaved": mixer.rope.interleaved,
         }
     assert isinstance(mixer, GQAConfig)
+    norms = mixer.head_norms
     return {
         "kind": "attention",
         "heads": [mixer.num_heads, mixer.num_kv_heads],
         "size": mixer.head_size,
         "scale": number(mixer.scale),
         "biases": [mixer.qkv_bias, mixer.out_bias],
-        "norm": None if mixer.head_norm is None else mixer.normed("query")[0],
+        "norm": None if norms is None else mixer.head_size * (mixer.num_heads if norms.across_heads else 1),
         "window": mixer.window,
         "softcap": mixer.softcap,
         "clip": mixer.clip,

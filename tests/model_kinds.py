@@ -19,6 +19,7 @@ from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.rope import Rope
 from decodax.models.config import ModelConfig, pre_norm_block
+from decodax.models.head import HeadConfig
 from decodax.models.model import Model
 from tests.tiny import NORM
 
@@ -36,8 +37,8 @@ GROUPED_EXPERTS = MoEConfig(
 )  # fmt: skip
 WINDOWED = GQAConfig(4, 2, 8, Rope(8, 1e4), scale=0.4, window=5)
 FULL = GQAConfig(2, 1, 8, Rope(8, 1e4), scale=0.4, qkv_bias=True)
-LATENT = MLAConfig(3, 5, 7, 11, None, Rope(4, 100.0), 0.35, NORM, rope_interleaved=True)
-COMPRESSED = dataclasses.replace(LATENT, query_rank=8, rope_interleaved=False, bias=True)
+LATENT = MLAConfig(3, 5, 7, 11, None, Rope(4, 100.0, interleaved=True), 0.35, NORM)
+COMPRESSED = dataclasses.replace(LATENT, query_rank=8, bias=True, rope=Rope(4, 100.0))
 DELTA = GatedDeltaConfig(1, 2, 5, 7, convolution_width=3, activation="silu", scale=0.5, norm=NORM)
 LINEAR = GatedLinearConfig(2, 5, 7, gate_rank=3, gate_temperature=4.0, scale=0.5, norm=NORM)
 LIGHTNING = LightningConfig(2, 5, slopes=(0.1, 0.7), activation="silu", scale=1.0, norm=NORM)
@@ -53,7 +54,7 @@ IS_RECURRENT = (DELTA, LINEAR, LIGHTNING)
 @cache
 def model_of(kind: str) -> Model:
     blocks = tuple(pre_norm_block(mixer, feed_forward, NORM) for mixer, feed_forward in LAYERS[kind])
-    return Model(ModelConfig(VOCABULARY, WIDTH, 512, blocks, NORM, tie_embeddings=False, logit_softcap=5.0))
+    return Model(ModelConfig(VOCABULARY, WIDTH, 512, blocks, NORM, tie_embeddings=False, head=HeadConfig(softcap=5.0)))
 
 
 @cache

@@ -3,10 +3,12 @@
 import jax
 
 from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
 from decodax.models.config import ModelConfig, pre_norm_block
+from decodax.models.head import HeadConfig
 from decodax.models.model import Model
 
 NORM = RMSNormConfig(1e-5)
@@ -27,12 +29,14 @@ TINY_LLAMA = {
 def tiny_config(*, vocab_size: int = 37, max_position_embeddings: int = 512) -> ModelConfig:
     """A windowed layer with soft-capped scores, then a full one with head norms and biases."""
     windowed = GQAConfig(6, 2, 8, Rope(8, 1e4), scale=8**-0.5, window=5, softcap=2.0)
-    full = GQAConfig(6, 3, 8, Rope(4, 1e4), scale=0.4, qkv_bias=True, out_bias=True, head_norm=NORM)
+    full = GQAConfig(6, 3, 8, Rope(4, 1e4), scale=0.4, qkv_bias=True, out_bias=True, head_norms=HeadNorms(NORM, NORM))
     blocks = (
         pre_norm_block(windowed, GatedMLPConfig(29), NORM, post_norm=NORM),
         pre_norm_block(full, GatedMLPConfig(31, activation="gelu_tanh", bias=True), NORM),
     )
-    return ModelConfig(vocab_size, 23, max_position_embeddings, blocks, NORM, tie_embeddings=False, logit_softcap=5.0)
+    return ModelConfig(
+        vocab_size, 23, max_position_embeddings, blocks, NORM, tie_embeddings=False, head=HeadConfig(softcap=5.0)
+    )
 
 
 def tiny_model(**sizes: int) -> tuple[Model, dict]:

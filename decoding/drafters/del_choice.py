@@ -130,7 +130,7 @@ class DynamicExit(Drafter):
 
         def run(draft: StagedDraft, level: Level):
             """Runs the node through the layers before the exit; the others are not computed."""
-            hidden, states, updates = model.embed(params, level.token), draft.own.own, []
+            hidden, states, updates = model.embed(params, level.token, level.position), draft.own.own, []
             caches = (*level.stage(state.caches[:-1], draft.updates), state.caches[-1])
             for index in range(self.num_exits):
                 runs = jnp.asarray(index) < exit_layer

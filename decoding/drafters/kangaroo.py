@@ -35,7 +35,7 @@ def exit_adapter(model: Model, exit_layer: int) -> AttentionExit:
     config, block = model.config, model.config.blocks[exit_layer]
     return AttentionExit(
         block.mixer.layer,
-        block.mixer.norm,
+        config.final_norm if block.mixer.norm is None else block.mixer.norm,
         config.final_norm,
         config.hidden_size,
         model.execution,

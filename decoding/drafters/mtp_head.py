@@ -119,7 +119,10 @@ class MTPHead(Drafter):
 
         def run(draft: StagedDraft, level: Level) -> tuple[Float[Array, "B D"], tuple[Any, ...]]:
             """Runs the head on a draft token and its own output before it."""
-            embedded, (own,) = self.model.embed(params, level.token), level.stage((cache,), draft.updates)
+            embedded, (own,) = (
+                self.model.embed(params, level.token, level.position),
+                level.stage((cache,), draft.updates),
+            )
             before, _ = draft.own
             output, update = head.apply(draft_params, embedded, before[:, None], level.position, own, mask=level.mask)
             return output[:, 0], (update,)
@@ -181,7 +184,7 @@ class MTPHead(Drafter):
         row_length: tokens that each row will have.
         """
         after = jnp.minimum(position + 1, state.tokens.shape[1] - 1)
-        embedded = self.model.embed(params, jnp.take_along_axis(state.tokens, after, axis=1))
+        embedded = self.model.embed(params, jnp.take_along_axis(state.tokens, after, axis=1), after)
         normed = self.model.normed(params, hidden)
         return mtp_head(self.model).apply(draft_params, embedded, normed, position, cache, row_length=row_length)
 

@@ -118,7 +118,8 @@ class PromptTokens(Drafter):
         is_candidate = jnp.asarray(tables.is_candidate)[index] & (ranked.distances > 0)[:, None]
         distance, member = jnp.asarray(tables.distance)[index], jnp.asarray(tables.member)[index]
         prompt = draft_params["embedding"][jnp.maximum(distance - 1, 0), member]
-        embedded = self.model.embed(params, token)
+        position = state.length[:, None] - 1 + jnp.asarray(tree.depth)
+        embedded = self.model.embed(params, token, position)
         vectors = jnp.where((distance > 0)[..., None], prompt.astype(embedded.dtype), embedded)
         proposal = fixed_proposal(tree, token, is_candidate)
         return LayerProposal.extend(proposal, vectors), ranked

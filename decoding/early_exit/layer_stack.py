@@ -58,7 +58,7 @@ def run_stack(
     row_length: tokens that each row will have.
     capture: after how many layers the hidden states are needed too.
     """
-    hidden = model.embed(params, inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+    hidden = model.embed(params, inputs, position) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
     nothing = model.empty_update(position.shape[0], position.shape[1], hidden.dtype)
     updates, captured = [], {0: hidden} if 0 in capture else {}
     layers_run, row_layers = jnp.int32(0), jnp.zeros(position.shape[0], jnp.int32)

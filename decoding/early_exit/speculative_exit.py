@@ -41,11 +41,8 @@ def token_logits(
     model: Model, params: Params, normed: Float[Array, "*N D"], tokens: Int[Array, "*N I"]
 ) -> Float32[Array, "*N I"]:
     """The head's logits of I tokens each; -1 repeats the first of them."""
-    head = params["embedding"] if model.config.tie_embeddings else params["head"]
     known = jnp.maximum(jnp.where(tokens < 0, tokens[..., :1], tokens), 0)
-    logits = jnp.einsum("...d,...id->...i", normed, head[known], preferred_element_type=jnp.float32)
-    cap, logits = model.config.logit_softcap, logits * model.config.logit_scale
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+    return model.token_logits(params, normed, known)
 
 
 def exit_features(
@@ -143,7 +140,7 @@ class SpeculativeExit(LayerPolicy):
             )
         likely = _likely(proposal, params[WEIGHTS]["hidden"].shape[1] // 3)
         num_layers, mask = model.config.num_layers, proposal.tree.mask()
-        hidden, updates, captured = model.embed(params, proposal.token), [], {}
+        hidden, updates, captured = model.embed(params, proposal.token, position), [], {}
         if 0 in capture:
             captured[0] = hidden
         active, previous = ~state.done, jnp.full(likely.shape, -1.0, jnp.float32)

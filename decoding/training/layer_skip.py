@@ -90,7 +90,7 @@ def hidden_states(
 ) -> Float[Array, "L B T D"]:
     """Hidden states after each layer, in windows that begin at position 0; a row skips the layers in `dropped`."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, states = model.embed(params, tokens), []
+    hidden, states = model.embed(params, tokens, position), []
     for index in range(model.config.num_layers):
         out = model.apply(params, hidden, position, layers=(index, index + 1))
         hidden = jnp.where(dropped[index][:, None, None], hidden, out.hidden)

@@ -104,7 +104,8 @@ def initial_embedding(params: Params, model: Model, shape: PromptTokensShape, se
     draw = np.random.default_rng(seed)
     count = shape.distances * shape.ensemble
     token = draw.choice(model.config.vocab_size, count, replace=count > model.config.vocab_size).astype(np.int32)
-    vectors = model.embed(params, jnp.asarray(token)[None])[0].astype(jnp.float32)
+    tokens = jnp.asarray(token)[None]
+    vectors = model.embed(params, tokens, jnp.zeros_like(tokens))[0].astype(jnp.float32)
     return vectors.reshape(shape.distances, shape.ensemble, -1)
 
 

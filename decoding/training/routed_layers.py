@@ -69,7 +69,7 @@ def routed_logits(
         multiplied by the chance that it runs.
     """
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, total, skips = model.embed(params, tokens), model.config.num_layers, []
+    hidden, total, skips = model.embed(params, tokens, position), model.config.num_layers, []
     for index in range(total):
         new = model.apply(params, hidden, position, layers=(index, index + 1)).hidden
         if not layer_policy.is_routed(index, total):

@@ -56,7 +56,7 @@ def skipping_logits(
 ) -> Float[Array, "B T V"]:
     """Next-token logits after every token of windows, where each token runs its own `num_layers`, which never grow."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, total = model.embed(params, tokens), model.config.num_layers
+    hidden, total = model.embed(params, tokens, position), model.config.num_layers
     for index in range(total):
         active = layer_policy.active(index, total, num_layers)
         if active is False:

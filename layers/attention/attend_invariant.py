@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from decodax.core import pytree
-from decodax.core.blockwise_attention import KeyBlock, attend_to_block
+from decodax.core.blockwise_attention import KeyBlock, attend_to_block, distance_bias
 from decodax.core.partial_softmax import OnlineSoftmax
 from decodax.layers.attention.mask import Mask, Tokens
 from decodax.layers.attention.nonfinite import mask_nonfinite
@@ -105,6 +105,7 @@ def attend_invariant(
     scale: float,
     softcap: float | None,
     sink: Float[Array, " N"] | None = None,
+    slopes: Float32[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "rows 1 N H"], Float32[Array, "rows 1 N"]]:
     """`attend` for a tile, in the order of slots: the outputs, and the log-sum-exps of the scores.
 
@@ -117,6 +118,7 @@ def attend_invariant(
     scale: of the scores.
     softcap: of the scores, None for none.
     sink: a learned score per head.
+    slopes: of each head (`attend`).
     """
     query, key, value = jax.lax.optimization_barrier((query, key, value))
     asking = Tokens(tile.tokens(position)[..., 0], is_new=True)
@@ -138,15 +140,18 @@ def attend_invariant(
         readable = jnp.moveaxis(visible, 1, 0)[:, :, None, :] & slots.readable[None]
 
         def one_query(inputs) -> OnlineSoftmax:
-            query, readable, reads_new, seen = inputs
+            query, readable, reads_new, own_position, seen = inputs
             own_slots = slots._replace(readable=readable)
             if with_new and not tile.is_chain:
                 own_slots = _overlay(own_slots, new, reads_new, position)
             query, own_slots = jax.lax.optimization_barrier((query, own_slots))
-            block = KeyBlock(own_slots.key, own_slots.value, own_slots.readable[:, :, None, :])
+            bias = None
+            if slopes is not None:
+                bias = distance_bias(slopes, query.shape[1], own_position[:, None], position[None, :])
+            block = KeyBlock(own_slots.key, own_slots.value, own_slots.readable[:, :, None, :], bias)
             return attend_to_block(seen, query, block, scale=scale, softcap=softcap, reproducible=True)
 
-        return jax.lax.map(one_query, (queries, readable, reads_new, seen))
+        return jax.lax.map(one_query, (queries, readable, reads_new, jnp.moveaxis(asking.position, 1, 0), seen))
 
     seen = OnlineSoftmax.start(queries.shape[:-1], queries.shape[-1])
     first = jnp.maximum(jnp.min(mask.first_visible(asking.position)), 0) // BLOCK_TOKENS

@@ -18,6 +18,7 @@ from decodax.core.blockwise_attention import (
     Slots,
     attend_to_block,
     attend_to_slots,
+    distance_bias,
     finish_by_query,
     group_queries,
 )
@@ -53,6 +54,7 @@ def attend_in_xla(
     softcap: float | None,
     execution: Execution = ON_THIS_DEVICE,
     block_tokens: int | None = None,
+    slopes: Float32[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
     """The attention output of each query, as in `attend`, and the log-sum-exp of its scores.
 
@@ -66,9 +68,10 @@ def attend_in_xla(
     execution: says which device the program is compiled for.
     block_tokens: how many cached tokens one step of a loop reads; the loop stops after the longest row. None: as
         `attend_to_slots` chooses.
+    slopes: of each head (`attend`).
     """
     grouped = group_queries(query, key.shape[1])
-    options = {"scale": scale, "softcap": softcap}
+    options = {"scale": scale, "softcap": softcap, "slopes": slopes}
     if key.shape[2] == 0:
         seen = OnlineSoftmax.start(grouped.shape[:3], value.shape[3])
     else:
@@ -112,6 +115,7 @@ def _attend_to_new(
     *,
     scale: float,
     softcap: float | None,
+    slopes: Float32[Array, " N"] | None,
 ) -> OnlineSoftmax:
     """The softmax of some queries over the staged tokens and the new ones, up to the queries if the mask allows it."""
     num_queries, num_staged = position.shape[1], new.position.shape[1] - position.shape[1]
@@ -120,7 +124,8 @@ def _attend_to_new(
     keys_end = num_staged + (num_queries if mask.attends_ahead else end)
     keys = Tokens(new.position[:, :keys_end], is_new=True)
     allowed = mask.allows(Tokens(position[:, start:end], is_new=True, first=start), keys)
-    block = KeyBlock(new.key[:, :, :keys_end], new.value[:, :, :keys_end], allowed[:, None])
+    bias = None if slopes is None else distance_bias(slopes, new.key.shape[1], position[:, start:end], keys.position)
+    block = KeyBlock(new.key[:, :, :keys_end], new.value[:, :, :keys_end], allowed[:, None], bias)
     seen = OnlineSoftmax.start(queries.shape[:3], new.value.shape[3])
     return attend_to_block(seen, queries, block, scale=scale, softcap=softcap)
 
@@ -134,23 +139,30 @@ def _attend_to_cache(
     *,
     scale: float,
     softcap: float | None,
+    slopes: Float32[Array, " N"] | None,
     block_tokens: int | None,
     on_cpu: bool,
 ) -> OnlineSoftmax:
     """The softmax with the cached tokens added, from the first visible one to the longest row's last."""
     first = jnp.maximum(jnp.min(mask.first_visible(position)), 0)
-    slots = Slots(partial(_read, cache, mask, position), cache.capacity)
+    slots = Slots(partial(_read, cache, mask, position, slopes), cache.capacity)
     options = {"scale": scale, "softcap": softcap, "block_tokens": block_tokens, "on_cpu": on_cpu}
     return attend_to_slots(seen, grouped, slots, first, jnp.max(cache.length), **options)
 
 
 def _read(
-    cache: ReadableCache, mask: Mask, position: Int[Array, "B T"], start: Int[Array, ""], num_tokens: int
+    cache: ReadableCache,
+    mask: Mask,
+    position: Int[Array, "B T"],
+    slopes: Float32[Array, " N"] | None,
+    start: Int[Array, ""],
+    num_tokens: int,
 ) -> KeyBlock:
     """Slots of the cache. Their values are used as they are, so a slot that was never written must not hold NaN."""
     key, value, key_position, filled = cache.read(start, num_tokens)
     allowed = mask.allows(Tokens(position, is_new=True), Tokens(key_position, is_new=False))[:, None]
-    return KeyBlock(key, value, allowed & filled[:, :, None, :])
+    bias = None if slopes is None else distance_bias(slopes, key.shape[1], position, key_position)
+    return KeyBlock(key, value, allowed & filled[:, :, None, :], bias)
 
 
 def is_for_cpu(execution: Execution) -> bool:

@@ -30,7 +30,7 @@ from decodax.layers.kv_cache.full import KVCache, KVUpdate
 from decodax.layers.kv_cache.tailed import TailedCache, TailedUpdate
 from decodax.layers.kv_cache.view import CacheView, committed, part, staged_tokens
 from decodax.layers.mixers._attention import AttentionConfig
-from decodax.layers.rope import Rope, rotate
+from decodax.layers.rope import Rope
 from decodax.layers.row_parallel import row_parallel_linear
 
 
@@ -171,9 +171,9 @@ class CCA(nn.Module):
         value = jnp.concatenate([project("value"), delayed], axis=2)
         value = value.reshape(*inputs.shape[:2], config.num_kv_heads, config.head_size)
 
-        cos, sin = config.rope.angles(position, row_length)
-        query = rotate(query, cos, sin)
-        key, value = (jnp.moveaxis(heads, 1, 2) for heads in (rotate(key, cos, sin), value))
+        rotated = config.rope.rotation(position, row_length)
+        query = rotated(query)
+        key, value = (jnp.moveaxis(heads, 1, 2) for heads in (rotated(key), value))
         if config.window is not None:
             mask = mask & Window(config.window)
         kv_cache = part(cache, lambda cache: cache.kv, lambda update: update.kv)

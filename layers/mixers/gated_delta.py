@@ -1,4 +1,4 @@
-"""Implements the gated delta rule layer of Qwen3-Next: a state per head that replaces the value of a token's key.
+"""Implements the gated delta rule of Qwen3-Next and Qwen3.5: a state per head that replaces the value of a token's key.
 
 Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464.
 
@@ -32,6 +32,7 @@ from decodax.layers.recurrence.block import past_of
 from decodax.layers.recurrence.delta import delta_recurrence
 from decodax.layers.row_parallel import row_parallel_linear
 
+_CONVOLVED = ("query", "key", "value")
 LENGTH_EPS = 1e-6  # added to the squared length of queries and keys
 
 
@@ -75,17 +76,17 @@ class GatedDeltaConfig(RecurrentConfig):
         return 2 * self.num_key_heads * self.key_size + self.num_value_heads * self.value_size
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
-        """Outputs of `query_key_value_gate` and `beta_decay` are ordered by key head.
-
-        Each key head has its query, its key, then the values and then the gates of its G value heads; and G betas, then
-        G decays.
-        """
-        values = self.num_value_heads * self.value_size
-        mixed, group = self.num_columns + values, self.num_value_heads // self.num_key_heads
+        """Value heads are in the order of the key heads that serve them, G for each."""
+        values, width = self.num_value_heads * self.value_size, self.convolution_width
+        keys = Weight(("KH", "D"), (self.num_key_heads * self.key_size, hidden_size), block_size=self.key_size)
+        wide = Weight(("NH", "D"), (values, hidden_size), block_size=self.value_size)
+        per_head = Weight(("N", "D"), (self.num_value_heads, hidden_size))
+        key_convolution = Weight(("H", "W"), (keys.shape[0], width))
         return {
-            "query_key_value_gate": Weight(("KH", "D"), (mixed, hidden_size), block_size=mixed // self.num_key_heads),
-            "beta_decay": Weight(("KG", "D"), (2 * self.num_value_heads, hidden_size), block_size=2 * group),
-            "convolution": Weight(("H", "W"), (self.num_columns, self.convolution_width)),
+            **{"query": keys, "key": keys, "value": wide, "gate": wide, "beta": per_head, "decay": per_head},
+            "query_convolution": key_convolution,
+            "key_convolution": key_convolution,
+            "value_convolution": Weight(("H", "W"), (values, width)),
             "decay_rate": Weight(("N",), (self.num_value_heads,), "zeros", dtype="float32"),
             "decay_bias": Weight(("N",), (self.num_value_heads,), "ones", dtype="float32"),
             "norm": self.norm.weights(self.value_size, "H"),
@@ -124,21 +125,23 @@ class GatedDelta(nn.Module):
         weight = fetch_own(self, config.weights(self.hidden_size))
         inputs = self.execution.gathered_tokens(inputs)
         past = past_of(cache, config.empty_cache(inputs.shape[0], 0, inputs.dtype))
-        projected = linear(inputs, weight["query_key_value_gate"])
-        # On a mesh every device convolves all channels: the split is by heads, and the channels are all queries, then
-        # all keys. One all-gather is less than what the compiler sends to sort them.
-        *to_convolve, gate = map(self.execution.gathered_tokens, _by_kind(config, projected))
-        flat = (self.execution.split(heads, "B _ _ _").reshape(*inputs.shape[:2], -1) for heads in to_convolve)
-        columns = self.execution.split(jnp.concatenate(list(flat), axis=2), "B _ _")
-        gate = gate.reshape(*inputs.shape[:2], config.num_value_heads, config.value_size)
-        beta, log_decay = _beta_and_decay(config, linear(inputs, weight["beta_decay"]), weight)
+
+        def project(name: str) -> Float[Array, "B T _"]:
+            return self.execution.gathered_tokens(linear(inputs, weight[name]))
+
+        # On a mesh every device convolves all channels, as the cache holds those of a token as one row.
+        flat = [self.execution.split(project(name), "B _ _") for name in _CONVOLVED]
+        columns = self.execution.split(jnp.concatenate(flat, axis=2), "B _ _")
+        gate = project("gate").reshape(*inputs.shape[:2], config.num_value_heads, config.value_size)
+        beta, log_decay = _beta_and_decay(project("beta"), project("decay"), weight)
 
         assert past.cache.tail is not None
         window = predecessors(columns, position, mask, past.cache.tail, past.columns)
-        convolved = jnp.einsum("btwc,cw->btc", window, weight["convolution"], preferred_element_type=jnp.float32)
-        convolved = ACTIVATIONS[config.activation](convolved).astype(inputs.dtype)
         keys = config.num_key_heads * config.key_size
-        by_kind = (self.execution.split(heads, "B _ _") for heads in jnp.split(convolved, (keys, 2 * keys), axis=2))
+        by_kind = (
+            self.execution.split(_convolved(config, taps, weight[f"{name}_convolution"]), "B _ _")
+            for name, taps in zip(_CONVOLVED, jnp.split(window, (keys, 2 * keys), axis=3), strict=True)
+        )
         query, key, value = (self.execution.split(heads, "B _ N _") for heads in _heads(config, *by_kind))
         read, corrected = delta_recurrence(query, key, value, log_decay, beta, position, mask, past, scale=config.scale)
         read, corrected = (self.execution.gathered_tokens(heads) for heads in (read, corrected))
@@ -149,19 +152,17 @@ class GatedDelta(nn.Module):
         return output, RecurrentUpdate(key, corrected, log_decay, columns)
 
 
-def _by_kind(config: GatedDeltaConfig, projected: Float[Array, "B T features"]) -> list[Float[Array, "B T K _"]]:
-    """Of each key head: its query, its key, and the values and the gates of its value heads."""
-    size, per_key_head = config.key_size, projected.reshape(*projected.shape[:2], config.num_key_heads, -1)
-    values = config.num_value_heads // config.num_key_heads * config.value_size
-    return jnp.split(per_key_head, (size, 2 * size, 2 * size + values), axis=3)
+def _convolved(
+    config: GatedDeltaConfig, taps: Float[Array, "B T W I"], convolution: Float[Array, "I W"]
+) -> Float[Array, "B T I"]:
+    summed = jnp.einsum("btwc,cw->btc", taps, convolution, preferred_element_type=jnp.float32)
+    return ACTIVATIONS[config.activation](summed).astype(taps.dtype)
 
 
 def _beta_and_decay(
-    config: GatedDeltaConfig, projected: Float[Array, "B T features"], weight: dict[str, Array]
+    beta: Float[Array, "B T N"], decay: Float[Array, "B T N"], weight: dict[str, Array]
 ) -> tuple[Float[Array, "B T N"], Float[Array, "B T N 1"]]:
-    tokens = projected.shape[:2]
-    per_key_head = projected.astype(jnp.float32).reshape(*tokens, config.num_key_heads, 2, -1)
-    beta, decay = (per_key_head[:, :, :, index].reshape(*tokens, -1) for index in range(2))
+    beta, decay = beta.astype(jnp.float32), decay.astype(jnp.float32)
     rate = jnp.exp(weight["decay_rate"].astype(jnp.float32))[None, None]
     bias = weight["decay_bias"].astype(jnp.float32)[None, None]
     return jax.nn.sigmoid(beta), (-rate * jax.nn.softplus(decay + bias))[..., None]

@@ -1,8 +1,9 @@
 """Implements grouped-query attention (GQA), as in Llama, Mistral, Qwen and Gemma.
 
-GQA, arXiv 2305.13245. The options cover the differences between families: biases, a norm on each head's query and key
-(Qwen 3) or on all heads at once (OLMoE), clipped projections (OLMoE), a window (Mistral), the scale of the scores and a
-soft-cap on them (Gemma 2), sinks (gpt-oss), a gate on the output (Qwen3-Next).
+GQA, arXiv 2305.13245. The options cover the differences between families: positions by rotation (most), by ALiBi
+(BLOOM, MPT) or none, biases, norms on queries, keys and values, clipped projections (OLMoE), a window (Mistral), the
+scale of the scores and a soft-cap on them (Gemma 2), sinks (gpt-oss), a gate on the output (Qwen3-Next), values that
+are the keys (Gemma 4).
 """
 
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from jaxtyping import Array, Float, Int
 
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
-from decodax.layers.attention.attend import attend
+from decodax.kernels_pallas.selection import KernelSelection
+from decodax.layers.alibi import Alibi
+from decodax.layers.attention.attend import attend, select_for_slopes
 from decodax.layers.attention.mask import Mask, Window
-from decodax.layers.execution import Execution
+from decodax.layers.execution import ON_THIS_DEVICE, Execution
+from decodax.layers.head_norms import HeadNorms, Projection
 from decodax.layers.kv_cache.full import KVUpdate
 from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._attention import AttentionConfig
-from decodax.layers.norm import Norm
-from decodax.layers.rope import Rope, rotate
+from decodax.layers.rope import Rope
 from decodax.layers.row_parallel import row_parallel_linear
 
 
@@ -32,34 +35,34 @@ class GQAConfig(AttentionConfig):
     """The config of grouped-query attention.
 
     num_heads, num_kv_heads, head_size: N, K, H.
-    rope: rotary embedding of queries and keys.
+    positions: how the scores depend on positions: a rotation of queries and keys, ALiBi, or not at all (None).
     scale: multiplies query x key.
     qkv_bias: bias of the query, key and value projections.
     out_bias: bias of the output projection.
-    head_norm: norm of each head's query and key.
+    head_norms: of queries, keys and values.
     window: tokens a query attends to, itself included (None: all).
     softcap: soft-cap of the scores.
-    norm_across_heads: `head_norm` is one norm over all heads.
     clip: queries, keys and values are clipped to -clip .. clip.
     sinks: one learned score per head.
     output_gate: "query" also makes a gate for each head (its outputs alternate: query, gate), whose sigmoid multiplies
         the head's output.
+    values_are_keys: there is no value projection; values are the keys before their norm.
     """
 
     num_heads: int
     num_kv_heads: int
     head_size: int
-    rope: Rope
+    positions: Rope | Alibi | None
     scale: float
     qkv_bias: bool = False
     out_bias: bool = False
-    head_norm: Norm | None = None
+    head_norms: HeadNorms | None = None
     window: int | None = None
     softcap: float | None = None
-    norm_across_heads: bool = False
     clip: float | None = None
     sinks: bool = False
     output_gate: bool = False
+    values_are_keys: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -68,8 +71,10 @@ class GQAConfig(AttentionConfig):
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 token (the query itself), got {self.window}")
-        if self.rope.rotary_size > self.head_size:
-            raise ValueError(f"rotary_size must be at most the head size {self.head_size}, got {self.rope.rotary_size}")
+        if isinstance(self.positions, Rope) and self.positions.rotary_size > self.head_size:
+            raise ValueError(
+                f"rotary_size must be at most the head size {self.head_size}, got {self.positions.rotary_size}"
+            )
 
     def weights(self, hidden_size: int) -> dict[str, Any]:
         wide, narrow = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
@@ -84,13 +89,14 @@ class GQAConfig(AttentionConfig):
             weights["query_bias"] = Weight(("NH",), (self.query_size,), "zeros", block_size=per_head)
             weights["key_bias"] = Weight(("KH",), (narrow,), "zeros", block_size=self.head_size)
             weights["value_bias"] = Weight(("KH",), (narrow,), "zeros", block_size=self.head_size)
+        if self.values_are_keys:
+            weights = {name: weight for name, weight in weights.items() if not name.startswith("value")}
         if self.out_bias:
             weights["out_bias"] = Weight(("D",), (hidden_size,), "zeros")
         if self.sinks:
             weights["sinks"] = Weight(("N",), (self.num_heads,), "zeros")
-        if self.head_norm is not None:
-            weights["query_norm"] = self.head_norm.weights(*self.normed("query"), self.head_size)
-            weights["key_norm"] = self.head_norm.weights(*self.normed("key"), self.head_size)
+        if self.head_norms is not None:
+            weights |= self.head_norms.weights(self.num_heads, self.num_kv_heads, self.head_size)
         return weights
 
     @property
@@ -98,16 +104,15 @@ class GQAConfig(AttentionConfig):
         """Outputs of the query projection."""
         return self.num_heads * self.head_size * (2 if self.output_gate else 1)
 
-    def normed(self, name: str) -> tuple[int, str]:
-        """The number of coordinates of the norm of queries or keys, and their logical axes."""
-        if not self.norm_across_heads:
-            return self.head_size, "H"
-        return (
-            (self.num_heads * self.head_size, "NH") if name == "query" else (self.num_kv_heads * self.head_size, "KH")
-        )
-
     def module(self, hidden_size: int, name: str, execution: Execution) -> nn.Module:
         return GQA(self, hidden_size, execution, name=name)
+
+    def kernel(
+        self, batch_size: int, num_new: int, capacity: int, dtype: DTypeLike, execution: Execution = ON_THIS_DEVICE
+    ) -> KernelSelection:
+        if isinstance(self.positions, Alibi):
+            return select_for_slopes(execution)
+        return super().kernel(batch_size, num_new, capacity, dtype, execution)
 
     def empty_update(self, batch_size: int, num_tokens: int, dtype: DTypeLike) -> KVUpdate:
         return KVUpdate.empty(batch_size, self.num_kv_heads, num_tokens, self.head_size, dtype)
@@ -129,32 +134,36 @@ class GQA(nn.Module):
         cache: CacheView,
         mask: Mask,
     ) -> tuple[Float[Array, "B T D"], KVUpdate]:
-        config = self.config
+        config, norms = self.config, self.config.head_norms
         weight = fetch_own(self, config.weights(self.hidden_size))
+        rotated = config.positions.rotation(position, row_length) if isinstance(config.positions, Rope) else None
 
         def project(name: str) -> Float[Array, "B T _"]:
             return linear(inputs, weight[name], weight.get(f"{name}_bias"))
 
-        def heads(name: str, flat: Float[Array, "B T _"]) -> Float[Array, "B T _ H"]:
-            by_head = (*inputs.shape[:2], -1, config.head_size)
-            if config.head_norm is not None and name != "value":
-                norm = config.head_norm.module(*config.normed(name), name=f"{name}_norm")
-                flat = norm(flat if config.norm_across_heads else flat.reshape(by_head))
+        def heads(projection: Projection, flat: Float[Array, "B T _"]) -> Float[Array, "B T _ H"]:
+            by_head = flat.reshape(*inputs.shape[:2], -1, config.head_size)
+            if norms is not None and not (norms.after_rotation and projection != "value"):
+                by_head = norms.normed(projection, by_head)
             if config.clip is not None:
-                flat = jnp.clip(flat, -config.clip, config.clip)
-            return flat.reshape(by_head)
+                by_head = jnp.clip(by_head, -config.clip, config.clip)
+            if projection == "value":
+                return by_head
+            by_head = by_head if rotated is None else rotated(by_head)
+            return norms.normed(projection, by_head) if norms is not None and norms.after_rotation else by_head
 
         flat_query, gate = project("query"), None
         if config.output_gate:
             pairs = flat_query.reshape(*inputs.shape[:2], config.num_heads, 2, config.head_size)
             flat_query, gate = (pairs[:, :, :, i].reshape(*inputs.shape[:2], -1) for i in range(2))
-        cos, sin = config.rope.angles(position, row_length)
-        query = rotate(heads("query", flat_query), cos, sin)
-        key = jnp.moveaxis(rotate(heads("key", project("key")), cos, sin), 1, 2)
-        value = jnp.moveaxis(heads("value", project("value")), 1, 2)
+        flat_key = project("key")
+        flat_value = flat_key if config.values_are_keys else project("value")
+        query = heads("query", flat_query)
+        key, value = (jnp.moveaxis(x, 1, 2) for x in (heads("key", flat_key), heads("value", flat_value)))
         if config.window is not None:
             mask = mask & Window(config.window)
-        scores = {"scale": config.scale, "softcap": config.softcap, "sink": weight.get("sinks")}
+        slopes = config.positions.slopes(config.num_heads) if isinstance(config.positions, Alibi) else None
+        scores = {"scale": config.scale, "softcap": config.softcap, "sink": weight.get("sinks"), "slopes": slopes}
         mixed, _ = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)
         flat = mixed.reshape(*inputs.shape[:2], -1)
         flat = flat if gate is None else flat * jax.nn.sigmoid(gate)

@@ -22,7 +22,7 @@ from decodax.layers.kv_cache.full import KVUpdate
 from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._attention import AttentionConfig
 from decodax.layers.norm import Norm
-from decodax.layers.rope import Rope, rotate
+from decodax.layers.rope import Rope
 from decodax.layers.row_parallel import row_parallel_linear
 
 
@@ -95,9 +95,9 @@ class MFA(nn.Module):
         compressed = linear(inputs, weight["query_down"])
         compressed = config.norm.module(config.query_rank, "R", name="query_norm")(compressed)
         query = linear(compressed, weight["query_up"]).reshape(*inputs.shape[:2], config.num_heads, -1)
-        cos, sin = config.rope.angles(position, row_length)
-        query = rotate(query, cos, sin)
-        key = rotate(linear(inputs, weight["key"])[:, :, None], cos, sin)
+        rotated = config.rope.rotation(position, row_length)
+        query = rotated(query)
+        key = rotated(linear(inputs, weight["key"])[:, :, None])
         key, value = jnp.moveaxis(key, 1, 2), linear(inputs, weight["value"])[:, None]
         scores = {"scale": config.scale, "softcap": None}
         mixed, _ = attend(query, key, value, position, mask, cache, execution=self.execution, **scores)

@@ -29,7 +29,7 @@ from decodax.layers.kv_cache.latent import LatentCache, LatentUpdate
 from decodax.layers.kv_cache.view import CacheView, committed
 from decodax.layers.mixers.contract import MixingCost
 from decodax.layers.norm import Norm
-from decodax.layers.rope import Rope, rotate
+from decodax.layers.rope import Rope
 from decodax.layers.row_parallel import row_parallel_linear
 
 
@@ -45,7 +45,6 @@ class MLAConfig:
     rope: rotary embedding of the rope numbers.
     scale: multiplies query x key.
     norm: of latents and query latents.
-    rope_interleaved: rotated pairs are neighbours in the weights, as in DeepSeek's files.
     bias: of the projections to latents and of the output projection.
     """
 
@@ -57,7 +56,6 @@ class MLAConfig:
     rope: Rope
     scale: float
     norm: Norm
-    rope_interleaved: bool
     bias: bool = False
 
     @property
@@ -170,7 +168,7 @@ class MLA(nn.Module):
         def project(name: str, inputs: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
             return linear(inputs, weight[name], weight.get(f"{name}_bias"))
 
-        cos, sin = config.rope.angles(position, row_length)
+        rotated = config.rope.rotation(position, row_length)
         if config.query_rank is None:
             flat = project("query", inputs)
         else:
@@ -178,12 +176,12 @@ class MLA(nn.Module):
             flat = project("query_up", compressed)
         query = flat.reshape(*inputs.shape[:2], config.num_heads, -1)
         query_nope = query[..., : config.nope_size]
-        query_rope = rotate(query[..., config.nope_size :], cos, sin, interleaved=config.rope_interleaved)
+        query_rope = rotated(query[..., config.nope_size :])
 
         down = project("latent_down", inputs)
         latent = config.norm.module(config.latent_rank, "R", name="latent_norm")(down[..., : config.latent_rank])
         shared_key = down[:, :, None, config.latent_rank :]
-        rope_key = rotate(shared_key, cos, sin, interleaved=config.rope_interleaved)[:, :, 0]
+        rope_key = rotated(shared_key)[:, :, 0]
         update = LatentUpdate(latent, rope_key)
 
         key_up, value_up = weight["key_up"], weight["value_up"]

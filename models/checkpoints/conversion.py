@@ -41,7 +41,7 @@ from decodax.models.checkpoints.staged_folder import StagedFolder, forget_partia
 from decodax.models.checkpoints.weight_formats import scales_of
 from decodax.models.config import ModelConfig
 from decodax.models.configs.hf_config import load_config
-from decodax.models.families.contract import HEAD_NAME, Family, ParameterPath
+from decodax.models.families.contract import Family, ParameterPath
 from decodax.models.load import LanguageModel, find_folder, working_dtype
 from decodax.models.mtp_head import MTP_HEAD_KEY, holds_mtp_head, open_mtp_head
 
@@ -160,7 +160,7 @@ def _left_out(opened: Sequence[StoredWeights], family: Family) -> tuple[str, ...
         tensor_slice.name for weights in opened for filled in weights.filled.values() for tensor_slice, _ in filled
     }
     known |= {scales for name in known if (scales := scales_of(name, stored)) is not None}
-    known |= {HEAD_NAME, opened[0].names.in_file(HEAD_NAME)}
+    known |= {family.outer_tensors["head"], opened[0].names.in_file(family.outer_tensors["head"])}
     copies = rf".*\.(?:{family.mtp_head.copies})" if family.mtp_head is not None and len(opened) > 1 else "(?!)"
     return tuple(
         name

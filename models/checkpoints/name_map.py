@@ -123,6 +123,24 @@ def single_tensor(name: str) -> NameMaps:
     return ((TensorSlice(name),),)
 
 
+def fused_rows(name: str, sizes: Mapping[str, int], shape: Shape | None = None) -> dict[str, NameMaps]:
+    """Parameters whose rows alternate in one tensor: the name maps of each.
+
+    name: of the tensor.
+    sizes: of each parameter, how many of its rows follow each other.
+    shape: of the tensor, where `TensorSlice.shape` needs it.
+
+    >>> fused_rows("qkv", {"query": 8, "key": 4, "value": 4})["key"][0][0].part
+    PeriodicSlice(period=16, start=8, stop=12)
+    """
+    total, start, name_maps = sum(sizes.values()), 0, {}
+    for parameter, size in sizes.items():
+        part = PeriodicSlice(total, start, start + size)
+        name_maps[parameter] = ((TensorSlice(name, part=part, shape=shape),),)
+        start += size
+    return name_maps
+
+
 def stack(names: str, count: int) -> NameMap:
     """One tensor for each index of the parameter's first axis: `names` has {} for the index."""
     return tuple(TensorSlice(names.format(index), at=index) for index in range(count))

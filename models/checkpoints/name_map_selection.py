@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from decodax.core.printable import printable
 from decodax.models.checkpoints.name_map import NameMap, NameMaps, Shape, TensorSlice
-from decodax.models.checkpoints.name_prefix import TensorNames, find_names
+from decodax.models.checkpoints.name_prefix import BODY, TensorNames, find_names
 from decodax.models.checkpoints.safetensors_files import Entry, RawTensor, same_numbers
 from decodax.models.checkpoints.weight_formats import Quantization, StoredTensor, interpret, is_stored_as, scales_of
 from decodax.models.families.contract import ParameterPath
@@ -30,6 +30,7 @@ class Expected:
     quantization: the weight format that the config names; None: plain weights.
     tied_head: the names of the head and of the embedding that it must equal where both are stored.
     elsewhere: a regular expression for the full names of tensors that belong to something else.
+    body_prefix: of all names but the head's.
     """
 
     name_maps: Mapping[ParameterPath, NameMaps]
@@ -37,6 +38,7 @@ class Expected:
     quantization: Quantization | None = None
     tied_head: tuple[str, str] | None = None
     elsewhere: str | None = None
+    body_prefix: str = BODY
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Match:
 
 def match_tensors(stored: Mapping[str, Entry], expected: Expected) -> Match:
     """Compares the stored tensors with the expected ones."""
-    names = find_names(stored, tensor_names(expected.name_maps))
+    names = find_names(stored, tensor_names(expected.name_maps), expected.body_prefix)
     name_maps = {path: _in_file(several, names) for path, several in expected.name_maps.items()}
     nearest = {path: max(several, key=lambda name_map: _share(name_map, stored)) for path, several in name_maps.items()}
     match = Match(names, nearest)
@@ -102,7 +104,7 @@ def tensor_names(name_maps: Mapping[ParameterPath, NameMaps]) -> set[str]:
 
 def _in_file(name_maps: NameMaps, names: TensorNames) -> NameMaps:
     """The same name maps with the names that the files have."""
-    if names == TensorNames():
+    if names.are_expected:
         return name_maps
     return tuple(
         tuple(replace(tensor_slice, name=names.in_file(tensor_slice.name)) for tensor_slice in name_map)

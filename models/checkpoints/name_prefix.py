@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass
 
-BODY = "model."  # prefix of all names but the head's, as Hugging Face's classes of causal models save them
+BODY = "model."  # prefix of all names but the head's in most families
 _MAX_PREFIXES = 8  # of a name that are tried: nested wrappers
 
 
@@ -17,8 +17,9 @@ _MAX_PREFIXES = 8  # of a name that are tried: nested wrappers
 class TensorNames:
     """A file's names for a model's tensors.
 
-    body: replaces "model.".
+    body: replaces `expected_body`.
     head: prefix of the other names.
+    expected_body: the prefix of all names but the head's, as the family's class of causal models saves them.
 
     >>> names = TensorNames("language_model.model.", "language_model.")
     >>> names.in_file("model.norm.weight"), names.in_file("lm_head.weight")
@@ -29,32 +30,45 @@ class TensorNames:
 
     body: str = BODY
     head: str = ""
+    expected_body: str = BODY
 
     def in_file(self, name: str) -> str:
         """The file's name for a tensor."""
-        return self.body + name.removeprefix(BODY) if name.startswith(BODY) else self.head + name
+        own = self.expected_body
+        return self.body + name.removeprefix(own) if name.startswith(own) else self.head + name
 
     def expected(self, name: str) -> str:
         """The inverse; a name with neither prefix stays as it is."""
-        return BODY + name.removeprefix(self.body) if name.startswith(self.body) else name.removeprefix(self.head)
+        if name.startswith(self.body):
+            return self.expected_body + name.removeprefix(self.body)
+        return name.removeprefix(self.head)
 
     @property
     def is_wrapped(self) -> bool:
         """Whether the names are neither those of a causal model nor those of its base model."""
-        return self not in (TensorNames(), TensorNames(""))
+        return (self.body, self.head) not in ((self.expected_body, ""), ("", ""))
+
+    @property
+    def are_expected(self) -> bool:
+        """Whether the files have the expected names."""
+        return (self.body, self.head) == (self.expected_body, "")
 
 
-def find_names(stored: Collection[str], expected: Set[str]) -> TensorNames:
+def find_names(stored: Collection[str], expected: Set[str], body_prefix: str = BODY) -> TensorNames:
     """The prefixes with which most of the expected names are stored; the usual ones if none is.
 
+    stored, expected: names.
+    body_prefix: of the expected names but the head's.
+
     >>> find_names(["m.norm.weight", "lm_head.weight"], {"model.norm.weight", "lm_head.weight"})
-    TensorNames(body='m.', head='')
+    TensorNames(body='m.', head='', expected_body='model.')
     """
-    bodies = {name.removeprefix(BODY) for name in expected if name.startswith(BODY)}
-    others = {name for name in expected if not name.startswith(BODY)}
+    own = TensorNames(body_prefix, expected_body=body_prefix)
+    bodies = {name.removeprefix(body_prefix) for name in expected if name.startswith(body_prefix)}
+    others = {name for name in expected if not name.startswith(body_prefix)}
     as_expected = {name for name in stored if name in expected}
     if 2 * len(as_expected) > len(stored) and not others.isdisjoint(as_expected):
-        return TensorNames()  # saves trying each prefix of a hundred thousand names
+        return own  # saves trying each prefix of a hundred thousand names
     body_counts, head_counts = Counter[str](), Counter[str]()
     for name in stored:
         for prefix in _prefixes(name):
@@ -64,11 +78,11 @@ def find_names(stored: Collection[str], expected: Set[str]) -> TensorNames:
             elif rest in others:
                 head_counts[prefix] += 1
     if not body_counts:
-        return TensorNames()
-    body = max(body_counts, key=lambda prefix: (body_counts[prefix], prefix == BODY, prefix == ""))
+        return own
+    body = max(body_counts, key=lambda prefix: (body_counts[prefix], prefix == body_prefix, prefix == ""))
     outer = body[: body[:-1].rfind(".") + 1]
     heads = [prefix for prefix in head_counts if body.startswith(prefix)]
-    return TensorNames(body, max(heads, key=lambda prefix: (prefix == outer, len(prefix)), default=outer))
+    return TensorNames(body, max(heads, key=lambda prefix: (prefix == outer, len(prefix)), default=outer), body_prefix)
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ import math
 import mmap
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,13 @@ from decodax.models.checkpoints.mismatch_report import mismatch_error
 from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, read_json_object
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape, single_tensor, transfers
 from decodax.models.checkpoints.name_map_selection import Expected, Filled, Match, match_tensors
-from decodax.models.checkpoints.name_prefix import BODY, TensorNames
+from decodax.models.checkpoints.name_prefix import TensorNames
 from decodax.models.checkpoints.orbax_arrays import OTHER_WEIGHTS, array_name, check_arrays, open_arrays
 from decodax.models.checkpoints.safetensors_files import Entry, forget_pages, mappings_of, open_weights
 from decodax.models.checkpoints.weight_formats import read_quantization
 from decodax.models.config import ModelConfig
 from decodax.models.configs.wrong_fields import explained
-from decodax.models.families.contract import EMBEDDING_NAME, HEAD_NAME, Family, ParameterPath
+from decodax.models.families.contract import Family, ParameterPath
 from decodax.sharding.rules import Rules, divided_shape
 
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -134,10 +134,10 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
     if match.report():
         raise mismatch_error(printable(folder), explained(_raw_config(folder), stored, match, expected_of))
     if match.names.is_wrapped:
-        body, head = printable(match.names.body), printable(match.names.in_file(HEAD_NAME))
+        body, head = printable(match.names.body), printable(match.names.in_file(family.outer_tensors["head"]))
         warnings.warn(
             f"the weights in {printable(folder)} have the names of something that wraps the model: they are read with "
-            f"{body} in place of {BODY} and {head} as the head",
+            f"{body} in place of {family.body_prefix} and {head} as the head",
             stacklevel=4,
         )
     return _found(folder, stored, match, config.weights())
@@ -157,9 +157,11 @@ def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Map
 def _expected_model(folder: Path, family: Family, config: ModelConfig) -> Expected:
     if has_orbax_arrays(folder):
         return _expected(folder, {}, config.weights(), elsewhere=OTHER_WEIGHTS)
-    tied_head = (HEAD_NAME, EMBEDDING_NAME) if config.tie_embeddings else None
+    outer = family.outer_tensors
+    tied_head = (outer["head"], outer["embedding"]) if config.tie_embeddings else None
     elsewhere = None if family.elsewhere is None else family.elsewhere(config)
-    return _expected(folder, family.name_maps(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
+    found = _expected(folder, family.name_maps(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
+    return replace(found, body_prefix=family.body_prefix)
 
 
 def _expected(

@@ -113,6 +113,8 @@ KINDS: Mapping[str, Kind] = {
             "attention_bias",
             "qkv_bias",
             "mlp_bias",
+            "attention_out_bias",
+            "use_bias",
             "use_sliding_window",
             "norm_topk_prob",
             "rope_interleave",
@@ -126,6 +128,7 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(
         (
             "rms_norm_eps",
+            "norm_epsilon",
             "query_pre_attn_scalar",
             "attn_logit_softcapping",
             "final_logit_softcapping",

@@ -17,16 +17,17 @@ from decodax.models.checkpoints.weight_formats import read_quantization
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.configs.field_kinds import quoted, unexpected
 from decodax.models.configs.field_relations import check_relations
-from decodax.models.configs.rope import ROPE_FIELDS, RopeSettings, read_rope, rope_settings, unread_rope_keys
+from decodax.models.configs.rope import ANY_KIND, ROPE_FIELDS, RopeSettings, read_rope, rope_settings, unread_rope_keys
 from decodax.models.configs.unread_fields import check_unread
 from decodax.models.families import FAMILIES
 from decodax.models.families.contract import Family
 from decodax.models.families.layer import Layer
 
 _MAX_PROBLEMS = 20  # in one message
-_DERIVED = ("num_key_value_heads", "head_dim")  # from the other sizes if they are null, in every family
+# From the other sizes where they are null or absent, in every family.
+_DERIVED = ("num_key_value_heads", "head_dim")
 _RENAMED_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}  # early names in layer_types
-_READ_ELSEWHERE = frozenset({"layer_types", "quantization_config", "auto_map"}) | ROPE_FIELDS
+_READ_ELSEWHERE = frozenset({"layer_types", "quantization_config", "auto_map"})
 
 
 @dataclass(frozen=True)
@@ -91,24 +92,23 @@ def _read(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig, list[str]]:
             f"model_type must be one of {sorted(FAMILIES)} (the families decodax reads), got {quoted(model_type)}"
         )
     file = _with_family_names(raw, FAMILIES[model_type])
-    settings = rope_settings(file.raw, file.family.default_rope, file.problems)
+    settings = rope_settings(file.raw, file.family, file.problems)
     fields = _fields(file)
     context, blocks = (0, ()) if file.problems else _blocks(file, fields, settings)
     _check_unread(file, settings)
     _check_quantization(file)
     if file.problems:
         raise ValueError(f"this config cannot be used:{_listed(file.problems)}")
-    softcap, family = fields.get("final_logit_softcapping"), file.family
+    family = file.family
     config = ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=fields["hidden_size"],
         max_position_embeddings=context,
         blocks=blocks,
-        final_norm=family.norm(fields),
+        final_norm=(family.final_norm or family.norm)(fields),
         tie_embeddings=fields["tie_word_embeddings"],
-        embedding_scale=family.embedding_scale(fields),
-        logit_softcap=None if softcap is None else float(softcap),
-        logit_scale=family.logit_scale(fields),
+        embedding=family.embedding(fields),
+        head=family.head(fields),
     )
     return family, config, file.notes
 
@@ -143,10 +143,12 @@ def _fields(file: _File) -> dict[str, Any]:
     fields = {name: raw.get(name, default) for name, default in family.defaults.items()}
     if fields.get("use_sliding_window") is False:  # a field of the families that read it; others keep their window
         fields["sliding_window"] = None
-    if fields["rope_theta"] is None and any(_inner_base(raw.get(name)) for name in ("rope_scaling", "rope_parameters")):
+    if fields.get("rope_theta", 0) is None and any(
+        _inner_base(raw.get(name)) for name in ("rope_scaling", "rope_parameters")
+    ):
         fields["rope_theta"] = family.defaults["rope_theta"]
     for name, value in fields.items():
-        if value is None and (name in family.nullable or name in _DERIVED):
+        if value is None and (name in family.nullable or name in _DERIVED or name in family.derived):
             continue
         if value is None and name not in raw:
             file.problems.append(f"{name} is missing: every {family.model_type} config must give it")
@@ -154,12 +156,13 @@ def _fields(file: _File) -> dict[str, Any]:
             file.problems.append(f"{file.name(name)} must be {expected}, got {quoted(value)}")
     if file.problems:
         return fields
-    if fields.get("num_key_value_heads", 0) is None:
+    for name, derive in family.derived.items():
+        if fields[name] is None:
+            fields[name] = derive(fields)
+    if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
-    if fields.get("head_dim", 0) is None:
-        fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_attention_heads"])
-        if rest:
-            file.problems.append("head_dim is needed where hidden_size is no multiple of num_attention_heads")
+    if fields.get("head_dim") is None and family.rotary_size is None:
+        _derive_head_size(file, fields)
     check_relations(fields, file.name, file.problems)
     for name, other in family.same_as.items():
         if raw.get(name) is not None and (raw[name] != fields[other] or isinstance(raw[name], bool)):
@@ -167,26 +170,48 @@ def _fields(file: _File) -> dict[str, Any]:
     return fields
 
 
+def _derive_head_size(file: _File, fields: dict[str, Any]) -> None:
+    fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_attention_heads"])
+    if rest and "head_dim" in file.family.defaults:
+        file.problems.append("head_dim is needed where hidden_size is no multiple of num_attention_heads")
+    elif rest:
+        file.problems.append(
+            f"{file.name('hidden_size')} must be a multiple of {file.name('num_attention_heads')}, got "
+            f"{fields['hidden_size']} and {fields['num_attention_heads']}"
+        )
+
+
 def _inner_base(settings: Any) -> bool:
     return isinstance(settings, Mapping) and settings.get("rope_theta") is not None
 
 
-def _blocks(file: _File, fields: Mapping[str, Any], settings: RopeSettings) -> tuple[int, tuple[BlockConfig, ...]]:
+def _blocks(
+    file: _File, fields: Mapping[str, Any], settings: Mapping[str, RopeSettings]
+) -> tuple[int, tuple[BlockConfig, ...]]:
     """The context in tokens, and every layer; no layers if there are problems."""
-    raw, family, problems = file.raw, file.family, file.problems
-    context, base = fields["max_position_embeddings"], float(fields["rope_theta"])
-    rotary_size = _rotary_size(fields, family, settings, problems)
-    rope, context = read_rope(raw, settings, rotary_size, context, base, problems, file.notes)
+    family, context, ropes = file.family, fields["max_position_embeddings"], {}
+    for kind, own in settings.items():
+        base = float(fields[(family.rope_by_kind or {}).get(kind, "rope_theta")])
+        rotary_size = _rotary_size(fields, family, kind, own, file.problems)
+        ropes[kind], extended = read_rope(
+            file.raw, own, rotary_size, fields["max_position_embeddings"], base, file.problems, file.notes
+        )
+        context = max(context, extended)
     kinds = _layer_kinds(file, fields)
-    if problems or rope is None:
+    if file.problems:
         return context, ()
-    norm = family.norm(fields)
-    layers = [Layer(family, index, kind, fields, rope, settings.values, norm) for index, kind in enumerate(kinds)]
+    norm, layers = family.norm(fields), []
+    for index, kind in enumerate(kinds):
+        of_kind = kind if kind in ropes else ANY_KIND
+        own = settings.get(of_kind, RopeSettings())
+        layers.append(Layer(family, index, kind, fields, ropes.get(of_kind), own.values, norm))
     return context, tuple(family.block(layer) for layer in layers)
 
 
-def _rotary_size(fields: Mapping[str, Any], family: Family, settings: RopeSettings, problems: list[str]) -> int:
-    """The number of coordinates of each head that rotate."""
+def _rotary_size(
+    fields: Mapping[str, Any], family: Family, kind: str, settings: RopeSettings, problems: list[str]
+) -> int:
+    """The number of coordinates of each head of a kind of layers that rotate."""
     inner, source = settings.values.get("partial_rotary_factor"), f"{settings.source}.partial_rotary_factor"
     if "partial_rotary_factor" not in fields:
         name = "head_dim" if family.rotary_size is None else family.rotary_size
@@ -242,18 +267,21 @@ def _layer_kinds(file: _File, fields: Mapping[str, Any]) -> list[str]:
     return kinds
 
 
-def _check_unread(file: _File, settings: RopeSettings) -> None:
+def _check_unread(file: _File, settings: Mapping[str, RopeSettings]) -> None:
     """Checks the fields, and keys of the rope dictionary, that nothing here reads."""
     raw, family, window = file.raw, file.family, file.raw.get("sliding_window")
-    unread = raw.keys() - {*family.defaults, *family.same_as, *_READ_ELSEWHERE}
+    read = {*family.defaults, *family.same_as, *_READ_ELSEWHERE} | (ROPE_FIELDS if settings else frozenset())
+    unread = raw.keys() - read
     if "sliding_window" not in family.defaults or raw.get("sliding_window", family.defaults["sliding_window"]) is None:
         unread -= {"use_sliding_window", "max_window_layers"}  # no layer has a window, whatever these say
     context = raw.get("max_position_embeddings", family.defaults["max_position_embeddings"])
     is_wide = isinstance(window, int) and isinstance(context, int) and window >= context
     if is_wide or raw.get("use_sliding_window") is False:
         unread -= {"sliding_window"}
-    keys = unread_rope_keys(settings)
-    values = {**raw, **{f"{settings.source}.{key}": value for key, value in settings.values.items()}}
+    values, keys = dict(raw), []
+    for own in settings.values():
+        keys += unread_rope_keys(own)
+        values |= {f"{own.source}.{key}": value for key, value in own.values.items()}
     check_unread(values, sorted(unread) + keys, family, file.problems, file.notes)
 
 

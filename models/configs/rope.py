@@ -22,7 +22,9 @@ from decodax.layers.rope import (
 from decodax.models.configs.field_kinds import MAX_POSITION, Flag, Kind, Number, quoted
 from decodax.models.configs.known_fields import ROPE_CHANGES_ELSEWHERE, ROPE_WITHOUT_INFLUENCE
 from decodax.models.configs.unread_fields import is_neutral, refusal
+from decodax.models.families.contract import Family
 
+ANY_KIND = ""  # of layers, where all rotate alike
 ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"})
 
 _ALWAYS = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor"})
@@ -87,7 +89,32 @@ class RopeSettings:
         return _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
 
 
-def rope_settings(raw: Mapping[str, Any], default: Mapping[str, Any] | None, problems: list[str]) -> RopeSettings:
+def rope_settings(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, RopeSettings]:
+    """The rope dictionary of each kind of layers, of ANY_KIND where all rotate alike; empty for a family without."""
+    if "rope_theta" not in family.defaults:
+        return {}
+    flat = _flat_settings(raw, family.default_rope, problems)
+    if family.rope_by_kind is None:
+        return {ANY_KIND: flat}
+    own: dict[str, RopeSettings] = {}
+    for kind in family.rope_by_kind:
+        if flat.source == "rope_scaling" or not flat.values:
+            own[kind] = RopeSettings(flat.source, flat.values if kind == "full_attention" else {})
+            continue
+        values, source = flat.values.get(kind, {}), f"{flat.source}.{kind}"
+        if not isinstance(values, Mapping):
+            problems.append(f"{source} must be an object or null, got {quoted(values)}")
+            values = {}
+        own[kind] = RopeSettings(source, {key: value for key, value in values.items() if value is not None})
+    if flat.source == "rope_parameters" and (unknown := sorted(flat.values.keys() - family.rope_by_kind.keys())):
+        problems.append(
+            f"rope_parameters must have an object for each kind of layer ({', '.join(sorted(family.rope_by_kind))}), "
+            f"got {quoted(unknown)}"
+        )
+    return own
+
+
+def _flat_settings(raw: Mapping[str, Any], default: Mapping[str, Any] | None, problems: list[str]) -> RopeSettings:
     """The rope dictionary in either spelling, or `default` without one."""
     given = {name: raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name) not in (None, {})}
     for name, value in given.items():

@@ -25,7 +25,8 @@ _DERIVED = {  # sizes that a config may leave out, and their values then
     "head_dim": lambda raw: raw["hidden_size"] // raw["num_attention_heads"],
 }
 _NO_SIZE = re.compile(r".*_token_id|max_position_embeddings|max_window_layers|sliding_window")
-_LAYER, _EXPERT = re.compile(r"(?<=\.layers\.)\d{1,9}(?=\.)"), re.compile(r"(?<=\.experts\.)\d{1,9}(?=\.)")
+_LAYER = re.compile(r"(?:(?<=\blayers\.)|(?<=\bblocks\.)|(?<=\bh\.))\d{1,9}(?=\.)")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d{1,9}(?=\.)")
 _LAYER_OF_EXPERTS = re.compile(r"\.layers\.(\d{1,9})\..*experts")
 _MOST_FIELDS = 3  # that are wrong at once
 _MOST_TENSORS = 20_000  # in files that are matched again for every candidate value

@@ -1,6 +1,7 @@
 """Builds what DeepSeek-V2 and V3 share: latent attention (MLA), shared experts, and their tensor names."""
 
 import math
+from dataclasses import replace
 
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.mla import MLAConfig
@@ -39,6 +40,7 @@ def latent_attention(layer: Layer) -> MLAConfig:
     scale = (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]) ** -0.5
     all_dims = layer.rope_settings.get("mscale_all_dim", 0)
     factor = layer.rope_settings.get("factor", 1.0)
+    assert layer.rope is not None
     if layer.rope.scaling is not None and all_dims and factor > 1:
         scale *= (0.1 * all_dims * math.log(factor) + 1) ** 2
     return MLAConfig(
@@ -47,10 +49,9 @@ def latent_attention(layer: Layer) -> MLAConfig:
         value_size=fields["v_head_dim"],
         latent_rank=fields["kv_lora_rank"],
         query_rank=fields["q_lora_rank"],
-        rope=layer.rope,
+        rope=replace(layer.rope, interleaved=bool(fields.get("rope_interleave", True))),
         scale=scale,
         norm=LATENT_NORM,
-        rope_interleaved=bool(fields.get("rope_interleave", True)),
         bias=fields["attention_bias"],
     )
 

@@ -15,13 +15,31 @@ from decodax.layers.mixers.contract import Mixer
 from decodax.layers.norm import Norm
 from decodax.models.checkpoints.name_map import NameMaps, renamed, single_tensor
 from decodax.models.config import BlockConfig, ModelConfig
-from decodax.models.families.layer import Fields, Layer, attention, gated_mlp, pre_norm, rms_norm
+from decodax.models.embedding import EmbeddingConfig
+from decodax.models.families.layer import (
+    Fields,
+    Layer,
+    attention,
+    gated_mlp,
+    plain_embedding,
+    plain_head,
+    pre_norm,
+    rms_norm,
+)
+from decodax.models.head import HeadConfig
 
 ParameterPath = tuple[str, ...]  # the keys that lead to one parameter
 
-EMBEDDING_NAME = "model.embed_tokens.weight"
-HEAD_NAME = "lm_head.weight"
-
+# What is around the layers, in the files of nearly every family: decodax's path -> Hugging Face's name.
+OUTER_TENSORS: Mapping[str, str] = MappingProxyType(
+    {
+        "embedding": "model.embed_tokens.weight",
+        "final_norm/weight": "model.norm.weight",
+        "final_norm/bias": "model.norm.bias",
+        "head": "lm_head.weight",
+        "head_bias": "lm_head.bias",
+    }
+)
 # A block's weights in the files: decodax's path in a block -> Hugging Face's name in a layer, or the name maps of a
 # weight that is not one tensor as it is (`models/checkpoints/name_map.py`).
 BlockTensors = Mapping[str, str | NameMaps]
@@ -29,6 +47,7 @@ BlockTensors = Mapping[str, str | NameMaps]
 BLOCK_TENSORS: BlockTensors = MappingProxyType(
     {
         "mixer_norm/weight": "input_layernorm.weight",
+        "mixer_norm/bias": "input_layernorm.bias",
         "mixer/query": "self_attn.q_proj.weight",
         "mixer/key": "self_attn.k_proj.weight",
         "mixer/value": "self_attn.v_proj.weight",
@@ -40,6 +59,7 @@ BLOCK_TENSORS: BlockTensors = MappingProxyType(
         "mixer/query_norm/weight": "self_attn.q_norm.weight",
         "mixer/key_norm/weight": "self_attn.k_norm.weight",
         "feed_forward_norm/weight": "post_attention_layernorm.weight",
+        "feed_forward_norm/bias": "post_attention_layernorm.bias",
         "feed_forward/gate": "mlp.gate_proj.weight",
         "feed_forward/up": "mlp.up_proj.weight",
         "feed_forward/down": "mlp.down_proj.weight",
@@ -90,10 +110,18 @@ class Family:
     head_norms: whether each head's queries and keys are normed.
     rotary_size: the field with the number of coordinates of a head that rotate; None: all, or the share in the file.
     default_rope: the `rope_scaling` of a config without one.
+    rope_by_kind: the kinds of layers that rotate each in its own way -> the field with the base where it is not in the
+        rope dictionary. `rope_scaling` of such a family is that of its full attention.
+    rope_interleaved: whether the rotated pairs are neighbours.
     mixer, feed_forward: (layer) -> these of a block, where they are not plain attention and a gated MLP.
     norm: (fields) -> the model's norm.
     block: (layer) -> the block that mixer and feed-forward are parts of.
-    embedding_scale, logit_scale: (fields) -> what multiplies the embeddings and the logits.
+    final_norm: (fields) -> the norm before the head; None: that of the model.
+    embedding, head: (fields) -> what comes before the layers and after them.
+    derived: (fields) -> the value of a field that is null.
+    outer_tensors: the tensor names of what is around the layers.
+    layer_prefix: of the tensor names of a layer, with {} for its index.
+    body_prefix: of all names but the head's, which files of a base model leave out.
     block_tensors: the tensor names of a block's weights; a function of the block if they depend on its sizes or kind.
     elsewhere: config -> a regular expression for the names of stored tensors that are loaded separately
         (`open_auxiliary_weights` in `models/checkpoints/reading.py`). None: all tensors are the model's.
@@ -117,27 +145,32 @@ class Family:
     head_norms: bool = False
     rotary_size: str | None = None
     default_rope: Mapping[str, Any] | None = None
+    rope_by_kind: Mapping[str, str] | None = None
+    rope_interleaved: bool = False
     mixer: Callable[[Layer], Mixer] = attention
     feed_forward: Callable[[Layer], FeedForward] = gated_mlp
     norm: Callable[[Fields], Norm] = rms_norm
     block: Callable[[Layer], BlockConfig] = pre_norm
-    embedding_scale: Callable[[Fields], float] = lambda fields: 1.0
-    logit_scale: Callable[[Fields], float] = lambda fields: 1.0
+    final_norm: Callable[[Fields], Norm | None] | None = None
+    embedding: Callable[[Fields], EmbeddingConfig] = plain_embedding
+    head: Callable[[Fields], HeadConfig] = plain_head
+    derived: Mapping[str, Callable[[Fields], Any]] = field(default_factory=dict)
+    outer_tensors: Mapping[str, str] = field(default_factory=lambda: OUTER_TENSORS)
+    layer_prefix: str = "model.layers.{}."
+    body_prefix: str = "model."
     block_tensors: BlockTensors | Callable[[BlockConfig], BlockTensors] = field(default_factory=lambda: BLOCK_TENSORS)
     elsewhere: Callable[[ModelConfig], str] | None = None
     mtp_head: MTPHeadNames | None = None
 
     def name_maps(self, config: ModelConfig) -> dict[ParameterPath, NameMaps]:
         """The name maps of all parameters of this model, for the full checkpoint."""
-        name_maps: dict[ParameterPath, NameMaps] = {("embedding",): single_tensor(EMBEDDING_NAME)}
+        outer = {name: item for name, item in config.weights().items() if not name.startswith("blocks_")}
+        name_maps = {path: single_tensor(self.outer_tensors["/".join(path)]) for path in _paths(outer)}
         if config.tie_embeddings:  # stored once, under either name
-            name_maps["embedding",] += single_tensor(HEAD_NAME)
-        else:
-            name_maps["head",] = single_tensor(HEAD_NAME)
-        name_maps["final_norm", "weight"] = single_tensor("model.norm.weight")
+            name_maps["embedding",] += single_tensor(self.outer_tensors["head"])
         for index, block in enumerate(config.blocks):
             for path, stored in self._block_name_maps(block, config.hidden_size).items():
-                name_maps[f"blocks_{index}", *path] = renamed(stored, f"model.layers.{index}.")
+                name_maps[f"blocks_{index}", *path] = renamed(stored, self.layer_prefix.format(index))
         return name_maps
 
     def mtp_head_name_maps(self, config: ModelConfig) -> dict[ParameterPath, NameMaps]:

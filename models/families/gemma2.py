@@ -3,10 +3,8 @@
 Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118.
 """
 
-import math
-
 from decodax.models.families.contract import BLOCK_TENSORS, Family
-from decodax.models.families.layer import pre_and_post_norm, rms_norm_unit_offset, sizes
+from decodax.models.families.layer import pre_and_post_norm, rms_norm_unit_offset, scaled_embedding, sizes
 
 FAMILY = Family(
     model_type="gemma2",
@@ -36,7 +34,7 @@ FAMILY = Family(
     out_bias="attention_bias",
     norm=rms_norm_unit_offset,
     block=pre_and_post_norm,
-    embedding_scale=lambda fields: math.sqrt(fields["hidden_size"]),
+    embedding=scaled_embedding,
     block_tensors={
         **BLOCK_TENSORS,
         "mixer_post_norm/weight": "post_attention_layernorm.weight",

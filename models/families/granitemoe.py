@@ -3,29 +3,18 @@
 Granite 3.0 Language Models, IBM 2024. Power Scheduler, arXiv 2408.13359 (PowerMoE).
 """
 
-from dataclasses import replace
-
-from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.models.checkpoints.name_map import NameMaps, PeriodicSlice, TensorSlice
-from decodax.models.config import BlockConfig, Residual
+from decodax.models.config import BlockConfig
 from decodax.models.families._experts import either, softmax_top_k
+from decodax.models.families._granite import scaled_block, scaled_embedding, scaled_head, scaled_scores
 from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors, Family
-from decodax.models.families.layer import Layer, attention, pre_norm, sizes, with_residuals
-
-
-def _attention(layer: Layer) -> GQAConfig:
-    return replace(attention(layer), scale=float(layer.fields["attention_multiplier"]))
+from decodax.models.families.layer import Layer, sizes
 
 
 def _experts(layer: Layer) -> MoEConfig:
     router = softmax_top_k(layer, num_experts="num_local_experts", renormalise=True)
     return MoEConfig(router, layer.fields["intermediate_size"], layer.activation)
-
-
-def _block(layer: Layer) -> BlockConfig:
-    added = Residual(add=float(layer.fields["residual_multiplier"]))
-    return with_residuals(pre_norm(layer), added, added)
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:
@@ -70,11 +59,11 @@ FAMILY = Family(
     },
     qkv_bias="attention_bias",
     out_bias="attention_bias",
-    mixer=_attention,
+    mixer=scaled_scores,
     fixed={"norm_topk_prob": True},
     feed_forward=_experts,
-    block=_block,
-    embedding_scale=lambda fields: float(fields["embedding_multiplier"]),
-    logit_scale=lambda fields: 1 / float(fields["logits_scaling"]),
+    block=scaled_block,
+    embedding=scaled_embedding,
+    head=scaled_head,
     block_tensors=_tensors,
 )

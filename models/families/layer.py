@@ -1,14 +1,18 @@
 """Defines `Layer`, the input of a family's builders, and the builders that most families share."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import Norm, RMSNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import BlockConfig, Residual, pre_norm_block
+from decodax.models.config import BlockConfig, Residual, SubLayer, pre_norm_block
+from decodax.models.embedding import EmbeddingConfig
+from decodax.models.head import HeadConfig
 
 if TYPE_CHECKING:
     from decodax.models.families.contract import Family
@@ -36,7 +40,7 @@ class Layer:
     index: of the layer.
     kind: its name in `layer_types` or by the family's rule.
     fields: of the config.
-    rope: its rotation.
+    rope: its rotation; None in families without.
     rope_settings: the file's own rope dictionary, for what else depends on it.
     norm: of the model.
     """
@@ -45,7 +49,7 @@ class Layer:
     index: int
     kind: str
     fields: Fields
-    rope: Rope
+    rope: Rope | None
     rope_settings: Mapping[str, Any]
     norm: Norm
 
@@ -78,11 +82,11 @@ def attention(layer: Layer) -> GQAConfig:
         num_heads=fields["num_attention_heads"],
         num_kv_heads=fields["num_key_value_heads"],
         head_size=fields["head_dim"],
-        rope=layer.rope,
+        positions=layer.rope,
         scale=float(scaled_by) ** -0.5,
         qkv_bias=layer.flag(family.qkv_bias),
         out_bias=layer.flag(family.out_bias),
-        head_norm=layer.norm if family.head_norms else None,
+        head_norms=HeadNorms(layer.norm, layer.norm) if family.head_norms else None,
         window=fields["sliding_window"] if layer.kind == "sliding_attention" else None,
         softcap=None if softcap is None else float(softcap),
     )
@@ -91,6 +95,22 @@ def attention(layer: Layer) -> GQAConfig:
 def gated_mlp(layer: Layer) -> GatedMLPConfig:
     """The feed-forward layer of a model without experts."""
     return GatedMLPConfig(layer.fields["intermediate_size"], layer.activation, layer.flag(layer.family.mlp_bias))
+
+
+def plain_embedding(fields: Fields) -> EmbeddingConfig:
+    """Token embeddings as they are."""
+    return EmbeddingConfig()
+
+
+def scaled_embedding(fields: Fields) -> EmbeddingConfig:
+    """Token embeddings times the square root of their size."""
+    return EmbeddingConfig(math.sqrt(fields["hidden_size"]))
+
+
+def plain_head(fields: Fields) -> HeadConfig:
+    """A product with the head's matrix, and a soft-cap if the family has one."""
+    softcap = fields.get("final_logit_softcapping")
+    return HeadConfig(softcap=None if softcap is None else float(softcap))
 
 
 def rms_norm(fields: Fields) -> RMSNormConfig:
@@ -112,6 +132,12 @@ def pre_and_post_norm(layer: Layer) -> BlockConfig:
     """A norm before and one after each of them."""
     family = layer.family
     return pre_norm_block(family.mixer(layer), family.feed_forward(layer), layer.norm, post_norm=layer.norm)
+
+
+def post_norm(layer: Layer) -> BlockConfig:
+    """A norm after each of them, and none before."""
+    mixer, feed_forward = layer.family.mixer(layer), layer.family.feed_forward(layer)
+    return BlockConfig(SubLayer(mixer, None, layer.norm), SubLayer(feed_forward, None, layer.norm))
 
 
 def with_residuals(block: BlockConfig, mixer: Residual, feed_forward: Residual) -> BlockConfig:

@@ -5,6 +5,7 @@ OLMoE: Open Mixture-of-Experts Language Models, arXiv 2409.02060.
 
 from dataclasses import replace
 
+from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.models.families._experts import expert_tensors, softmax_top_k
@@ -13,8 +14,8 @@ from decodax.models.families.layer import Layer, attention, sizes
 
 
 def _attention(layer: Layer) -> GQAConfig:
-    clip = layer.fields["clip_qkv"]
-    return replace(attention(layer), norm_across_heads=True, clip=None if clip is None else float(clip))
+    clip, norms = layer.fields["clip_qkv"], HeadNorms(layer.norm, layer.norm, across_heads=True)
+    return replace(attention(layer), head_norms=norms, clip=None if clip is None else float(clip))
 
 
 def _experts(layer: Layer) -> MoEConfig:
@@ -42,7 +43,6 @@ FAMILY = Family(
     aliases={"num_local_experts": "num_experts"},
     qkv_bias="attention_bias",
     out_bias="attention_bias",
-    head_norms=True,
     mixer=_attention,
     feed_forward=_experts,
     block_tensors=expert_tensors,

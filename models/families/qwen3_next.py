@@ -9,7 +9,7 @@ from dataclasses import replace
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.norm import RMSNormConfig
-from decodax.models.checkpoints.name_map import TensorSlice
+from decodax.models.checkpoints.name_map import fused_rows
 from decodax.models.config import BlockConfig
 from decodax.models.families._experts import is_sparse, qwen_gated_shared_experts, where
 from decodax.models.families.contract import BlockTensors, Family
@@ -38,17 +38,29 @@ def _mixer(layer: Layer) -> GQAConfig | GatedDeltaConfig:
     )
 
 
+def convolution_tensors(mixer: GatedDeltaConfig) -> BlockTensors:
+    """The name maps of the convolutions of queries, keys and values, which files hold as one."""
+    keys, values = mixer.num_key_heads * mixer.key_size, mixer.num_value_heads * mixer.value_size
+    stored = (mixer.num_columns, 1, mixer.convolution_width)
+    parts = fused_rows("linear_attn.conv1d.weight", {"query": keys, "key": keys, "value": values}, stored)
+    return {f"mixer/{name}_convolution": name_maps for name, name_maps in parts.items()}
+
+
 def _tensors(block: BlockConfig) -> BlockTensors:
     tensors = shared_expert_tensors(block)
     mixer = block.mixer.layer
     if not isinstance(mixer, GatedDeltaConfig):
         return tensors
-    convolution = TensorSlice("linear_attn.conv1d.weight", shape=(mixer.num_columns, 1, mixer.convolution_width))
+    size, group = mixer.key_size, mixer.num_value_heads // mixer.num_key_heads
+    values = group * mixer.value_size
+    by_key_head = {
+        **fused_rows("linear_attn.in_proj_qkvz.weight", {"query": size, "key": size, "value": values, "gate": values}),
+        **fused_rows("linear_attn.in_proj_ba.weight", {"beta": group, "decay": group}),
+    }
     return {
         **tensors,
-        "mixer/query_key_value_gate": "linear_attn.in_proj_qkvz.weight",
-        "mixer/beta_decay": "linear_attn.in_proj_ba.weight",
-        "mixer/convolution": ((convolution,),),
+        **{f"mixer/{name}": name_maps for name, name_maps in by_key_head.items()},
+        **convolution_tensors(mixer),
         "mixer/decay_rate": "linear_attn.A_log",
         "mixer/decay_bias": "linear_attn.dt_bias",
         "mixer/norm/weight": "linear_attn.norm.weight",

@@ -123,7 +123,7 @@ def skipping_loop(model, *, count_depends_on_reads=True):
 
     def step(params, state):
         position = state.length[:, None] - 1
-        hidden = model.embed(params, state.last_token()[:, None])
+        hidden = model.embed(params, state.last_token()[:, None], state.length[:, None] - 1)
         updates = []
 
         def run(index, hidden):

@@ -263,7 +263,9 @@ def test_prompt_tokens_train_on_the_model_s_continuation_at_each_cut(kind):
     def continued(tokens, place):
         """Logits of a text that continues with the prompt tokens from `place` on."""
         position = jnp.arange(size + distances, dtype=jnp.int32)[None]
-        vectors = jax.lax.dynamic_update_slice(model.embed(params, tokens), embedding[None, :, 0], (0, place, 0))
+        vectors = jax.lax.dynamic_update_slice(
+            model.embed(params, tokens, position), embedding[None, :, 0], (0, place, 0)
+        )
         return model.logits(params, model.apply(params, vectors, position).hidden)[0]
 
     for row, number in np.ndindex(cut.shape):

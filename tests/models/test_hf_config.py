@@ -49,19 +49,19 @@ def test_defaults(model_type):
     mixer = config.blocks[0].mixer.layer
     assert DEFAULTS[model_type] == (
         config.max_position_embeddings,
-        mixer.rope.base,
+        mixer.positions.base,
         config.final_norm.eps,
         config.blocks[0].feed_forward.layer.activation,
         config.tie_embeddings,
         mixer.head_size,
         [block.mixer.layer.window for block in config.blocks],
         mixer.scale,
-        (mixer.softcap, config.logit_softcap),
+        (mixer.softcap, config.head.softcap),
     )
-    assert mixer.rope.scaling is None and mixer.rope.rotary_size == mixer.head_size
+    assert mixer.positions.scaling is None and mixer.positions.rotary_size == mixer.head_size
     assert (mixer.qkv_bias, mixer.out_bias) == (model_type == "qwen2", False)
-    assert (mixer.head_norm is not None) == (model_type == "qwen3")
-    assert config.embedding_scale == (math.sqrt(48) if model_type == "gemma2" else 1.0)
+    assert (mixer.head_norms is not None) == (model_type == "qwen3")
+    assert config.embedding.scale == (math.sqrt(48) if model_type == "gemma2" else 1.0)
 
 
 # What `save_pretrained` writes of each class made without arguments, by the fields that decodax reads.
@@ -80,9 +80,9 @@ def test_a_file_without_fields_is_the_class_in_transformers(model_type):
 
 def test_null_derives_heads_and_switches_features_off():
     mixer = mixer_of("mistral", num_key_value_heads=None, head_dim=None, sliding_window=None, rope_scaling=None)
-    assert (mixer.num_kv_heads, mixer.head_size, mixer.window, mixer.rope.scaling) == (6, 8, None, None)
+    assert (mixer.num_kv_heads, mixer.head_size, mixer.window, mixer.positions.scaling) == (6, 8, None, None)
     config = config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
-    assert (config.blocks[0].mixer.layer.softcap, config.logit_softcap) == (None, None)
+    assert (config.blocks[0].mixer.layer.softcap, config.head.softcap) == (None, None)
 
 
 def test_windows():
@@ -173,7 +173,7 @@ def test_rope_scaling_in_every_spelling(kind, settings, beside, scaling, context
     else:
         fields |= {"rope_theta": 500.0, "rope_scaling": {spelling.removeprefix("4, "): kind, **settings}}
     config = config_of(**fields)
-    rope = config.blocks[0].mixer.layer.rope
+    rope = config.blocks[0].mixer.layer.positions
     assert (rope.base, rope.scaling, config.max_position_embeddings) == (500.0, scaling, context)
 
 

@@ -76,17 +76,17 @@ def test_windows():
 
 def test_gpt_oss_scales_positions_by_default():
     mixer = config_of("gpt_oss").blocks[0].mixer.layer
-    assert mixer.rope.scaling == YarnScaling(32.0, 4096, 0.1 * math.log(32) + 1, truncate=False)
-    assert (mixer.rope.base, mixer.sinks, mixer.qkv_bias, mixer.out_bias) == (150000.0, True, True, True)
+    assert mixer.positions.scaling == YarnScaling(32.0, 4096, 0.1 * math.log(32) + 1, truncate=False)
+    assert (mixer.positions.base, mixer.sinks, mixer.qkv_bias, mixer.out_bias) == (150000.0, True, True, True)
     plain = config_of("gpt_oss", rope_parameters={"rope_type": "default", "rope_theta": 5000.0}).blocks[0].mixer.layer
-    assert plain.rope.scaling is None and plain.rope.base == 5000.0
+    assert plain.positions.scaling is None and plain.positions.base == 5000.0
     assert feed_forwards("gpt_oss", swiglu_limit=3.0)[0].activation == ClampedSwiGLU(1.702, 3.0)
 
 
 def test_yarn_scales_latent_scores():
     sizes = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 4}
     plain = config_of("deepseek_v3", **sizes).blocks[0].mixer.layer
-    assert plain.scale == 16**-0.5 and plain.rope.rotary_size == 4 and plain.rope_interleaved
+    assert plain.scale == 16**-0.5 and plain.rope.rotary_size == 4 and plain.rope.interleaved
     yarn = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.5, "original_max_position_embeddings": 64}
     scaled = config_of("deepseek_v3", **sizes, rope_scaling=yarn).blocks[0].mixer.layer
     assert scaled.scale == pytest.approx(16**-0.5 * (0.05 * math.log(40) + 1) ** 2)
@@ -95,8 +95,10 @@ def test_yarn_scales_latent_scores():
 def test_layers_without_attention():
     blocks = config_of("qwen3_next", head_dim=16).blocks
     assert [isinstance(block.mixer.layer, GatedDeltaConfig) for block in blocks] == [True, True, True, False]
-    assert blocks[3].mixer.layer.rope.rotary_size == 4 and blocks[3].mixer.layer.output_gate
-    assert config_of("qwen3_next", head_dim=16, partial_rotary_factor=0.5).blocks[3].mixer.layer.rope.rotary_size == 8
+    assert blocks[3].mixer.layer.positions.rotary_size == 4 and blocks[3].mixer.layer.output_gate
+    assert (
+        config_of("qwen3_next", head_dim=16, partial_rotary_factor=0.5).blocks[3].mixer.layer.positions.rotary_size == 8
+    )
     kinds = ["linear_attention", "full_attention"] * 2
     factors = {"linear_attn_alpha_factor": 3.5, "mlp_beta_factor": 0.5}
     blocks = config_of("minimax", layer_types=kinds, **factors).blocks

@@ -178,7 +178,7 @@ def test_layers_run_separately_equal_layers_run_together():
     whole = run(token, position, caches, capture=(0, 1))
     first = run(token, position, caches, layers=(0, 1))
     second = run(first.hidden, position, caches, layers=(1, 2))
-    assert_same_bits(whole.captured[0], model.embed(params, token))
+    assert_same_bits(whole.captured[0], model.embed(params, token, token * 0))
     assert_same_bits(whole.captured[1], first.hidden)
     assert_same_bits(whole.hidden, second.hidden)
     assert_same_bits(whole.cache_updates[1].key, second.cache_updates[0].key)

@@ -36,7 +36,7 @@ PLAIN = Model(ModelConfig(VOCABULARY, WIDTH, 512, BLOCKS, RMSNormConfig(1e-5), T
 PARAMS = PLAIN.init(jax.random.key(0))
 # Latent attention and experts, then a recurrent layer.
 NORM = RMSNormConfig(1e-5)
-LATENT = MLAConfig(2, 16, 16, 128, None, Rope(64, 1e4), 80**-0.5, NORM, rope_interleaved=True)
+LATENT = MLAConfig(2, 16, 16, 128, None, Rope(64, 1e4, interleaved=True), 80**-0.5, NORM)
 EXPERTS = MoEConfig(TopK(4, 2, "softmax", renormalise=True), 128)
 STATE = LightningConfig(2, 64, (0.1, 0.5), "silu", 0.1, NORM)
 OTHERS = (pre_norm_block(LATENT, EXPERTS, NORM), pre_norm_block(STATE, GatedMLPConfig(40), NORM))

@@ -120,7 +120,7 @@ def test_ranges_of_layers_and_capture():
     upper, logits = forward(lower.hidden, position, None, layers=(1, 2))
     assert_same(logits, whole())
     assert len(lower.cache_updates) == len(upper.cache_updates) == 1 and len(both.cache_updates) == 2
-    assert_same(both.captured[0], MODEL.embed(PARAMS, jnp.asarray(INPUT)))
+    assert_same(both.captured[0], MODEL.embed(PARAMS, jnp.asarray(INPUT), jnp.zeros(INPUT.shape, jnp.int32)))
     assert_same(both.captured[1], lower.hidden)
     assert_same(both.captured[2], upper.hidden)
     only, _ = forward(jnp.asarray(INPUT), position, None, capture=(1,))
@@ -130,7 +130,7 @@ def test_ranges_of_layers_and_capture():
 
 
 def test_own_embeddings_as_input():
-    hidden = MODEL.embed(PARAMS, jnp.asarray(INPUT))
+    hidden = MODEL.embed(PARAMS, jnp.asarray(INPUT), jnp.zeros(INPUT.shape, jnp.int32))
     assert_same(forward(hidden, jnp.asarray(POSITION), None)[1], whole())
 
 

@@ -96,7 +96,7 @@ def test_other_shapes_than_the_padded_one_are_refused():
     split = decodax.load(LLAMA, mesh=mesh_of(2, AxisType.Auto))
     params = split.params | {"embedding": np.zeros((69, 30), np.float32)}
     with pytest.raises(ValueError, match=r"weight embedding must have shape \(67, 30\).*got \(69, 30\)"):
-        split.model.embed(params, jnp.zeros((1, 1), jnp.int32))
+        split.model.embed(params, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
 
 
 def test_axes_that_cannot_be_sharded_are_named():

@@ -37,7 +37,7 @@ MLP = GatedMLPConfig(40)
 EXPERTS = MoEConfig(TopK(8, 2, "softmax", renormalise=True), 16, shared=GatedMLPConfig(24), shared_gate=True)
 GROUPED = GQAConfig(8, 2, 6, Rope(6, 1e4), scale=0.4, qkv_bias=True)  # fewer key-value heads than devices
 WINDOWED = GQAConfig(8, 8, 6, Rope(6, 1e4), scale=0.4, window=5)
-LATENT = MLAConfig(8, 5, 7, 11, None, Rope(4, 100.0), 0.35, NORM, rope_interleaved=True)
+LATENT = MLAConfig(8, 5, 7, 11, None, Rope(4, 100.0, interleaved=True), 0.35, NORM)
 LINEAR = GatedLinearConfig(8, 5, 7, gate_rank=3, gate_temperature=4.0, scale=0.5, norm=NORM)
 DELTA = GatedDeltaConfig(8, 8, 5, 7, convolution_width=3, activation="silu", scale=0.5, norm=NORM)
 LAYERS = {

@@ -1,5 +1,9 @@
 """Gives an example config of every mixer, with sizes that all differ."""
 
+import dataclasses
+
+from decodax.layers.alibi import Alibi
+from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.cca import CCAConfig
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.mixers.gated_linear import GatedLinearConfig
@@ -16,9 +20,21 @@ _NORM = RMSNormConfig(1e-5)
 
 
 def gqa():
-    options = {"head_norm": _NORM, "sinks": True, "output_gate": True, "softcap": 2.0, "qkv_bias": True}
+    options = {
+        "head_norms": HeadNorms(_NORM, _NORM),
+        "sinks": True,
+        "output_gate": True,
+        "softcap": 2.0,
+        "qkv_bias": True,
+    }
+    late = HeadNorms(_NORM, None, dataclasses.replace(_NORM, has_weight=False), after_rotation=True)
+    neighbours = dataclasses.replace(_ROPE, interleaved=True)
     return {
-        "all tokens": GQAConfig(6, 2, 5, _ROPE, 0.4, norm_across_heads=True, head_norm=_NORM, clip=1.5, out_bias=True),
+        "alibi": GQAConfig(6, 2, 5, Alibi(), 0.4, qkv_bias=True),
+        "values are keys": GQAConfig(6, 2, 5, neighbours, 0.4, head_norms=late, values_are_keys=True),
+        "all tokens": GQAConfig(
+            6, 2, 5, _ROPE, 0.4, head_norms=HeadNorms(_NORM, _NORM, across_heads=True), clip=1.5, out_bias=True
+        ),
         "window": GQAConfig(6, 2, 5, _ROPE, 0.4, window=4, **options),
     }
 
@@ -26,8 +42,8 @@ def gqa():
 def mla():
     """After a cache, few tokens attend to latents; with small heads one token, and more to expanded keys."""
     return {
-        "absorbed": MLAConfig(3, 5, 7, 11, 8, _ROPE, 0.35, _NORM, rope_interleaved=False, bias=True),
-        "expanded": MLAConfig(3, 1, 2, 11, None, _ROPE, 0.5, _NORM, rope_interleaved=True),
+        "absorbed": MLAConfig(3, 5, 7, 11, 8, _ROPE, 0.35, _NORM, bias=True),
+        "expanded": MLAConfig(3, 1, 2, 11, None, dataclasses.replace(_ROPE, interleaved=True), 0.5, _NORM),
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 from decodax import decoding
 from decodax.decoding.drafters import EarlyLayers
 from decodax.decoding.verifiers import ExactMatch
+from decodax.models.head import HeadConfig
 from decodax.models.model import Model
 from tests.speculation import (
     LENGTHS,
@@ -117,6 +118,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         EarlyLayers(MODEL, 1, 0)
     with pytest.raises(ValueError, match="must be the target's own"):
-        DRAFTER.check(Model(dataclasses.replace(MODEL.config, logit_softcap=None)), None)
+        DRAFTER.check(Model(dataclasses.replace(MODEL.config, head=HeadConfig())), None)
     with pytest.raises(ValueError, match="leave draft_params out"):
         DRAFTER.check(MODEL, {"head": jnp.zeros(1)})

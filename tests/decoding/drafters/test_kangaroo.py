@@ -14,6 +14,7 @@ from decodax.decoding.drafters import Kangaroo
 from decodax.decoding.early_exit import AllLayers
 from decodax.decoding.training.kangaroo import initial_adapter
 from decodax.decoding.verifiers import ExactMatch
+from decodax.models.head import HeadConfig
 from decodax.models.model import Model
 from tests.speculation import (
     LENGTHS,
@@ -205,7 +206,7 @@ def test_what_does_not_fit_is_refused():
         Kangaroo(MODEL, 1, 0)
     with pytest.raises(ValueError, match=r"probability in 0\.\.1, got 1.5"):
         Kangaroo(MODEL, 1, confidence=1.5)
-    drafter, other = Kangaroo(MODEL, 1), Model(dataclasses.replace(MODEL.config, logit_softcap=None))
+    drafter, other = Kangaroo(MODEL, 1), Model(dataclasses.replace(MODEL.config, head=HeadConfig()))
     drafter.check(MODEL, ADAPTER)
     with pytest.raises(ValueError, match="must be the target's own"):
         drafter.check(other, ADAPTER)

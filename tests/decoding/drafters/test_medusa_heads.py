@@ -48,7 +48,7 @@ def test_the_logits_of_every_head(tied):
     found = head_logits(MODEL, PARAMS, heads, normed, 3)
     assert found.shape == (2, 3, 5, VOCABULARY)
     for row in range(2):
-        want = oracle_logits(heads, normed[row], PARAMS["head"], MODEL.config.logit_softcap)
+        want = oracle_logits(heads, normed[row], PARAMS["head"], MODEL.config.head.softcap)
         scale = np.abs(want).max()
         np.testing.assert_allclose(found[row], want, atol=TOLERANCE * scale)
     fewer = head_logits(MODEL, PARAMS, heads, normed, 2)

@@ -103,7 +103,7 @@ def target_of(params, tokens):
     """Inputs of the MTP head for whole texts: the embedding of the token after each, and hidden states."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden = MODEL.normed(params, MODEL.apply(params, tokens, position).hidden)
-    return MODEL.embed(params, jnp.roll(tokens, -1, axis=1)), hidden
+    return MODEL.embed(params, jnp.roll(tokens, -1, axis=1), tokens * 0), hidden
 
 
 def texts_of(state):
@@ -254,7 +254,7 @@ def test_rows_longer_than_the_training_context():
         """The head's cache update and the logits of the drafts, from scratch."""
         position = jnp.broadcast_to(jnp.arange(CAPACITY, dtype=jnp.int32), tokens.shape)
         hidden = model.normed(LM.params, model.apply(LM.params, tokens, position, row_length=row_length).hidden)
-        embedded, rows, logits = model.embed(LM.params, jnp.roll(tokens, -1, axis=1)), jnp.arange(3), []
+        embedded, rows, logits = model.embed(LM.params, jnp.roll(tokens, -1, axis=1), tokens * 0), jnp.arange(3), []
         made = head.apply(WEIGHTS, embedded, hidden, position, row_length=row_length)[1]
         for place in range(MOST):
             output, _ = head.apply(WEIGHTS, embedded, hidden, position, row_length=row_length)

@@ -29,7 +29,8 @@ KINDS = {
 }
 
 
-EMBEDDED = np.asarray(MODEL.embed(PARAMS, jnp.arange(VOCABULARY, dtype=jnp.int32)[None]))[0]
+TOKENS = jnp.arange(VOCABULARY, dtype=jnp.int32)[None]
+EMBEDDED = np.asarray(MODEL.embed(PARAMS, TOKENS, TOKENS * 0))[0]
 
 
 @jax.jit

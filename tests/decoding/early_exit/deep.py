@@ -37,7 +37,7 @@ def start(layer_policy, params=PARAMS, rows=slice(None)):
 @jax.jit
 def _read(params, tokens, active, garbage):
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, inputs = DEEP.embed(params, tokens), []
+    hidden, inputs = DEEP.embed(params, tokens, tokens * 0), []
     for index in range(L):
         inputs.append(hidden)
         runs = active[:, :, index, None]

@@ -76,7 +76,7 @@ class SometimesExit(ShallowExit):
         updates = MODEL.empty_update(*proposal.token.shape, jnp.float32)
         updates = place((updates[0],), proposal.cache_updates, jnp.arange(self.num_nodes)) + updates[1:]
         has_run = state.num_target_forwards % 2
-        hidden = jnp.where(has_run > 0, proposal.hidden, MODEL.embed(params, proposal.token))
+        hidden = jnp.where(has_run > 0, proposal.hidden, MODEL.embed(params, proposal.token, proposal.token * 0))
         return dataclasses.replace(proposal, hidden=hidden, cache_updates=updates, first_layer=has_run), draft
 
 

@@ -16,6 +16,7 @@ from decodax.decoding.speculative_decoding import speculative
 from decodax.decoding.tree import Tree
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.attention.mask import Ancestors
+from decodax.models.head import HeadConfig
 from decodax.models.model import Model
 from tests.odd_drafters import RandomTrees
 from tests.speculation import CAPACITY, LENGTHS, MODEL, NEW, NO_STOPS, OPTIONS, PARAMS, PROMPTS, VOCABULARY, padded
@@ -87,7 +88,7 @@ def texts(state):
 def layer_by_layer(tokens, kept):
     """Logits after 1 .. L layers at every token of whole texts; tokens not kept in a layer skip it and are masked."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, out = DEEP.embed(WITHOUT, tokens), []
+    hidden, out = DEEP.embed(WITHOUT, tokens, tokens * 0), []
     causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None]
     themselves = jnp.eye(tokens.shape[1], dtype=bool)[None]
     for index in range(L):
@@ -270,12 +271,12 @@ def test_a_tree_exits_when_the_path_of_its_own_tokens_agrees(given):
     np.testing.assert_array_equal(captured[1][early], captured[L][early])
     assert not np.any(np.all(captured[1] == captured[L], axis=(1, 2)) & ~early)
     np.testing.assert_array_equal(captured[L], reached.forward.hidden)
-    np.testing.assert_array_equal(captured[0], DEEP.embed(WITHOUT, proposal.token))
+    np.testing.assert_array_equal(captured[0], DEEP.embed(WITHOUT, proposal.token, proposal.token * 0))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_features_are_those_of_numpy(tied):
-    model = Model(dataclasses.replace(tiny_config(), tie_embeddings=tied, logit_scale=0.7))
+    model = Model(dataclasses.replace(tiny_config(), tie_embeddings=tied, head=HeadConfig(scale=0.7)))
     params = {name: leaf for name, leaf in PARAMS.items() if name != "head" or not tied}
     draw = np.random.default_rng(2)
     normed = draw.normal(size=(2, 3, 23)).astype(np.float32)
@@ -324,7 +325,7 @@ def test_bad_inputs_are_refused():
     with pytest.raises(ValueError, match="read 7 likely tokens, the drafter gives 3"):
         jax.eval_shape(speculative(DEEP, drafter, ExactMatch(), EXIT), params, PARAMS, state)
     position = state.length[:, None] - 1
-    vectors = DEEP.embed(WITHOUT, state.last_token()[:, None])
+    vectors = DEEP.embed(WITHOUT, state.last_token()[:, None], state.length[:, None])
     drafted = LayerProposal(
         state.last_token()[:, None], Tree.chain(1), jnp.zeros((3, 1), bool), None, jnp.int32(0), hidden=vectors
     )

@@ -66,7 +66,7 @@ def test_the_loss_of_the_layer_gates_is_that_of_its_definition():
     found = jax.jit(lambda: soft_losses(TARGET.model, shape, TARGET.params, params, tokens))()
     apply = jax.jit(TARGET.model.apply, static_argnames="layers")
     position = jnp.broadcast_to(jnp.arange(WINDOW), tokens.shape)
-    hidden, skips = np.asarray(TARGET.model.embed(TARGET.params, tokens)), []
+    hidden, skips = np.asarray(TARGET.model.embed(TARGET.params, tokens, position)), []
     for index in range(LAYERS):
         new = np.asarray(apply(TARGET.params, jnp.asarray(hidden), position, layers=(index, index + 1)).hidden)
         if index == LAYERS - 1:

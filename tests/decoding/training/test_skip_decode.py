@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_its_definition(finished):
         TARGET.params
     )
     position = jnp.arange(7)[None]
-    hidden = TARGET.model.embed(TARGET.params, tokens)
+    hidden = TARGET.model.embed(TARGET.params, tokens, position)
     hidden = TARGET.model.apply(TARGET.params, hidden, position, layers=(0, 1)).hidden
     three = TARGET.model.apply(TARGET.params, hidden[:, :3], position[:, :3], layers=(1, 2)).hidden
     hidden = jnp.concatenate([three, hidden[:, 3:]], axis=1)

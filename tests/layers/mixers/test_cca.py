@@ -12,6 +12,7 @@ from decodax.core.weight import Weight
 from decodax.layers.attention.mask import Causal
 from decodax.layers.execution import ON_THIS_DEVICE
 from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.head_norms import HeadNorms
 from decodax.layers.kv_cache.full import MarkedCache
 from decodax.layers.mixers.cca import CCAConfig
 from decodax.layers.mixers.gqa import GQAConfig
@@ -99,7 +100,9 @@ def test_without_convolutions_it_is_attention_with_normed_heads():
     }  # fmt: skip
     norm = {"weight": jnp.ones(SIZE)}
     plain = {"query": query, "key": key, "value": jnp.concatenate([value, jnp.zeros((SIZE, WIDTH))]), "out": out}
-    gqa = GQAConfig(HEADS, KV_HEADS, SIZE, PLAIN.rope, 0.4, head_norm=RMSNormConfig(0.0), window=6)
+    gqa = GQAConfig(
+        HEADS, KV_HEADS, SIZE, PLAIN.rope, 0.4, head_norms=HeadNorms(RMSNormConfig(0.0), RMSNormConfig(0.0)), window=6
+    )
     hidden, position = hidden_states(9), positions(9)
     got, update = run(config, params, hidden, position, None, Causal())
     want, plain_update = run(gqa, plain | {"query_norm": norm, "key_norm": norm}, hidden, position, None, Causal())

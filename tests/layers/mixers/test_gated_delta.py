@@ -18,36 +18,28 @@ def config(**changed):
 
 
 def oracle(weights, hidden):
-    """Head by head, from the layout of Qwen3-Next's fused weights: per key head q, k, G values, G gates; G b, G a."""
-    tokens, per_head = len(hidden), 2 * KEY_SIZE + 2 * GROUP * VALUE_SIZE
-    fused, pairs = hidden @ weights["query_key_value_gate"].T, hidden @ weights["beta_decay"].T
-    columns, gates, betas, decays = ([], [], []), [], [], []
-    for head in range(KEYS):
-        own = fused[:, head * per_head : (head + 1) * per_head]
-        bounds = np.cumsum([KEY_SIZE, KEY_SIZE, GROUP * VALUE_SIZE])
-        query, key, value, gate = np.split(own, bounds, axis=1)
-        for projected, new in zip(columns, (query, key, value), strict=True):
-            projected.append(new)
-        gates.append(gate.reshape(tokens, GROUP, VALUE_SIZE))
-        beta, decay = np.split(pairs[:, head * 2 * GROUP : (head + 1) * 2 * GROUP], 2, axis=1)
-        betas.append(beta)
-        decays.append(decay)
-    channels = np.concatenate([np.concatenate(one, axis=1) for one in columns], axis=1)
-    convolved = np.zeros_like(channels)
-    for token in range(tokens):
-        for back in range(min(TAPS, token + 1)):
-            convolved[token] += weights["convolution"][:, TAPS - 1 - back] * channels[token - back]
-    convolved = silu(convolved)
-    query, key, value = np.split(convolved, [KEYS * KEY_SIZE, 2 * KEYS * KEY_SIZE], axis=1)
+    """One row: projections, convolutions token by token, then the recurrence."""
+    tokens = len(hidden)
+
+    def convolved(name):
+        channels = hidden @ weights[name].T
+        summed = np.zeros_like(channels)
+        for token in range(tokens):
+            for back in range(min(TAPS, token + 1)):
+                summed[token] += weights[f"{name}_convolution"][:, TAPS - 1 - back] * channels[token - back]
+        return silu(summed)
+
+    query, key, value = map(convolved, ("query", "key", "value"))
     query, key = (x.reshape(tokens, KEYS, KEY_SIZE) for x in (query, key))
     query, key = (x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6) for x in (query, key))
     query, key = (x[:, [0, 0, 0, 1, 1, 1]] for x in (query, key))
-    value, beta = value.reshape(tokens, KEYS * GROUP, VALUE_SIZE), sigmoid(np.concatenate(betas, axis=1))
-    softplus = np.logaddexp(0, np.concatenate(decays, axis=1) + weights["decay_bias"])
+    value, beta = value.reshape(tokens, KEYS * GROUP, VALUE_SIZE), sigmoid(hidden @ weights["beta"].T)
+    softplus = np.logaddexp(0, hidden @ weights["decay"].T + weights["decay_bias"])
     log_decay = (-np.exp(weights["decay_rate"]) * softplus)[..., None]
     state = np.zeros((KEYS * GROUP, KEY_SIZE, VALUE_SIZE))
     read, _, _ = recurrence(query, key, value, log_decay, state, scale=0.4, beta=beta)
-    gated = rms_norm(read, weights["norm"]["weight"], 1e-6) * silu(np.concatenate(gates, axis=1))
+    gate = (hidden @ weights["gate"].T).reshape(read.shape)
+    gated = rms_norm(read, weights["norm"]["weight"], 1e-6) * silu(gate)
     return gated.reshape(tokens, -1) @ weights["out"].T
 
 
@@ -73,8 +65,9 @@ def test_the_layer_of_qwen3_next():
     """80B-A3B: width 2048, 16 key heads and 32 value heads of 128; 2 MiB of state and a tail of 3 x 8192 columns."""
     made = config(num_key_heads=16, num_value_heads=32, key_size=128, value_size=128)
     shapes = {name: weight.shape for name, weight in made.weights(2048).items() if name != "norm"}
-    assert shapes["query_key_value_gate"] == (12288, 2048) and shapes["beta_decay"] == (64, 2048)
-    assert shapes["convolution"] == (8192, 4) and shapes["out"] == (2048, 4096)
+    assert shapes["query"] == shapes["key"] == (2048, 2048) and shapes["value"] == shapes["gate"] == (4096, 2048)
+    assert shapes["beta"] == shapes["decay"] == (32, 2048) and shapes["out"] == (2048, 4096)
+    assert shapes["query_convolution"] == (2048, 4) and shapes["value_convolution"] == (4096, 4)
     cache = made.empty_cache(3, 10**9, np.float16)
     assert cache.state.nbytes == 3 * 2 * 1024**2 and cache.tail.nbytes == 3 * 3 * 8192 * 2
 

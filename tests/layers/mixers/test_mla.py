@@ -26,9 +26,9 @@ BATCH, CAPACITY = 3, 40
 LENGTHS = np.array([0, 6, 19])
 YARN = YarnScaling(factor=4.0, original_length=8, attention_factor=1.3, beta_fast=1.5, beta_slow=0.2)
 NORM = RMSNormConfig(EPS)
-PLAIN = MLAConfig(HEADS, NOPE, VALUE, RANK, None, Rope(ROPE, 100.0), 0.35, NORM, rope_interleaved=True)
-COMPRESSED = dataclasses.replace(PLAIN, query_rank=8, rope_interleaved=False, bias=True)
-STRETCHED = dataclasses.replace(COMPRESSED, rope=Rope(ROPE, 100.0, YARN), rope_interleaved=True, scale=0.6)
+PLAIN = MLAConfig(HEADS, NOPE, VALUE, RANK, None, Rope(ROPE, 100.0, interleaved=True), 0.35, NORM)
+COMPRESSED = dataclasses.replace(PLAIN, query_rank=8, bias=True, rope=Rope(ROPE, 100.0))
+STRETCHED = dataclasses.replace(COMPRESSED, rope=Rope(ROPE, 100.0, YARN, interleaved=True), scale=0.6)
 CONFIGS = {"plain": PLAIN, "query_rank": COMPRESSED, "yarn": STRETCHED}
 # Projections of 13, attention over at most 40 tokens, in float32 against float64: some 100 units of 2^-24.
 TOLERANCE = 1e-5
@@ -71,7 +71,7 @@ def expected(config, params, hidden, position):
         inverse_frequency = inverse_frequency * (1 - divided) + inverse_frequency / 4 * divided
     return latent_attention(
         as_in_files(config, params), hidden, position, (HEADS, NOPE, ROPE, VALUE, RANK), scale=config.scale, eps=EPS,
-        inverse_frequency=inverse_frequency, magnitude=magnitude, interleaved=config.rope_interleaved,
+        inverse_frequency=inverse_frequency, magnitude=magnitude, interleaved=config.rope.interleaved,
     )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_a_loop_writes_the_cache_in_place():
 
 def test_the_bytes_of_a_cache_are_those_of_its_latents():
     """DeepSeek-V3 (its config.json): 61 layers of 512 + 64 numbers, 70,272 bytes per token in bfloat16."""
-    mixer = MLAConfig(128, 128, 128, 512, 1536, Rope(64, 1e4), 192**-0.5, NORM, rope_interleaved=True)
+    mixer = MLAConfig(128, 128, 128, 512, 1536, Rope(64, 1e4, interleaved=True), 192**-0.5, NORM)
     tokens = 128
     for policy, per_token in ((KVCache, 70_272), (MarkedCache, 70_272 + 61)):
         caches = jax.eval_shape(lambda policy=policy: [mixer.empty_cache(1, tokens, jnp.bfloat16, policy)] * 61)

@@ -33,7 +33,7 @@ from tests.kernels_pallas.ahead_of_time import count_kernels, tpu_mesh
 HEADS, RANK, ROPE, WIDTH, CAPACITY = 2, 128, 16, 24, 256
 LENGTHS = np.array([0, 200], np.int32)
 NORM = RMSNormConfig(1e-6)
-MIXER = MLAConfig(HEADS, 16, 32, RANK, None, Rope(ROPE, 1e4), 0.2, NORM, rope_interleaved=True)
+MIXER = MLAConfig(HEADS, 16, 32, RANK, None, Rope(ROPE, 1e4, interleaved=True), 0.2, NORM)
 # float32 sums over 128 numbers of a latent and at most 270 tokens, after an exponential by the power of two.
 TOLERANCE = 2e-5
 
@@ -200,7 +200,7 @@ BATCH, CHIP_CAPACITY, LAYERS = 8, 16384, 1
 
 def deepseek_v2_lite(mesh: Mesh):
     """A layer with the mixer of DeepSeek-V2-Lite, its parameters and a state of decoding, as shapes on the mesh."""
-    mixer = MLAConfig(16, 128, 128, 512, None, Rope(64, 1e4), 192**-0.5, NORM, rope_interleaved=True)
+    mixer = MLAConfig(16, 128, 128, 512, None, Rope(64, 1e4, interleaved=True), 192**-0.5, NORM)
     config = ModelConfig(
         1024, 2048, CHIP_CAPACITY, (pre_norm_block(mixer, GatedMLPConfig(1024), NORM),) * LAYERS, NORM, False
     )

@@ -1,0 +1,63 @@
+"""Normalises queries, keys and values, each head alone or all heads at once.
+
+Query-Key Normalization for Transformers, arXiv 2010.04245, with learned norms as in Qwen 3 (each head), OLMo 2 (all
+heads at once) and Gemma 4 (values, too).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Array, Float
+
+from decodax.core.weight import Weight
+from decodax.layers.norm import Norm
+
+Projection = Literal["query", "key", "value"]
+_FLAT_AXES = {"query": "NH", "key": "KH", "value": "KH"}
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """The norms of what a layer attends with.
+
+    query, key, value: the norm of each; None for none.
+    across_heads: one norm over the coordinates of all heads, not one over each head's with shared weights.
+    after_rotation: queries and keys are normed after their rotation, not before.
+    """
+
+    query: Norm | None
+    key: Norm | None
+    value: Norm | None = None
+    across_heads: bool = False
+    after_rotation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.across_heads and self.after_rotation:
+            raise ValueError("across_heads must be false with after_rotation: what rotates are single heads")
+
+    def norm(self, projection: Projection) -> Norm | None:
+        return {"query": self.query, "key": self.key, "value": self.value}[projection]
+
+    def weights(self, num_heads: int, num_kv_heads: int, head_size: int) -> dict[str, dict[str, Weight]]:
+        """Descriptions of the weights, of the norms that have some."""
+        described = {}
+        for projection, count, axis in (
+            ("query", num_heads, "NH"),
+            ("key", num_kv_heads, "KH"),
+            ("value", num_kv_heads, "KH"),
+        ):
+            if (norm := self.norm(projection)) is None:
+                continue
+            size, axis = (count * head_size, axis) if self.across_heads else (head_size, "H")
+            described[f"{projection}_norm"] = norm.weights(size, axis, head_size)
+        return {name: weights for name, weights in described.items() if weights}
+
+    def normed(self, projection: Projection, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """The normed heads of a projection. For use in a linen module, whose parameters these are."""
+        if (norm := self.norm(projection)) is None:
+            return heads
+        name = f"{projection}_norm"
+        if not self.across_heads:
+            return norm.module(heads.shape[3], "H", name=name)(heads)
+        flat = heads.reshape(*heads.shape[:2], -1)
+        return norm.module(flat.shape[2], _FLAT_AXES[projection], name=name)(flat).reshape(heads.shape)
