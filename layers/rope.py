@@ -11,6 +11,7 @@ A scaling changes the frequencies:
 | llama3   | Llama 3.1 release                        | only slow frequencies divided, with a smooth transition    |
 | yarn     | YaRN, arXiv 2309.00071                   | a ramp between kept and divided, and scaled cos and sin    |
 | longrope | LongRoPE, arXiv 2402.13753               | one searched factor per frequency, short and long lists    |
+| proportional | Gemma 4 release                      | the first pairs rotate as ever, the others not at all      |
 
 Dynamic and longrope depend on the length of the row. That length is an argument (`row_length`), because it does not
 follow from the positions of one forward: a chunked prefill must rotate every chunk as the full prompt does. In
@@ -246,10 +247,28 @@ class LongRopeScaling:
         return jnp.where(row_length[..., None] > self.original_length, long, short)
 
 
+@dataclass(frozen=True)
+class ProportionalScaling(_SameMagnitude):
+    """Only the first pairs rotate, with the frequencies that they have where all do. From the release of Gemma 4.
+
+    num_rotating: pairs that rotate.
+    factor: divides their frequencies.
+    """
+
+    num_rotating: int
+    factor: float = 1.0
+
+    def frequencies(self, rope: Rope, row_length: Int[Array, "B T"]) -> Float[Array, " J"]:
+        plain = rope.plain_frequencies()
+        rotates = np.arange(len(plain)) < self.num_rotating
+        return jnp.asarray(np.where(rotates, plain / np.float32(self.factor), np.float32(0)))
+
+
 SCALINGS: dict[str, type[Scaling]] = {
     "linear": LinearScaling,
     "dynamic": DynamicScaling,
     "llama3": Llama3Scaling,
     "yarn": YarnScaling,
     "longrope": LongRopeScaling,
+    "proportional": ProportionalScaling,
 }

@@ -91,7 +91,7 @@ class BlockConfig:
         if self.feed_forward is not None:
             weights |= self.feed_forward.weights("feed_forward", hidden_size)
         if self.output_scale:
-            weights["output_scale"] = Weight((), (), "ones")
+            weights["output_scale"] = Weight(("X",), (1,), "ones")
         return weights
 
 

@@ -55,7 +55,8 @@ class Block(nn.Module):
             added, routes = self._layer("feed_forward", config.feed_forward, normed)
             after = self._sum("feed_forward", config.feed_forward, after, normed, added)
         if config.output_scale:
-            after = after * fetch(self, "output_scale", config.weights(self.hidden_size)["output_scale"])
+            scale = fetch(self, "output_scale", config.weights(self.hidden_size)["output_scale"])
+            after = after * scale.astype(after.dtype)[None, None]
         return after, cache_update, routes
 
     def _layer(self, name: str, config: SubLayer, normed: Array, *context: Any) -> tuple[Array, Any]:

@@ -199,6 +199,167 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+PLAIN = {name: value for name, value in SIZES.items() if name not in ("rms_norm_eps", "num_key_value_heads")}
+GEMMA = {**SIZES, "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "head_dim": 8, "hidden_act": "gelu"}
+GEMMA3 = {
+    **SIZES,
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 13,
+}
+GPT2 = {
+    **{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 67, "n_embd": 48, "n_layer": 2},
+    **{"n_head": 6, "n_positions": 64, "n_ctx": 64, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
+    **{"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None},
+}
+OPT = {
+    **{"model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 67, "hidden_size": 48, "ffn_dim": 41},
+    **{"num_hidden_layers": 2, "num_attention_heads": 6, "max_position_embeddings": 64, "activation_function": "relu"},
+    **{"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 1},
+}
+GPT_NEOX = {
+    **PLAIN,
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "hidden_size": 96,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "rotary_emb_base": 100.0,
+}
+PHI = {
+    **PLAIN,
+    "model_type": "phi",
+    "architectures": ["PhiForCausalLM"],
+    "hidden_size": 48,
+    "hidden_act": "gelu_new",
+    "layer_norm_eps": 1e-5,
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.5,
+}
+CASES |= {
+    "gemma": {**GEMMA, "rope_theta": 100.0, "attention_bias": True, "tie_word_embeddings": False},
+    # As published: the rotation of full attention is stretched, that of the window has a base of its own.
+    "gemma3_text": {
+        **GEMMA3,
+        "rope_theta": 300.0,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+        "sliding_window_pattern": 3,
+    },
+    "gemma3_text_nested": {
+        **GEMMA3,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": False,
+    },
+    "gpt2": {**GPT2, "n_inner": None},
+    "gpt2_scaled_by_layer": {
+        **GPT2,
+        "n_inner": 41,
+        "scale_attn_by_inverse_layer_idx": True,
+        "tie_word_embeddings": False,
+    },
+    "opt": {**OPT, "tie_word_embeddings": False},
+    # As OPT-350M: norms after the sums, none at the end, embeddings narrower than the model.
+    "opt_norm_after": {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 20, "tie_word_embeddings": False},
+    "gpt_neox": {**GPT_NEOX, "rotary_pct": 0.25},
+    "gpt_neox_serial": {**GPT_NEOX, "rotary_pct": 1.0, "use_parallel_residual": False},
+    "phi": PHI,
+    "phi_head_norms": {**PHI, "qk_layernorm": True, "num_key_value_heads": 2},
+    "nemotron": {
+        **{name: value for name, value in SIZES.items() if name != "rms_norm_eps"},
+        "model_type": "nemotron",
+        "architectures": ["NemotronForCausalLM"],
+        "hidden_size": 48,
+        "hidden_act": "relu2",
+        "norm_eps": 1e-5,
+        "rope_theta": 100.0,
+    },
+    "olmo3": {
+        **SIZES,
+        "model_type": "olmo3",
+        "architectures": ["Olmo3ForCausalLM"],
+        "hidden_size": 48,
+        "hidden_act": "silu",
+        "num_hidden_layers": 4,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            **{"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.5},
+            **{"original_max_position_embeddings": 16, "attention_factor": 1.3},
+        },
+        "sliding_window": 7,
+    },
+}
+
+QWEN3_5 = {
+    **SIZES,
+    "hidden_act": "silu",
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "linear_conv_kernel_dim": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
+CASES |= {
+    "lfm2": {
+        **{name: value for name, value in SIZES.items() if name != "rms_norm_eps"},
+        "model_type": "lfm2",
+        "architectures": ["Lfm2ForCausalLM"],
+        "hidden_size": 48,
+        "intermediate_size": 60,
+        "num_hidden_layers": 3,
+        "norm_eps": 1e-5,
+        "rope_theta": 100.0,
+        "conv_bias": True,
+        "conv_L_cache": 3,
+        "block_multiple_of": 7,
+        "block_ffn_dim_multiplier": 1.1,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "qwen3_5_text": {**QWEN3_5, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
+    "qwen3_5_moe_text": {
+        **{name: value for name, value in QWEN3_5.items() if name != "intermediate_size"},
+        "model_type": "qwen3_5_moe_text",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 11,
+        "shared_expert_intermediate_size": 13,
+    },
+    "gemma4_text": {
+        **SIZES,
+        "model_type": "gemma4_text",
+        "architectures": ["Gemma4ForCausalLM"],
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 300.0},
+        },
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": False,
+    },
+}
+
 MOE = {
     **SIZES,
     "hidden_act": "silu",

@@ -35,6 +35,7 @@ from decodax.scripts._golden_quantised import packed_fp8, packed_mxfp4
 NEW_TOKENS = 24
 MIN_GAP = 2e-3  # between the two largest logits of every greedy step
 MAX_ROUNDING = 2e-5  # between logits in float32 and in float64
+UNIT_OFFSET = ("gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 MIN_DISTINCT = 6  # different tokens in every continuation: one that repeats itself tests little
 PROMPT_LENGTHS = (5, 23, 11)  # longer and shorter than the windows and original lengths below
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -50,15 +51,21 @@ def randomise(model: Any, seed: int) -> None:
     for name, parameter in parameters.items():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2:
-            sharper = 1.5 if "q_proj" in name or "k_proj" in name else 1.0  # or attention would be nearly uniform
+            sharper = (
+                1.5 if any(part in name for part in ("q_proj", "k_proj", "query_key", "c_attn")) else 1.0
+            )  # or attention would be nearly uniform
             # A tied embedding has to be small, or every token is followed by itself.
             embedding_size = 0.1 if model.config.tie_word_embeddings else 0.5
-            num_inputs = parameter.shape[-2 if model.config.model_type == "gpt_oss" and parameter.ndim == 3 else -1]
-            size = embedding_size if "embed" in name else sharper / math.sqrt(num_inputs)
+            is_transposed = model.config.model_type == "gpt2" or (
+                model.config.model_type == "gpt_oss" and parameter.ndim == 3
+            )
+            num_inputs = parameter.shape[-2 if is_transposed else -1]
+            is_embedding = any(part in name for part in ("embed_", "embeddings", "wte", "wpe"))
+            size = embedding_size if is_embedding else sharper / math.sqrt(num_inputs)
             parameter.data = noise * size * (3.0 if "lm_head" in name else 1.0)
         else:
-            offset = model.config.model_type in ("gemma2", "qwen3_next") and "linear_attn" not in name
-            around = 1.0 if "norm" in name and not offset else 0.0
+            offset = model.config.model_type in UNIT_OFFSET and "linear_attn" not in name
+            around = 1.0 if ("norm" in name or "ln_" in name) and name.endswith("weight") and not offset else 0.0
             parameter.data = around + 0.3 * noise
 
 
@@ -176,6 +183,9 @@ def write_bfloat16(name: str) -> None:
 
 
 def main() -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     if sys.argv[1:] == ["--bfloat16"]:
         for name in FAMILIES:
             write_bfloat16(name)

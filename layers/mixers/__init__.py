@@ -18,6 +18,7 @@ _METHODS = Methods(
         "gated_linear": "GatedLinearConfig",
         "lightning": "LightningConfig",
         "gated_delta": "GatedDeltaConfig",
+        "short_convolution": "ShortConvolutionConfig",
     },
 )
 METHODS: "Mapping[str, type[Mixer]]" = _METHODS

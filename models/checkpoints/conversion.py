@@ -160,7 +160,7 @@ def _left_out(opened: Sequence[StoredWeights], family: Family) -> tuple[str, ...
         tensor_slice.name for weights in opened for filled in weights.filled.values() for tensor_slice, _ in filled
     }
     known |= {scales for name in known if (scales := scales_of(name, stored)) is not None}
-    known |= {family.outer_tensors["head"], opened[0].names.in_file(family.outer_tensors["head"])}
+    known |= {family.outer_name("head"), opened[0].names.in_file(family.outer_name("head"))}
     copies = rf".*\.(?:{family.mtp_head.copies})" if family.mtp_head is not None and len(opened) > 1 else "(?!)"
     return tuple(
         name

@@ -123,12 +123,15 @@ def single_tensor(name: str) -> NameMaps:
     return ((TensorSlice(name),),)
 
 
-def fused_rows(name: str, sizes: Mapping[str, int], shape: Shape | None = None) -> dict[str, NameMaps]:
+def fused_rows(
+    name: str, sizes: Mapping[str, int], *, shape: Shape | None = None, transposed: bool = False
+) -> dict[str, NameMaps]:
     """Parameters whose rows alternate in one tensor: the name maps of each.
 
     name: of the tensor.
     sizes: of each parameter, how many of its rows follow each other.
     shape: of the tensor, where `TensorSlice.shape` needs it.
+    transposed: the file has [inputs, outputs], so that these rows are its columns.
 
     >>> fused_rows("qkv", {"query": 8, "key": 4, "value": 4})["key"][0][0].part
     PeriodicSlice(period=16, start=8, stop=12)
@@ -136,7 +139,8 @@ def fused_rows(name: str, sizes: Mapping[str, int], shape: Shape | None = None) 
     total, start, name_maps = sum(sizes.values()), 0, {}
     for parameter, size in sizes.items():
         part = PeriodicSlice(total, start, start + size)
-        name_maps[parameter] = ((TensorSlice(name, part=part, shape=shape),),)
+        axis = 1 if transposed else 0
+        name_maps[parameter] = ((TensorSlice(name, part=part, axis=axis, transposed=transposed, shape=shape),),)
         start += size
     return name_maps
 

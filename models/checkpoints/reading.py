@@ -134,7 +134,7 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
     if match.report():
         raise mismatch_error(printable(folder), explained(_raw_config(folder), stored, match, expected_of))
     if match.names.is_wrapped:
-        body, head = printable(match.names.body), printable(match.names.in_file(family.outer_tensors["head"]))
+        body, head = printable(match.names.body), printable(match.names.in_file(family.outer_name("head")))
         warnings.warn(
             f"the weights in {printable(folder)} have the names of something that wraps the model: they are read with "
             f"{body} in place of {family.body_prefix} and {head} as the head",
@@ -157,8 +157,7 @@ def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Map
 def _expected_model(folder: Path, family: Family, config: ModelConfig) -> Expected:
     if has_orbax_arrays(folder):
         return _expected(folder, {}, config.weights(), elsewhere=OTHER_WEIGHTS)
-    outer = family.outer_tensors
-    tied_head = (outer["head"], outer["embedding"]) if config.tie_embeddings else None
+    tied_head = (family.outer_name("head"), family.outer_name("embedding")) if config.tie_embeddings else None
     elsewhere = None if family.elsewhere is None else family.elsewhere(config)
     found = _expected(folder, family.name_maps(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
     return replace(found, body_prefix=family.body_prefix)

@@ -91,21 +91,31 @@ KINDS: Mapping[str, Kind] = {
     "vocab_size": Whole(largest=MAX_VOCABULARY),
     "num_hidden_layers": Whole(largest=MAX_LAYERS),
     **dict.fromkeys(
-        ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads"),
+        (
+            "num_attention_heads",
+            "num_key_value_heads",
+            "num_global_key_value_heads",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+        ),
         Whole(largest=MAX_HEADS),
     ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), Whole(largest=MAX_EXPERTS)),
     **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), Whole(largest=MAX_EXPERTS)),
+    **dict.fromkeys(("hidden_size_per_layer_input", "num_kv_shared_layers"), Whole(0)),
     "n_shared_experts": Whole(0, MAX_EXPERTS),
     "shared_expert_intermediate_size": Whole(0),
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), Whole(largest=MAX_POSITION)),
     "max_window_layers": Whole(0, MAX_POSITION),
     "first_k_dense_replace": Whole(0, MAX_POSITION),
-    **dict.fromkeys(("decoder_sparse_step", "full_attention_interval"), Whole(largest=MAX_POSITION)),
-    "linear_conv_kernel_dim": Whole(2, 4_096),  # tokens, including the newest
-    "intermediate_size": Whole(largest=2**24),  # 16 times the widest hidden state
+    **dict.fromkeys(
+        ("decoder_sparse_step", "full_attention_interval", "sliding_window_pattern"), Whole(largest=MAX_POSITION)
+    ),
+    **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache"), Whole(2, 4_096)),  # tokens, including the newest
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), Whole(largest=2**24)),  # 16 times the widest state
     "hidden_act": _ACTIVATION,
     "hidden_activation": _ACTIVATION,
+    "activation_function": _ACTIVATION,
     "topk_method": Choice(frozenset({"greedy", "group_limited_greedy"})),
     **dict.fromkeys(
         (
@@ -115,6 +125,19 @@ KINDS: Mapping[str, Kind] = {
             "mlp_bias",
             "attention_out_bias",
             "use_bias",
+            "enable_bias",
+            "do_layer_norm_before",
+            "_remove_final_layer_norm",
+            "layer_norm_elementwise_affine",
+            "use_parallel_residual",
+            "qk_layernorm",
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+            "conv_bias",
+            "block_auto_adjust_ff_dim",
+            "attention_k_eq_v",
+            "enable_moe_block",
+            "use_double_wide_mlp",
             "use_sliding_window",
             "norm_topk_prob",
             "rope_interleave",
@@ -122,13 +145,17 @@ KINDS: Mapping[str, Kind] = {
         Flag(),
     ),
     "layer_types": Listed("a list with the name of each layer's kind", lambda item: isinstance(item, str)),
+    "full_attn_idxs": Listed("a list of layers (whole numbers)", lambda item: type(item) is int),
     "mlp_only_layers": Listed("a list of layers (whole numbers)", lambda item: type(item) is int),
-    "rope_theta": Number(above=1.0),  # the base of powers that must grow
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), Number(above=1.0)),  # bases of powers that must grow
     "partial_rotary_factor": Number(largest=1.0),
     **dict.fromkeys(
         (
             "rms_norm_eps",
             "norm_epsilon",
+            "norm_eps",
+            "layer_norm_eps",
+            "layer_norm_epsilon",
             "query_pre_attn_scalar",
             "attn_logit_softcapping",
             "final_logit_softcapping",
@@ -140,6 +167,7 @@ KINDS: Mapping[str, Kind] = {
             "logits_scaling",
             "residual_multiplier",
             "attention_multiplier",
+            "block_ffn_dim_multiplier",
             "full_attn_alpha_factor",
             "full_attn_beta_factor",
             "linear_attn_alpha_factor",

@@ -7,7 +7,7 @@ reported together in one ValueError, with the file's own names.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,7 @@ def _fields(file: _File) -> dict[str, Any]:
     if fields.get("head_dim") is None and family.rotary_size is None:
         _derive_head_size(file, fields)
     check_relations(fields, file.name, file.problems)
+    file.problems.extend(family.unsupported(fields))
     for name, other in family.same_as.items():
         if raw.get(name) is not None and (raw[name] != fields[other] or isinstance(raw[name], bool)):
             file.problems.append(f"{name} must be {fields[other]} ({other}) or absent, got {quoted(raw[name])}")
@@ -191,11 +192,14 @@ def _blocks(
     """The context in tokens, and every layer; no layers if there are problems."""
     family, context, ropes = file.family, fields["max_position_embeddings"], {}
     for kind, own in settings.items():
-        base = float(fields[(family.rope_by_kind or {}).get(kind, "rope_theta")])
+        named = (family.rope_by_kind or {}).get(kind, "rope_theta")
+        base = float(fields[named] if isinstance(named, str) else named)
         rotary_size = _rotary_size(fields, family, kind, own, file.problems)
         ropes[kind], extended = read_rope(
             file.raw, own, rotary_size, fields["max_position_embeddings"], base, file.problems, file.notes
         )
+        if family.rope_interleaved and ropes[kind] is not None:
+            ropes[kind] = replace(ropes[kind], interleaved=True)
         context = max(context, extended)
     kinds = _layer_kinds(file, fields)
     if file.problems:
@@ -214,8 +218,8 @@ def _rotary_size(
     """The number of coordinates of each head of a kind of layers that rotate."""
     inner, source = settings.values.get("partial_rotary_factor"), f"{settings.source}.partial_rotary_factor"
     if "partial_rotary_factor" not in fields:
-        name = "head_dim" if family.rotary_size is None else family.rotary_size
-        if inner is not None and inner != 1:
+        name = family.head_sizes.get(kind, "head_dim") if family.rotary_size is None else family.rotary_size
+        if inner is not None and inner != 1 and settings.type != "proportional":
             problems.append(f"{source} must be 1.0 or absent (these families rotate whole heads), got {quoted(inner)}")
         if fields[name] % 2:
             derived = " (hidden_size / num_attention_heads where it is absent)" if name == "head_dim" else ""

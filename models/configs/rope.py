@@ -15,6 +15,7 @@ from decodax.layers.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     Rope,
     Scaling,
     YarnScaling,
@@ -57,8 +58,9 @@ _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"short_factor", "long_factor"}),
         frozenset({"factor", "original_max_position_embeddings", "attention_factor"}),
     ),
+    "proportional": (frozenset({"partial_rotary_factor"}), frozenset({"factor"})),
 }
-_SCALING_KEYS = frozenset().union(*(required | optional for required, optional in _KEYS.values()))
+_SCALING_KEYS = frozenset().union(*(required | optional for required, optional in _KEYS.values())) - _ALWAYS
 _ALIASES = {"su": "longrope"}  # the first name of longrope, in early Phi-3 files
 _FACTOR_LISTS = ("short_factor", "long_factor")
 _LENGTH = Number(above=1, largest=MAX_POSITION)
@@ -67,6 +69,7 @@ _KINDS: Mapping[str, Kind] = {
     "rope_theta": Number(above=1),
     "original_max_position_embeddings": _LENGTH,
     "truncate": Flag(),
+    "partial_rotary_factor": Number(largest=1.0),
     # 0 means "not given", as in transformers
     **dict.fromkeys(("mscale", "mscale_all_dim", "beta_fast", "beta_slow"), Number(largest=1e6, or_zero=True)),
 }
@@ -91,7 +94,7 @@ class RopeSettings:
 
 def rope_settings(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, RopeSettings]:
     """The rope dictionary of each kind of layers, of ANY_KIND where all rotate alike; empty for a family without."""
-    if "rope_theta" not in family.defaults:
+    if "rope_theta" not in family.defaults and family.rope_by_kind is None:
         return {}
     flat = _flat_settings(raw, family.default_rope, problems)
     if family.rope_by_kind is None:
@@ -166,7 +169,7 @@ def read_rope(
         length = _length_name(raw, settings)
         problems.append(f"{length} must be at least 2 (tokens) for rope type {kind}, got {original_length}")
         return None, max_position_embeddings
-    scaling = _scaling(kind, values, max_position_embeddings, original_length)
+    scaling = _scaling(kind, values, rotary_size, max_position_embeddings, original_length)
     context = _context(scaling, max_position_embeddings)
     if context > MAX_POSITION:
         length = _length_name(raw, settings)
@@ -226,9 +229,12 @@ def _check_factor_list(name: str, value: Any, num_pairs: int, problems: list[str
 
 
 def _scaling(
-    kind: str, values: Mapping[str, Any], max_position_embeddings: int, original_length: int
+    kind: str, values: Mapping[str, Any], rotary_size: int, max_position_embeddings: int, original_length: int
 ) -> Scaling | None:
     factor = values.get("factor")
+    if kind == "proportional":
+        num_rotating = int(values["partial_rotary_factor"] * rotary_size // 2)
+        return ProportionalScaling(num_rotating, 1.0 if factor is None else float(factor))
     if kind == "linear":
         return LinearScaling(float(values["factor"]))
     if kind == "dynamic":

@@ -31,7 +31,8 @@ from decodax.models.head import HeadConfig
 ParameterPath = tuple[str, ...]  # the keys that lead to one parameter
 
 # What is around the layers, in the files of nearly every family: decodax's path -> Hugging Face's name.
-OUTER_TENSORS: Mapping[str, str] = MappingProxyType(
+# Several names are alternatives, of which the first is written.
+OUTER_TENSORS: Mapping[str, str | tuple[str, ...]] = MappingProxyType(
     {
         "embedding": "model.embed_tokens.weight",
         "final_norm/weight": "model.norm.weight",
@@ -110,8 +111,9 @@ class Family:
     head_norms: whether each head's queries and keys are normed.
     rotary_size: the field with the number of coordinates of a head that rotate; None: all, or the share in the file.
     default_rope: the `rope_scaling` of a config without one.
-    rope_by_kind: the kinds of layers that rotate each in its own way -> the field with the base where it is not in the
-        rope dictionary. `rope_scaling` of such a family is that of its full attention.
+    rope_by_kind: the kinds of layers that rotate each in its own way -> the base where the rope dictionary gives none,
+        or the field with it. `rope_scaling` of such a family is that of its full attention.
+    head_sizes: kinds of layers whose head size is not `head_dim` -> the field with it.
     rope_interleaved: whether the rotated pairs are neighbours.
     mixer, feed_forward: (layer) -> these of a block, where they are not plain attention and a gated MLP.
     norm: (fields) -> the model's norm.
@@ -119,6 +121,7 @@ class Family:
     final_norm: (fields) -> the norm before the head; None: that of the model.
     embedding, head: (fields) -> what comes before the layers and after them.
     derived: (fields) -> the value of a field that is null.
+    unsupported: (fields) -> a line for each value that means something that is not implemented.
     outer_tensors: the tensor names of what is around the layers.
     layer_prefix: of the tensor names of a layer, with {} for its index.
     body_prefix: of all names but the head's, which files of a base model leave out.
@@ -145,7 +148,8 @@ class Family:
     head_norms: bool = False
     rotary_size: str | None = None
     default_rope: Mapping[str, Any] | None = None
-    rope_by_kind: Mapping[str, str] | None = None
+    rope_by_kind: Mapping[str, str | float] | None = None
+    head_sizes: Mapping[str, str] = field(default_factory=dict)
     rope_interleaved: bool = False
     mixer: Callable[[Layer], Mixer] = attention
     feed_forward: Callable[[Layer], FeedForward] = gated_mlp
@@ -155,7 +159,8 @@ class Family:
     embedding: Callable[[Fields], EmbeddingConfig] = plain_embedding
     head: Callable[[Fields], HeadConfig] = plain_head
     derived: Mapping[str, Callable[[Fields], Any]] = field(default_factory=dict)
-    outer_tensors: Mapping[str, str] = field(default_factory=lambda: OUTER_TENSORS)
+    unsupported: Callable[[Fields], list[str]] = lambda fields: []
+    outer_tensors: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: OUTER_TENSORS)
     layer_prefix: str = "model.layers.{}."
     body_prefix: str = "model."
     block_tensors: BlockTensors | Callable[[BlockConfig], BlockTensors] = field(default_factory=lambda: BLOCK_TENSORS)
@@ -165,13 +170,22 @@ class Family:
     def name_maps(self, config: ModelConfig) -> dict[ParameterPath, NameMaps]:
         """The name maps of all parameters of this model, for the full checkpoint."""
         outer = {name: item for name, item in config.weights().items() if not name.startswith("blocks_")}
-        name_maps = {path: single_tensor(self.outer_tensors["/".join(path)]) for path in _paths(outer)}
+        name_maps = {path: self._outer_name_maps("/".join(path)) for path in _paths(outer)}
         if config.tie_embeddings:  # stored once, under either name
-            name_maps["embedding",] += single_tensor(self.outer_tensors["head"])
+            name_maps["embedding",] += self._outer_name_maps("head")
         for index, block in enumerate(config.blocks):
             for path, stored in self._block_name_maps(block, config.hidden_size).items():
                 name_maps[f"blocks_{index}", *path] = renamed(stored, self.layer_prefix.format(index))
         return name_maps
+
+    def _outer_name_maps(self, path: str) -> NameMaps:
+        names = self.outer_tensors[path]
+        several = (names,) if isinstance(names, str) else names
+        return tuple(name_map for name in several for name_map in single_tensor(name))
+
+    def outer_name(self, path: str) -> str:
+        """The tensor name of something around the layers, for messages."""
+        return self._outer_name_maps(path)[0][0].name
 
     def mtp_head_name_maps(self, config: ModelConfig) -> dict[ParameterPath, NameMaps]:
         """The name maps of the parameters of the first MTP head; its block is like the model's last.

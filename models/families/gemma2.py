@@ -3,8 +3,16 @@
 Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118.
 """
 
-from decodax.models.families.contract import BLOCK_TENSORS, Family
+from decodax.models.families.contract import BLOCK_TENSORS as COMMON_TENSORS
+from decodax.models.families.contract import BlockTensors, Family
 from decodax.models.families.layer import pre_and_post_norm, rms_norm_unit_offset, scaled_embedding, sizes
+
+BLOCK_TENSORS: BlockTensors = {
+    **COMMON_TENSORS,
+    "mixer_post_norm/weight": "post_attention_layernorm.weight",
+    "feed_forward_norm/weight": "pre_feedforward_layernorm.weight",
+    "feed_forward_post_norm/weight": "post_feedforward_layernorm.weight",
+}
 
 FAMILY = Family(
     model_type="gemma2",
@@ -35,10 +43,5 @@ FAMILY = Family(
     norm=rms_norm_unit_offset,
     block=pre_and_post_norm,
     embedding=scaled_embedding,
-    block_tensors={
-        **BLOCK_TENSORS,
-        "mixer_post_norm/weight": "post_attention_layernorm.weight",
-        "feed_forward_norm/weight": "pre_feedforward_layernorm.weight",
-        "feed_forward_post_norm/weight": "post_feedforward_layernorm.weight",
-    },
+    block_tensors=BLOCK_TENSORS,
 )

@@ -1,14 +1,14 @@
 """Defines `Layer`, the input of a family's builders, and the builders that most families share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.feed_forward import GatedMLPConfig, MLPConfig
 from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gqa import GQAConfig
-from decodax.layers.norm import Norm, RMSNormConfig
+from decodax.layers.norm import LayerNormConfig, Norm, RMSNormConfig
 from decodax.layers.rope import Rope
 from decodax.models.config import BlockConfig, Residual, SubLayer, pre_norm_block
 from decodax.models.embedding import EmbeddingConfig
@@ -29,6 +29,8 @@ ACTIVATION_NAMES = {  # of transformers: ours, in `layers.feed_forward.ACTIVATIO
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -76,12 +78,13 @@ def sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int) -
 def attention(layer: Layer) -> GQAConfig:
     """Softmax attention with grouped query heads (GQA)."""
     family, fields = layer.family, layer.fields
-    scaled_by = fields[family.score_scale_field] if family.score_scale_field else fields["head_dim"]
+    head_size = fields[family.head_sizes.get(layer.kind, "head_dim")]
+    scaled_by = fields[family.score_scale_field] if family.score_scale_field else head_size
     softcap = fields.get("attn_logit_softcapping")
     return GQAConfig(
         num_heads=fields["num_attention_heads"],
         num_kv_heads=fields["num_key_value_heads"],
-        head_size=fields["head_dim"],
+        head_size=head_size,
         positions=layer.rope,
         scale=float(scaled_by) ** -0.5,
         qkv_bias=layer.flag(family.qkv_bias),
@@ -95,6 +98,11 @@ def attention(layer: Layer) -> GQAConfig:
 def gated_mlp(layer: Layer) -> GatedMLPConfig:
     """The feed-forward layer of a model without experts."""
     return GatedMLPConfig(layer.fields["intermediate_size"], layer.activation, layer.flag(layer.family.mlp_bias))
+
+
+def plain_mlp(layer: Layer) -> MLPConfig:
+    """A feed-forward layer without a gate."""
+    return MLPConfig(layer.fields["intermediate_size"], layer.activation, layer.flag(layer.family.mlp_bias))
 
 
 def plain_embedding(fields: Fields) -> EmbeddingConfig:
@@ -123,6 +131,16 @@ def rms_norm_unit_offset(fields: Fields) -> RMSNormConfig:
     return RMSNormConfig(float(fields["rms_norm_eps"]), unit_offset=True)
 
 
+def layer_norm(eps: str, *, unit_offset: bool = False, bias: bool = True) -> Callable[[Fields], LayerNormConfig]:
+    """A LayerNorm with a scale.
+
+    eps: the field with its epsilon.
+    unit_offset: the scale is 1 + weight.
+    bias: whether it has one.
+    """
+    return lambda fields: LayerNormConfig(float(fields[eps]), unit_offset, has_bias=bias)
+
+
 def pre_norm(layer: Layer) -> BlockConfig:
     """A norm before the mixer and one before the feed-forward layer."""
     return pre_norm_block(layer.family.mixer(layer), layer.family.feed_forward(layer), layer.norm)
@@ -138,6 +156,17 @@ def post_norm(layer: Layer) -> BlockConfig:
     """A norm after each of them, and none before."""
     mixer, feed_forward = layer.family.mixer(layer), layer.family.feed_forward(layer)
     return BlockConfig(SubLayer(mixer, None, layer.norm), SubLayer(feed_forward, None, layer.norm))
+
+
+def parallel(layer: Layer) -> BlockConfig:
+    """Mixer and feed-forward layer read the same input, each through a norm of its own."""
+    return replace(pre_norm(layer), order="parallel")
+
+
+def parallel_one_norm(layer: Layer) -> BlockConfig:
+    """Mixer and feed-forward layer read the same normed input."""
+    mixer, feed_forward = layer.family.mixer(layer), layer.family.feed_forward(layer)
+    return BlockConfig(SubLayer(mixer, layer.norm), SubLayer(feed_forward, None), "parallel, one norm")
 
 
 def with_residuals(block: BlockConfig, mixer: Residual, feed_forward: Residual) -> BlockConfig:

@@ -7,13 +7,21 @@ from dataclasses import replace
 
 from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gqa import GQAConfig
-from decodax.models.families.contract import BLOCK_TENSORS, Family
+from decodax.models.families.contract import BLOCK_TENSORS as COMMON_TENSORS
+from decodax.models.families.contract import BlockTensors, Family
 from decodax.models.families.layer import Layer, attention, post_norm, sizes
 
 
-def _attention(layer: Layer) -> GQAConfig:
+def norms_across_heads(layer: Layer) -> GQAConfig:
+    """Attention with one norm over all queries and one over all keys."""
     return replace(attention(layer), head_norms=HeadNorms(layer.norm, layer.norm, across_heads=True))
 
+
+BLOCK_TENSORS: BlockTensors = {
+    **COMMON_TENSORS,
+    "mixer_post_norm/weight": "post_attention_layernorm.weight",
+    "feed_forward_post_norm/weight": "post_feedforward_layernorm.weight",
+}
 
 FAMILY = Family(
     model_type="olmo2",
@@ -30,11 +38,7 @@ FAMILY = Family(
     },
     qkv_bias="attention_bias",
     out_bias="attention_bias",
-    mixer=_attention,
+    mixer=norms_across_heads,
     block=post_norm,
-    block_tensors={
-        **BLOCK_TENSORS,
-        "mixer_post_norm/weight": "post_attention_layernorm.weight",
-        "feed_forward_post_norm/weight": "post_feedforward_layernorm.weight",
-    },
+    block_tensors=BLOCK_TENSORS,
 )

@@ -17,12 +17,13 @@ from decodax.models.families.layer import Fields, Layer, attention, rms_norm_uni
 from decodax.models.families.qwen2_moe import shared_expert_tensors
 
 
-def _layer_kind(fields: Fields, index: int) -> str:
+def layer_kind(fields: Fields, index: int) -> str:
     """Without `layer_types`, every `full_attention_interval`-th layer has softmax attention."""
     return "linear_attention" if (index + 1) % fields["full_attention_interval"] else "full_attention"
 
 
-def _mixer(layer: Layer) -> GQAConfig | GatedDeltaConfig:
+def delta_or_gated_attention(layer: Layer) -> GQAConfig | GatedDeltaConfig:
+    """The gated delta rule, or attention with a gate on its output."""
     fields = layer.fields
     if layer.kind != "linear_attention":
         return replace(attention(layer), output_gate=True)
@@ -38,12 +39,18 @@ def _mixer(layer: Layer) -> GQAConfig | GatedDeltaConfig:
     )
 
 
-def convolution_tensors(mixer: GatedDeltaConfig) -> BlockTensors:
-    """The name maps of the convolutions of queries, keys and values, which files hold as one."""
+def delta_tensors(mixer: GatedDeltaConfig) -> BlockTensors:
+    """The name maps of a delta layer but for its projections; files hold its three convolutions as one."""
     keys, values = mixer.num_key_heads * mixer.key_size, mixer.num_value_heads * mixer.value_size
     stored = (mixer.num_columns, 1, mixer.convolution_width)
-    parts = fused_rows("linear_attn.conv1d.weight", {"query": keys, "key": keys, "value": values}, stored)
-    return {f"mixer/{name}_convolution": name_maps for name, name_maps in parts.items()}
+    parts = fused_rows("linear_attn.conv1d.weight", {"query": keys, "key": keys, "value": values}, shape=stored)
+    return {
+        **{f"mixer/{name}_convolution": name_maps for name, name_maps in parts.items()},
+        "mixer/decay_rate": "linear_attn.A_log",
+        "mixer/decay_bias": "linear_attn.dt_bias",
+        "mixer/norm/weight": "linear_attn.norm.weight",
+        "mixer/out": "linear_attn.out_proj.weight",
+    }
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:
@@ -57,15 +64,8 @@ def _tensors(block: BlockConfig) -> BlockTensors:
         **fused_rows("linear_attn.in_proj_qkvz.weight", {"query": size, "key": size, "value": values, "gate": values}),
         **fused_rows("linear_attn.in_proj_ba.weight", {"beta": group, "decay": group}),
     }
-    return {
-        **tensors,
-        **{f"mixer/{name}": name_maps for name, name_maps in by_key_head.items()},
-        **convolution_tensors(mixer),
-        "mixer/decay_rate": "linear_attn.A_log",
-        "mixer/decay_bias": "linear_attn.dt_bias",
-        "mixer/norm/weight": "linear_attn.norm.weight",
-        "mixer/out": "linear_attn.out_proj.weight",
-    }
+    projections = {f"mixer/{name}": name_maps for name, name_maps in by_key_head.items()}
+    return {**tensors, **projections, **delta_tensors(mixer)}
 
 
 FAMILY = Family(
@@ -97,13 +97,13 @@ FAMILY = Family(
         "mlp_only_layers": None,
     },
     nullable=frozenset({"layer_types", "mlp_only_layers", "partial_rotary_factor"}),
-    layer_kind=_layer_kind,
+    layer_kind=layer_kind,
     kinds=frozenset({"full_attention", "linear_attention"}),
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     head_norms=True,
     norm=rms_norm_unit_offset,
-    mixer=_mixer,
+    mixer=delta_or_gated_attention,
     feed_forward=where(is_sparse, qwen_gated_shared_experts),
     block_tensors=_tensors,
     elsewhere=lambda config: r"(model\.)?mtp\..*",  # MTP heads, which are not layers of the model

@@ -3,15 +3,8 @@
 StarCoder 2 and The Stack v2: The Next Generation, arXiv 2402.19173.
 """
 
-from decodax.layers.feed_forward import MLPConfig
-from decodax.layers.norm import LayerNormConfig
 from decodax.models.families.contract import BLOCK_TENSORS, Family
-from decodax.models.families.layer import Layer, sizes, slides_if_windowed
-
-
-def _mlp(layer: Layer) -> MLPConfig:
-    return MLPConfig(layer.fields["intermediate_size"], layer.activation, layer.fields["use_bias"])
-
+from decodax.models.families.layer import layer_norm, plain_mlp, sizes, slides_if_windowed
 
 FAMILY = Family(
     model_type="starcoder2",
@@ -31,8 +24,9 @@ FAMILY = Family(
     layer_kind=slides_if_windowed,
     qkv_bias="use_bias",
     out_bias="use_bias",
-    norm=lambda fields: LayerNormConfig(float(fields["norm_epsilon"])),
-    feed_forward=_mlp,
+    norm=layer_norm("norm_epsilon"),
+    mlp_bias="use_bias",
+    feed_forward=plain_mlp,
     block_tensors={
         **BLOCK_TENSORS,
         "feed_forward/up": "mlp.c_fc.weight",

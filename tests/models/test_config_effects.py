@@ -5,21 +5,30 @@ The golden values are of scripts/make_golden_configs.py. Differences of decodax 
 
 import itertools
 import json
-import math
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from decodax.layers.rope import Rope
+from decodax.models.checkpoints.name_prefix import TensorNames
+from decodax.models.checkpoints.reading import StoredWeights, flat_weights, read_params
+from decodax.models.checkpoints.weight_formats import Plain
+from decodax.models.checkpoints.write_hf import tensors_of
 from decodax.models.configs.hf_config import read_config
 from decodax.models.configs.known_fields import CHANGES_ELSEWHERE, CHECKED_TRANSFORMERS, WITHOUT_INFLUENCE
 from decodax.models.configs.rope import ROPE_FIELDS
 from decodax.models.families import FAMILIES
-from tests.config_facts import facts_of
+from decodax.models.model import Model
+from tests.drawn_weights import PROBED, TOKENS, checksum, drawn
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "configs"
 ABSENT = "absent"
+TOLERANCE = 2e-3  # of the largest logit: golden ones have five digits, and differ by far more where a field matters
 
 
 @cache
@@ -30,72 +39,126 @@ def golden(name):
 
 
 def read(raw):
-    """Our facts, or the message that refuses the config."""
+    """The family and its config, or the message that refuses it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ignored fields, and contexts: tested in test_hf_config.py
         try:
-            config = read_config(raw)[1]
+            return read_config(raw)
         except ValueError as error:
             return str(error)
-    family = FAMILIES[raw["model_type"]]
-    context = raw.get("max_position_embeddings", family.defaults["max_position_embeddings"])
-    facts = facts_of(config, context)
-    # YaRN's context is the product of the factor and the original length, where that is larger.
-    return {**facts, "context": context, "layers": run_lengths(facts["layers"])}
 
 
-def run_lengths(items):
-    return [[len(list(run)), item] for item, run in itertools.groupby(items)]
+def without_files(weights, filled):
+    return StoredWeights(Path(), weights, filled, {}, TensorNames())
 
 
-def flat(value, path=""):
-    if not isinstance(value, dict | list):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for name, item in items for key, leaf in flat(item, f"{path}/{name}").items()}
+def stored_tensors(family, config):
+    """The tensors that a checkpoint of this model has, as Hugging Face's class saves it."""
+    weights = flat_weights(config.weights())
+    return tensors_of(without_files(weights, {}), family.name_maps(config), dict.fromkeys(weights, np.dtype("float32")))
 
 
-def differences(ours, theirs):
-    """Paths at which two sets of facts differ; frequencies are rounded to four digits."""
-    names = ours.keys() | theirs.keys()
-    return {name: (ours.get(name, ABSENT), theirs.get(name, ABSENT)) for name in names if not same(ours, theirs, name)}
+@lru_cache(maxsize=64)
+def logits(model_type, config):
+    """Some logits of the model with drawn weights, as scripts/make_golden_configs.py has them of transformers."""
+    family, filled = FAMILIES[model_type], {}
+    for tensor in stored_tensors(family, config):
+        stored = Plain(tensor.name, drawn(tensor.name, tensor.shape))
+        for path, tensor_slice in tensor.slices:
+            filled.setdefault(path, []).append((tensor_slice, stored))
+    weights = flat_weights(config.weights())
+    opened = without_files({path: weights[path] for path in filled}, filled)
+    params, model = read_params(opened, dtype=jnp.dtype("float32")), Model(config)
+    tokens = jnp.asarray(TOKENS, jnp.int32)[None] % config.vocab_size
+    position = jnp.arange(len(TOKENS), dtype=jnp.int32)[None]
+    run = jax.jit(lambda params: model.logits(params, model.apply(params, tokens, position).hidden)[0])
+    return np.asarray(run(params))[PROBED, :8].ravel()
 
 
-def same(ours, theirs, name):
-    mine, other = ours.get(name, ABSENT), theirs.get(name, ABSENT)
-    if isinstance(mine, float) and isinstance(other, int | float):
-        return math.isclose(mine, other, rel_tol=2e-4)
-    return mine == other and isinstance(mine, bool) == isinstance(other, bool)
+def are_same(ours, theirs):
+    theirs = np.asarray(theirs)
+    return ours.shape == theirs.shape and np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
 
 
-@cache
-def published(name):
-    """Our facts of a published config, or the message."""
-    return read(golden("published")[name]["config"])
+PUBLISHED = [name for name, item in golden("published").items() if "tensors" in item]
 
 
-PUBLISHED = [name for name, item in golden("published").items() if "config" in item]
+def unpacked(header):
+    """The shapes of a golden header, by name."""
+    shapes = {}
+    for pattern, groups in header.items():
+        for shape, spans in groups:
+            axes = [] if not spans else [list(numbers_in(axis)) for axis in spans.split(",")]
+            for indices in itertools.product(*axes):
+                shapes[pattern.format(*indices)] = tuple(shape)
+    return shapes
+
+
+def numbers_in(axis):
+    for run in axis.split(";"):
+        first, last = map(int, run.split("-"))
+        yield from range(first, last + 1)
+
+
+def rope_facts(rope, context):
+    """As scripts/_golden_headers.py reads them of transformers."""
+    if rope.scaling is None:
+        facts = frequency_facts(rope.plain_frequencies().tolist())
+        return {"short": facts, "long": facts, "magnitude": 1.0}
+    facts = {}
+    for name, length in (("short", 2), ("long", 2 * context)):
+        found = np.asarray(rope.scaling.frequencies(rope, jnp.full((1, 1), length, jnp.int32)), np.float64)
+        facts[name] = frequency_facts(found.reshape(-1).tolist())
+    return {**facts, "magnitude": rope.scaling.attention_factor}
+
+
+def frequency_facts(frequencies):
+    count = len(frequencies)
+    chosen = [frequencies[index] for index in (0, min(1, count - 1), count // 2, count - 1)]
+    return [count, *chosen, sum(frequencies)]
+
+
+def ropes_of(config):
+    """The different rotations of a model's layers."""
+    mixers = [block.mixer.layer for block in config.blocks]
+    found = [getattr(mixer, "rope", getattr(mixer, "positions", None)) for mixer in mixers]
+    return list(dict.fromkeys(rope for rope in found if isinstance(rope, Rope)))
+
+
+def plain_config(item):
+    """A published config as that of plain weights, whose tensors are not those of another format."""
+    return {key: value for key, value in item["config"].items() if key not in ("quantization_config", "auto_map")}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name):
+    """The tensors that transformers' class has, and its rotations."""
     item = golden("published")[name]
-    ours = published(name)
-    if isinstance(ours, str):
-        assert "quantization_config must be null" in ours  # bitsandbytes and MLX: other weight formats
-        assert item["config"]["quantization_config"]
-    else:
-        assert not differences(flat(ours), flat(item["facts"]))
+    found = read(plain_config(item))
+    assert not isinstance(found, str), found
+    family, config = found
+    ours = {tensor.name: tuple(tensor.shape) for tensor in stored_tensors(family, config)}
+    assert ours == unpacked(item["tensors"])
+    context = item["config"].get("max_position_embeddings", family.defaults["max_position_embeddings"])
+    ours = [rope_facts(rope, context) for rope in ropes_of(config)]
+    theirs = list((item["rope"] or {}).values())
+    for rope in ours:
+        assert any(all(np.allclose(rope[key], other[key], rtol=2e-4) for key in other) for other in theirs)
+    assert bool(ours) == bool(theirs)
 
 
-def test_most_published_configs_are_read():
-    refused = [name for name in PUBLISHED if isinstance(published(name), str)]
-    assert (len(PUBLISHED), len(refused)) == (55, 4)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_in_small(name):
+    item = golden("published")[name]
+    found = read(plain_config(item) | item["small"])
+    assert not isinstance(found, str), found
+    assert item["logits"] is not None and are_same(logits(found[0].model_type, found[1]), item["logits"])
 
 
 def test_published_configs_of_other_families_are_refused_in_one_line():
     others = {item["model_type"] for item in golden("published").values() if "config" not in item}
-    assert len(others) > 25
+    assert len(others) > 5
     for model_type in others:
         message = read({"model_type": model_type})
         assert message.startswith("model_type must be one of") and model_type in message and "\n" not in message
@@ -143,37 +206,46 @@ MORE_LENIENT = {
 
 
 def effects(model_type, chosen):
-    """Field, value, our facts (or message), and theirs (or None where they refuse), for the chosen golden values."""
+    """Field, value, our family and config (or message), and the number of their logits, for the chosen values."""
     found = golden("effects")[model_type]
-    plain = flat(found["facts"])
     for name, numbers in found["fields"].items():
         for value, number in zip(golden("effects")["values"], numbers, strict=True):
-            if not chosen(value):
-                continue
-            raw = {key: item for key, item in found["base"].items() if key != name}
-            ours = read(raw if value == ABSENT else {**raw, name: value})
-            change = {} if number == -1 else {**plain, **found["changes"][number]}
-            theirs = {key: leaf for key, leaf in change.items() if leaf != ABSENT}
-            yield name, value, ours, theirs or None
+            if chosen(value):
+                raw = {key: item for key, item in found["base"].items() if key != name}
+                yield name, value, read(raw if value == ABSENT else {**raw, name: value}), number
 
 
-def check_effects(model_type, chosen):
-    """The same facts, or a difference that is listed."""
-    num_equal, stricter, lenient, wrong = 0, [], [], []
-    for name, value, ours, theirs in effects(model_type, chosen):
+@lru_cache(maxsize=256)
+def shapes(model_type, config):
+    """A checksum of the tensors of a checkpoint."""
+    return checksum({tensor.name: tuple(tensor.shape) for tensor in stored_tensors(FAMILIES[model_type], config)})
+
+
+def check_effects(model_type, chosen, *, runs):
+    """The same tensors and logits, or a difference that is listed.
+
+    Only configs with the tensors of the base are run, and without `runs` none.
+    """
+    found, num_equal, stricter, lenient, wrong = golden("effects")[model_type], 0, [], [], []
+    base, outcomes = read(found["base"])[1], found["outcomes"]
+    for name, value, ours, number in effects(model_type, chosen):
         if isinstance(ours, str):
             is_listed = name in STRICTER or (value == 0 and not isinstance(value, bool))  # no size may be 0
-            if theirs is not None and not is_listed:
+            if number != -1 and not is_listed:
                 stricter.append((name, value, ours))
-        elif theirs is None:
+            continue
+        if number == -1:
             if name not in MORE_LENIENT:
                 lenient.append((name, value))
-        else:
-            if ours["rope"] is None:  # no layer that rotates is left
-                theirs = {key: leaf for key, leaf in theirs.items() if not key.startswith("/rope")} | {"/rope": None}
-            found = differences(flat(ours), theirs)
-            wrong += [(name, value, found)] if found else []
-            num_equal += not found
+            continue
+        config, theirs = ours[1], outcomes[number]
+        equal = shapes(model_type, config) == theirs["shapes"]
+        if equal and config == base:
+            equal = number == 0
+        elif equal and runs and theirs["shapes"] == outcomes[0]["shapes"]:
+            equal = are_same(logits(model_type, config), theirs["logits"])
+        num_equal += equal
+        wrong += [] if equal else [(name, value)]
     assert (stricter, lenient, wrong) == ([], [], [])
     return num_equal
 
@@ -184,11 +256,11 @@ def is_absent(value):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_fields_absent_or_null(model_type):
-    assert check_effects(model_type, is_absent) > 10
+    assert check_effects(model_type, is_absent, runs=False) > 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_values_of_fields(model_type):
-    """True, false, small numbers and other types."""
-    assert check_effects(model_type, lambda value: not is_absent(value)) > 40
+    """Absent, null, true, false, small numbers and other types."""
+    assert check_effects(model_type, lambda value: True, runs=True) > 40

@@ -11,6 +11,7 @@ from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.mixers.lightning import LightningConfig
 from decodax.layers.mixers.mfa import MFAConfig
 from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.mixers.short_convolution import ShortConvolutionConfig
 from decodax.layers.norm import RMSNormConfig
 from decodax.layers.rope import Rope
 from tests.contracts.outside import OUTSIDE
@@ -68,6 +69,13 @@ def lightning():
 
 def gated_delta():
     return GatedDeltaConfig(2, 6, 5, 7, convolution_width=4, activation="silu", scale=0.4, norm=_NORM)
+
+
+def short_convolution():
+    return {
+        "three tokens": ShortConvolutionConfig(7, 3),
+        "biases": ShortConvolutionConfig(7, 5, bias=True),
+    }
 
 
 def token_shift():

@@ -43,7 +43,7 @@ def normed(values, weight):
 
 
 def rotated(heads, positions):
-    """[T, heads, size] at positions 0, 1, ...: pairs (0, 2) and (1, 3), or (0, 1) and (2, 3); the rest does not turn."""
+    """[T, heads, size] at positions 0, 1, ...: pairs (0, 2), (1, 3), or neighbours; the rest does not turn."""
     turned = heads.copy()
     if not isinstance(positions, Rope):
         return turned
