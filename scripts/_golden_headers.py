@@ -61,7 +61,8 @@ def _runs(numbers: list[int]) -> list[str]:
 
 def shrunk(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that a small model of the same kind changes."""
-    small = {name: size for name, size in _SMALL.items() if isinstance(raw.get(name), int)}
+    small: dict[str, Any] = {"pad_token_id": 0}  # that of a class may be beyond the small vocabulary
+    small |= {name: size for name, size in _SMALL.items() if isinstance(raw.get(name), int)}
     heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
     if isinstance(kv_heads, int):
         small["num_key_value_heads"] = 6 if kv_heads == heads else min(kv_heads, 2)

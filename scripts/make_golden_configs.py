@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from decodax.models.checkpoints.name_map_selection import REDUNDANT_SUFFIXES
 from decodax.models.configs.known_fields import WITHOUT_INFLUENCE
 from decodax.models.families import FAMILIES
 from decodax.scripts._golden_cases import CASES
@@ -84,13 +85,14 @@ def model_on(device: str, config: Any) -> Any:
 
 
 def saved_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors of a checkpoint as transformers saves it, without those that are tied to others."""
+    """The tensors of a checkpoint as transformers saves it, without those that are tied, or follow from the config."""
     from transformers.core_model_loading import revert_weight_conversion
 
     model = model_on("meta", config)
     tensors = revert_weight_conversion(model, model.state_dict())
     tied = {} if not config.tie_word_embeddings else model._tied_weights_keys or {}
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
+    kept = (name for name in tensors if name not in tied and not name.endswith(REDUNDANT_SUFFIXES))
+    return {name: tuple(tensors[name].shape) for name in kept}
 
 
 def outcome_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -9,16 +9,21 @@ import numpy as np
 
 from decodax import decoding
 from decodax.core.weight import Weight
-from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.alibi import Alibi
+from decodax.layers.feed_forward import GatedMLPConfig, MLPConfig
+from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.mixers.gated_linear import GatedLinearConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.mixers.lightning import LightningConfig
 from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.mixers.short_convolution import ShortConvolutionConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
+from decodax.layers.norm import LayerNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import ModelConfig, pre_norm_block
+from decodax.models.config import BlockConfig, ModelConfig, Residual, SubLayer, pre_norm_block
+from decodax.models.embedding import EmbeddingConfig, LearnedPositions
 from decodax.models.head import HeadConfig
 from decodax.models.model import Model
 from tests.tiny import NORM
@@ -42,19 +47,41 @@ COMPRESSED = dataclasses.replace(LATENT, query_rank=8, bias=True, rope=Rope(4, 1
 DELTA = GatedDeltaConfig(1, 2, 5, 7, convolution_width=3, activation="silu", scale=0.5, norm=NORM)
 LINEAR = GatedLinearConfig(2, 5, 7, gate_rank=3, gate_temperature=4.0, scale=0.5, norm=NORM)
 LIGHTNING = LightningConfig(2, 5, slopes=(0.1, 0.7), activation="silu", scale=1.0, norm=NORM)
+SHORT = ShortConvolutionConfig(9, 3)
+LAYER_NORM = LayerNormConfig(1e-5)
+NO_WEIGHT = dataclasses.replace(NORM, has_weight=False)
+ALIBI = GQAConfig(
+    4, 2, 8, Alibi(2.0), 0.4, head_norms=HeadNorms(NORM, None, NO_WEIGHT), values_are_keys=True, window=6, out_bias=True
+)
+NORMS_AFTER = BlockConfig(SubLayer(ALIBI, None, post_norm=NORM), SubLayer(MLP, None, sum_norm=LAYER_NORM))
+SMALL = Residual(add=0.3)
+PARALLEL = BlockConfig(
+    SubLayer(SHORT, LAYER_NORM, residual=SMALL),
+    SubLayer(MLPConfig(19, "relu"), LAYER_NORM, residual=SMALL),
+    "parallel",
+    output_scale=True,
+)
+AROUND = {
+    "blocks": {
+        "embedding": EmbeddingConfig(1.3, size=11, positions=LearnedPositions(514, offset=2), norm=NORM),
+        "head": HeadConfig(softcap=5.0, bias=True, size=11),
+    }
+}
 LAYERS = {
     "moe": ((WINDOWED, MLP), (FULL, EXPERTS)),
     "mla": ((COMPRESSED, MLP), (LATENT, GROUPED_EXPERTS)),
     "hybrid": ((WINDOWED, MLP), (DELTA, MLP)),
     "recurrent": ((LIGHTNING, MLP), (LINEAR, EXPERTS)),
+    "blocks": (NORMS_AFTER, PARALLEL),
 }
-IS_RECURRENT = (DELTA, LINEAR, LIGHTNING)
+IS_RECURRENT = (DELTA, LINEAR, LIGHTNING, SHORT)
 
 
 @cache
 def model_of(kind: str) -> Model:
-    blocks = tuple(pre_norm_block(mixer, feed_forward, NORM) for mixer, feed_forward in LAYERS[kind])
-    return Model(ModelConfig(VOCABULARY, WIDTH, 512, blocks, NORM, tie_embeddings=False, head=HeadConfig(softcap=5.0)))
+    blocks = tuple(layer if isinstance(layer, BlockConfig) else pre_norm_block(*layer, NORM) for layer in LAYERS[kind])
+    around = {"head": HeadConfig(softcap=5.0)} | AROUND.get(kind, {})
+    return Model(ModelConfig(VOCABULARY, WIDTH, 512, blocks, NORM, tie_embeddings=False, **around))
 
 
 @cache

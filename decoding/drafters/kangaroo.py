@@ -33,10 +33,16 @@ def exit_adapter(model: Model, exit_layer: int) -> AttentionExit:
     """
     check_exit(model, exit_layer)
     config, block = model.config, model.config.blocks[exit_layer]
+    norms = [norm for norm in (block.mixer.norm, config.final_norm) if norm is not None]
+    if not norms:
+        raise ValueError(
+            "Kangaroo's adapter has the norms of the model before its attention and its head, and this model has "
+            "neither: take another strategy (`decodax methods` lists them)"
+        )
     return AttentionExit(
         block.mixer.layer,
-        config.final_norm if block.mixer.norm is None else block.mixer.norm,
-        config.final_norm,
+        norms[0],
+        norms[-1],
         config.hidden_size,
         model.execution,
     )

@@ -35,7 +35,8 @@ def initial_adapter(model: Model, params: Params, exit_layer: int) -> Params:
     """The adapter as the attention of the target's layer after the exit and the target's last norm, in float32."""
     exit_adapter(model, exit_layer)
     block = params[f"blocks_{exit_layer}"]
-    adapter = {"mixer": block["mixer"], "mixer_norm": block["mixer_norm"], "final_norm": params["final_norm"]}
+    final = params.get("final_norm", block.get("mixer_norm"))
+    adapter = {"mixer": block["mixer"], "mixer_norm": block.get("mixer_norm", final), "final_norm": final}
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), adapter)
 
 

@@ -104,6 +104,7 @@ class ShortConvolution(nn.Module):
         convolved = jnp.einsum("btwc,cw->btc", window, weight["convolution"], preferred_element_type=jnp.float32)
         if config.bias:
             convolved = convolved + weight["convolution_bias"].astype(jnp.float32)[None, None]
+        convolved = self.execution.split(convolved, "B _ _")  # or the cache's columns would be split by the gate
         mixed = output_gate * convolved.astype(inputs.dtype)
         output = row_parallel_linear(
             mixed, weight["out"], weight.get("out_bias"), axis_name="N", execution=self.execution

@@ -57,6 +57,8 @@ WITHOUT_INFLUENCE = frozenset(
         "initializer_range",
         "attention_dropout",
         "hidden_dropout",
+        "residual_dropout",
+        "embedding_dropout",
         "resid_pdrop",
         "embd_pdrop",
         "attn_pdrop",

@@ -51,6 +51,7 @@ FAST = {
     "recurrent": {"kangaroo"},
     "mla": {"speculative_exit, all layers"},
     "moe": {"early_layers"},
+    "blocks": {"prompt_tokens, ensemble"},
 }
 assert all(FAST[kind] <= {*EXAMPLES} for kind in LAYERS)
 CASES = [
@@ -147,7 +148,7 @@ def check_nested(kind, own, state):
     caches = state.draft.caches
     read = caches_of(kind, draft_of(kind), state.tokens, state.length - 1)
     pairs = [pair for pair in zip(caches, read, strict=True) if isinstance(pair[0], RecurrentCache)]
-    assert bool(pairs) == any(mixer in IS_RECURRENT for mixer, _ in LAYERS[kind])
+    assert bool(pairs) == any(block.mixer.layer in IS_RECURRENT for block in model_of(kind).config.blocks)
     if pairs:
         assert_same_caches(*zip(*pairs, strict=True))
 

@@ -11,16 +11,22 @@ import pytest
 
 from decodax import decoding
 from decodax.core.weight import Weight
+from decodax.layers.alibi import Alibi
 from decodax.layers.execution import Execution
-from decodax.layers.feed_forward import GatedMLPConfig
+from decodax.layers.feed_forward import GatedMLPConfig, MLPConfig
+from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.mixers.gated_linear import GatedLinearConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.mixers.mla import MLAConfig
+from decodax.layers.mixers.short_convolution import ShortConvolutionConfig
 from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
+from decodax.layers.norm import LayerNormConfig
 from decodax.layers.rope import Rope
-from decodax.models.config import ModelConfig, pre_norm_block
+from decodax.models.config import BlockConfig, ModelConfig, SubLayer, pre_norm_block
+from decodax.models.embedding import EmbeddingConfig, LearnedPositions
+from decodax.models.head import HeadConfig
 from decodax.models.key_value_copies import fit_mesh
 from decodax.models.model import Model
 from decodax.sharding.mesh import read_mesh
@@ -40,11 +46,25 @@ WINDOWED = GQAConfig(8, 8, 6, Rope(6, 1e4), scale=0.4, window=5)
 LATENT = MLAConfig(8, 5, 7, 11, None, Rope(4, 100.0, interleaved=True), 0.35, NORM)
 LINEAR = GatedLinearConfig(8, 5, 7, gate_rank=3, gate_temperature=4.0, scale=0.5, norm=NORM)
 DELTA = GatedDeltaConfig(8, 8, 5, 7, convolution_width=3, activation="silu", scale=0.5, norm=NORM)
+SHORT = ShortConvolutionConfig(32, 3, bias=True)
+LAYER_NORM = LayerNormConfig(1e-5)
+ALIBI = GQAConfig(8, 2, 6, Alibi(2.0), 0.4, head_norms=HeadNorms(NORM, NORM, across_heads=True), out_bias=True)
+PARALLEL = BlockConfig(
+    SubLayer(ALIBI, LAYER_NORM), SubLayer(MLPConfig(40, "relu2", bias=True), LAYER_NORM), "parallel", output_scale=True
+)
+NORMS_AFTER = BlockConfig(SubLayer(SHORT, None, post_norm=NORM), SubLayer(MLP, None, sum_norm=LAYER_NORM))
+AROUND = {
+    "blocks": {
+        "embedding": EmbeddingConfig(1.3, size=16, positions=LearnedPositions(514, offset=2), norm=NORM),
+        "head": HeadConfig(bias=True, size=16),
+    }
+}
 LAYERS = {
     "dense": ((GROUPED, MLP), (WINDOWED, MLP)),
     "moe": ((GROUPED, MLP), (WINDOWED, EXPERTS)),
     "mla": ((LATENT, MLP), (LATENT, EXPERTS)),
     "linear": ((LINEAR, MLP), (DELTA, MLP)),
+    "blocks": (PARALLEL, NORMS_AFTER),
 }
 ODD_VOCABULARY = 131
 ODD_MLP = GatedMLPConfig(41, "gelu", bias=True)
@@ -77,9 +97,11 @@ def runnable(cases: list) -> list:
 def model_of(kind: str, mesh: str | None = None, **execution: Any) -> Model:
     """The model over the mesh of this text, by default on one device."""
     layers = (LAYERS | ODD_LAYERS)[kind]
-    blocks = tuple(pre_norm_block(mixer, feed_forward, NORM) for mixer, feed_forward in layers)
+    blocks = tuple(layer if isinstance(layer, BlockConfig) else pre_norm_block(*layer, NORM) for layer in layers)
     vocabulary = ODD_VOCABULARY if kind in ODD_LAYERS else VOCABULARY
-    config = ModelConfig(vocabulary, WIDTH, 512, blocks, NORM, tie_embeddings=kind == "odd_tied")
+    config = ModelConfig(
+        vocabulary, WIDTH, 512, blocks, NORM, tie_embeddings=kind == "odd_tied", **AROUND.get(kind, {})
+    )
     if mesh is None:
         return Model(config)
     return Model(config, execution=Execution(mesh=fit_mesh(read_mesh(mesh), config), **execution))
