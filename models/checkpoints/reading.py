@@ -7,9 +7,9 @@ no more host memory than the parameters, one piece, and UNMAPPED_BYTES of the fi
 slice. Nothing refers to the files afterwards.
 
 `models/checkpoints/safetensors_files.py` opens the files, `models/checkpoints/name_map_selection.py` finds the tensors
-that fill each parameter, `models/checkpoints/name_map.py` says which slice of them, and
-`models/checkpoints/weight_formats.py` reads their numbers. `models/checkpoints/orbax_arrays.py` presents the arrays of
-an Orbax checkpoint like tensors of such files.
+that fill each parameter, `models/checkpoints/name_map.py` says which slice of them, and `models/checkpoints/formats/`
+presents packed weights (FP8, GPTQ, ...) under their own names. `models/checkpoints/orbax_arrays.py` presents the arrays
+of an Orbax checkpoint like tensors of such files.
 """
 
 import math
@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from decodax.core.printable import printable, printable_list
 from decodax.core.weight import Weight
 from decodax.models.checkpoints.adapter_files import warn_of_adapter
+from decodax.models.checkpoints.formats.view import Quantization, quantization_of, readable
 from decodax.models.checkpoints.mismatch_report import mismatch_error
 from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, read_json_object
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape, single_tensor, transfers
@@ -36,7 +37,6 @@ from decodax.models.checkpoints.name_map_selection import Expected, Filled, Matc
 from decodax.models.checkpoints.name_prefix import BODY, TensorNames
 from decodax.models.checkpoints.orbax_arrays import OTHER_WEIGHTS, array_name, check_arrays, open_arrays
 from decodax.models.checkpoints.safetensors_files import Entry, forget_pages, mappings_of, open_weights
-from decodax.models.checkpoints.weight_formats import read_quantization
 from decodax.models.config import ModelConfig
 from decodax.models.configs.wrong_fields import explained
 from decodax.models.families.contract import EMBEDDING_NAME, HEAD_NAME, Family, ParameterPath
@@ -144,7 +144,9 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
 
 
 def _open(folder: Path) -> Mapping[str, Entry]:
-    return open_arrays(folder) if has_orbax_arrays(folder) else open_weights(folder)
+    if has_orbax_arrays(folder):
+        return readable(open_arrays(folder), None)
+    return readable(open_weights(folder), _quantization(folder))
 
 
 def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Mapping[str, Any]) -> StoredWeights:
@@ -317,9 +319,9 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return {} if file is None else read_json_object(file)
 
 
-def _quantization(folder: Path) -> Any:
+def _quantization(folder: Path) -> Quantization | None:
     """The weight format that the folder's `config.json` names; a folder without the file has plain weights."""
-    return read_quantization(_raw_config(folder).get("quantization_config"))
+    return quantization_of(_raw_config(folder))
 
 
 def host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
