@@ -33,8 +33,11 @@ def gptq(
     size = inputs if group_size == -1 else group_size
     groups, largest = inputs // size, 2**bits - 1
     codes = rng.integers(0, largest + 1, (inputs, outputs))
-    # A zero point of 0 has no stored form in version 1, which keeps it less 1.
-    zeros = np.full((groups, outputs), 2 ** (bits - 1)) if sym else rng.integers(1, largest + 1, (groups, outputs))
+    first = 0 if v2 else 1  # version 1 keeps zero points less 1, so 0 has no stored form and largest + 1 has one
+    zeros = rng.integers(first, first + largest + 1, (groups, outputs))
+    zeros.flat[:2] = first, first + largest
+    if sym:
+        zeros[...] = 2 ** (bits - 1)
     scales = rng.uniform(0.002, 0.02, (groups, outputs)).astype(np.float16)
     group_of = np.arange(inputs) // size
     if shuffled:
@@ -45,7 +48,7 @@ def gptq(
         numbers[out, i] = np.float64(codes[i, out] - zeros[group, out]) * np.float64(scales[group, out])
     return {
         "qweight": packed_words(codes, bits, 0),
-        "qzeros": packed_words(zeros - (0 if v2 else 1), bits, 1),
+        "qzeros": packed_words(zeros - first, bits, 1),
         "scales": scales,
         "g_idx": group_of.astype(np.int32),
     }, numbers

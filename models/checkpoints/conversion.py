@@ -32,11 +32,11 @@ from decodax.models.checkpoints.convert_target import (
     written_files,
 )
 from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, parse_json_object
+from decodax.models.checkpoints.model_weights import model_weight_files
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape
 from decodax.models.checkpoints.name_map_selection import REDUNDANT_SUFFIXES
 from decodax.models.checkpoints.orbax_files import FOLDER, regular_files
 from decodax.models.checkpoints.reading import Progress, StoredWeights, flat_weights, open_params
-from decodax.models.checkpoints.safetensors_files import weight_files
 from decodax.models.checkpoints.staged_folder import StagedFolder, forget_partial, partial_of, staged
 from decodax.models.config import ModelConfig
 from decodax.models.configs.hf_config import load_config
@@ -146,7 +146,7 @@ def open_source(source: Any) -> Source:
     files = (
         [folder / FOLDER / name for name in sorted(regular_files(folder))]
         if has_orbax_arrays(folder)
-        else weight_files(folder)
+        else model_weight_files(folder)
     )
     stored = (model,) if mtp_head is None else (model, mtp_head)
     return Source(folder, family, config, weights, name_maps, _stamps(folder, files), _left_out(stored, family), stored)

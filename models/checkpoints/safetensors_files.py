@@ -161,8 +161,9 @@ def _advice(folder: Path) -> str:
         return f", nor {FOLDER}/{METADATA}, which an Orbax checkpoint has: copy the folder again, whole, or convert it"
     if names := found("*.bin", "*.pt", "*.pth"):
         return (
-            f", only {names}: pickled files can run code and are not opened. Convert them once "
-            "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+            f", only {names}: pickled weights are read from pytorch_model.bin, or from the files that "
+            "pytorch_model.bin.index.json names. Rename a single file, or convert it with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     if names := found("*.gguf"):
         return f", only {names}: GGUF is not read; use the model's safetensors files"

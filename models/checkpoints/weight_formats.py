@@ -1,6 +1,6 @@
 """Says what a stored tensor is to the reader, and reads small files of plain floats.
 
-Tensors of a checkpoint are plain floats (`safetensors_files.py`, `pickled_files.py`, `orbax_arrays.py`) or packed in a
+Tensors of a checkpoint are plain floats (`models/checkpoints/model_weights.py` opens their files) or packed in a
 weight format (`models/checkpoints/formats/`). Each gives rows of plain numbers, so that a layer sees ordinary weights.
 All axes but the last count as rows.
 """

@@ -8,8 +8,9 @@ of AutoGPTQ and GPTQModel, which the Hugging Face hub's models have:
     X.scales   float [groups, outputs]
     X.g_idx    int32 [inputs]                         the group of each input; optional
 
-Number = (code - zero) * scale in float32, which is exact for scales in 16 bits. Format "gptq" stores zero - 1, so 1 is
-added after unpacking (16 is possible with 4 bits, as in the kernels of exllama and vLLM); "gptq_v2" stores the zero.
+Number = (code - zero) * scale in float32, which is exact for scales in 16 bits. Format "gptq" stores zero - 1: the 1 is
+added after unpacking, so that 16 is possible with 4 bits, as in the kernels of exllama and vLLM. "gptq_v2" stores the
+zero point itself.
 """
 
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ class Settings:
 class GPTQTensor(Packed):
     """Number [o, i] = (code[i, o] - zero[g, o]) * scale[g, o], where g is i's group.
 
-    Its parts: codes uint8 [rows, inputs]; scales [rows, groups] in the stored dtype; zeros uint8 [rows, groups], with
+    Its parts: codes uint8 [rows, inputs]; scales [rows, groups] in the stored dtype; zeros int16 [rows, groups], with
     the 1 added; groups of consecutive inputs, or `group_of` each input.
 
     words, zero_words, scales: as stored, words as uint32.
@@ -73,8 +74,8 @@ class GPTQTensor(Packed):
 
     def parts(self, index: slice | np.ndarray) -> Parts:
         bits, outputs = self.settings.bits, self.row_numbers(index)
-        zeros = columns_of(self.zero_words, outputs, bits)
-        zeros += np.uint8(self.settings.zero_offset)
+        zeros = columns_of(self.zero_words, outputs, bits).astype(np.int16)
+        zeros += np.int16(self.settings.zero_offset)
         return Parts(
             codes_of(self.words[:, index].T, bits),
             self.scales[:, index].T,

@@ -91,7 +91,7 @@ def readable(stored: Mapping[str, Entry], quantization: Quantization | None) -> 
         if not methods:
             problem = (
                 f"unknown kind of number: {printable(piece)} is {printable(tensor.kind)}, expected one of "
-                f"{sorted(PLAIN_DTYPES)}, or a weight format that quantization_config in config.json names"
+                f"{sorted(PLAIN_DTYPES)}, or a weight format that config.json names"
             )
             entries[piece] = (piece, _unreadable(tensor, problem, is_packed=False))
             continue
@@ -137,4 +137,7 @@ def _methods(piece: str, stored: Mapping[str, Entry]) -> dict[str, tuple[str, st
         method: sum(prefix + suffix in stored for suffix in FORMATS[method].suffixes)
         for method, (_, prefix) in found.items()
     }
-    return {method: named for method, named in found.items() if counts[method] == max(counts.values())}
+    most = max(counts.values(), default=0)
+    if most == 1 and stored[piece].kind in ("I8", "U8") and found.keys() <= {"bitsandbytes", "compressed-tensors"}:
+        return {}  # whole numbers alone, which any program may have stored
+    return {method: named for method, named in found.items() if counts[method] == most}
