@@ -169,7 +169,7 @@ def _surplus(
     tied_head = None if expected.tied_head is None else [match.names.in_file(name) for name in expected.tied_head]
     lines = []
     for name, tensor in stored.items():
-        if name in used or name.endswith(REDUNDANT_SUFFIXES):
+        if name in used or name.endswith(REDUNDANT_SUFFIXES) or _is_empty_bias(name, stored):
             continue
         if tied_head is not None and name == tied_head[0]:
             if not _equal(tensor, stored[tied_head[1]]):
@@ -184,6 +184,14 @@ def _surplus(
         elif expected.elsewhere is None or not re.fullmatch(expected.elsewhere, match.names.expected(name)):
             lines.append(f"surplus: {printable(name)} {list(tensor.shape)}")
     return lines
+
+
+def _is_empty_bias(name: str, stored: Mapping[str, Entry]) -> bool:
+    """Whether a tensor is the bias of zeros that some programs store beside every packed weight (GPTQ-for-LLaMa)."""
+    weight, bias = stored.get(f"{name.removesuffix('bias')}weight"), stored[name]
+    if not name.endswith(".bias") or weight is None or not is_packed(weight):
+        return False
+    return isinstance(bias, StoredTensor) and len(bias.shape) == 1 and not bias.rows(slice(None)).any()
 
 
 def _equal(one: Entry, other: Entry) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 
 from decodax.core.printable import printable
 from decodax.models.checkpoints.formats.contract import Format, Packed, PackedTensor, Parts, Pieces
-from decodax.models.checkpoints.formats.fields import choice, require_known, size, texts
+from decodax.models.checkpoints.formats.fields import choice, empty, require_known, size, texts
 from decodax.models.checkpoints.formats.gptq import WORDS, num_groups
 from decodax.models.checkpoints.formats.unpacking import columns_of
 from decodax.models.checkpoints.safetensors_files import PLAIN_DTYPES, Entry
@@ -27,12 +27,15 @@ _WHERE = "with quant_method awq"
 _QWEIGHT = "qweight"
 _BITS, _PER_WORD = 4, 8
 _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of outputs 0 to 7 in their word
+_FORMS = ("version", "format", "checkpoint_format")
+_UNSUPPORTED = ("dynamic", "desc_act")  # other bits in some layers; groups of inputs that are not consecutive
 _FIELDS = frozenset(
     {
-        *("quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format"),
-        "modules_to_not_convert",
-        # how a program runs the weights
-        *("backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config"),
+        *("quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", *_FORMS),
+        *("modules_to_not_convert", *_UNSUPPORTED),
+        # how the weights were made, or how a program runs them
+        *("backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config", "sym", "lm_head", "meta"),
+        *("pack_dtype", "method"),
     }
 )
 
@@ -61,10 +64,11 @@ class AWQTensor(Packed):
 def _settings(field: Mapping[str, Any]) -> int:
     """The group size."""
     require_known(field, _FIELDS, f"quantization_config {_WHERE}")
+    empty(field, _UNSUPPORTED, _WHERE)
     field = {"bits": field.get("w_bit"), "group_size": field.get("q_group_size"), **field}
     choice(field, "bits", (_BITS,), None, _WHERE)
     choice(field, "zero_point", (True,), True, f"{_WHERE} (gemm files have zero points)")
-    for name in ("version", "format"):
+    for name in _FORMS:
         choice(field, name, ("gemm", "GEMM"), "gemm", _WHERE)
     texts(field, "modules_to_not_convert", _WHERE)  # the files say it by themselves
     return size(field, "group_size", None, _WHERE, or_minus_one=True)
@@ -78,10 +82,8 @@ def _packed_as(name: str, stored: Mapping[str, Entry]) -> tuple[str, str] | None
 def _tensor(pieces: Pieces, group_size: int) -> PackedTensor:
     words = pieces.matrix(_QWEIGHT, WORDS, f"[inputs, outputs / {_PER_WORD}]")
     num_inputs, num_outputs = words.shape[0], words.shape[1] * _PER_WORD
-    groups, what = (
-        num_groups(num_inputs, group_size, printable(pieces.name)),
-        f"of {printable(pieces.name)} {[num_outputs, num_inputs]}",
-    )
+    what = f"of {printable(pieces.name)} {[num_outputs, num_inputs]}"
+    groups = num_groups(num_inputs, group_size, printable(pieces.name))
     scales = pieces.take("scales", PLAIN_DTYPES, f"one scale for each group {what}", (groups, num_outputs))
     zeros = pieces.take("qzeros", WORDS, f"the zero points {what}", (groups, words.shape[1]))
     arrays = (words.array(np.uint32), zeros.array(np.uint32), scales.array(scales.dtype))

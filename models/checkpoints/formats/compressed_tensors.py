@@ -111,7 +111,7 @@ def _tensor(pieces: Pieces, settings: Settings) -> PackedTensor:
     what = f"one scale for each {scheme.strategy} of {printable(pieces.name)} {list(shape)}"
     scales = _scales(pieces, scheme, what, counts)
     zeros = None if scheme.symmetric else _zeros(pieces, scheme, what.replace("scale", "zero point"), counts, shape)
-    group_of = _group_of(pieces, shape, counts)
+    group_of = _group_of(pieces, scheme, shape, counts)
     arrays = (codes, scales, zeros, block, scheme)
     return CompressedTensor(pieces.label, shape, pieces.mappings, *arrays, group_of=group_of)
 
@@ -174,9 +174,9 @@ def _zeros(pieces: Pieces, scheme: Scheme, what: str, counts: tuple[int, int], s
     return piece.array(np.int8).reshape(counts)
 
 
-def _group_of(pieces: Pieces, shape: tuple[int, ...], counts: tuple[int, int]) -> np.ndarray | None:
-    """The group of each input where the file gives it (activation ordering)."""
-    if not pieces.has("weight_g_idx"):
+def _group_of(pieces: Pieces, scheme: Scheme, shape: tuple[int, ...], counts: tuple[int, int]) -> np.ndarray | None:
+    """The group of each input, with activation ordering."""
+    if not scheme.ordered:
         return None
     piece = pieces.take("weight_g_idx", _SHAPE, f"the group of each input of {printable(pieces.name)}", shape[1:])
     group_of = piece.array(_SHAPE[piece.kind]).astype(np.int64)

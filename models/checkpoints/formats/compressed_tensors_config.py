@@ -14,6 +14,7 @@ _FORMATS = (
     "mixed-precision",  # each group has its own
 )
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
+_CONSECUTIVE, _ORDERED = (None, False, "weight", "static"), ("group", "dynamic", True)  # values of actorder
 _UNSUPPORTED = ("kv_cache_scheme", "transform_config", "moe_sparsity_config")
 _FIELDS = frozenset(
     {
@@ -44,6 +45,7 @@ class Scheme:
     strategy: what shares a scale: "tensor", "channel", "group", "tensor_group" or "block".
     group_size: inputs that share a scale with "group" and "tensor_group".
     block: (outputs, inputs) that share a scale with "block".
+    ordered: the groups are of inputs that are not consecutive (activation ordering).
     """
 
     bits: int
@@ -52,6 +54,7 @@ class Scheme:
     strategy: str
     group_size: int = 0
     block: tuple[int, int] = (0, 0)
+    ordered: bool = False
 
     @property
     def is_nvfp4(self) -> bool:
@@ -143,7 +146,9 @@ def _scheme(weights: Mapping[str, Any], where: str) -> Scheme:
             )
         return Scheme(bits, type_, symmetric, strategy, block=(block[0], block[1]))
     if strategy in ("group", "tensor_group"):
-        return Scheme(bits, type_, symmetric, strategy, size(weights, "group_size", None, where))
+        ordered = choice(weights, "actorder", (*_CONSECUTIVE, *_ORDERED), None, where) in _ORDERED
+        group_size = size(weights, "group_size", None, where)
+        return Scheme(bits, type_, symmetric, strategy, group_size, ordered=ordered)
     return Scheme(bits, type_, symmetric, strategy)
 
 

@@ -47,10 +47,17 @@ _FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class Settings:
-    """bits: of a code. group_size: inputs that share a scale; -1: all. zero_offset: what is added to a stored zero."""
+    """What the config says of all weights.
+
+    bits: of a code.
+    group_size: inputs that share a scale; -1: all.
+    ordered: the groups are of inputs that are not consecutive (activation ordering).
+    zero_offset: what is added to a stored zero point.
+    """
 
     bits: int
     group_size: int
+    ordered: bool
     zero_offset: int
 
 
@@ -89,11 +96,11 @@ def _settings(field: Mapping[str, Any]) -> Settings:
     require_known(field, _FIELDS, f"quantization_config {_WHERE}")
     empty(field, _UNSUPPORTED, _WHERE)
     bits = choice(field, "bits", (2, 4, 8), None, _WHERE)
-    for name in ("desc_act", "sym"):  # the files say both by themselves
-        choice(field, name, (True, False, None), None, _WHERE)
+    choice(field, "sym", (True, False, None), None, _WHERE)  # the zero points say it
+    ordered = choice(field, "desc_act", (True, False, None), None, _WHERE) is True
     formats = [choice(field, name, (*_FORMATS, None), None, _WHERE) for name in ("checkpoint_format", "format")]
-    is_v2 = "gptq_v2" in formats
-    return Settings(bits, size(field, "group_size", None, _WHERE, or_minus_one=True), 0 if is_v2 else 1)
+    group_size = size(field, "group_size", None, _WHERE, or_minus_one=True)
+    return Settings(bits, group_size, ordered, 0 if "gptq_v2" in formats else 1)
 
 
 def _packed_as(name: str, stored: Mapping[str, Entry]) -> tuple[str, str] | None:
@@ -126,7 +133,7 @@ def _tensor(pieces: Pieces, settings: Settings) -> PackedTensor:
     scales = pieces.take("scales", PLAIN_DTYPES, f"one scale for each group {what}", (groups, num_outputs))
     zeros = pieces.take("qzeros", WORDS, f"the zero points {what}", (groups, num_outputs // per_word))
     group_of = None
-    if pieces.has("g_idx"):
+    if pieces.has("g_idx") or (settings.ordered and groups > 1):
         group_of = _group_of(pieces.take("g_idx", ["I32", "I64"], f"the group of each input {what}", (num_inputs,)))
         if group_of.min() < 0 or group_of.max() >= groups:
             raise ValueError(

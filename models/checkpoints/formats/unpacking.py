@@ -12,10 +12,10 @@ def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
     octets = np.ascontiguousarray(words.astype("<u4", copy=False)).view(np.uint8)
     if bits == 8:
         return octets
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = octets[..., None] >> shifts
-    codes &= np.uint8(2**bits - 1)
-    return codes.reshape(*octets.shape[:-1], octets.shape[-1] * len(shifts))
+    codes = np.empty((*octets.shape, 8 // bits), np.uint8)
+    for place in range(8 // bits):
+        np.bitwise_and(octets >> np.uint8(place * bits), 2**bits - 1, out=codes[..., place])
+    return codes.reshape(*octets.shape[:-1], octets.shape[-1] * (8 // bits))
 
 
 def columns_of(words: np.ndarray, columns: np.ndarray, bits: int, places: np.ndarray | None = None) -> np.ndarray:
@@ -24,8 +24,12 @@ def columns_of(words: np.ndarray, columns: np.ndarray, bits: int, places: np.nda
     columns: their indices.
     places: where in its word each of the first 32 / bits codes is; None: in order.
     """
-    word, code = np.divmod(columns, 32 // bits)
+    per_word = 32 // bits
+    word, code = np.divmod(columns, per_word)
     place = code if places is None else places[code]
+    first, end = int(word.min(initial=words.shape[-1])), int(word.max(initial=0)) + 1
+    if (end - first) * per_word <= 2 * len(columns):  # most codes of these words: unpacked, then chosen, as bytes
+        return codes_of(words[..., first:end], bits).take((word - first) * per_word + place, axis=-1)
     codes = words[..., word]  # a copy
     codes >>= (place * bits).astype(np.uint32)
     codes &= np.uint32(2**bits - 1)
@@ -33,7 +37,7 @@ def columns_of(words: np.ndarray, columns: np.ndarray, bits: int, places: np.nda
 
 
 def halves(octets: np.ndarray, *, high_first: bool = False) -> np.ndarray:
-    """Both codes of each byte along the last axis, uint8 [.., 2 * bytes].
+    """Both codes of four bits in each byte along the last axis, uint8 [.., 2 * bytes].
 
     >>> halves(np.array([0x21, 0x43], np.uint8)).tolist()
     [1, 2, 3, 4]
