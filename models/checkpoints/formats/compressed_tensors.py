@@ -99,6 +99,8 @@ def _tensor(pieces: Pieces, settings: Settings) -> PackedTensor:
             f"not in config.json: {printable(pieces.name)} is stored as compressed-tensors, but no group of "
             "quantization_config.config_groups targets it, or ignore names it"
         )
+    if pieces.has(_PACKED) and pieces.has(_WEIGHT):
+        raise ValueError(f"surplus: {printable(pieces.name)} is stored twice, once packed: keep one of the two")
     if scheme.is_nvfp4:
         return _nvfp4(pieces, scheme)
     if pieces.has(_PACKED):

@@ -93,7 +93,7 @@ def read_settings(field: Mapping[str, Any]) -> Settings:
     require_known(field, _FIELDS, f"quantization_config {_WHERE}")
     empty(field, _UNSUPPORTED, _WHERE)
     choice(field, "format", _FORMATS, "mixed-precision", _WHERE)
-    choice(field, "quantization_status", ("compressed",), "compressed", _WHERE)
+    choice(field, "quantization_status", ("compressed", "frozen"), "compressed", _WHERE)  # older files say "frozen"
     sparsity = field.get("sparsity_config")
     if sparsity not in (None, {}) and not (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
         raise ValueError(

@@ -74,7 +74,8 @@ def _settings(field: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _packed_as(name: str, stored: Mapping[str, Entry]) -> tuple[str, str] | None:
-    return (name, name) if stored[name].kind == FP8_KIND else None
+    is_scale = name.endswith("_scale")  # NVFP4's
+    return (name, name) if stored[name].kind == FP8_KIND and not is_scale else None
 
 
 def _tensor(pieces: Pieces, block: tuple[int, int]) -> PackedTensor:

@@ -91,9 +91,7 @@ def _tensor(pieces: Pieces, settings: Settings) -> PackedTensor:
     tensor, module = printable(pieces.name), pieces.prefix.removesuffix(".")
     grouping = settings.of_module.get(module, settings.grouping)
     if grouping is None:
-        raise ValueError(
-            f"not in config.json: {tensor} is packed, but quantization says that {printable(module)} is not"
-        )
+        raise ValueError(f"not in config.json: {tensor} is packed, but quantization has {printable(module)}: false")
     words = pieces.take(_WEIGHT, ["U32"], "codes")
     if len(words.shape) < 2:
         raise ValueError(f"misshapen: {tensor} {list(words.shape)}, expected [.., outputs, inputs * bits / 32]")

@@ -85,22 +85,21 @@ def readable(stored: Mapping[str, Entry], quantization: Quantization | None) -> 
             if piece not in consumed and (found := format.packed_as(piece, stored)) is not None:
                 replace(piece, *found, format, _packed(piece, *found, stored, format, quantization.settings))
     for piece, tensor in stored.items():
-        if piece in consumed or piece in entries or tensor.kind in PLAIN_DTYPES:
-            continue
-        methods = _methods(piece, stored)
-        if not methods:
+        if piece not in consumed and tensor.kind not in PLAIN_DTYPES and (methods := _methods(piece, stored)):
+            named, (name, prefix) = " or ".join(methods), next(iter(methods.values()))
+            problem = (
+                f"not in config.json: {printable(name)} is stored as {named}, but there is no quantization_config with "
+                f"quant_method {named}; copy it from where the checkpoint comes from"
+            )
+            entry = _unreadable(tensor, problem, is_packed=True)
+            replace(piece, name, prefix, FORMATS[next(iter(methods))], entry)
+    for piece, tensor in stored.items():
+        if piece not in consumed and tensor.kind not in PLAIN_DTYPES:
             problem = (
                 f"unknown kind of number: {printable(piece)} is {printable(tensor.kind)}, expected one of "
                 f"{sorted(PLAIN_DTYPES)}, or a weight format that config.json names"
             )
             entries[piece] = (piece, _unreadable(tensor, problem, is_packed=False))
-            continue
-        named, (name, prefix) = " or ".join(methods), next(iter(methods.values()))
-        problem = (
-            f"not in config.json: {printable(name)} is stored as {named}, but there is no quantization_config with "
-            f"quant_method {named}; copy it from where the checkpoint comes from"
-        )
-        replace(piece, name, prefix, FORMATS[next(iter(methods))], _unreadable(tensor, problem, is_packed=True))
     return {
         name: entry
         for piece, tensor in stored.items()
