@@ -19,7 +19,8 @@ from numpy.typing import DTypeLike
 
 from decodax.core.printable import printable, printable_list
 from decodax.models.checkpoints.model_files import find_file, read_json_object
-from decodax.models.checkpoints.restricted_pickle import CONVERT, ITEM_BYTES, PickledTensor, read_state
+from decodax.models.checkpoints.pickled_objects import CONVERT, ITEM_BYTES, PickledTensor
+from decodax.models.checkpoints.restricted_pickle import read_state
 from decodax.models.checkpoints.safetensors_files import RawTensor
 
 SINGLE_PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -1,73 +1,31 @@
 """Reads the pickle of a PyTorch state dictionary without running any code: tensors, their storages, nothing else.
 
 A pickle is a program for a stack machine, and Python's own machine calls whatever function it names. This one knows the
-few instructions of which `torch.save` builds a state dictionary, represents the five functions named there as data, and
-refuses every other instruction and every other name. PyTorch is not needed.
+few instructions of which `torch.save` builds a state dictionary, represents what they name as data
+(`models/checkpoints/pickled_objects.py`), and refuses every other instruction and every other name. PyTorch is not
+needed.
 
-Memory stays in proportion to the pickle: numbers are short, and an object that is used many times exists once.
+Memory stays in proportion to the pickle: an object that is used many times exists once.
 """
 
-import math
 import pickletools
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from decodax.core.printable import printable
-
-_STORAGES = {
-    "torch.DoubleStorage": "F64",
-    "torch.FloatStorage": "F32",
-    "torch.HalfStorage": "F16",
-    "torch.BFloat16Storage": "BF16",
-    "torch.LongStorage": "I64",
-    "torch.IntStorage": "I32",
-    "torch.ShortStorage": "I16",
-    "torch.CharStorage": "I8",
-    "torch.ByteStorage": "U8",
-    "torch.BoolStorage": "BOOL",
-    "torch.UntypedStorage": "U8",
-    "torch.storage.UntypedStorage": "U8",
-}
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_DICTIONARY = "collections.OrderedDict"
-_TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-_NAMES = frozenset({_DICTIONARY, _TENSOR, _PARAMETER, *_STORAGES})
-_MAX_AXES, _MAX_NUMBERS = 32, 2**62
-_MAX_LONG_BYTES = 9  # of a whole number: 64 bits and its sign
-CONVERT = (
-    "convert it once with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), which "
-    "writes safetensors"
+from decodax.models.checkpoints.pickled_objects import (
+    CONVERT,
+    FUNCTIONS,
+    Name,
+    PickledTensor,
+    allowed,
+    short,
+    storage_of,
+    update,
 )
 
-
-@dataclass(frozen=True)
-class Storage:
-    """A storage: the kind of its numbers, its key in the file, and how many there are."""
-
-    kind: str
-    key: str
-    count: int
-
-
-@dataclass(frozen=True)
-class PickledTensor:
-    """A tensor: number [i, j, ..] is storage[offset + i * strides[0] + j * strides[1] + ..]."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A name that the pickle may use."""
-
-    text: str
-
-
+_MAX_INSTRUCTIONS = 2**22  # thirty describe a tensor
 _MARK = object()
 
 
@@ -78,9 +36,11 @@ def read_state(content: bytes) -> dict[str, PickledTensor]:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(content):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if opcode.name == "STOP":
                 break
+            if count >= _MAX_INSTRUCTIONS:
+                raise ValueError(f"its pickle has more than {_MAX_INSTRUCTIONS:,} instructions, which are not read")
             machine.step(opcode.name, argument)
     except (IndexError, KeyError, struct.error, OverflowError) as error:
         raise ValueError(f"its pickle is damaged ({printable(error)}): download the file again") from None
@@ -150,24 +110,24 @@ class _Machine:
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        _update(self.stack[-1], [key, value])
+        update(self.stack[-1], [key, value])
 
     def _set_items(self) -> None:
         items = self._to_mark()
-        _update(self.stack[-1], items)
+        update(self.stack[-1], items)
 
     def _stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(_allowed(f"{module} {name}" if isinstance(module, str) and isinstance(name, str) else "?"))
+        self.stack.append(allowed(f"{module} {name}" if isinstance(module, str) and isinstance(name, str) else "?"))
 
     def _persistent(self) -> None:
-        self.stack.append(_storage(self.stack.pop()))
+        self.stack.append(storage_of(self.stack.pop()))
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Name) or not isinstance(arguments, tuple) or function.text not in _FUNCTIONS:
+        if not isinstance(function, Name) or not isinstance(arguments, tuple) or function.text not in FUNCTIONS:
             raise ValueError("its pickle calls something that is no function of a state dictionary, which is not done")
-        self.stack.append(_FUNCTIONS[function.text](arguments))
+        self.stack.append(FUNCTIONS[function.text](arguments))
 
     def _build(self) -> None:
         """An attribute of a dictionary: `_metadata`, versions of modules, which nothing reads."""
@@ -176,94 +136,6 @@ class _Machine:
             raise ValueError("its pickle sets attributes of something that is no dictionary, which is not done")
 
 
-def _update(target: Any, items: list[Any]) -> None:
-    if not isinstance(target, dict) or len(items) % 2 or not all(type(key) is str for key in items[::2]):
-        raise ValueError(
-            f"its pickle has an object with keys that are no texts, which no state dictionary has: {CONVERT}"
-        )
-    target.update(zip(items[::2], items[1::2], strict=True))
-
-
-def _allowed(argument: str) -> _Name:
-    """The name of a GLOBAL instruction: module and name with a space between them."""
-    text = ".".join(argument.split(" ", 1))
-    if text not in _NAMES:
-        raise ValueError(
-            f"its pickle names {printable(text)}, which could run code and is not used: only tensors and their "
-            f"storages are read; if you trust the file, {CONVERT}"
-        )
-    return _Name(text)
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_NUMBERS
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) <= _MAX_AXES and all(map(_whole, value))
-
-
-def _short(value: int) -> int:
-    if value.bit_length() > 8 * _MAX_LONG_BYTES:
-        raise ValueError("its pickle has a number of more than 64 bits, which no size has: download the file again")
-    return value
-
-
-def _storage(described: Any) -> Storage:
-    """("storage", class, key, device, count) as a storage."""
-    if isinstance(described, tuple) and len(described) in (5, 6) and described[0] == "storage":
-        kind, key, count = described[1], described[2], described[4]
-        if isinstance(kind, _Name) and kind.text in _STORAGES and type(key) is str and _whole(count):
-            return Storage(_STORAGES[kind.text], key, count)
-    raise ValueError("its pickle describes a storage in an unknown way: download the file again")
-
-
-def _tensor(arguments: tuple[Any, ...]) -> PickledTensor:
-    """(storage, offset, sizes, strides, ...) as a tensor within its storage."""
-    storage, offset, sizes, strides = arguments[:4] if len(arguments) >= 4 else (None,) * 4
-    if not (
-        isinstance(storage, Storage)
-        and _whole(offset)
-        and all(
-            isinstance(item, tuple) and len(item) <= _MAX_AXES and all(map(_whole, item)) for item in (sizes, strides)
-        )
-        and len(sizes) == len(strides)
-    ):
-        raise ValueError("its pickle describes a tensor in an unknown way: download the file again")
-    count = math.prod(sizes)
-    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if math.prod(size or 1 for size in sizes) > _MAX_NUMBERS or (count and last >= storage.count):
-        raise ValueError(
-            f"its pickle has a tensor {printable(list(sizes))} that ends after the {storage.count:,} numbers of its "
-            f"storage {printable(storage.key)}: download the file again"
-        )
-    return PickledTensor(storage, offset, sizes, strides)
-
-
-def _parameter(arguments: tuple[Any, ...]) -> PickledTensor:
-    if not arguments or not isinstance(arguments[0], PickledTensor):
-        raise ValueError("its pickle describes a parameter in an unknown way: download the file again")
-    return arguments[0]
-
-
-def _dictionary(arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """An empty dictionary, or that of a list of pairs."""
-    found: dict[str, Any] = {}
-    pairs = arguments[0] if len(arguments) == 1 else []
-    if len(arguments) > 1 or not isinstance(pairs, list):
-        raise ValueError("its pickle describes a dictionary in an unknown way: download the file again")
-    for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ValueError("its pickle describes a dictionary in an unknown way: download the file again")
-        _update(found, list(pair))
-    return found
-
-
-_FUNCTIONS: Mapping[str, Callable[[tuple[Any, ...]], Any]] = {
-    _DICTIONARY: _dictionary,
-    _TENSOR: _tensor,
-    _PARAMETER: _parameter,
-}
 _PUSHES: Mapping[str, Callable[[Any], Any]] = {
     "MARK": lambda _: _MARK,
     "NONE": lambda _: None,
@@ -272,9 +144,9 @@ _PUSHES: Mapping[str, Callable[[Any], Any]] = {
     "EMPTY_DICT": lambda _: {},
     "EMPTY_LIST": lambda _: [],
     "EMPTY_TUPLE": lambda _: (),
-    "GLOBAL": _allowed,
+    "GLOBAL": allowed,
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT"), lambda value: value),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), _short),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), short),
 }
 _METHODS = {
     "TUPLE": "_tuple",

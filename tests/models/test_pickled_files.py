@@ -306,3 +306,11 @@ def test_a_pickle_of_absurd_size_is_not_read(tmp_path, monkeypatch, pickled):
     file = archive(tmp_path / "x.bin", ("m/data.pkl", pickled()), ("m/data/0", STORAGE))
     with pytest.raises(ValueError, match="more than 7 are not read"):
         open_pickled(file)
+
+
+def test_a_pickle_of_endless_instructions_is_not_read(monkeypatch):
+    monkeypatch.setattr("decodax.models.checkpoints.restricted_pickle._MAX_INSTRUCTIONS", 11)
+    with pytest.raises(ValueError, match="more than 11 instructions"):
+        read_state(b"\x80\x02" + b"}" * 11 + b".")
+    with pytest.raises(ValueError, match="no state dictionary"):
+        read_state(b"\x80\x02" + b"}" * 10 + b".")
