@@ -128,21 +128,22 @@ def test_packed_weights_without_a_config_and_the_other_way_round(tmp_path, name,
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError) as caught:
         load_params(tmp_path, *load_config(tmp_path), dtype=np.dtype(np.float32))
-    packed = np.load(GOLDEN / name / "numbers.npz").files
+    with np.load(GOLDEN / name / "numbers.npz") as file:
+        numbers = dict(file)
     lines = [line for line in str(caught.value).split("\n") if "not in config.json" in line]
     said = f"is stored as {method}, but there is no quantization_config with quant_method {method}; copy it from where"
-    assert len(lines) == len(packed) and all(said in line for line in lines)
+    assert len(lines) == len(numbers) and all(said in line for line in lines)
     assert "surplus" not in str(caught.value)  # the pieces belong to what is named
 
-    numbers = np.load(GOLDEN / name / "numbers.npz")
     plain = {key: value for key, value in tensors.items() if value.dtype == np.float16 and key.endswith(".weight")}
-    (line,) = problems(tmp_path, name, plain | dict(numbers))
+    (line,) = problems(tmp_path, name, plain | numbers)
     assert re.fullmatch(r"quantization_config in config.json says .*, but no tensor is stored so: remove it .*", line)
 
 
-def test_plain_and_packed_at_once(tmp_path):
+@pytest.mark.parametrize("kind", [np.float64, np.float16])  # the first and the last of the file
+def test_plain_and_packed_at_once(tmp_path, kind):
     tensors = load_file(GOLDEN / "gptq" / "model.safetensors")
-    tensors[f"{DOWN}.weight"] = np.ones((32, 48), np.float32)
+    tensors[f"{DOWN}.weight"] = np.ones((32, 48), kind)
     (line,) = problems(tmp_path, "gptq", tensors)
     assert line.startswith(f"surplus: {DOWN}.weight is stored as it is and, as {DOWN}.qweight, packed: keep one")
 

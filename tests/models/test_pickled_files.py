@@ -22,6 +22,7 @@ import decodax
 from decodax.models.checkpoints.model_weights import model_weight_files, open_model_weights
 from decodax.models.checkpoints.pickled_files import open_pickled
 from decodax.models.checkpoints.restricted_pickle import read_state
+from decodax.models.checkpoints.safetensors_files import RawTensor
 from decodax.models.checkpoints.write_hf import to_hf
 from decodax.models.configs.hf_config import load_config
 
@@ -216,6 +217,11 @@ STORAGE = np.arange(12, dtype=np.float32).tobytes()
 def test_a_tensor_made_by_hand_is_read(tmp_path, pickled):
     file = archive(tmp_path / "x.bin", ("m/data.pkl", pickled((2, 3), (1, 4), 1)), ("m/data/0", STORAGE))
     np.testing.assert_array_equal(open_pickled(file)["x"].rows(slice(0, 2)), [[1, 5, 9], [2, 6, 10]])
+    file = archive(tmp_path / "y.bin", ("m/data.pkl", pickled((1, 3, 1), (7, 1, 5))), ("m/data/0", STORAGE))
+    assert type(open_pickled(file)["x"]) is RawTensor  # in order, whatever the strides of axes of size 1
+    file = archive(tmp_path / "z.bin", ("m/data.pkl", pickled((2, 2, 3), (1, 2, 4))), ("m/data/0", STORAGE))
+    stacked = [[0, 4, 8], [2, 6, 10], [1, 5, 9], [3, 7, 11]]
+    np.testing.assert_array_equal(open_pickled(file)["x"].rows(slice(1, 4)), stacked[1:])
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,7 @@ def directory_entries(content):
     return places
 
 
-@pytest.mark.parametrize("damage", ["overlap", "beyond", "local header", "size", "cut"])
+@pytest.mark.parametrize("damage", ["overlap", "beyond", "local header", "size", "last size", "cut"])
 def test_damaged_archives_are_refused(tmp_path, pickled, damage):
     file = archive(tmp_path / "x.bin", ("m/data.pkl", pickled()), ("m/data/0", STORAGE), ("m/data/1", STORAGE))
     content = bytearray(file.read_bytes())
@@ -292,8 +298,8 @@ def test_damaged_archives_are_refused(tmp_path, pickled, damage):
         struct.pack_into("<I", content, second + 42, 2**31)
     elif damage == "local header":
         content[header] ^= 1
-    elif damage == "size":
-        struct.pack_into("<II", content, first + 20, 2**31, 2**31)
+    elif damage.endswith("size"):
+        struct.pack_into("<II", content, (first if damage == "size" else second) + 20, 2**31, 2**31)
     else:
         del content[-5:]
     file.write_bytes(content)

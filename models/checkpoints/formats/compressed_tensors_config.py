@@ -159,11 +159,8 @@ def _check_patterns(targets: tuple[str, ...]) -> None:
             continue
         pattern = target.removeprefix(_REGULAR)
         repeats = len(re.findall(r"[*+{]", pattern))
-        if (
-            len(pattern) > _MOST_CHARACTERS
-            or repeats > _MOST_REPEATS
-            or re.search(r"\)\s*[*+{?]|\\[1-9]|\(\?", pattern)
-        ):
+        is_nested = re.search(r"\)\s*[*+{?]|\\[1-9]|\(\?", pattern) is not None
+        if len(pattern) > _MOST_CHARACTERS or repeats > _MOST_REPEATS or is_nested:
             raise ValueError(
                 f"quantization_config has the pattern {printable(repr(pattern))}: at most {_MOST_CHARACTERS} "
                 f"characters, {_MOST_REPEATS} repetitions, and none of a group, are allowed"
