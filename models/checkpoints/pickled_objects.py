@@ -91,10 +91,6 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) <= _MAX_AXES and all(map(_whole, value))
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) <= _MAX_AXES and all(map(_whole, value))
-
-
 def short(value: int) -> int:
     """The number; ValueError if it has more than 64 bits."""
     if value.bit_length() > _MAX_BITS:

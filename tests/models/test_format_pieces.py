@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from mmap import mmap
 from pathlib import Path
 
 import ml_dtypes
@@ -10,7 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from decodax.models.checkpoints.formats import FORMATS
+from decodax.models.checkpoints.formats.view import readable
 from decodax.models.checkpoints.reading import load_params
+from decodax.models.checkpoints.safetensors_files import RawTensor
 from decodax.models.configs.hf_config import load_config
 
 GOLDEN = Path(__file__).parent.parent / "golden_formats"
@@ -146,6 +150,28 @@ def test_plain_and_packed_at_once(tmp_path, kind):
     tensors[f"{DOWN}.weight"] = np.ones((32, 48), kind)
     (line,) = problems(tmp_path, "gptq", tensors)
     assert line.startswith(f"surplus: {DOWN}.weight is stored as it is and, as {DOWN}.qweight, packed: keep one")
+
+
+def test_codes_that_are_stored_twice(tmp_path):
+    tensors = load_file(GOLDEN / "ct_int4_group" / "model.safetensors")
+    for kind in (np.int8, np.int64):  # the last and the first of the file
+        tensors[f"{DOWN}.weight"] = np.ones((32, 48), kind)
+        (line,) = problems(tmp_path, "ct_int4_group", tensors)
+        assert line.startswith(f"surplus: {DOWN}.weight is stored") and line.endswith("keep one of the two")
+
+
+def test_pieces_of_nvfp4_without_a_config_are_one_tensor(tmp_path):
+    config = json.loads((GOLDEN / "ct_nvfp4" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(GOLDEN / "ct_nvfp4" / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError) as caught:
+        load_params(tmp_path, *load_config(tmp_path), dtype=np.dtype(np.float32))
+    assert str(caught.value).count("is stored as compressed-tensors") == 6 and "surplus" not in str(caught.value)
+    scale = np.ones((3, 5), ml_dtypes.float8_e4m3fn)
+    stored = {"x.weight_scale": RawTensor("x", "F8_E4M3", (3, 5), scale.view(np.uint8).reshape(-1), mmap(-1, 1))}
+    stored["x.weight_packed"] = RawTensor("x", "U8", (3, 40), np.zeros(120, np.uint8), mmap(-1, 1))
+    assert list(readable(stored, None)) == ["x.weight"]  # whatever their order
 
 
 def test_biases_of_zeros_are_passed_over(tmp_path):
