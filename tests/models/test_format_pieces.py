@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from decodax.models.checkpoints.formats import FORMATS
-from decodax.models.checkpoints.formats.view import readable
+from decodax.models.checkpoints.formats.contract import Unreadable
+from decodax.models.checkpoints.formats.view import quantization_of, readable
 from decodax.models.checkpoints.reading import load_params
 from decodax.models.checkpoints.safetensors_files import RawTensor
 from decodax.models.configs.hf_config import load_config
@@ -158,6 +159,12 @@ def test_codes_that_are_stored_twice(tmp_path):
         tensors[f"{DOWN}.weight"] = np.ones((32, 48), kind)
         (line,) = problems(tmp_path, "ct_int4_group", tensors)
         assert line.startswith(f"surplus: {DOWN}.weight is stored") and line.endswith("keep one of the two")
+    weights = {"num_bits": 8, "strategy": "channel"}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["Linear"], "weights": weights}}}
+    stored = {"x.weight": RawTensor("x", "I8", (3, 8), np.zeros(24, np.uint8), mmap(-1, 1))}
+    stored["x.weight_packed"] = RawTensor("x", "I32", (3, 2), np.zeros(24, np.uint8), mmap(-1, 1))
+    (entry,) = readable(stored, quantization_of({"quantization_config": config})).values()
+    assert isinstance(entry, Unreadable) and entry.problem.startswith("surplus: x.weight is stored twice")
 
 
 def test_pieces_of_nvfp4_without_a_config_are_one_tensor(tmp_path):

@@ -74,7 +74,7 @@ def _settings(field: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _packed_as(name: str, stored: Mapping[str, Entry]) -> tuple[str, str] | None:
-    is_scale = name.endswith("_scale")  # NVFP4's
+    is_scale = name.endswith(".weight_scale")  # of NVFP4
     return (name, name) if stored[name].kind == FP8_KIND and not is_scale else None
 
 
