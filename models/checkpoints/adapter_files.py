@@ -5,6 +5,7 @@ from pathlib import Path
 
 from decodax.core.printable import printable
 from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, read_json_object
+from decodax.models.checkpoints.pickled_files import PICKLE_INDEX, SINGLE_PICKLE
 from decodax.models.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 SETTINGS_FILE = "adapter_config.json"
@@ -19,7 +20,7 @@ def refuse_adapter_alone(folder: Path) -> None:
     if (
         files
         and not has_orbax_arrays(folder)
-        and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+        and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE, SINGLE_PICKLE, PICKLE_INDEX))
     ):
         raise FileNotFoundError(
             f"{printable(folder)} holds a LoRA adapter alone ({', '.join(files)}), and no model{_base(folder)}: "

@@ -1,7 +1,7 @@
 """Converts a model between checkpoint formats: what both directions share (source weights, small files, manifest).
 
 A source is a folder that `decodax.load` takes, of either kind, or a loaded model. Weights keep their stored dtype;
-quantised ones (FP8, mxfp4) become float32, which holds their numbers exactly, or the dtype asked for.
+packed ones (FP8, GPTQ, ...) become float32, which holds their numbers exactly, or the dtype asked for.
 """
 
 import fnmatch
@@ -32,13 +32,12 @@ from decodax.models.checkpoints.convert_target import (
     written_files,
 )
 from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, parse_json_object
+from decodax.models.checkpoints.model_weights import model_weight_files
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape
 from decodax.models.checkpoints.name_map_selection import REDUNDANT_SUFFIXES
 from decodax.models.checkpoints.orbax_files import FOLDER, regular_files
 from decodax.models.checkpoints.reading import Progress, StoredWeights, flat_weights, open_params
-from decodax.models.checkpoints.safetensors_files import weight_files
 from decodax.models.checkpoints.staged_folder import StagedFolder, forget_partial, partial_of, staged
-from decodax.models.checkpoints.weight_formats import scales_of
 from decodax.models.config import ModelConfig
 from decodax.models.configs.hf_config import load_config
 from decodax.models.families.contract import Family, ParameterPath
@@ -147,7 +146,7 @@ def open_source(source: Any) -> Source:
     files = (
         [folder / FOLDER / name for name in sorted(regular_files(folder))]
         if has_orbax_arrays(folder)
-        else weight_files(folder)
+        else model_weight_files(folder)
     )
     stored = (model,) if mtp_head is None else (model, mtp_head)
     return Source(folder, family, config, weights, name_maps, _stamps(folder, files), _left_out(stored, family), stored)
@@ -159,7 +158,6 @@ def _left_out(opened: Sequence[StoredWeights], family: Family) -> tuple[str, ...
     known = {
         tensor_slice.name for weights in opened for filled in weights.filled.values() for tensor_slice, _ in filled
     }
-    known |= {scales for name in known if (scales := scales_of(name, stored)) is not None}
     known |= {family.outer_name("head"), opened[0].names.in_file(family.outer_name("head"))}
     copies = rf".*\.(?:{family.mtp_head.copies})" if family.mtp_head is not None and len(opened) > 1 else "(?!)"
     return tuple(
@@ -223,7 +221,8 @@ def config_json(source: Source, dtypes: Mapping[ParameterPath, np.dtype]) -> byt
     file = source.folder / "config.json"
     content = b"" if find_file(source.folder, file.name) is None else file.read_bytes()
     config = parse_json_object(content, str(file))
-    was_quantised = config.pop("quantization_config", None) is not None
+    packed = [config.pop(name, None) for name in ("quantization_config", "quantization")]
+    was_quantised = any(field is not None for field in packed)
     if not was_quantised and all(dtype == source.weights.dtype(path) for path, dtype in dtypes.items()):
         return content
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]

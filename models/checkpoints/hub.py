@@ -10,9 +10,11 @@ from pathlib import Path
 from decodax.core.printable import printable, printable_list
 from decodax.models.checkpoints.adapter_files import refuse_adapter_alone
 from decodax.models.checkpoints.model_files import find_file, read_json_object
+from decodax.models.checkpoints.pickled_files import PICKLE_INDEX, SINGLE_PICKLE
 from decodax.models.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 _DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model"]
+_PICKLED = ["pytorch_model*.bin"]  # downloaded where a model has no safetensors files
 # Folders inside a repository hold other formats, and Mistral's consolidated files the same weights once more.
 _IGNORED = ["*/*", "consolidated*"]
 _BRANCH, _SNAPSHOTS = "main", "snapshots"
@@ -31,6 +33,8 @@ def download(name: str) -> Path:
 
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED, ignore_patterns=_IGNORED))
+        if not any((folder / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_PICKLED, ignore_patterns=_IGNORED))
     except errors.HFValidationError as error:
         raise FileNotFoundError(f"{name} is neither an existing folder nor a valid Hugging Face id: {error}") from error
     except errors.GatedRepoError as error:
@@ -104,9 +108,14 @@ def _missing(folder: Path) -> list[str]:
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if (folder / SINGLE_FILE).is_file():
         return missing
+    index_file = INDEX_FILE
     if not (folder / INDEX_FILE).is_file():
-        return [*missing, f"{SINGLE_FILE} (or {INDEX_FILE} and its files)"]
-    index = find_file(folder, INDEX_FILE)
+        if (folder / SINGLE_PICKLE).is_file():
+            return missing
+        if not (folder / PICKLE_INDEX).is_file():
+            return [*missing, f"{SINGLE_FILE} (or {INDEX_FILE} and its files)"]
+        index_file = PICKLE_INDEX
+    index = find_file(folder, index_file)
     weight_map = {} if index is None else read_json_object(index).get("weight_map")
     names = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
     return [*missing, *sorted(file for file in names if not (folder / file).is_file())]

@@ -2,7 +2,7 @@
 
 Most parameters are one stored tensor as it is. Others are a slice of a fused tensor (the gate half of gate_up_proj), a
 transposed tensor, or a stack of many (one matrix per expert). A `TensorSlice` describes this as data; `pieces` pairs
-the numbers of both. Reading (`transfers`: any region of a parameter, from any weight format,
+the numbers of both. Reading (`transfers`: any region of a parameter, from any stored tensor,
 `models/checkpoints/weight_formats.py`) and writing both follow it.
 
 A parameter may have several name maps, because programs store the same model differently (experts stacked in one

@@ -1,17 +1,22 @@
 """Finds which tensor name map of a model a checkpoint follows, and reports every tensor that does not fit."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from decodax.core.printable import printable
+from decodax.models.checkpoints.formats.contract import Unreadable
+from decodax.models.checkpoints.formats.view import Quantization, is_packed
 from decodax.models.checkpoints.name_map import NameMap, NameMaps, Shape, TensorSlice
 from decodax.models.checkpoints.name_prefix import BODY, TensorNames, find_names
-from decodax.models.checkpoints.safetensors_files import Entry, RawTensor, same_numbers
-from decodax.models.checkpoints.weight_formats import Quantization, StoredTensor, interpret, is_stored_as, scales_of
+from decodax.models.checkpoints.safetensors_files import Entry
+from decodax.models.checkpoints.weight_formats import StoredTensor
 from decodax.models.families.contract import ParameterPath
 
 Filled = dict[ParameterPath, list[tuple[TensorSlice, StoredTensor]]]  # what fills each parameter
+
+_COMPARED_NUMBERS = 2**18  # at once
 
 # Stored beside the weights by some programs and derived from the config: nothing is lost without them.
 REDUNDANT_SUFFIXES = (
@@ -78,7 +83,7 @@ class Match:
 
 
 def match_tensors(stored: Mapping[str, Entry], expected: Expected) -> Match:
-    """Compares the stored tensors with the expected ones."""
+    """Compares the stored tensors, as `readable` presents them, with the expected ones."""
     names = find_names(stored, tensor_names(expected.name_maps), expected.body_prefix)
     name_maps = {path: _in_file(several, names) for path, several in expected.name_maps.items()}
     nearest = {path: max(several, key=lambda name_map: _share(name_map, stored)) for path, several in name_maps.items()}
@@ -88,11 +93,10 @@ def match_tensors(stored: Mapping[str, Entry], expected: Expected) -> Match:
         match.problems.update(dict.fromkeys(_missing(name_map, name_maps[path], expected.shapes[path], stored)))
     _read_forms(stored, expected, match)
     match.problems.update(dict.fromkeys(_surplus(stored, name_maps, expected, match)))
-    method = None if expected.quantization is None else expected.quantization.method
-    if method is not None and not is_stored_as(method, stored):
+    if expected.quantization is not None and not any(map(is_packed, stored.values())):
         match.problems[
-            f"quantization_config in config.json says {method}, but no tensor is stored so: remove it from there if "
-            "the weights are plain"
+            f"quantization_config in config.json says {expected.quantization.method}, but no tensor is stored so: "
+            "remove it from there if the weights are plain"
         ] = None
     return match
 
@@ -139,20 +143,18 @@ def _missing(name_map: NameMap, name_maps: NameMaps, shape: Shape, stored: Mappi
 
 
 def _read_forms(stored: Mapping[str, Entry], expected: Expected, match: Match) -> None:
-    """Adds every tensor that is used, in its weight format, and the problems of a wrong shape or format."""
+    """Adds every tensor that is used, and the problems of those that are unreadable or have a wrong shape."""
     for path, name_map in match.nearest.items():
         for tensor_slice in name_map:
-            if tensor_slice.name not in stored:
-                continue
-            try:
-                if tensor_slice.name not in match.tensors:
-                    match.tensors[tensor_slice.name] = interpret(tensor_slice.name, stored, expected.quantization)
-            except ValueError as error:
-                match.problems[str(error)] = None
-                continue
-            shape, target = match.tensors[tensor_slice.name].shape, tensor_slice.stored_shape(expected.shapes[path])
-            if shape != target:
-                match.misshapen[tensor_slice.name] = (shape, target)
+            tensor = stored.get(tensor_slice.name)
+            if isinstance(tensor, Unreadable):
+                match.problems[tensor.problem] = None
+            elif tensor is not None:
+                assert isinstance(tensor, StoredTensor)
+                match.tensors[tensor_slice.name] = tensor
+                target = tensor_slice.stored_shape(expected.shapes[path])
+                if tensor.shape != target:
+                    match.misshapen[tensor_slice.name] = (tensor.shape, target)
 
 
 def _surplus(
@@ -165,12 +167,11 @@ def _surplus(
         for tensor_slice in name_map
         if tensor_slice.name in stored
     }
-    used |= {scales for name in used if (scales := scales_of(name, stored)) is not None}
     known = tensor_names(name_maps)
     tied_head = None if expected.tied_head is None else [match.names.in_file(name) for name in expected.tied_head]
     lines = []
     for name, tensor in stored.items():
-        if name in used or name.endswith(REDUNDANT_SUFFIXES):
+        if name in used or name.endswith(REDUNDANT_SUFFIXES) or _is_empty_bias(name, stored):
             continue
         if tied_head is not None and name == tied_head[0]:
             if not _equal(tensor, stored[tied_head[1]]):
@@ -187,6 +188,20 @@ def _surplus(
     return lines
 
 
+def _is_empty_bias(name: str, stored: Mapping[str, Entry]) -> bool:
+    """Whether a tensor is the bias of zeros that some programs store beside every packed weight (GPTQ-for-LLaMa)."""
+    weight, bias = stored.get(f"{name.removesuffix('bias')}weight"), stored[name]
+    if not name.endswith(".bias") or weight is None or not is_packed(weight):
+        return False
+    return isinstance(bias, StoredTensor) and len(bias.shape) == 1 and not bias.rows(slice(None)).any()
+
+
 def _equal(one: Entry, other: Entry) -> bool:
-    assert isinstance(one, RawTensor) and isinstance(other, RawTensor)  # heads are tied in safetensors files only
-    return same_numbers(one, other)
+    """Whether two stored tensors have the same kind, shape and bits."""
+    if not isinstance(one, StoredTensor) or not isinstance(other, StoredTensor):
+        return False  # one of them cannot be read
+    if one.kind != other.kind or one.shape != other.shape:
+        return False
+    step = max(1, _COMPARED_NUMBERS // max(math.prod(one.shape[-1:]), 1))
+    spans = (slice(start, start + step) for start in range(0, math.prod(one.shape[:-1]), step))
+    return all(one.rows(span).tobytes() == other.rows(span).tobytes() for span in spans)

@@ -10,6 +10,7 @@ TensorStore opens it, which would end the process, fill the memory, or read zero
 """
 
 import math
+import mmap
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +27,7 @@ from decodax.models.checkpoints.compressed_chunks import check_decoded_bytes
 from decodax.models.checkpoints.model_files import find_file, parse_json_object, read_json_object
 from decodax.models.checkpoints.name_map import Shape
 from decodax.models.checkpoints.orbax_files import FOLDER, METADATA, STORES_FILL, ArrayFiles, find_arrays, read_small
-from decodax.models.checkpoints.weight_formats import PLAIN_DTYPES
+from decodax.models.checkpoints.safetensors_files import PLAIN_DTYPES
 from decodax.models.checkpoints.zarr_metadata import KINDS, V2_FILE, V3_FILE, ZarrForm, read_v2, read_v3
 
 # Arrays of the MTP head (`models/mtp_head.py`), which are not the model's own.
@@ -63,6 +64,10 @@ class StoredArray:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.form.shape
+
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        return ()  # TensorStore reads it
 
     @property
     def dtype(self) -> np.dtype:

@@ -1,4 +1,4 @@
-"""Loads a checkpoint's weights (safetensors, one file or several with an index, or Orbax arrays) into parameters.
+"""Loads a checkpoint's weights (safetensors or pickled files, one or several with an index, or Orbax arrays).
 
 One parameter at a time, in pieces: from the mapped file, cast on the way, into aligned host buffers, and from there to
 the devices. With a sharding, each slice that a device of this process holds is read separately and only once, so a
@@ -6,10 +6,10 @@ process reads no more than its devices hold. On CPU such a buffer becomes the de
 no more host memory than the parameters, one piece, and UNMAPPED_BYTES of the files; on an accelerator it costs one
 slice. Nothing refers to the files afterwards.
 
-`models/checkpoints/safetensors_files.py` opens the files, `models/checkpoints/name_map_selection.py` finds the tensors
-that fill each parameter, `models/checkpoints/name_map.py` says which slice of them, and
-`models/checkpoints/weight_formats.py` reads their numbers. `models/checkpoints/orbax_arrays.py` presents the arrays of
-an Orbax checkpoint like tensors of such files.
+`models/checkpoints/model_weights.py` opens the files, `models/checkpoints/name_map_selection.py` finds the tensors
+that fill each parameter, `models/checkpoints/name_map.py` says which slice of them, and `models/checkpoints/formats/`
+presents packed weights (FP8, GPTQ, ...) under their own names. `models/checkpoints/orbax_arrays.py` presents the arrays
+of an Orbax checkpoint like tensors of such files.
 """
 
 import math
@@ -29,14 +29,15 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from decodax.core.printable import printable, printable_list
 from decodax.core.weight import Weight
 from decodax.models.checkpoints.adapter_files import warn_of_adapter
+from decodax.models.checkpoints.formats.view import Quantization, quantization_of, readable
 from decodax.models.checkpoints.mismatch_report import mismatch_error
 from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, read_json_object
+from decodax.models.checkpoints.model_weights import open_model_weights
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape, single_tensor, transfers
 from decodax.models.checkpoints.name_map_selection import Expected, Filled, Match, match_tensors
 from decodax.models.checkpoints.name_prefix import TensorNames
-from decodax.models.checkpoints.orbax_arrays import OTHER_WEIGHTS, array_name, check_arrays, open_arrays
-from decodax.models.checkpoints.safetensors_files import Entry, forget_pages, mappings_of, open_weights
-from decodax.models.checkpoints.weight_formats import read_quantization
+from decodax.models.checkpoints.orbax_arrays import OTHER_WEIGHTS, array_name, check_arrays
+from decodax.models.checkpoints.safetensors_files import Entry, forget_pages, mappings_of
 from decodax.models.config import ModelConfig
 from decodax.models.configs.wrong_fields import explained
 from decodax.models.families.contract import Family, ParameterPath
@@ -84,6 +85,8 @@ class StoredWeights:
     def dtype(self, path: ParameterPath) -> np.dtype:
         """The type that holds a parameter's stored numbers exactly."""
         kinds = {tensor.dtype for _, tensor in self.filled[path]}
+        if len(kinds) == 1:  # JAX would make float32 of float64
+            return next(iter(kinds))
         return np.dtype(jnp.promote_types(*kinds) if len(kinds) == 2 else jnp.result_type(*kinds))
 
     def read(self, path: ParameterPath, region: Region, dtype: np.dtype) -> np.ndarray:
@@ -144,7 +147,8 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
 
 
 def _open(folder: Path) -> Mapping[str, Entry]:
-    return open_arrays(folder) if has_orbax_arrays(folder) else open_weights(folder)
+    quantization = None if has_orbax_arrays(folder) else _quantization(folder)
+    return readable(open_model_weights(folder), quantization)
 
 
 def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Mapping[str, Any]) -> StoredWeights:
@@ -318,9 +322,9 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return {} if file is None else read_json_object(file)
 
 
-def _quantization(folder: Path) -> Any:
+def _quantization(folder: Path) -> Quantization | None:
     """The weight format that the folder's `config.json` names; a folder without the file has plain weights."""
-    return read_quantization(_raw_config(folder).get("quantization_config"))
+    return quantization_of(_raw_config(folder))
 
 
 def host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -1,15 +1,17 @@
 """Opens the safetensors files of a folder as memory maps and checks their tensors before anything is read.
 
-One file or several with an index; pickled files are never opened. The header of each file
-(`models/checkpoints/file_header.py`) and the index must agree with the files.
+One file or several with an index. The header of each file (`models/checkpoints/file_header.py`) and the index must
+agree with the files.
 """
 
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -19,13 +21,19 @@ from decodax.models.checkpoints.model_files import find_file, read_json_object
 from decodax.models.checkpoints.orbax_files import FOLDER, METADATA
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PLAIN_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _SUFFIX = ".safetensors"
 _COMPARED_BYTES = 2**20
 
 
 @runtime_checkable
 class Entry(Protocol):
-    """What is known of a stored tensor before its numbers are read; `kind` is safetensors' name of its dtype (BF16)."""
+    """What is known of a stored tensor before its numbers are read.
+
+    kind: safetensors' name of its dtype (BF16).
+    shape: of the tensor.
+    mappings: the mapped files that its numbers are read from.
+    """
 
     @property
     def kind(self) -> str: ...
@@ -33,25 +41,50 @@ class Entry(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]: ...
+
 
 @dataclass(frozen=True, eq=False)
 class RawTensor:
-    """A tensor of a file.
+    """A tensor of a file; one with a kind of PLAIN_DTYPES is a `StoredTensor` (`models/checkpoints/weight_formats.py`).
 
+    label: its name in messages.
     kind: its dtype's name in safetensors.
     shape: of the tensor.
     content: its bytes in the mapping.
     mapping: of the file.
     """
 
+    label: str
     kind: str
     shape: tuple[int, ...]
     content: np.ndarray
     mapping: mmap.mmap
 
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        return (self.mapping,)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(PLAIN_DTYPES.get(self.kind, np.void))  # others are refused by name
+
     def array(self, dtype: DTypeLike) -> np.ndarray:
         """The mapped numbers."""
         return self.content.view(dtype).reshape(self.shape)
+
+    def rows(self, index: slice | np.ndarray) -> np.ndarray:
+        return self._matrix[index]
+
+    @cached_property
+    def _matrix(self) -> np.ndarray:
+        return as_matrix(self.array(self.dtype))
+
+
+def as_matrix(array: np.ndarray) -> np.ndarray:
+    """All axes but the last as one."""
+    return array.reshape(-1, array.shape[-1] if array.ndim else 1)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -128,8 +161,9 @@ def _advice(folder: Path) -> str:
         return f", nor {FOLDER}/{METADATA}, which an Orbax checkpoint has: copy the folder again, whole, or convert it"
     if names := found("*.bin", "*.pt", "*.pth"):
         return (
-            f", only {names}: pickled files can run code and are not opened. Convert them once "
-            "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+            f", only {names}: pickled weights are read from pytorch_model.bin, or from the files that "
+            "pytorch_model.bin.index.json names. Rename a single file, or convert it with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     if names := found("*.gguf"):
         return f", only {names}: GGUF is not read; use the model's safetensors files"
@@ -145,7 +179,7 @@ def open_file(file: Path) -> dict[str, RawTensor]:
         mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     content = np.frombuffer(mapping, np.uint8)[header.num_bytes :]
     return {
-        name: RawTensor(entry.kind, entry.shape, content[entry.start : entry.end], mapping)
+        name: RawTensor(printable(name), entry.kind, entry.shape, content[entry.start : entry.end], mapping)
         for name, entry in header.entries.items()
     }
 
@@ -177,7 +211,7 @@ def same_numbers(one: RawTensor, other: RawTensor) -> bool:
 
 def mappings_of(stored: Mapping[str, Entry]) -> list[mmap.mmap]:
     """The mapped files that hold these tensors."""
-    mappings = (tensor.mapping for tensor in stored.values() if isinstance(tensor, RawTensor))
+    mappings = (mapping for tensor in stored.values() for mapping in tensor.mappings)
     return list({id(mapping): mapping for mapping in mappings}.values())
 
 

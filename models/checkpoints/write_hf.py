@@ -23,10 +23,11 @@ from jax.typing import DTypeLike
 
 from decodax.models.checkpoints import conversion
 from decodax.models.checkpoints.conversion import Conversion, Weights
+from decodax.models.checkpoints.formats.mxfp4 import is_packed_name
 from decodax.models.checkpoints.name_map import NameMaps, Shape, TensorSlice, full_region, pieces
 from decodax.models.checkpoints.reading import Progress, host_buffer
+from decodax.models.checkpoints.safetensors_files import PLAIN_DTYPES
 from decodax.models.checkpoints.staged_folder import StagedFolder
-from decodax.models.checkpoints.weight_formats import PLAIN_DTYPES, is_packed_name
 from decodax.models.families.contract import ParameterPath
 from decodax.models.load import LanguageModel
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from decodax.core.printable import printable
+from decodax.models.checkpoints.formats.view import quantization_of
 from decodax.models.checkpoints.model_files import find_file, read_json_object
-from decodax.models.checkpoints.weight_formats import read_quantization
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.configs.field_kinds import quoted, unexpected
 from decodax.models.configs.field_relations import check_relations
@@ -27,7 +27,7 @@ _MAX_PROBLEMS = 20  # in one message
 # From the other sizes where they are null or absent, in every family.
 _DERIVED = ("num_key_value_heads", "head_dim")
 _RENAMED_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}  # early names in layer_types
-_READ_ELSEWHERE = frozenset({"layer_types", "quantization_config", "auto_map"})
+_READ_ELSEWHERE = frozenset({"layer_types", "quantization_config", "quantization", "auto_map"})
 
 
 @dataclass(frozen=True)
@@ -291,6 +291,6 @@ def _check_unread(file: _File, settings: Mapping[str, RopeSettings]) -> None:
 
 def _check_quantization(file: _File) -> None:
     try:
-        read_quantization(file.raw.get("quantization_config"))
+        quantization_of(file.raw)
     except ValueError as error:
         file.problems.append(str(error))

@@ -260,7 +260,6 @@ CHANGES_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     "swiglu_limit": (),
     "moe_primary_router_apply_softmax": (),
     # other weight formats
-    "quantization": (),
     "compression_config": (),
 }
 

@@ -6,6 +6,7 @@ The golden values are of scripts/make_golden_configs.py. Differences of decodax 
 import itertools
 import json
 import warnings
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import pytest
 from decodax.layers.rope import Rope
 from decodax.models.checkpoints.name_prefix import TensorNames
 from decodax.models.checkpoints.reading import StoredWeights, flat_weights, read_params
-from decodax.models.checkpoints.weight_formats import Plain
 from decodax.models.checkpoints.write_hf import tensors_of
 from decodax.models.configs.hf_config import read_config
 from decodax.models.configs.known_fields import CHANGES_ELSEWHERE, CHECKED_TRANSFORMERS, WITHOUT_INFLUENCE
@@ -58,12 +58,31 @@ def stored_tensors(family, config):
     return tensors_of(without_files(weights, {}), family.name_maps(config), dict.fromkeys(weights, np.dtype("float32")))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A stored tensor in memory."""
+
+    label: str
+    array: np.ndarray
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    @property
+    def dtype(self):
+        return self.array.dtype
+
+    def rows(self, index):
+        return self.array.reshape(-1, self.array.shape[-1] if self.array.ndim else 1)[index]
+
+
 @lru_cache(maxsize=64)
 def logits(model_type, config):
     """Some logits of the model with drawn weights, as scripts/make_golden_configs.py has them of transformers."""
     family, filled = FAMILIES[model_type], {}
     for tensor in stored_tensors(family, config):
-        stored = Plain(tensor.name, drawn(tensor.name, tensor.shape))
+        stored = Drawn(tensor.name, drawn(tensor.name, tensor.shape))
         for path, tensor_slice in tensor.slices:
             filled.setdefault(path, []).append((tensor_slice, stored))
     weights = flat_weights(config.weights())
@@ -80,7 +99,6 @@ def are_same(ours, theirs):
     return ours.shape == theirs.shape and np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
 
 
-OTHER_FORMATS = ("quantization_config", "quantization", "auto_map")
 PUBLISHED = [name for name, item in golden("published").items() if "tensors" in item]
 
 
@@ -126,16 +144,11 @@ def ropes_of(config):
     return list(dict.fromkeys(rope for rope in found if isinstance(rope, Rope)))
 
 
-def plain_config(item):
-    """A published config as that of plain weights, whose tensors are not those of another format."""
-    return {key: value for key, value in item["config"].items() if key not in OTHER_FORMATS}
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name):
     """The tensors that transformers' class has, and its rotations."""
     item = golden("published")[name]
-    found = read(plain_config(item))
+    found = read(item["config"])
     assert not isinstance(found, str), found
     family, config = found
     ours = {tensor.name: tuple(tensor.shape) for tensor in stored_tensors(family, config)}
@@ -152,7 +165,7 @@ def test_published_configs(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_in_small(name):
     item = golden("published")[name]
-    found = read(plain_config(item) | item["small"])
+    found = read(item["config"] | item["small"])
     assert not isinstance(found, str), found
     assert item["logits"] is not None and are_same(logits(found[0].model_type, found[1]), item["logits"])
 

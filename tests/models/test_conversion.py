@@ -281,8 +281,8 @@ def test_damaged_orbax_folders(tmp_path):
         "misshapen: head [66, 30], expected [67, 30]",
         "missing: blocks_0.mixer.key [16, 30]",
         "surplus: more [3]",
-        "unknown kind of number: final_norm.weight is int32, expected one of ['BF16', 'F16', 'F32', 'F64'], or fp8 or "
-        "mxfp4 with their scales",
+        "unknown kind of number: final_norm.weight is int32, expected one of ['BF16', 'F16', 'F32', 'F64'], or a "
+        "weight format that config.json names",
     ]
     (tmp_path / "orbax" / "params" / "_METADATA").unlink()
     with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors nor"):

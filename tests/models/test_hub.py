@@ -147,3 +147,33 @@ def test_a_damaged_note_of_the_revision(repository, content):
     note.mkdir() if content is None else note.write_bytes(content)
     with pytest.raises(ConnectionError, match=r"other revisions .*: abc in .*, and .*refs/main is damaged; try again"):
         find_folder("org/name")
+
+
+def test_pickled_weights_will_do(repository):
+    add_model(repository, "config.json")
+    add(repository, "pytorch_model.bin.index.json", json.dumps({"weight_map": {"a": "x.bin", "b": "y.bin"}}).encode())
+    add(repository, "x.bin", b"x")
+    with pytest.raises(ConnectionError, match=r"missing are y.bin;"):
+        download("org/name")
+    add(repository, "y.bin", b"y")
+    assert download("org/name") == repository / "snapshots" / "abc"
+    (repository / "snapshots" / "abc" / "pytorch_model.bin.index.json").unlink()
+    with pytest.raises(ConnectionError, match=r"missing are model.safetensors \(or"):
+        download("org/name")
+    add(repository, "pytorch_model.bin", b"z")
+    assert download("org/name") == repository / "snapshots" / "abc"
+
+
+def test_pickled_weights_are_downloaded_where_there_are_no_others(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def snapshot_download(name, *, allow_patterns, ignore_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert download("org/name") == tmp_path
+    assert asked[1:] == [["pytorch_model*.bin"]]
+    (tmp_path / "model.safetensors").touch()
+    assert download("org/name") == tmp_path and len(asked) == 3

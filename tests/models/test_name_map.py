@@ -265,7 +265,7 @@ def test_experts_of_a_wrong_shape_and_many_problems(tmp_path, experts):
     assert refusal(tmp_path, separate) == [
         "misshapen: layer.experts.0.down_proj.weight [5, 7], expected [7, 5]",
         "unknown kind of number: layer.experts.2.down_proj.weight is I32, expected one of "
-        "['BF16', 'F16', 'F32', 'F64'], or fp8 or mxfp4 with their scales",
+        "['BF16', 'F16', 'F32', 'F64'], or a weight format that config.json names",
     ]
     stacked["layer.experts.gate_up_proj"] = np.ones((E, D, 2 * F), np.float32)
     assert refusal(tmp_path, stacked) == ["misshapen: layer.experts.gate_up_proj [3, 7, 10], expected [3, 10, 7]"]

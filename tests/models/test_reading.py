@@ -256,9 +256,11 @@ def test_redundant_tensors_pass(tmp_path):
 
 def test_a_tied_head_that_differs_is_refused(tmp_path):
     tensors = copy_of(TIED, tmp_path)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(1)
-    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding although the config ties them"):
-        saved(tensors, tmp_path)
+    embedding = tensors["model.embed_tokens.weight"]
+    for head in (embedding + np.float32(1), embedding[:-1].copy(), embedding.reshape(embedding.shape[::-1])):
+        tensors["lm_head.weight"] = head
+        with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding although the config ties"):
+            saved(tensors, tmp_path)
 
 
 def test_base_model_names_without_prefix(tmp_path):
@@ -308,7 +310,7 @@ def test_a_sharding_is_requested_for_every_weight_and_progress_ends_at_the_total
     ("files", "expected"),
     [
         ([], "has neither model.safetensors nor model.safetensors.index.json: the weights are expected"),
-        (["pytorch_model.bin"], "only pytorch_model.bin: pickled files can run code and are not opened. Convert"),
+        (["other.bin", "x.pt"], "only other.bin, x.pt: pickled weights are read from pytorch_model.bin, or"),
         (["q4.gguf"], "only q4.gguf: GGUF is not read"),
         (["other.safetensors"], "only other.safetensors: rename"),
         (["decodax.json"], "nor params/_METADATA, which an Orbax checkpoint has"),

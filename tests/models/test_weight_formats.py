@@ -323,8 +323,11 @@ LLAMA = {
 @pytest.mark.parametrize(
     ("quantization", "problem"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantization_config must be null or absent, or have quant_method fp8"),
-        ({"quant_method": "compressed-tensors"}, "use a checkpoint with plain"),
+        (
+            {"quant_method": "aqlm", "bits": 4},
+            "quantization_config must be null or absent, or have a quant_method of awq",
+        ),
+        ({"quant_method": ["fp8"]}, "use a checkpoint with plain"),
         ({"bits": 4}, "use a checkpoint with plain"),
         ("fp8", "use a checkpoint with plain"),
         ({**FP8, "fmt": "e5m2"}, "quantization_config.fmt must be e4m3 or absent with quant_method fp8, got 'e5m2'"),
