@@ -24,11 +24,11 @@ from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import Execution
 from decodax.layers.norm import Norm
 from decodax.models.checkpoints.model_files import has_orbax_arrays
+from decodax.models.checkpoints.model_source import source_of
 from decodax.models.checkpoints.name_map_selection import tensor_names
 from decodax.models.checkpoints.name_prefix import find_names
 from decodax.models.checkpoints.orbax_arrays import read_metadata
 from decodax.models.checkpoints.reading import StoredWeights, open_auxiliary_weights, read_params, shardings_on
-from decodax.models.checkpoints.safetensors_files import open_weights
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.configs.hf_config import load_config
 from decodax.models.families.contract import Family
@@ -146,7 +146,7 @@ def holds_mtp_head(folder: Path, family: Family, config: ModelConfig) -> bool:
     prefix = _prefix(family, config)
     if has_orbax_arrays(folder):
         return any(name.startswith(f"{MTP_HEAD_KEY}.") for name in read_metadata(folder).names)
-    stored = open_weights(folder)
+    stored = source_of(folder).tensors()
     names = find_names(stored, tensor_names(family.name_maps(config)))
     return any(names.expected(name).startswith(prefix) for name in stored)
 

@@ -49,6 +49,11 @@ class RawTensor:
     content: np.ndarray
     mapping: mmap.mmap
 
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        """The mapped files that it reads."""
+        return (self.mapping,)
+
     def array(self, dtype: DTypeLike) -> np.ndarray:
         """The mapped numbers."""
         return self.content.view(dtype).reshape(self.shape)
@@ -131,8 +136,6 @@ def _advice(folder: Path) -> str:
             f", only {names}: pickled files can run code and are not opened. Convert them once "
             "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
-    if names := found("*.gguf"):
-        return f", only {names}: GGUF is not read; use the model's safetensors files"
     if names := found("*.safetensors"):
         return f", only {names}: rename a single file to model.safetensors, or add the index of several"
     return ": the weights are expected in one of them"
@@ -177,7 +180,7 @@ def same_numbers(one: RawTensor, other: RawTensor) -> bool:
 
 def mappings_of(stored: Mapping[str, Entry]) -> list[mmap.mmap]:
     """The mapped files that hold these tensors."""
-    mappings = (tensor.mapping for tensor in stored.values() if isinstance(tensor, RawTensor))
+    mappings = (mapping for tensor in stored.values() for mapping in getattr(tensor, "mappings", ()))
     return list({id(mapping): mapping for mapping in mappings}.values())
 
 

@@ -11,7 +11,9 @@ import typer
 
 from decodax.cli import session
 from decodax.models.checkpoints.conversion import absolute_target
+from decodax.models.checkpoints.gguf.source import GGUFSource
 from decodax.models.checkpoints.model_files import has_orbax_arrays
+from decodax.models.checkpoints.model_source import source_of
 from decodax.models.checkpoints.write_hf import MAX_SHARD_BYTES, to_hf
 from decodax.models.checkpoints.write_orbax import from_hf
 from decodax.models.load import byte_progress, find_folder
@@ -69,7 +71,8 @@ def convert(
     with session.reported_errors(debug):
         absolute_target(target)  # refused before anything is downloaded
         folder = find_folder(source)
-        form = to or (Form.HF if has_orbax_arrays(folder) else Form.ORBAX)
+        is_of_programs = has_orbax_arrays(folder) or isinstance(source_of(folder), GGUFSource)
+        form = to or (Form.HF if is_of_programs else Form.ORBAX)
         options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}
         if form is Form.ORBAX:
             if max_shard_size is not None:

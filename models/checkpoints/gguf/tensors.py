@@ -1,0 +1,220 @@
+"""Presents the tensors of GGUF files as stored tensors, row by row, and puts their rows in Hugging Face's order.
+
+The rows of quantised tensors are decoded when they are read. llama.cpp also stores some tensors in another order than
+Hugging Face: heads with the two halves of each rotated pair side by side, the experts of a layer in one tensor, the
+scale of a norm with its 1 added. The classes here undo that; each wraps a tensor and is one.
+"""
+
+import mmap
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from decodax.models.checkpoints.gguf.block_types import BLOCK_TYPES, PLAIN, Parts
+
+Index = slice | np.ndarray
+
+
+@runtime_checkable
+class GGUFTensor(Protocol):
+    """A stored tensor (`models/checkpoints/weight_formats.py`), and the mapped files that it reads."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]: ...
+
+    def rows(self, index: Index) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTensor:
+    """A tensor as the file has it.
+
+    label: its name in messages.
+    block_type: its type's name in GGUF (Q4_K).
+    shape: of the tensor.
+    content: its bytes, uint8 [rows, bytes of a row].
+    mapping: of the file.
+    """
+
+    label: str
+    block_type: str
+    shape: tuple[int, ...]
+    content: np.ndarray
+    mapping: mmap.mmap
+
+    @property
+    def kind(self) -> str:
+        """The kind of its numbers, by safetensors' name."""
+        return self.block_type if self.block_type in PLAIN else "F32"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return PLAIN[self.kind]
+
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        return (self.mapping,)
+
+    def rows(self, index: Index) -> np.ndarray:
+        """[rows, last axis]; a view of the file for a slice of plain numbers."""
+        content = self.content[index]
+        if self.block_type in PLAIN:
+            return content.view(self.dtype)
+        block = BLOCK_TYPES[self.block_type]
+        return block.decode(content.reshape(-1, block.num_bytes)).reshape(len(content), -1)
+
+    def parts(self, index: Index) -> Parts:
+        """The codes, scales and offsets of rows as they are stored, each [rows, ..] for these rows.
+
+        Codes [rows, last axis]; each of the G scales of a row is that of (last axis / G) consecutive numbers.
+        Raises ValueError for a type without codes.
+        """
+        if self.block_type in PLAIN:
+            raise ValueError(f"{self.label} is stored as {self.block_type}, which has no codes: read its rows")
+        content, block = self.content[index], BLOCK_TYPES[self.block_type]
+        parts = block.unpack(content.reshape(-1, block.num_bytes))
+        by_row = [None if part is None else part.reshape(len(content), -1) for part in (parts.codes, parts.scales)]
+        offsets = None if parts.offsets is None else parts.offsets.reshape(len(content), -1)
+        return replace(parts, codes=by_row[0], scales=by_row[1], offsets=offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wrapper:
+    """A tensor made from another."""
+
+    base: Any
+
+    @property
+    def kind(self) -> str:
+        return self.base.kind
+
+    @property
+    def label(self) -> str:
+        return self.base.label
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        return self.base.mappings
+
+
+@dataclass(frozen=True, eq=False)
+class HalvesOfHeads(_Wrapper):
+    """Heads whose rotated pairs are (i, i + H/2), from a tensor whose pairs are (2 i, 2 i + 1).
+
+    base: [heads x H, inputs], or a bias [heads x H].
+    heads: how many.
+    """
+
+    heads: int
+
+    @property
+    def _order(self) -> np.ndarray:
+        """The index in the base of each index here: that of head h, half s, pair i is h H + 2 i + s."""
+        size = self.shape[0]
+        return np.arange(size).reshape(self.heads, size // self.heads // 2, 2).swapaxes(1, 2).reshape(size)
+
+    def rows(self, index: Index) -> np.ndarray:
+        if len(self.shape) == 1:  # one row, whose numbers change places
+            return self.base.rows(index)[:, self._order]
+        return self.base.rows(self._order[index])
+
+
+@dataclass(frozen=True, eq=False)
+class OneOfStack(_Wrapper):
+    """A tensor [..] of a stack [E, ..] of them."""
+
+    place: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.base.label}[{self.place}]"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape[1:]
+
+    def rows(self, index: Index) -> np.ndarray:
+        first = self.place * prod(self.shape[:-1])
+        if isinstance(index, np.ndarray):
+            return self.base.rows(index + first)
+        start, stop, step = index.indices(prod(self.shape[:-1]))
+        return self.base.rows(slice(first + start, first + max(start, stop), step))
+
+
+@dataclass(frozen=True, eq=False)
+class OneRow(_Wrapper):
+    """A vector [D] as a matrix [1, D]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, *self.base.shape)
+
+    def rows(self, index: Index) -> np.ndarray:
+        return self.base.rows(index)
+
+
+@dataclass(frozen=True, eq=False)
+class LessOne(_Wrapper):
+    """The scale of a norm that multiplies by 1 + weight, from 1 + weight."""
+
+    def rows(self, index: Index) -> np.ndarray:
+        numbers = self.base.rows(index)
+        return numbers - numbers.dtype.type(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Alternating(_Wrapper):
+    """Two tensors [E, F, ..] or [E, F] as one of twice as many, which alternate along F: base, other, base, ...
+
+    base: the first.
+    other: of the same shape.
+    """
+
+    other: Any
+
+    @property
+    def label(self) -> str:
+        return f"{self.base.label} with {self.other.label}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.base.shape[0], 2 * self.base.shape[1], *self.base.shape[2:])
+
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        return (*self.base.mappings, *self.other.mappings)
+
+    def rows(self, index: Index) -> np.ndarray:
+        if len(self.shape) == 2:
+            pair = np.stack([self.base.rows(index), self.other.rows(index)], axis=-1)
+            return pair.reshape(len(pair), -1)
+        numbers = np.arange(*index.indices(prod(self.shape[:-1]))) if isinstance(index, slice) else index
+        place, odd = np.divmod(numbers, 2)
+        rows = np.empty((len(numbers), self.shape[-1]), self.dtype)
+        for parity, tensor in enumerate((self.base, self.other)):
+            chosen = odd == parity
+            if chosen.any():
+                rows[chosen] = tensor.rows(place[chosen])
+        return rows
