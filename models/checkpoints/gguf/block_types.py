@@ -47,6 +47,8 @@ class BlockType:
 
     def decode(self, blocks: np.ndarray) -> np.ndarray:
         """The numbers of blocks, float32 [blocks, numbers]."""
+        if not len(blocks):
+            return np.empty((0, self.numbers), np.float32)
         with np.errstate(all="ignore"):  # the reader reports NaN and infinity
             parts = self.unpack(blocks)
             values = parts.codes.astype(np.float32).reshape(*parts.scales.shape, -1)

@@ -29,7 +29,8 @@ _OPTIONAL = frozenset(
 )
 _DECIMAL = frozenset({"rms_norm_eps", "rope_theta", "clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"})
 _CHECKED = frozenset({"vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length"})
-_WITHOUT_INFLUENCE = frozenset({"tensor_data_layout", "expert_shared_count"})
+# The width of gpt-oss's dense layers, of which it has none, and what the shapes of tensors say.
+_WITHOUT_INFLUENCE = frozenset({"tensor_data_layout", "feed_forward_length", "expert_shared_count"})
 # Keys that change what llama.cpp computes: only these values compute what the family does, where it does not read them.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention.causal",), (True,)),

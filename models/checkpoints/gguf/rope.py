@@ -16,12 +16,13 @@ from decodax.core.printable import printable
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_LENGTH = 1.0, 4.0, 8192
 _TOLERANCE = 1e-4  # llama.cpp's converter computes the factors from powers in float32
 _SCALING = "rope.scaling."
+_LENGTH = {"original_context_length": "original_max_position_embeddings"}
+_RAMP = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 _ONE = (f"{_SCALING}attn_factor", f"{_SCALING}yarn_attn_factor", f"{_SCALING}yarn_ext_factor")
 READ = frozenset(
     {
         *_ONE,
-        *(f"{_SCALING}{name}" for name in ("type", "factor", "original_context_length", "finetuned")),
-        *(f"{_SCALING}{name}" for name in ("yarn_beta_fast", "yarn_beta_slow")),
+        *(f"{_SCALING}{name}" for name in ("type", "factor", "finetuned", *_LENGTH, *_RAMP)),
         "rope.scale_linear",
     }
 )
@@ -55,20 +56,13 @@ def rope_scaling(
     if factors is not None:
         problems.append(f"{_SCALING}type must be none where a tensor has the factors, got {printable(kind)}")
         return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
+    if kind not in ("linear", "yarn"):
         problems.append(f"{_SCALING}type must be none, linear or yarn, got {printable(kind)}")
         return None
-    scaling = {"rope_type": "yarn", "factor": factor}
-    for key, name in {
-        "original_context_length": "original_max_position_embeddings",
-        "yarn_beta_fast": "beta_fast",
-        "yarn_beta_slow": "beta_slow",
-    }.items():
-        if f"{_SCALING}{key}" in keys:
-            scaling[name] = keys[f"{_SCALING}{key}"]
-    return scaling if truncates else scaling | {"truncate": False}
+    names = _LENGTH if kind == "linear" else _LENGTH | _RAMP
+    scaling = {"rope_type": kind, "factor": factor}
+    scaling |= {name: keys[f"{_SCALING}{key}"] for key, name in names.items() if f"{_SCALING}{key}" in keys}
+    return scaling | {"truncate": False} if kind == "yarn" and not truncates else scaling
 
 
 def _by_factors(factors: np.ndarray, base: float, context: int) -> dict[str, Any] | None:

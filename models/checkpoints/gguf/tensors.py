@@ -75,7 +75,7 @@ class BlockTensor:
         if self.block_type in PLAIN:
             return content.view(self.dtype)
         block = BLOCK_TYPES[self.block_type]
-        return block.decode(content.reshape(-1, block.num_bytes)).reshape(len(content), -1)
+        return block.decode(content.reshape(-1, block.num_bytes)).reshape(-1, self.shape[-1])
 
     def parts(self, index: Index) -> Parts:
         """The codes, scales and offsets of rows as they are stored, each [rows, ..] for these rows.
