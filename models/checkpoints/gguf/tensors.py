@@ -7,6 +7,7 @@ scale of a norm with its 1 added. The classes here undo that; each wraps a tenso
 
 import mmap
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
@@ -129,7 +130,7 @@ class HalvesOfHeads(_Wrapper):
 
     heads: int
 
-    @property
+    @cached_property
     def _order(self) -> np.ndarray:
         """The index in the base of each index here: that of head h, half s, pair i is h H + 2 i + s."""
         size = self.shape[0]
@@ -209,7 +210,7 @@ class Alternating(_Wrapper):
     def rows(self, index: Index) -> np.ndarray:
         if len(self.shape) == 2:
             pair = np.stack([self.base.rows(index), self.other.rows(index)], axis=-1)
-            return pair.reshape(len(pair), -1)
+            return pair.reshape(-1, self.shape[-1])
         numbers = np.arange(*index.indices(prod(self.shape[:-1]))) if isinstance(index, slice) else index
         place, odd = np.divmod(numbers, 2)
         rows = np.empty((len(numbers), self.shape[-1]), self.dtype)
