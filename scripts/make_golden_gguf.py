@@ -59,7 +59,22 @@ def write_blocks() -> None:
     from gguf import GGMLQuantizationType, quants
 
     generator, arrays = np.random.default_rng(0), {}
-    kinds = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "BF16")
+    kinds = (
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+        "MXFP4",
+        "BF16",
+    )
     for kind in kinds:
         arrays[f"{kind}_blocks"] = random_blocks(kind, BLOCKS, generator)
         with np.errstate(all="ignore"):

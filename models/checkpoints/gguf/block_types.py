@@ -15,6 +15,7 @@ import numpy as np
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 _FP4_CODES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice their values
+_IQ4_CODES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _FP4_SCALES = np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)
 
 
@@ -45,12 +46,17 @@ class BlockType:
     num_bytes: int
     unpack: Callable[[np.ndarray], Parts]
 
+    def parts(self, blocks: np.ndarray) -> Parts:
+        """The parts of blocks."""
+        with np.errstate(all="ignore"):
+            return self.unpack(blocks)
+
     def decode(self, blocks: np.ndarray) -> np.ndarray:
         """The numbers of blocks, float32 [blocks, numbers]."""
         if not len(blocks):
             return np.empty((0, self.numbers), np.float32)
+        parts = self.parts(blocks)
         with np.errstate(all="ignore"):  # the reader reports NaN and infinity
-            parts = self.unpack(blocks)
             values = parts.codes.astype(np.float32).reshape(*parts.scales.shape, -1)
             values *= parts.scales[..., None]
             if parts.offsets is not None:
@@ -153,6 +159,17 @@ def _q6_k(blocks: np.ndarray) -> Parts:
     return Parts(_signed(codes, 32), _half(blocks, 208) * scales)
 
 
+def _iq4_nl(blocks: np.ndarray) -> Parts:
+    return Parts(_IQ4_CODES[_nibbles(blocks[:, 2:], 16)], _half(blocks, 0))
+
+
+def _iq4_xs(blocks: np.ndarray) -> Parts:
+    low, high = blocks[:, 4:8, None] >> np.array([0, 4], np.uint8) & 15, _bits(blocks[:, 2:4])
+    scales = low.reshape(-1, 8) | high[:, 0::2] << 4 | high[:, 1::2] << 5
+    codes = _IQ4_CODES[_nibbles(blocks[:, 8:], 16)]
+    return Parts(codes, _half(blocks, 0) * _signed(scales, 32).astype(np.float32))
+
+
 def _mxfp4(blocks: np.ndarray) -> Parts:
     return Parts(_FP4_CODES[_nibbles(blocks[:, 1:], 16)], _FP4_SCALES[blocks[:, :1]])
 
@@ -168,6 +185,8 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
     "Q4_K": BlockType(256, 144, _q4_k),
     "Q5_K": BlockType(256, 176, _q5_k),
     "Q6_K": BlockType(256, 210, _q6_k),
+    "IQ4_NL": BlockType(32, 18, _iq4_nl),
+    "IQ4_XS": BlockType(256, 136, _iq4_xs),
     "MXFP4": BlockType(32, 17, _mxfp4),
 }
 READ = (*PLAIN, *BLOCK_TYPES)

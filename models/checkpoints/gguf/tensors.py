@@ -6,7 +6,7 @@ scale of a norm with its 1 added. The classes here undo that; each wraps a tenso
 """
 
 import mmap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any, Protocol, runtime_checkable
@@ -87,10 +87,10 @@ class BlockTensor:
         if self.block_type in PLAIN:
             raise ValueError(f"{self.label} is stored as {self.block_type}, which has no codes: read its rows")
         content, block = self.content[index], BLOCK_TYPES[self.block_type]
-        parts = block.unpack(content.reshape(-1, block.num_bytes))
-        by_row = [None if part is None else part.reshape(len(content), -1) for part in (parts.codes, parts.scales)]
-        offsets = None if parts.offsets is None else parts.offsets.reshape(len(content), -1)
-        return replace(parts, codes=by_row[0], scales=by_row[1], offsets=offsets)
+        parts = block.parts(content.reshape(-1, block.num_bytes))
+        scales_in_row = self.shape[-1] // block.numbers * parts.scales.shape[-1]
+        offsets = None if parts.offsets is None else parts.offsets.reshape(-1, scales_in_row)
+        return Parts(parts.codes.reshape(-1, self.shape[-1]), parts.scales.reshape(-1, scales_in_row), offsets)
 
 
 @dataclass(frozen=True, eq=False)
