@@ -19,6 +19,7 @@ from decodax.core.printable import printable
 from decodax.kernels_pallas.selection import Implementation
 from decodax.layers.execution import Execution
 from decodax.models.checkpoints.adapter_files import refuse_adapter_alone
+from decodax.models.checkpoints.gguf.files import SUFFIX as GGUF_SUFFIX
 from decodax.models.checkpoints.hub import download
 from decodax.models.checkpoints.model_source import is_gguf_path, source_of
 from decodax.models.checkpoints.reading import open_params, read_params, shardings_on
@@ -127,6 +128,8 @@ def find_folder(path_or_id: str | Path | None) -> Path:
         raise FileNotFoundError(
             f"{printable(path)} is a file, and no GGUF file: pass the model's folder (with config.json and safetensors)"
         )
+    if path.suffix == GGUF_SUFFIX:
+        raise FileNotFoundError(f"no such file: {printable(path.absolute())}")
     name = str(path_or_id)
     organisation, _, rest = name.partition("/")
     is_id = isinstance(path_or_id, str) and organisation and rest and "/" not in rest and "\\" not in name

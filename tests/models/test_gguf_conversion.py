@@ -89,4 +89,4 @@ def test_the_commands_take_a_file(tmp_path):
     ]
     assert texts[0] == texts[1] and texts[0]
     done = run("generate", "the", "--model", tmp_path / "none.gguf")
-    assert done.exit_code == 1 and "no such model folder" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.exit_code == 1 and "no such file: " in done.stderr and len(done.stderr.splitlines()) == 1

@@ -122,7 +122,7 @@ def _fields(files: GGUFFiles, architecture: Architecture, keys: _Keys) -> dict[s
         if value in (None, 0) and key in _OPTIONAL:
             continue
         kind = (int, float) if field_name in _DECIMAL else (int,)
-        if type(value) in kind and value > 0:
+        if value is not None and type(value) in kind and value > 0:
             fields[field_name] = value
         else:
             keys.refuse(key, "a number above 0" if float in kind else "a whole number from 1 on, alike in all layers")
