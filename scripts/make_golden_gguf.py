@@ -4,7 +4,7 @@ pip install "gguf>=0.17" "transformers>=5" torch
 python -m decodax.scripts.make_golden_gguf
 
 blocks.npz          for each type of numbers, random blocks (TYPE_blocks) and their numbers (TYPE_numbers)
-names.json          for each case of tests/golden that GGUF can hold, the names of its tensors in GGUF
+names.json          for each case of tests/golden that GGUF can hold, the names of its tensors in GGUF ({} for an expert)
 rope_factors.npz    the factors by which llama.cpp's converter stores Llama 3's scaling, for published models
 quantised.gguf      a tiny Llama in many types, with a tokenizer and a chat template, written by `gguf`
 quantised.json      the SHA-256 of each of its weights (float32) as `transformers` reads them from that file
@@ -38,6 +38,9 @@ CASES = {  # of tests/golden, with the architecture's name
     "olmoe": "olmoe",
     "gemma2": "gemma2",
     "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v2_groups": "deepseek2",
+    "deepseek_v3": "deepseek2",
 }
 LLAMA3 = {"8B": (500000.0, 128, 8.0), "1B": (500000.0, 64, 32.0)}  # base, size of a head, factor
 TEMPLATE = "{% for message in messages %}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
@@ -86,6 +89,7 @@ def merged_name(name: str, family: str) -> str:
     """The name under which llama.cpp's converter looks a tensor up; the experts of a layer are one tensor there."""
     if family == "mixtral":
         name = re.sub(r"model\.(layers\.\d+)\.block_sparse_moe\.experts\.\d+\.", r"\1.feed_forward.experts.", name)
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
     if name.endswith("sinks"):
         name += ".weight"
     name = re.sub(r"gate_up_proj_bias$", "gate_proj.bias", name)
@@ -111,7 +115,7 @@ def write_names() -> None:
             ours = names.get_name(merged_name(name, config["model_type"]), try_suffixes=(".weight", ".bias"))
             if ours is None:
                 raise RuntimeError(f"{case}: gguf has no name for {name}")
-            found[case]["names"][name] = ours
+            found[case]["names"][re.sub(r"experts\.\d+\.", "experts.{}.", name)] = ours
     (GOLDEN / "names.json").write_text(json.dumps(found, indent=0) + "\n")
 
 

@@ -5,6 +5,7 @@ names come from the package `gguf` (tests/golden_gguf/names.json, scripts/make_g
 """
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -22,6 +23,8 @@ IN_CODE = {
     "gpt_oss": {"swiglu_limit": 7.0},
     "qwen3_moe": {"norm_topk_prob": True},
 }
+# YaRN's two scales, of which GGUF has one: in published models they are equal.
+ONE_SCALE = {"deepseek_v2": "mscale_all_dim", "deepseek_v3": "mscale_all_dim"}
 TYPE_NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "IQ2_XXS": 16, "I32": 26}
 _KEYS = {
     "num_hidden_layers": "block_count",
@@ -41,6 +44,14 @@ _KEYS = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "clip_qkv": "attention.clamp_kqv",
+    "n_routed_experts": "expert_count",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "q_lora_rank": "attention.q_lora_rank",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
 }
 
 
@@ -87,10 +98,13 @@ def write_gguf(path, metadata, tensors, **options):
 
 def raw_config(case):
     """The golden config.json, with the values that llama.cpp has in its code."""
-    return json.loads((ROOT / "golden" / case / "config.json").read_text()) | IN_CODE.get(case, {})
+    raw = json.loads((ROOT / "golden" / case / "config.json").read_text()) | IN_CODE.get(case, {})
+    if case in ONE_SCALE:
+        raw["rope_scaling"] = raw["rope_scaling"] | {"mscale": raw["rope_scaling"][ONE_SCALE[case]]}
+    return raw
 
 
-def metadata_of(case):
+def metadata_of(case, *, absorbed=True):
     """The key-values that llama.cpp's converter writes for a golden case."""
     raw, arch = raw_config(case), NAMES[case]["architecture"]
     head_size = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
@@ -109,10 +123,39 @@ def metadata_of(case):
         found[f"{arch}.rope.scaling.type"] = kind
         found[f"{arch}.rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
         found[f"{arch}.rope.scaling.factor"] = float(scaling["factor"])
+    if arch == "deepseek2":
+        found |= latent_metadata(raw, absorbed=absorbed)
     if kind == "yarn":
         for name in ("beta_fast", "beta_slow"):
             found[f"{arch}.rope.scaling.yarn_{name}"] = float(scaling[name])
     return found
+
+
+def latent_metadata(raw, *, absorbed):
+    """What the converter writes for latent attention: the sizes of the one large head, or (formerly) of the heads."""
+    rotary, key = raw["qk_rope_head_dim"], raw["qk_nope_head_dim"] + raw["qk_rope_head_dim"]
+    found = {"rope.dimension_count": rotary, "attention.key_length": key, "attention.value_length": raw["v_head_dim"]}
+    if absorbed:
+        latent = raw["kv_lora_rank"]
+        found |= {"attention.key_length_mla": key, "attention.value_length_mla": raw["v_head_dim"]}
+        found |= {
+            "attention.key_length": latent + rotary,
+            "attention.value_length": latent,
+            "attention.head_count_kv": 1,
+        }
+    if raw["model_type"] == "deepseek_v3":
+        found |= {"expert_gating_func": 2, "expert_weights_norm": raw["norm_topk_prob"]}
+    if "rope_scaling" in raw:
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * raw["rope_scaling"]["mscale_all_dim"]
+    return {f"deepseek2.{key}": value for key, value in found.items()}
+
+
+def in_two(name, weights, raw):
+    """The two tensors that the converter makes of the keys' and values' weights of latent attention."""
+    heads, key, value = raw["num_attention_heads"], raw["qk_nope_head_dim"], raw["v_head_dim"]
+    in_heads = weights.reshape(heads, key + value, -1)
+    k_b = in_heads[:, :key].swapaxes(1, 2)
+    return {name.replace("kv_b", "k_b"): k_b, name.replace("kv_b", "v_b"): in_heads[:, key:]}
 
 
 def pairs_together(weights, heads):
@@ -124,14 +167,14 @@ def pairs_together(weights, heads):
     return weights[rows]
 
 
-def tensors_of(case):
+def tensors_of(case, *, absorbed=True):
     """The tensors of a golden case in GGUF's names, as llama.cpp's converter stores them, float32."""
     raw, names = raw_config(case), NAMES[case]["names"]
     heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
     stored = load_file(ROOT / "golden" / case / "model.safetensors")
     found, stacks = {}, {}
     for name, weights in stored.items():
-        ours = names[name]
+        ours = names[re.sub(r"experts\.\d+\.", "experts.{}.", name)]
         if NAMES[case]["architecture"] == "llama" and (".q_proj" in name or ".k_proj" in name):
             weights = pairs_together(weights, heads if ".q_proj" in name else kv_heads)
         if case == "gemma2" and name.endswith("norm.weight"):
@@ -141,6 +184,8 @@ def tensors_of(case):
             found |= {ours: gate, ours.replace("gate", "up"): up}
         elif ours in found or (".experts." in name and weights.ndim == 2 and "bias" not in name):
             stacks.setdefault(ours, []).append((int(name.split(".experts.")[1].split(".")[0]), weights))
+        elif absorbed and ours.endswith("attn_kv_b.weight"):
+            found |= in_two(ours, weights, raw)
         elif case == "gpt_oss" and name.endswith("experts.down_proj"):
             found[ours] = weights.swapaxes(1, 2)
         else:

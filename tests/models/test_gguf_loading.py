@@ -59,6 +59,13 @@ def test_a_golden_case_has_its_config_and_its_weights(case, tmp_path):
         np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=2**-22 if shifted else 0)
 
 
+def test_latent_attention_is_read_in_its_former_form_too(tmp_path):
+    tensors = float32_tensors(tensors_of("deepseek_v2", absorbed=False))
+    path = write_gguf(tmp_path / "model.gguf", metadata_of("deepseek_v2", absorbed=False), tensors)
+    assert load_config(path)[1] == read_config(raw_config("deepseek_v2"))[1]
+    assert same(read_params(path), read_params(load_golden("deepseek_v2").folder))
+
+
 def test_scaling_that_is_stored_as_factors_gives_the_logits_of_transformers(tmp_path):
     golden, scaling = load_golden("llama_llama3"), raw_config("llama_llama3")["rope_scaling"]
     waves = scaling["original_max_position_embeddings"] * 100.0 ** -(np.arange(4) / 4) / (2 * np.pi)

@@ -5,7 +5,15 @@ import mmap
 import numpy as np
 import pytest
 
-from decodax.models.checkpoints.gguf.tensors import Alternating, BlockTensor, HalvesOfHeads, LessOne, OneOfStack, OneRow
+from decodax.models.checkpoints.gguf.tensors import (
+    Alternating,
+    BlockTensor,
+    HalvesOfHeads,
+    KeysAndValues,
+    LessOne,
+    OneOfStack,
+    OneRow,
+)
 from decodax.models.checkpoints.name_map import TensorSlice, full_region, transfers
 
 MAPPING, OTHER_MAPPING = mmap.mmap(-1, 1), mmap.mmap(-1, 1)
@@ -39,12 +47,16 @@ def wrapped(kind):
         return OneRow(stored(numbers(13))), numbers(13)[None]
     if kind == "norm":
         return LessOne(stored(numbers(13))), numbers(13) - np.float32(1)
+    if kind == "latent":
+        keys, values = numbers(3, 7, 5), numbers(3, 2, 7)  # three heads, a latent of 7
+        expected = np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(21, 7)
+        return KeysAndValues(stored(keys), stored(values, OTHER_MAPPING)), expected
     shape = (3, 5, 7) if kind == "alternating" else (3, 5)
     gate, up = numbers(*shape), numbers(*shape) + 1
     return Alternating(stored(gate), stored(up, OTHER_MAPPING)), np.stack([gate, up], axis=2).reshape(3, 10, *shape[2:])
 
 
-KINDS = ["heads", "bias of heads", "expert", "one row", "norm", "alternating", "alternating biases"]
+KINDS = ["heads", "bias of heads", "expert", "one row", "norm", "alternating", "alternating biases", "latent"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,6 +90,15 @@ def test_a_parameter_is_filled_in_small_pieces(kind):
 
 
 def test_both_files_of_a_pair_are_named():
-    tensor, _ = wrapped("alternating")
-    assert tensor.mappings == (MAPPING, OTHER_MAPPING) and tensor.label == "x with x"
+    for kind in ("alternating", "latent"):
+        tensor, _ = wrapped(kind)
+        assert tensor.mappings == (MAPPING, OTHER_MAPPING) and tensor.label == "x with x"
     assert wrapped("expert")[0].label == "x[2]"
+
+
+def test_a_pair_of_different_kinds_gives_float32():
+    half = numbers(3, 5).astype(np.float16)
+    other = BlockTensor("y", "F16", half.shape, half.view(np.uint8), MAPPING)
+    tensor = Alternating(other, stored(numbers(3, 5)))
+    assert tensor.kind == "F32" and tensor.rows(slice(0, 3)).dtype == tensor.dtype == np.float32
+    assert Alternating(other, other).kind == "F16"

@@ -3,9 +3,11 @@
 Facts from llama.cpp's converters (conversion/*.py) and from the package `gguf` (constants.py, tensor_mapping.py).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from decodax.models.checkpoints.gguf.tensors import Alternating, KeysAndValues
 
 
 def _weights_and_biases(names: Mapping[str, str]) -> dict[str, str]:
@@ -61,9 +63,11 @@ class Architecture:
     bias_fields: field -> the tensor of the first layer whose presence it says.
     paired_heads: the tensors that have the two halves of each rotated pair side by side.
     unit_offset: norms are stored as 1 + weight.
-    alternating: Hugging Face's name in a layer -> the two tensors that alternate in it.
+    joined: Hugging Face's name in a layer -> how two tensors make it, and these two.
     one_row: the tensors whose only row is a vector in GGUF.
-    with_experts: what it is in files that have experts.
+    in_code: keys that must have these values where a file has them: llama.cpp's code does not ask for them.
+    variant: (keys) -> what it is in files with these; None: itself.
+    is_latent: attention is latent (MLA).
     yarn_truncates: whether the bounds of YaRN's ramp are rounded to whole pairs.
     """
 
@@ -75,15 +79,17 @@ class Architecture:
     bias_fields: Mapping[str, str] = field(default_factory=dict)
     paired_heads: frozenset[str] = frozenset()
     unit_offset: bool = False
-    alternating: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    joined: Mapping[str, tuple[type[Alternating] | type[KeysAndValues], str, str]] = field(default_factory=dict)
     one_row: frozenset[str] = frozenset()
-    with_experts: "Architecture | None" = None
+    in_code: Mapping[str, Any] = field(default_factory=dict)
+    variant: Callable[[Mapping[str, Any]], "Architecture | None"] = lambda keys: None
+    is_latent: bool = False
     yarn_truncates: bool = True
 
 
 _PAIRED = frozenset(f"{name}.{end}" for name in ("attn_q", "attn_k") for end in ("weight", "bias"))
 
-_MIXTRAL = Architecture(
+MIXTRAL = Architecture(
     "mixtral",
     "MixtralForCausalLM",
     tensors=_weights_and_biases(
@@ -98,6 +104,62 @@ _MIXTRAL = Architecture(
     fields=_FIELDS | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     constants={"sliding_window": None},
     paired_heads=_PAIRED,
+    in_code={"expert_weights_norm": True},
+)
+
+# With or without a query latent. V3's attention in files of today is two tensors, of which one is transposed.
+DEEPSEEK_V2 = Architecture(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    tensors=_weights_and_biases(
+        _ATTENTION
+        | _MLP
+        | _EXPERTS
+        | {
+            "attn_q_a": "self_attn.q_a_proj",
+            "attn_q_a_norm": "self_attn.q_a_layernorm",
+            "attn_q_b": "self_attn.q_b_proj",
+            "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+            "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+            "attn_kv_b": "self_attn.kv_b_proj",
+            "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+            "ffn_up_shexp": "mlp.shared_experts.up_proj",
+            "ffn_down_shexp": "mlp.shared_experts.down_proj",
+        }
+    )
+    | {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"},
+    fields={name: field_name for name, field_name in _FIELDS.items() if name != "attention.head_count_kv"}
+    | {
+        "attention.q_lora_rank": "q_lora_rank",
+        "attention.kv_lora_rank": "kv_lora_rank",
+        "leading_dense_block_count": "first_k_dense_replace",
+        "expert_count": "n_routed_experts",
+        "expert_shared_count": "n_shared_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_weights_scale": "routed_scaling_factor",
+        "expert_group_count": "n_group",
+        "expert_group_used_count": "topk_group",
+    },
+    constants={
+        "q_lora_rank": None,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 0,
+        "routed_scaling_factor": 1.0,
+        "n_group": None,
+        "topk_group": None,
+    },
+    joined={"self_attn.kv_b_proj.weight": (KeysAndValues, "attn_k_b.weight", "attn_v_b.weight")},
+    in_code={"expert_weights_norm": False},
+    is_latent=True,
+)
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V2,
+    model_type="deepseek_v3",
+    class_name="DeepseekV3ForCausalLM",
+    fields={**DEEPSEEK_V2.fields, "expert_weights_norm": "norm_topk_prob"},
+    constants={**DEEPSEEK_V2.constants, "norm_topk_prob": False},
+    in_code={"expert_gating_func": 2},
 )
 
 # By `general.architecture`. Mistral's files say llama, and no window: llama.cpp does not write it.
@@ -107,7 +169,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "LlamaForCausalLM",
         bias_fields={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"},
         paired_heads=_PAIRED,
-        with_experts=_MIXTRAL,
+        variant=lambda keys: MIXTRAL if keys.get("expert_count") else None,
+    ),
+    "deepseek2": replace(
+        DEEPSEEK_V2, variant=lambda keys: DEEPSEEK_V3 if keys.get("expert_gating_func") == 2 else None
     ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", constants={"use_sliding_window": False}),
     "qwen2moe": Architecture(
@@ -125,6 +190,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         fields=_FIELDS | _QWEN_EXPERT_FIELDS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
         constants={"use_sliding_window": False, "norm_topk_prob": False},
+        in_code={"expert_weights_norm": False},
         bias_fields={"qkv_bias": "attn_q.bias"},
         one_row=frozenset({"ffn_gate_inp_shexp.weight"}),
     ),
@@ -140,6 +206,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         tensors=_weights_and_biases(_ATTENTION | _EXPERTS),
         fields=_FIELDS | _QWEN_EXPERT_FIELDS,
         constants={"use_sliding_window": False, "norm_topk_prob": True},
+        in_code={"expert_weights_norm": True},
         bias_fields={"attention_bias": "attn_q.bias"},
     ),
     "olmoe": Architecture(
@@ -153,6 +220,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "attention.clamp_kqv": "clip_qkv",
         },
         constants={"norm_topk_prob": False},
+        in_code={"expert_weights_norm": False},
     ),
     "gemma2": Architecture(
         "gemma2",
@@ -194,9 +262,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "expert_used_count": "num_experts_per_tok",
             "attention.sliding_window": "sliding_window",
         },
-        alternating={
-            "mlp.experts.gate_up_proj_blocks": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
-            "mlp.experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+        joined={
+            "mlp.experts.gate_up_proj_blocks": (Alternating, "ffn_gate_exps.weight", "ffn_up_exps.weight"),
+            "mlp.experts.gate_up_proj_bias": (Alternating, "ffn_gate_exps.bias", "ffn_up_exps.bias"),
         },
         yarn_truncates=False,
     ),

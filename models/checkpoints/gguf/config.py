@@ -1,7 +1,7 @@
 """Translates the key-values of a GGUF file into the fields of a `config.json`, which the config reader then checks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,45 +9,28 @@ import numpy as np
 from decodax.core.printable import printable
 from decodax.models.checkpoints.gguf.architectures import ARCHITECTURES, Architecture
 from decodax.models.checkpoints.gguf.files import GGUFFiles
+from decodax.models.checkpoints.gguf.key_values import KeyValues, check_unread
+from decodax.models.checkpoints.gguf.latent_attention import KEYS as LATENT_KEYS
+from decodax.models.checkpoints.gguf.latent_attention import latent_fields
 from decodax.models.checkpoints.gguf.names import EMBEDDING, HEAD, ROPE_FACTORS
-from decodax.models.checkpoints.gguf.rope import READ as ROPE_KEYS
 from decodax.models.checkpoints.gguf.rope import rope_scaling
 
 TOKENS = "tokenizer.ggml.tokens"
-_MAX_NOTED = 8  # keys in a warning
 _ROPE_BASE = 10000.0  # llama.cpp's, for files that do not say
-# Keys that a file may lack; the family's defaults are llama.cpp's for them.
+# Keys that a file may lack, or have as 0; the family's defaults, or the architecture's constants, are llama.cpp's then.
 _OPTIONAL = frozenset(
     {
-        "rope.freq_base",
-        "attention.head_count_kv",
-        "attention.clamp_kqv",
-        "attention.sliding_window",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
+        *("rope.freq_base", "attention.head_count_kv", "attention.q_lora_rank", "leading_dense_block_count"),
+        *("attention.clamp_kqv", "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+        *("expert_shared_count", "expert_weights_scale", "expert_weights_norm"),
+        *("expert_group_count", "expert_group_used_count"),
     }
 )
-_DECIMAL = frozenset({"rms_norm_eps", "rope_theta", "clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"})
-_CHECKED = frozenset({"vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length"})
-# The width of gpt-oss's dense layers, of which it has none, and what the shapes of tensors say.
-_WITHOUT_INFLUENCE = frozenset({"tensor_data_layout", "feed_forward_length", "expert_shared_count"})
-# Keys that change what llama.cpp computes: only these values compute what the family does, where it does not read them.
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("attention.causal",), (True,)),
-    **dict.fromkeys(("use_parallel_residual", "swin_norm"), (False,)),
-    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale", "expert_weights_scale"), (0, 1)),
-    **dict.fromkeys(("attention.scale", "attention.output_scale", "attention.max_alibi_bias"), (0,)),
-    **dict.fromkeys(("attention.clamp_kqv", "attention.sliding_window", "attention.shared_kv_layers"), (0,)),
-    **dict.fromkeys(("attention.temperature_scale", "attention.temperature_length"), (0,)),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping"), (0,)),
-    **dict.fromkeys(("expert_count", "expert_used_count", "leading_dense_block_count", "nextn_predict_layers"), (0,)),
-    **dict.fromkeys(("expert_group_count", "expert_group_used_count", "interleave_moe_layer_step"), (0, 1)),
-    **dict.fromkeys(("rope.dimension_sections", "rope.freq_base_swa", "rope.scaling.yarn_log_multiplier"), ()),
-    **dict.fromkeys(("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"), ()),
-    **dict.fromkeys(("attention.q_lora_rank", "attention.kv_lora_rank", "attention.layer_norm_epsilon"), ()),
-    "attention.sliding_window_pattern": (2,),
-    "expert_gating_func": (0, 1),
-    "pooling_type": (0,),
+_WHOLE, _DECIMAL, _FLAG = "a whole number from 1 on, alike in all layers", "a number above 0", "true or false"
+_KINDS = {
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "clip_qkv", "routed_scaling_factor"), _DECIMAL),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _DECIMAL),
+    "norm_topk_prob": _FLAG,
 }
 
 
@@ -65,24 +48,6 @@ class GGUFConfig:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """The key-values of an architecture.
-
-    name: of the architecture, which every key begins with.
-    values: by key, without that name.
-    problems: what is refused.
-    """
-
-    name: str
-    values: Mapping[str, Any]
-    problems: list[str] = field(default_factory=list)
-
-    def refuse(self, key: str, expected: str) -> None:
-        got = f"got {printable(repr(self.values[key]))}" if key in self.values else "it is missing"
-        self.problems.append(f"{self.name}.{key} must be {expected}, {got}")
-
-
 def read_gguf_config(files: GGUFFiles) -> GGUFConfig:
     """The architecture of a file, and the fields that its key-values mean.
 
@@ -94,39 +59,18 @@ def read_gguf_config(files: GGUFFiles) -> GGUFConfig:
             f"general.architecture must be one of {', '.join(ARCHITECTURES)} (the architectures that are read from "
             f"GGUF), got {printable(repr(name))}"
         )
-    prefix, architecture = f"{name}.", ARCHITECTURES[name]
-    keys = _Keys(name, {k.removeprefix(prefix): _tidy(v) for k, v in files.metadata.items() if k.startswith(prefix)})
-    if architecture.with_experts is not None and keys.values.get("expert_count"):
-        architecture = architecture.with_experts
+    keys = KeyValues.of(files.metadata, name)
+    architecture = ARCHITECTURES[name].variant(keys.values) or ARCHITECTURES[name]
     fields = _fields(files, architecture, keys)
-    notes = _check_unread(architecture, keys)
+    notes = check_unread(keys, architecture, LATENT_KEYS if architecture.is_latent else frozenset())
     if keys.problems:
         raise ValueError(f"its key-values cannot be used: {'; '.join(keys.problems)}")
     return GGUFConfig(architecture, fields, tuple(notes))
 
 
-def _tidy(value: Any) -> Any:
-    """A value as a config.json has it: the shortest decimal of a float32, one number for equal ones of all layers."""
-    if isinstance(value, float):
-        with np.errstate(over="ignore"):
-            return float(str(np.float32(value)))
-    if isinstance(value, list) and value and all(item == value[0] for item in value):
-        return _tidy(value[0])
-    return value
-
-
-def _fields(files: GGUFFiles, architecture: Architecture, keys: _Keys) -> dict[str, Any]:
+def _fields(files: GGUFFiles, architecture: Architecture, keys: KeyValues) -> dict[str, Any]:
     fields = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
-    for key, field_name in architecture.fields.items():
-        value = keys.values.get(key)
-        if value in (None, 0) and key in _OPTIONAL:
-            continue
-        kind = (int, float) if field_name in _DECIMAL else (int,)
-        if value is not None and type(value) in kind and value > 0:
-            fields[field_name] = value
-        else:
-            keys.refuse(key, "a number above 0" if float in kind else "a whole number from 1 on, alike in all layers")
-    fields |= architecture.constants
+    fields |= architecture.constants | _translated(architecture, keys)
     fields["tie_word_embeddings"] = HEAD not in files.tensors
     for field_name, tensor in architecture.bias_fields.items():
         fields[field_name] = f"blk.0.{tensor}" in files.tensors
@@ -139,24 +83,41 @@ def _fields(files: GGUFFiles, architecture: Architecture, keys: _Keys) -> dict[s
     if keys.problems:
         return fields
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-    fields["head_dim"] = head_size = _head_size(fields, keys)
     fields.setdefault("rope_theta", _ROPE_BASE)
-    if head_size is None:
+    fields |= latent_fields(fields, keys) if architecture.is_latent else _head_fields(fields, keys)
+    rotary_size = fields.get("qk_rope_head_dim" if architecture.is_latent else "head_dim")
+    if rotary_size is None:
         return fields
     if architecture.model_type == "gemma2":
-        fields["query_pre_attn_scalar"] = _gemma2_scalar(fields, head_size)
+        fields["query_pre_attn_scalar"] = _gemma2_scalar(fields)
     fields["rope_scaling"] = rope_scaling(
         keys.values,
-        _rope_factors(files, head_size, keys),
+        _rope_factors(files, rotary_size, keys),
         fields["rope_theta"],
         fields["max_position_embeddings"],
         truncates=architecture.yarn_truncates,
+        scales_scores=architecture.is_latent,
         problems=keys.problems,
     )
     return fields
 
 
-def _vocab_size(files: GGUFFiles, keys: _Keys) -> int | None:
+def _translated(architecture: Architecture, keys: KeyValues) -> dict[str, Any]:
+    """The fields that are a key-value each."""
+    fields = {}
+    for key, name in architecture.fields.items():
+        value, kind = keys.values.get(key), _KINDS.get(name, _WHOLE)
+        if key in _OPTIONAL and (value is None or (kind is not _FLAG and value == 0)):
+            continue
+        types = {_WHOLE: (int,), _DECIMAL: (int, float), _FLAG: (bool,)}[kind]
+        if value is not None and type(value) in types and (kind is _FLAG or value > 0):
+            fields[name] = value
+        else:
+            keys.refuse(key, kind)
+    return fields
+
+
+def _vocab_size(files: GGUFFiles, keys: KeyValues) -> int | None:
     """The rows of the embedding, which must be as many as the tokens."""
     if EMBEDDING not in files.tensors:
         keys.problems.append(f"the tensor {EMBEDDING} is missing")
@@ -170,36 +131,36 @@ def _vocab_size(files: GGUFFiles, keys: _Keys) -> int | None:
     return size
 
 
-def _head_size(fields: Mapping[str, Any], keys: _Keys) -> int | None:
-    """The size of a head, which must be that of its keys, of its values, and of what rotates; None for a wrong one."""
+def _head_fields(fields: Mapping[str, Any], keys: KeyValues) -> dict[str, int]:
+    """The size of a head, which must be that of its keys, its values and what rotates; nothing for a wrong one."""
     size, rest = divmod(fields["hidden_size"], fields["num_attention_heads"])
     if "attention.key_length" in keys.values:
-        size = keys.values["attention.key_length"]
-        if type(size) is not int or size < 1:
-            keys.refuse("attention.key_length", "a whole number from 1 on")
-            return None
+        size = keys.size("attention.key_length")
     elif rest:
         keys.refuse("attention.key_length", "given where embedding_length is no multiple of attention.head_count")
-        return None
+        size = None
+    if size is None:
+        return {}
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.values.get(key, size) != size:
             keys.refuse(key, f"{size} (the size of a head) or absent")
-    return size
+    return {"head_dim": size}
 
 
-def _gemma2_scalar(fields: Mapping[str, Any], head_size: int) -> int:
+def _gemma2_scalar(fields: Mapping[str, Any]) -> int:
     """What scales the scores: the size of a head, but for the largest model, which llama.cpp knows by its layers."""
-    return fields["hidden_size"] // fields["num_attention_heads"] if fields["num_hidden_layers"] == 46 else head_size
+    largest = fields["num_hidden_layers"] == 46
+    return fields["hidden_size"] // fields["num_attention_heads"] if largest else fields["head_dim"]
 
 
-def _rope_factors(files: GGUFFiles, head_size: int, keys: _Keys) -> np.ndarray | None:
+def _rope_factors(files: GGUFFiles, rotary_size: int, keys: KeyValues) -> np.ndarray | None:
     """What divides the frequency of each rotated pair; None if the file does not say."""
     if ROPE_FACTORS not in files.tensors:
         return None
     tensor = files.tensors[ROPE_FACTORS]
-    if tensor.shape != (head_size // 2,) or tensor.kind != "F32":
+    if tensor.shape != (rotary_size // 2,) or tensor.kind != "F32":
         keys.problems.append(
-            f"{ROPE_FACTORS} must be F32 [{head_size // 2}] (half the size of a head), got {tensor.kind} "
+            f"{ROPE_FACTORS} must be F32 [{rotary_size // 2}] (half the size of a head), got {tensor.kind} "
             f"{list(tensor.shape)}"
         )
         return None
@@ -208,20 +169,3 @@ def _rope_factors(files: GGUFFiles, head_size: int, keys: _Keys) -> np.ndarray |
         keys.problems.append(f"{ROPE_FACTORS} must hold positive numbers")
         return None
     return factors
-
-
-def _check_unread(architecture: Architecture, keys: _Keys) -> list[str]:
-    """Refuses keys that change results and are not read; a note of all others that are not."""
-    unread = keys.values.keys() - {*architecture.fields, *_CHECKED, *_WITHOUT_INFLUENCE, *ROPE_KEYS}
-    for key in sorted(unread & _NEUTRAL.keys()):
-        if keys.values[key] not in _NEUTRAL[key]:
-            allowed = " or ".join(str(value) for value in _NEUTRAL[key])
-            keys.refuse(key, f"{allowed} or absent" if allowed else f"absent for {architecture.model_type}")
-    weighed = keys.values.get("expert_weights_norm")
-    if weighed is not None and weighed is not architecture.constants.get("norm_topk_prob", True):
-        keys.refuse("expert_weights_norm", str(architecture.constants.get("norm_topk_prob", True)))
-    unknown = sorted(unread - _NEUTRAL.keys() - {"expert_weights_norm"})
-    if not unknown:
-        return []
-    listed = ", ".join(f"{keys.name}.{printable(key)}" for key in unknown[:_MAX_NOTED])
-    return [f"{len(unknown)} key-value(s) are not understood and have no influence here: {listed}"]

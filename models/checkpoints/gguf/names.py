@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 
 from decodax.models.checkpoints.gguf.architectures import Architecture
 from decodax.models.checkpoints.gguf.tensors import (
-    Alternating,
     BlockTensor,
     GGUFTensor,
     HalvesOfHeads,
@@ -74,13 +73,13 @@ def _in_layer(
     ours, theirs: the layer's prefix in GGUF and in Hugging Face.
     inner: the tensor's name in the layer.
     """
-    for name, (first, second) in architecture.alternating.items():
+    for name, (joined, first, second) in architecture.joined.items():
         if inner in (first, second):
             pair = tensors.get(ours + first), tensors.get(ours + second)
-            if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape or len(pair[0].shape) < 2:
+            if pair[0] is None or pair[1] is None or not joined.fit(*pair):
                 break  # the tensor that is there keeps its name, and is reported
             if inner == first:
-                yield theirs + name, Alternating(pair[0], pair[1])
+                yield theirs + name, joined(*pair)
             return
     name = architecture.tensors.get(inner)
     if name is None:

@@ -18,6 +18,7 @@ _TOLERANCE = 1e-4  # llama.cpp's converter computes the factors from powers in f
 _SCALING = "rope.scaling."
 _LENGTH = {"original_context_length": "original_max_position_embeddings"}
 _RAMP = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+_LOG_MULTIPLIER = f"{_SCALING}yarn_log_multiplier"
 _ONE = (f"{_SCALING}attn_factor", f"{_SCALING}yarn_attn_factor", f"{_SCALING}yarn_ext_factor")
 READ = frozenset(
     {
@@ -35,6 +36,7 @@ def rope_scaling(
     context: int,
     *,
     truncates: bool,
+    scales_scores: bool,
     problems: list[str],
 ) -> dict[str, Any] | None:
     """The scaling, or None.
@@ -44,6 +46,7 @@ def rope_scaling(
     base: of the frequencies.
     context: in tokens.
     truncates: whether the bounds of YaRN's ramp are rounded to whole pairs.
+    scales_scores: whether YaRN scales the scores in place of the rotation (DeepSeek's `mscale_all_dim`).
     problems: gets what is not understood.
     """
     for key in _ONE:
@@ -62,6 +65,12 @@ def rope_scaling(
     names = _LENGTH if kind == "linear" else _LENGTH | _RAMP
     scaling = {"rope_type": kind, "factor": factor}
     scaling |= {name: keys[f"{_SCALING}{key}"] for key, name in names.items() if f"{_SCALING}{key}" in keys}
+    if kind == "yarn" and scales_scores:
+        multiplier = keys.get(_LOG_MULTIPLIER)
+        if not isinstance(multiplier, float) or multiplier <= 0:
+            problems.append(f"{_LOG_MULTIPLIER} must be a number above 0 with yarn, got {printable(multiplier)}")
+            return None
+        scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10 * multiplier, 6))  # a tenth of it is stored
     return scaling | {"truncate": False} if kind == "yarn" and not truncates else scaling
 
 

@@ -121,6 +121,29 @@ class _Wrapper:
 
 
 @dataclass(frozen=True, eq=False)
+class _Pair(_Wrapper):
+    """A tensor made from two, whose numbers may be of different kinds."""
+
+    other: Any
+
+    @property
+    def kind(self) -> str:
+        return self.base.kind if self.base.kind == self.other.kind else "F32"  # holds all numbers of any kind exactly
+
+    @property
+    def label(self) -> str:
+        return f"{self.base.label} with {self.other.label}"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return PLAIN[self.kind]
+
+    @property
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        return (*self.base.mappings, *self.other.mappings)
+
+
+@dataclass(frozen=True, eq=False)
 class HalvesOfHeads(_Wrapper):
     """Heads whose rotated pairs are (i, i + H/2), from a tensor whose pairs are (2 i, 2 i + 1).
 
@@ -186,26 +209,21 @@ class LessOne(_Wrapper):
 
 
 @dataclass(frozen=True, eq=False)
-class Alternating(_Wrapper):
+class Alternating(_Pair):
     """Two tensors [E, F, ..] or [E, F] as one of twice as many, which alternate along F: base, other, base, ...
 
     base: the first.
     other: of the same shape.
     """
 
-    other: Any
-
-    @property
-    def label(self) -> str:
-        return f"{self.base.label} with {self.other.label}"
-
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.base.shape[0], 2 * self.base.shape[1], *self.base.shape[2:])
 
-    @property
-    def mappings(self) -> tuple[mmap.mmap, ...]:
-        return (*self.base.mappings, *self.other.mappings)
+    @staticmethod
+    def fit(base: Any, other: Any) -> bool:
+        """Whether two tensors can alternate."""
+        return base.shape == other.shape and len(base.shape) > 1
 
     def rows(self, index: Index) -> np.ndarray:
         if len(self.shape) == 2:
@@ -218,4 +236,36 @@ class Alternating(_Wrapper):
             chosen = odd == parity
             if chosen.any():
                 rows[chosen] = tensor.rows(place[chosen])
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class KeysAndValues(_Pair):
+    """The matrix [N (K + V), R] that makes keys and values of N heads from a latent of size R, head after head.
+
+    base: the keys' part [N, R, K], transposed in each head.
+    other: the values' part [N, V, R].
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        heads, latent, key = self.base.shape
+        return (heads * (key + self.other.shape[1]), latent)
+
+    @staticmethod
+    def fit(base: Any, other: Any) -> bool:
+        """Whether two tensors are such parts."""
+        is_pair = len(base.shape) == len(other.shape) == 3
+        return is_pair and base.shape[0] == other.shape[0] and base.shape[1] == other.shape[2]
+
+    def rows(self, index: Index) -> np.ndarray:
+        (_, latent, key), value = self.base.shape, self.other.shape[1]
+        numbers = np.arange(*index.indices(self.shape[0])) if isinstance(index, slice) else index
+        head, inner = np.divmod(numbers, key + value)
+        rows = np.empty((len(numbers), latent), self.dtype)
+        of_values = inner >= key
+        rows[of_values] = self.other.rows((head * value + inner - key)[of_values])
+        for one in np.unique(head[~of_values]):  # few: a piece has some rows of some heads
+            chosen = ~of_values & (head == one)
+            rows[chosen] = self.base.rows(slice(one * latent, (one + 1) * latent)).T[inner[chosen]]
         return rows
