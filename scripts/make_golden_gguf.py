@@ -4,7 +4,7 @@ pip install "gguf>=0.17" "transformers>=5" torch
 python -m decodax.scripts.make_golden_gguf
 
 blocks.npz          for each type of numbers, random blocks (TYPE_blocks) and their numbers (TYPE_numbers)
-names.json          for each case of tests/golden that GGUF can hold, the names of its tensors in GGUF ({} for an expert)
+names.json          for each case of tests/golden that GGUF can hold, its tensors' names there ({} for an expert)
 rope_factors.npz    the factors by which llama.cpp's converter stores Llama 3's scaling, for published models
 quantised.gguf      a tiny Llama in many types, with a tokenizer and a chat template, written by `gguf`
 quantised.json      the SHA-256 of each of its weights (float32) as `transformers` reads them from that file

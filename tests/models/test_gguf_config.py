@@ -103,6 +103,39 @@ def test_weights_of_experts_must_be_scaled_as_the_family_scales_them(tmp_path):
         config_of(tmp_path, "qwen3_moe", qwen3moe__expert_weights_norm=False)
 
 
+def test_only_the_window_of_every_second_layer_is_gemma2(tmp_path):
+    assert config_of(tmp_path, "gemma2", gemma2__attention__sliding_window_pattern=2) == config_of(tmp_path, "gemma2")
+    with pytest.raises(ValueError, match=r"gemma2.attention.sliding_window_pattern must be 2 or absent, got 3"):
+        config_of(tmp_path, "gemma2", gemma2__attention__sliding_window_pattern=3)
+
+
+LATENT = {
+    "no rotation": ({}, ("deepseek2.rope.dimension_count",), "rope.dimension_count must be a whole number .* missing"),
+    "no keys": ({"attention.key_length_mla": 4}, (), r"key_length_mla must be above 4 \(rope.dimension_count\), got 4"),
+    "other head": ({"attention.value_length": 9}, (), r"attention.value_length must be 10 \(the size of the latent"),
+    "no scale": ({}, ("deepseek2.rope.scaling.yarn_log_multiplier",), "yarn_log_multiplier must be a number above 0"),
+    "experts": ({"expert_weights_norm": True}, (), "expert_weights_norm must be False or absent, got True"),
+    "layers for drafts": ({"nextn_predict_layers": 1}, (), "nextn_predict_layers must be 0 or absent, got 1"),
+}
+
+
+@pytest.mark.parametrize("case", LATENT)
+def test_latent_attention_that_cannot_be_used_is_refused(case, tmp_path):
+    more, without, match = LATENT[case]
+    more = {f"deepseek2.{key}": value for key, value in more.items()}
+    with pytest.raises(ValueError, match=match):
+        config_of(tmp_path, "deepseek_v2", without=without, **more)
+
+
+def test_experts_without_groups_are_chosen_from_all(tmp_path):
+    groups = ("deepseek2.expert_group_count", "deepseek2.expert_group_used_count")
+    with pytest.warns(UserWarning, match="it has no groups of experts"):
+        router = config_of(tmp_path, "deepseek_v3", without=groups).blocks[1].feed_forward.layer.router
+    assert router.num_groups is None and router.selection_bias and router.score == "sigmoid"
+    grouped = config_of(tmp_path, "deepseek_v3").blocks[1].feed_forward.layer.router
+    assert grouped.num_groups == 3 and grouped.scale == pytest.approx(1.7)
+
+
 @pytest.mark.parametrize("factors", [np.ones(3), np.array([1, 2, -4.0, 8]), np.array([1, 2, np.nan, 8])])
 def test_factors_of_the_rotation_are_checked(factors, tmp_path):
     tensors = tensors_of("llama") | {"rope_freqs.weight": factors}

@@ -63,6 +63,8 @@ def read_gguf_config(files: GGUFFiles) -> GGUFConfig:
     architecture = ARCHITECTURES[name].variant(keys.values) or ARCHITECTURES[name]
     fields = _fields(files, architecture, keys)
     notes = check_unread(keys, architecture, LATENT_KEYS if architecture.is_latent else frozenset())
+    if architecture.model_type == "deepseek_v3" and fields["n_group"] is None:
+        notes.append("it has no groups of experts (expert_group_count): experts are chosen from all, as llama.cpp does")
     if keys.problems:
         raise ValueError(f"its key-values cannot be used: {'; '.join(keys.problems)}")
     return GGUFConfig(architecture, fields, tuple(notes))
