@@ -75,8 +75,8 @@ def main() -> None:
             if int(theirs.argmax()) != token:
                 gap = float(logits[place, token] - logits[place, theirs.argmax()])
                 print(
-                    f"token {place}: {token} here, {int(theirs.argmax())} in llama.cpp; here {gap:.4f} apart, and logits "
-                    f"differ by up to {difference:.4f}"
+                    f"token {place}: {token} here, {int(theirs.argmax())} in llama.cpp; here {gap:.4f} apart, and "
+                    f"logits differ by up to {difference:.4f}"
                 )
                 return
     print(f"all {len(ours)} tokens are the same; at the last, logits differ by up to {difference:.2e}")
