@@ -63,7 +63,7 @@ class Architecture:
     bias_fields: field -> the tensor of the first layer whose presence it says.
     paired_heads: the tensors that have the two halves of each rotated pair side by side.
     unit_offset: norms are stored as 1 + weight.
-    joined: Hugging Face's name in a layer -> how two tensors make it, and these two.
+    combined: Hugging Face's name in a layer -> how two tensors make it, and these two.
     one_row: the tensors whose only row is a vector in GGUF.
     in_code: keys that must have these values where a file has them: llama.cpp's code does not ask for them.
     variant: (keys) -> what it is in files with these; None: itself.
@@ -79,7 +79,7 @@ class Architecture:
     bias_fields: Mapping[str, str] = field(default_factory=dict)
     paired_heads: frozenset[str] = frozenset()
     unit_offset: bool = False
-    joined: Mapping[str, tuple[type[Alternating] | type[KeysAndValues], str, str]] = field(default_factory=dict)
+    combined: Mapping[str, tuple[type[Alternating] | type[KeysAndValues], str, str]] = field(default_factory=dict)
     one_row: frozenset[str] = frozenset()
     in_code: Mapping[str, Any] = field(default_factory=dict)
     variant: Callable[[Mapping[str, Any]], "Architecture | None"] = lambda keys: None
@@ -149,7 +149,7 @@ DEEPSEEK_V2 = Architecture(
         "n_group": None,
         "topk_group": None,
     },
-    joined={"self_attn.kv_b_proj.weight": (KeysAndValues, "attn_k_b.weight", "attn_v_b.weight")},
+    combined={"self_attn.kv_b_proj.weight": (KeysAndValues, "attn_k_b.weight", "attn_v_b.weight")},
     in_code={"expert_weights_norm": False},
     is_latent=True,
 )
@@ -262,7 +262,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "expert_used_count": "num_experts_per_tok",
             "attention.sliding_window": "sliding_window",
         },
-        joined={
+        combined={
             "mlp.experts.gate_up_proj_blocks": (Alternating, "ffn_gate_exps.weight", "ffn_up_exps.weight"),
             "mlp.experts.gate_up_proj_bias": (Alternating, "ffn_gate_exps.bias", "ffn_up_exps.bias"),
         },

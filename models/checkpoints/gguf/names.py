@@ -73,13 +73,13 @@ def _in_layer(
     ours, theirs: the layer's prefix in GGUF and in Hugging Face.
     inner: the tensor's name in the layer.
     """
-    for name, (joined, first, second) in architecture.joined.items():
+    for name, (combined, first, second) in architecture.combined.items():
         if inner in (first, second):
             pair = tensors.get(ours + first), tensors.get(ours + second)
-            if pair[0] is None or pair[1] is None or not joined.fit(*pair):
+            if pair[0] is None or pair[1] is None or not combined.fit(*pair):
                 break  # the tensor that is there keeps its name, and is reported
             if inner == first:
-                yield theirs + name, joined(*pair)
+                yield theirs + name, combined(*pair)
             return
     name = architecture.tensors.get(inner)
     if name is None:
