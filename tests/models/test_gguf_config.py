@@ -136,7 +136,9 @@ def test_experts_without_groups_are_chosen_from_all(tmp_path):
     assert grouped.num_groups == 3 and grouped.scale == pytest.approx(1.7)
 
 
-@pytest.mark.parametrize("factors", [np.ones(3), np.array([1, 2, -4.0, 8]), np.array([1, 2, np.nan, 8])])
+@pytest.mark.parametrize(
+    "factors", [np.ones(3), np.array([1, 2, -4.0, 8]), np.array([1, 0.0, 4, 8]), np.array([1, 2, np.nan, 8])]
+)
 def test_factors_of_the_rotation_are_checked(factors, tmp_path):
     tensors = tensors_of("llama") | {"rope_freqs.weight": factors}
     path = write_gguf(tmp_path / "m.gguf", metadata_of("llama"), float32_tensors(tensors))

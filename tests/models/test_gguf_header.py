@@ -42,7 +42,7 @@ def info(name, kind, shape, offset):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("alignment", [32, 8])
+@pytest.mark.parametrize("alignment", [32, 8, 1])
 def test_a_header_is_what_was_written(tmp_path, version, alignment):
     more = {} if alignment == 32 else {"general.alignment": alignment}
     metadata = METADATA | more | {"x.numbers": [3, 1, 2], "x.less": -5, "x.none": []}

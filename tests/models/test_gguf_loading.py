@@ -189,3 +189,15 @@ def test_a_tensor_of_an_unknown_name_and_a_missing_one_are_reported(tmp_path):
         ValueError, match=r"(?s)missing: model.layers.1.mlp.down_proj.weight.*surplus: blk.0.ffn_extra.weight"
     ):
         decodax.load(path)
+
+
+@pytest.mark.parametrize("half", ["ffn_gate_exps", "ffn_up_exps"])
+def test_half_of_a_pair_is_reported_by_its_own_name(half, tmp_path):
+    """Both where the other half is missing and where it has another shape."""
+    missing = {"ffn_gate_exps": "ffn_up_exps", "ffn_up_exps": "ffn_gate_exps"}[half]
+    tensors = tensors_of("gpt_oss")
+    other = tensors.pop(f"blk.0.{missing}.weight")
+    for more in ({}, {f"blk.0.{missing}.weight": other[:, :-1]}):
+        path = write_gguf(tmp_path / "model.gguf", metadata_of("gpt_oss"), float32_tensors(tensors | more))
+        with pytest.raises(ValueError, match=rf"(?s)missing: model.layers.0.mlp.*surplus: blk.0.{half}.weight"):
+            decodax.load(path)

@@ -72,7 +72,7 @@ def read_gguf_config(files: GGUFFiles) -> GGUFConfig:
 
 def _fields(files: GGUFFiles, architecture: Architecture, keys: KeyValues) -> dict[str, Any]:
     fields = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
-    fields |= architecture.constants | _translated(architecture, keys)
+    fields |= {**architecture.constants, **_translated(architecture, keys)}
     fields["tie_word_embeddings"] = HEAD not in files.tensors
     for field_name, tensor in architecture.bias_fields.items():
         fields[field_name] = f"blk.0.{tensor}" in files.tensors
