@@ -1,10 +1,12 @@
 """Wrapped GGUF tensors give the rows of Hugging Face's order, whichever rows are asked for."""
 
 import mmap
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from decodax.models.checkpoints.gguf.block_types import BLOCK_TYPES
 from decodax.models.checkpoints.gguf.tensors import (
     Alternating,
     BlockTensor,
@@ -14,7 +16,8 @@ from decodax.models.checkpoints.gguf.tensors import (
     OneOfStack,
     OneRow,
 )
-from decodax.models.checkpoints.name_map import TensorSlice, full_region, transfers
+from decodax.models.checkpoints.name_map import TensorSlice, full_region, single_tensor, transfers
+from decodax.models.checkpoints.name_map_selection import Expected, match_tensors
 
 MAPPING, OTHER_MAPPING = mmap.mmap(-1, 1), mmap.mmap(-1, 1)
 
@@ -102,3 +105,35 @@ def test_a_pair_of_different_kinds_gives_float32():
     tensor = Alternating(other, stored(numbers(3, 5)))
     assert tensor.kind == "F32" and tensor.rows(slice(0, 3)).dtype == tensor.dtype == np.float32
     assert Alternating(other, other).kind == "F16"
+
+
+@pytest.mark.parametrize("head", ["same", "another number", "another shape"])
+def test_a_head_beside_a_tied_embedding_must_be_the_same(head, monkeypatch):
+    monkeypatch.setattr("decodax.models.checkpoints.name_map_selection._COMPARED_NUMBERS", 14)  # two rows at once
+    embedding = numbers(11, 7)
+    other = {"same": embedding, "another number": embedding.copy(), "another shape": embedding[:-1]}[head]
+    if head == "another number":
+        other[10, 3] += 1
+    tensors = {"model.embed_tokens.weight": stored(embedding), "lm_head.weight": stored(other)}
+    expected = Expected(
+        {("embedding",): single_tensor("model.embed_tokens.weight")},
+        {("embedding",): (11, 7)},
+        tied_head=("lm_head.weight", "model.embed_tokens.weight"),
+    )
+    report = match_tensors(tensors, expected).report()
+    assert bool(report) == (head != "same") and all("differs from the embedding" in line for line in report)
+
+
+def test_reading_a_tensor_needs_little_memory_beside_the_target():
+    kind, count = BLOCK_TYPES["Q4_K"], 2_000
+    blocks = np.random.default_rng(0).integers(0, 100, (count, 8 * kind.num_bytes), np.uint8)
+    tensor = BlockTensor("x", "Q4_K", (count, 8 * kind.numbers), blocks, MAPPING)
+    target = np.empty(tensor.shape, np.float32)
+    tracemalloc.start()
+    try:
+        region = full_region(tensor.shape)
+        for place, piece in transfers(TensorSlice("x"), HalvesOfHeads(tensor, 10), tensor.shape, region, target, 2**20):
+            place[...] = piece
+        assert tracemalloc.get_traced_memory()[1] < 6 * 2**20 < target.nbytes
+    finally:
+        tracemalloc.stop()
