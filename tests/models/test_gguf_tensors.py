@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from decodax.models.checkpoints.gguf.block_types import BLOCK_TYPES
-from decodax.models.checkpoints.gguf.tensors import (
+from decodax.models.checkpoints.gguf.reordered import (
     Alternating,
-    BlockTensor,
     HalvesOfHeads,
     KeysAndValues,
     LessOne,
     OneOfStack,
     OneRow,
 )
+from decodax.models.checkpoints.gguf.tensors import BlockTensor
 from decodax.models.checkpoints.name_map import TensorSlice, full_region, single_tensor, transfers
 from decodax.models.checkpoints.name_map_selection import Expected, match_tensors
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from decodax.models.checkpoints.gguf.tensors import Alternating, KeysAndValues
+from decodax.models.checkpoints.gguf.reordered import Alternating, KeysAndValues
 
 
 def _weights_and_biases(names: Mapping[str, str]) -> dict[str, str]:

@@ -4,14 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from decodax.models.checkpoints.gguf.architectures import Architecture
-from decodax.models.checkpoints.gguf.tensors import (
-    BlockTensor,
-    GGUFTensor,
-    HalvesOfHeads,
-    LessOne,
-    OneOfStack,
-    OneRow,
-)
+from decodax.models.checkpoints.gguf.reordered import HalvesOfHeads, LessOne, OneOfStack, OneRow
+from decodax.models.checkpoints.gguf.tensors import BlockTensor, GGUFTensor
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _OUTER = {
