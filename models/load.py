@@ -19,7 +19,9 @@ from decodax.core.printable import printable
 from decodax.kernels_pallas.selection import Implementation
 from decodax.layers.execution import Execution
 from decodax.models.checkpoints.adapter_files import refuse_adapter_alone
+from decodax.models.checkpoints.gguf.files import SUFFIX as GGUF_SUFFIX
 from decodax.models.checkpoints.hub import download
+from decodax.models.checkpoints.model_source import is_gguf_path, source_of
 from decodax.models.checkpoints.reading import open_params, read_params, shardings_on
 from decodax.models.config import ModelConfig
 from decodax.models.configs.hf_config import load_config
@@ -47,7 +49,7 @@ class LanguageModel:
     config: of the model.
     params: nested dictionary of arrays.
     tokenizer: None when the folder has none; input is then token ids.
-    path: the folder it came from.
+    path: the folder it came from, or the GGUF file.
     end_token_ids: the ids that end a text.
     adapter: the `AuxiliaryWeights` merged into its weights (LoRA); None if they are those of the folder.
     """
@@ -83,12 +85,13 @@ def load(
     sequence_parallel: bool = False,
     pipeline: Pipeline = ONE_CHUNK,
 ) -> LanguageModel:
-    """Loads a model folder; arguments and errors are those of `decodax.load`."""
+    """Loads a model folder or a GGUF file; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
     folder = find_folder(path_or_id)
-    family, config = load_config(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    end_token_ids = read_end_token_ids(folder, config.vocab_size)
+    source = source_of(folder)
+    family, config = load_config(source)
+    tokenizer = source.tokenizer()
+    end_token_ids = read_end_token_ids(source, config.vocab_size)
     fitted = None if mesh is None else mesh_for(mesh, config, rules)
     execution = Execution(implementation, fitted, rules, sequence_parallel=sequence_parallel, pipeline=pipeline)
     model = Model(config, invariant, execution)
@@ -98,7 +101,7 @@ def load(
         check_kernels(model, kind)
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
-        opened = open_params(folder, family, config)
+        opened = open_params(source, family, config)
         if model.stages is not None:
             opened = in_stages(opened, stack_weights(config.weights(), model.stages), model.stages)
         params = read_params(opened, dtype=kind, sharding_of=sharding_of, progress=progress)
@@ -106,7 +109,7 @@ def load(
 
 
 def find_folder(path_or_id: str | Path | None) -> Path:
-    """The local folder of a path or a hub id; downloads the latter if necessary."""
+    """The local folder, or GGUF file, of a path or a hub id; downloads the latter if necessary."""
     if path_or_id is None:
         return Path(str(resources.files("decodax.models.demo")))
     if not str(path_or_id):
@@ -119,8 +122,14 @@ def find_folder(path_or_id: str | Path | None) -> Path:
     if is_folder:
         refuse_adapter_alone(path)
         return path
+    if is_gguf_path(path):
+        return path
     if path.is_file():
-        raise FileNotFoundError(f"{path} is a file: pass the model's folder (with config.json and safetensors)")
+        raise FileNotFoundError(
+            f"{printable(path)} is a file, and no GGUF file: pass the model's folder (with config.json and safetensors)"
+        )
+    if path.suffix == GGUF_SUFFIX:
+        raise FileNotFoundError(f"no such file: {printable(path.absolute())}")
     name = str(path_or_id)
     organisation, _, rest = name.partition("/")
     is_id = isinstance(path_or_id, str) and organisation and rest and "/" not in rest and "\\" not in name

@@ -24,7 +24,7 @@ from decodax.layers.attention.mask import Causal, Mask
 from decodax.layers.execution import Execution
 from decodax.layers.norm import Norm
 from decodax.models.checkpoints.model_files import has_orbax_arrays
-from decodax.models.checkpoints.model_weights import open_model_weights
+from decodax.models.checkpoints.model_source import source_of
 from decodax.models.checkpoints.name_map_selection import tensor_names
 from decodax.models.checkpoints.name_prefix import find_names
 from decodax.models.checkpoints.orbax_arrays import read_metadata
@@ -146,7 +146,7 @@ def holds_mtp_head(folder: Path, family: Family, config: ModelConfig) -> bool:
     prefix = _prefix(family, config)
     if has_orbax_arrays(folder):
         return any(name.startswith(f"{MTP_HEAD_KEY}.") for name in read_metadata(folder).names)
-    stored = open_model_weights(folder)
+    stored = source_of(folder).tensors()
     names = find_names(stored, tensor_names(family.name_maps(config)), family.body_prefix)
     return any(names.expected(name).startswith(prefix) for name in stored)
 

@@ -3,9 +3,10 @@
     pip install "transformers>=5" torch
     python -m decodax.scripts.make_golden_configs PUBLISHED [FAMILY ...]
 
-PUBLISHED is a folder of folders with a published `config.json` each; with families, only theirs are made again. Three
+PUBLISHED is a folder of folders with a published `config.json` each; with families, only theirs are made again. Four
 files are written:
 
+    defaults.json   per family: the fields of its class made without arguments
     fields.json     per family: the fields that its class has or that its code reads, and their other names
     published.json  per published config of a known family: its fields with an influence; the names and shapes of the
                     tensors of the model that transformers builds from them; how it rotates; the same config with small
@@ -68,6 +69,13 @@ def fields_of(model_type: str) -> dict[str, Any]:
     declared = {field.name for field in dataclasses.fields(config)}
     aliases = dict(config.attribute_map)
     return {"declared": sorted(declared), "read": sorted((read & declared) | (read - declared)), "aliases": aliases}
+
+
+def default_of(model_type: str) -> dict[str, Any]:
+    """The fields that decodax reads of the class made without arguments, as `save_pretrained` writes them."""
+    family, written = FAMILIES[model_type], classes_of(model_type)[0]().to_dict()
+    read = {*family.defaults, *family.aliases, "rope_parameters", "model_type"}
+    return {name: value for name, value in written.items() if name in read}
 
 
 def config_of(raw: Mapping[str, Any]) -> Any:
@@ -186,6 +194,8 @@ def main() -> None:
     new = chosen or list(FAMILIES)
     fields = kept("fields.json", chosen) | {model_type: fields_of(model_type) for model_type in new}
     write("fields.json", version | {name: fields[name] for name in FAMILIES})
+    defaults = kept("defaults.json", chosen) | {model_type: default_of(model_type) for model_type in new}
+    write("defaults.json", version | {name: defaults[name] for name in FAMILIES})
     published = kept("published.json", chosen)
     for path in sorted(Path(sys.argv[1]).glob("*/config.json")):
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -1,12 +1,10 @@
 """Converts a model between checkpoint formats: what both directions share (source weights, small files, manifest).
 
-A source is a folder that `decodax.load` takes, of either kind, or a loaded model. Weights keep their stored dtype;
+A source is a folder or GGUF file that `decodax.load` takes, or a loaded model. Weights keep their stored dtype;
 packed ones (FP8, GPTQ, ...) become float32, which holds their numbers exactly, or the dtype asked for.
 """
 
-import fnmatch
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +20,6 @@ from decodax.core.arguments import folder_name
 from decodax.core.printable import printable
 from decodax.core.version import __version__
 from decodax.core.weight import Weight
-from decodax.models.checkpoints.adapter_files import SETTINGS_FILE
 from decodax.models.checkpoints.convert_target import (
     MANIFEST,
     Target,
@@ -31,11 +28,10 @@ from decodax.models.checkpoints.convert_target import (
     source_paths,
     written_files,
 )
-from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, parse_json_object
-from decodax.models.checkpoints.model_weights import model_weight_files
+from decodax.models.checkpoints.model_files import parse_json_object
+from decodax.models.checkpoints.model_source import ModelSource, source_of
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape
 from decodax.models.checkpoints.name_map_selection import REDUNDANT_SUFFIXES
-from decodax.models.checkpoints.orbax_files import FOLDER, regular_files
 from decodax.models.checkpoints.reading import Progress, StoredWeights, flat_weights, open_params
 from decodax.models.checkpoints.staged_folder import StagedFolder, forget_partial, partial_of, staged
 from decodax.models.config import ModelConfig
@@ -45,8 +41,6 @@ from decodax.models.load import LanguageModel, find_folder, working_dtype
 from decodax.models.mtp_head import MTP_HEAD_KEY, holds_mtp_head, open_mtp_head
 
 _VERSION = 1  # of the manifest
-_BESIDE = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")  # the tokenizer, generation settings
-_NOT_BESIDE = {"config.json", MANIFEST, SETTINGS_FILE}  # an adapter's weights are not copied either
 
 
 @runtime_checkable
@@ -98,7 +92,7 @@ class CombinedWeights:
 class Source:
     """The model to convert.
 
-    folder: with its config and tokenizer.
+    origin: where it comes from, with its config and tokenizer.
     family, config: of the model.
     weights: its parameters.
     name_maps: of its parameters in safetensors.
@@ -107,7 +101,7 @@ class Source:
     stored: those of the weights that are read from files.
     """
 
-    folder: Path
+    origin: ModelSource
     family: Family
     config: ModelConfig
     weights: Weights
@@ -134,22 +128,19 @@ def open_source(source: Any) -> Source:
         folder = source.path
     else:
         folder = find_folder(folder_name("source", source, ", the id of a model on the hub, or a loaded model"))
-    family, config = load_config(folder)
-    model = _held(source, config) if isinstance(source, LanguageModel) else open_params(folder, family, config)
+    origin = source_of(folder)
+    family, config = load_config(origin)
+    model = _held(source, config) if isinstance(source, LanguageModel) else open_params(origin, family, config)
     name_maps, mtp_head = family.name_maps(config), None
     if family.mtp_head is not None and holds_mtp_head(folder, family, config):
         mtp_head = open_mtp_head(folder, family, config)
         name_maps |= {(MTP_HEAD_KEY, *path): stored for path, stored in family.mtp_head_name_maps(config).items()}
     weights = model if mtp_head is None else CombinedWeights(model, mtp_head)
     if isinstance(model, HeldWeights):
-        return Source(folder, family, config, weights, name_maps, None, (), () if mtp_head is None else (mtp_head,))
-    files = (
-        [folder / FOLDER / name for name in sorted(regular_files(folder))]
-        if has_orbax_arrays(folder)
-        else model_weight_files(folder)
-    )
+        return Source(origin, family, config, weights, name_maps, None, (), () if mtp_head is None else (mtp_head,))
+    files = _stamps(folder if folder.is_dir() else folder.parent, origin.weight_files())
     stored = (model,) if mtp_head is None else (model, mtp_head)
-    return Source(folder, family, config, weights, name_maps, _stamps(folder, files), _left_out(stored, family), stored)
+    return Source(origin, family, config, weights, name_maps, files, _left_out(stored, family), stored)
 
 
 def _left_out(opened: Sequence[StoredWeights], family: Family) -> tuple[str, ...]:
@@ -211,16 +202,15 @@ def manifest(
         "num_bytes": sum(counts[path] * dtypes[path].itemsize for path in counts),
         "dtypes": sorted({dtype.name for dtype in dtypes.values()}),
         **more,
-        "files": written_files(weights, files_beside(source.folder)),
-        "source": {"name": source.folder.resolve().name, "files": source.files},
+        "files": written_files(weights, source.origin.small_files()),
+        "source": {"name": source.origin.path.resolve().name, "files": source.files},
     }
 
 
 def config_json(source: Source, dtypes: Mapping[ParameterPath, np.dtype]) -> bytes:
     """The source's `config.json` for plain weights of these dtypes."""
-    file = source.folder / "config.json"
-    content = b"" if find_file(source.folder, file.name) is None else file.read_bytes()
-    config = parse_json_object(content, str(file))
+    content = source.origin.read("config.json") or b""
+    config = parse_json_object(content, source.origin.where("config.json"))
     packed = [config.pop(name, None) for name in ("quantization_config", "quantization")]
     was_quantised = any(field is not None for field in packed)
     if not was_quantised and all(dtype == source.weights.dtype(path) for path, dtype in dtypes.items()):
@@ -228,17 +218,6 @@ def config_json(source: Source, dtypes: Mapping[ParameterPath, np.dtype]) -> byt
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     config |= dict.fromkeys(names, dtypes["embedding",].name)
     return (json.dumps(config, indent=2) + "\n").encode()
-
-
-def files_beside(folder: Path) -> list[Path]:
-    """The small files that belong to a model beside its weights and its config.
-
-    Raises ValueError for a link out of the model's folder, and for what is no regular file.
-    """
-    names = {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
-    found = {name for pattern in _BESIDE for name in fnmatch.filter(names, pattern)} - _NOT_BESIDE
-    files = (find_file(folder, name) for name in sorted(found) if not name.endswith(".index.json"))
-    return [file for file in files if file is not None]
 
 
 @dataclass(frozen=True)
@@ -281,14 +260,15 @@ def convert(
     progress: called with (bytes done, bytes in all).
     """
     target = absolute_target(target)
-    guard = Target(target, description["form"], source_paths(source.folder), overwrite)
+    guard = Target(target, description["form"], source_paths(source.origin.path), overwrite)
     is_there = source.files is not None and not overwrite and _is_finished(target, description)
     if not is_there:
         guard.check()
     if source.left_out:
         names = ", ".join(source.left_out[:3]) + (", ..." if len(source.left_out) > 3 else "")
         warnings.warn(
-            f"{len(source.left_out)} tensor(s) of {source.folder} are not read by decodax and not converted: {names}",
+            f"{len(source.left_out)} tensor(s) of {source.origin.path} are not read by decodax and not converted: "
+            f"{names}",
             stacklevel=3,
         )
     total = sum(pieces.values())
@@ -307,8 +287,8 @@ def convert(
 
         wrote(0)
         write(folder, wrote)
-        for file in files_beside(source.folder):
-            folder.write_file(file.name, file.read_bytes())
+        for name in source.origin.small_files():
+            folder.write_file(name, source.origin.read(name) or b"")
         folder.write_file(MANIFEST, (json.dumps(dict(description), indent=2) + "\n").encode())
         folder.write_file("config.json", config)
     for weights in source.stored:

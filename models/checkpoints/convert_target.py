@@ -162,7 +162,9 @@ class Target:
 
 
 def source_paths(folder: Path) -> tuple[Path, ...]:
-    """A model's folder, and all that is read through links in it."""
+    """A model's folder or file, and all that is read through links in it."""
+    if not folder.is_dir():
+        return (folder,)
     links = [entry.path for entry in os.scandir(folder) if entry.is_symlink()]
     for inside, _, names in os.walk(folder / FOLDER):
         links += [path for name in names if os.path.islink(path := os.path.join(inside, name))]
@@ -212,6 +214,6 @@ def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
                     yield name, entry.is_file(follow_symlinks=False)
 
 
-def written_files(weights: Iterable[str], beside: Iterable[Path]) -> list[str]:
+def written_files(weights: Iterable[str], beside: Iterable[str]) -> list[str]:
     """The names that a conversion writes into its target; for an Orbax checkpoint's arrays only their folder."""
-    return sorted({*weights, *(file.name for file in beside), "config.json", MANIFEST})
+    return sorted({*weights, *beside, "config.json", MANIFEST})

@@ -178,9 +178,11 @@ def has_orbax_arrays(folder: Path) -> bool:
 
 
 def stamp(folder: str | os.PathLike[str]) -> Hashable:
-    """What tells whether the files of a folder have changed: their names, sizes and times; None for no folder."""
+    """What tells whether a file or those of a folder have changed: names, sizes and times; None if there are none."""
     try:
-        found = ((entry.name, entry.stat()) for entry in os.scandir(Path(folder).expanduser()) if entry.is_file())
+        path = Path(folder).expanduser()
+        entries = [path] if path.is_file() else os.scandir(path)
+        found = ((entry.name, entry.stat()) for entry in entries if entry.is_file())
         return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
     except (OSError, ValueError, RuntimeError):  # no folder; a name that no file has; an unknown home
         return None

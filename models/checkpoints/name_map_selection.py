@@ -14,6 +14,7 @@ from decodax.models.checkpoints.safetensors_files import Entry
 from decodax.models.checkpoints.weight_formats import StoredTensor
 from decodax.models.families.contract import ParameterPath
 
+_COMPARED_NUMBERS = 2**18  # at once
 Filled = dict[ParameterPath, list[tuple[TensorSlice, StoredTensor]]]  # what fills each parameter
 
 _COMPARED_NUMBERS = 2**18  # at once

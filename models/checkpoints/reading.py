@@ -1,4 +1,4 @@
-"""Loads a checkpoint's weights (safetensors or pickled files, one or several with an index, or Orbax arrays).
+"""Loads a checkpoint's weights (safetensors or pickled files, Orbax arrays, GGUF) into parameters.
 
 One parameter at a time, in pieces: from the mapped file, cast on the way, into aligned host buffers, and from there to
 the devices. With a sharding, each slice that a device of this process holds is read separately and only once, so a
@@ -6,7 +6,7 @@ process reads no more than its devices hold. On CPU such a buffer becomes the de
 no more host memory than the parameters, one piece, and UNMAPPED_BYTES of the files; on an accelerator it costs one
 slice. Nothing refers to the files afterwards.
 
-`models/checkpoints/model_weights.py` opens the files, `models/checkpoints/name_map_selection.py` finds the tensors
+`models/checkpoints/model_source.py` opens the files, `models/checkpoints/name_map_selection.py` finds the tensors
 that fill each parameter, `models/checkpoints/name_map.py` says which slice of them, and `models/checkpoints/formats/`
 presents packed weights (FP8, GPTQ, ...) under their own names. `models/checkpoints/orbax_arrays.py` presents the arrays
 of an Orbax checkpoint like tensors of such files.
@@ -31,8 +31,8 @@ from decodax.core.weight import Weight
 from decodax.models.checkpoints.adapter_files import warn_of_adapter
 from decodax.models.checkpoints.formats.view import Quantization, quantization_of, readable
 from decodax.models.checkpoints.mismatch_report import mismatch_error
-from decodax.models.checkpoints.model_files import find_file, has_orbax_arrays, read_json_object
-from decodax.models.checkpoints.model_weights import open_model_weights
+from decodax.models.checkpoints.model_files import has_orbax_arrays, parse_json_object
+from decodax.models.checkpoints.model_source import ModelSource, source_of
 from decodax.models.checkpoints.name_map import NameMaps, Region, full_region, region_shape, single_tensor, transfers
 from decodax.models.checkpoints.name_map_selection import Expected, Filled, Match, match_tensors
 from decodax.models.checkpoints.name_prefix import TensorNames
@@ -119,23 +119,25 @@ class StoredWeights:
             )
 
 
-def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeights:
-    """Opens the parameters of a folder, to be read region by region.
+def open_params(place: Path | ModelSource, family: Family, config: ModelConfig) -> StoredWeights:
+    """Opens the parameters of a source, a folder or a GGUF file, to be read region by region.
 
     Raises FileNotFoundError for missing files.
     Raises ValueError for damaged files, and with a list of every missing, surplus and misshapen weight, or the field
     of the config that causes them.
     Warns if the files have a wrapper's names, and of an adapter that is not applied.
     """
+    source = source_of(place)
+    folder = source.path
     warn_of_adapter(folder, stacklevel=4)
-    stored = _open(folder)
+    stored = _open(source)
 
     def expected_of(config: ModelConfig) -> Expected:
-        return _expected_model(folder, family, config)
+        return _expected_model(source, family, config)
 
     match = match_tensors(stored, expected_of(config))
     if match.report():
-        raise mismatch_error(printable(folder), explained(_raw_config(folder), stored, match, expected_of))
+        raise mismatch_error(printable(folder), explained(_raw_config(source), stored, match, expected_of))
     if match.names.is_wrapped:
         body, head = printable(match.names.body), printable(match.names.in_file(family.outer_name("head")))
         warnings.warn(
@@ -146,9 +148,9 @@ def open_params(folder: Path, family: Family, config: ModelConfig) -> StoredWeig
     return _found(folder, stored, match, config.weights())
 
 
-def _open(folder: Path) -> Mapping[str, Entry]:
-    quantization = None if has_orbax_arrays(folder) else _quantization(folder)
-    return readable(open_model_weights(folder), quantization)
+def _open(source: ModelSource) -> Mapping[str, Entry]:
+    quantization = None if has_orbax_arrays(source.path) else _quantization(source)
+    return readable(source.tensors(), quantization)
 
 
 def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Mapping[str, Any]) -> StoredWeights:
@@ -158,17 +160,17 @@ def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Map
     return StoredWeights(folder, {path: described[path] for path in filled}, filled, stored, match.names)
 
 
-def _expected_model(folder: Path, family: Family, config: ModelConfig) -> Expected:
-    if has_orbax_arrays(folder):
-        return _expected(folder, {}, config.weights(), elsewhere=OTHER_WEIGHTS)
+def _expected_model(source: ModelSource, family: Family, config: ModelConfig) -> Expected:
+    if has_orbax_arrays(source.path):
+        return _expected(source, {}, config.weights(), elsewhere=OTHER_WEIGHTS)
     tied_head = (family.outer_name("head"), family.outer_name("embedding")) if config.tie_embeddings else None
     elsewhere = None if family.elsewhere is None else family.elsewhere(config)
-    found = _expected(folder, family.name_maps(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
+    found = _expected(source, family.name_maps(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
     return replace(found, body_prefix=family.body_prefix)
 
 
 def _expected(
-    folder: Path,
+    source: ModelSource,
     name_maps: Mapping[ParameterPath, NameMaps],
     weights: Mapping[str, Any],
     *,
@@ -176,9 +178,9 @@ def _expected(
     elsewhere: str | None,
 ) -> Expected:
     shapes = {path: weight.shape for path, weight in flat_weights(weights).items()}
-    if has_orbax_arrays(folder):
+    if has_orbax_arrays(source.path):
         return Expected({path: single_tensor(array_name(path)) for path in shapes}, shapes, elsewhere=elsewhere)
-    return Expected(name_maps, shapes, _quantization(folder), tied_head, elsewhere)
+    return Expected(name_maps, shapes, _quantization(source), tied_head, elsewhere)
 
 
 def open_auxiliary_weights(
@@ -197,15 +199,16 @@ def open_auxiliary_weights(
         all that the name maps do not name.
     Raises what `open_params` raises.
     """
-    stored = _open(folder)
-    match = match_tensors(stored, _expected(folder, name_maps, weights, elsewhere=elsewhere))
+    source = source_of(folder)
+    stored = _open(source)
+    match = match_tensors(stored, _expected(source, name_maps, weights, elsewhere=elsewhere))
     if lines := match.report():
         raise mismatch_error(printable(folder), lines)
     return _found(folder, stored, match, weights)
 
 
 def load_params(
-    folder: Path,
+    folder: Path | ModelSource,
     family: Family,
     config: ModelConfig,
     *,
@@ -316,15 +319,15 @@ def shardings_on(mesh: Mesh | None, rules: Rules) -> ShardingOf | None:
     return lambda weight, path: rules.sharding(mesh, weight, "/".join(path))
 
 
-def _raw_config(folder: Path) -> dict[str, Any]:
-    """The fields of a folder's `config.json`; empty without the file."""
-    file = find_file(folder, "config.json")
-    return {} if file is None else read_json_object(file)
+def _raw_config(source: ModelSource) -> dict[str, Any]:
+    """The fields of a source's `config.json`; empty without the file."""
+    content = source.read("config.json")
+    return {} if content is None else parse_json_object(content, source.where("config.json"))
 
 
-def _quantization(folder: Path) -> Quantization | None:
-    """The weight format that the folder's `config.json` names; a folder without the file has plain weights."""
-    return quantization_of(_raw_config(folder))
+def _quantization(source: ModelSource) -> Quantization | None:
+    """The weight format that the source's `config.json` names; a folder without the file has plain weights."""
+    return quantization_of(_raw_config(source))
 
 
 def host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -64,6 +64,7 @@ class RawTensor:
 
     @property
     def mappings(self) -> tuple[mmap.mmap, ...]:
+        """The mapped files that it reads."""
         return (self.mapping,)
 
     @property
@@ -165,8 +166,6 @@ def _advice(folder: Path) -> str:
             "pytorch_model.bin.index.json names. Rename a single file, or convert it with transformers: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
-    if names := found("*.gguf"):
-        return f", only {names}: GGUF is not read; use the model's safetensors files"
     if names := found("*.safetensors"):
         return f", only {names}: rename a single file to model.safetensors, or add the index of several"
     return ": the weights are expected in one of them"

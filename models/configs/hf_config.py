@@ -13,7 +13,8 @@ from typing import Any
 
 from decodax.core.printable import printable
 from decodax.models.checkpoints.formats.view import quantization_of
-from decodax.models.checkpoints.model_files import find_file, read_json_object
+from decodax.models.checkpoints.model_files import parse_json_object, read_json_bytes
+from decodax.models.checkpoints.model_source import ModelSource, is_gguf_path, source_of
 from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.configs.field_kinds import quoted, unexpected
 from decodax.models.configs.field_relations import check_relations
@@ -23,6 +24,7 @@ from decodax.models.families import FAMILIES
 from decodax.models.families.contract import Family
 from decodax.models.families.layer import Layer
 
+_FILE = "config.json"
 _MAX_PROBLEMS = 20  # in one message
 # From the other sizes where they are null or absent, in every family.
 _DERIVED = ("num_key_value_heads", "head_dim")
@@ -51,21 +53,28 @@ class _File:
         return self.written.get(field_name, field_name)
 
 
-def load_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """Reads `config.json` of a folder, or such a file itself; warns about what it ignores, naming the file.
+def load_config(place: Path | ModelSource) -> tuple[Family, ModelConfig]:
+    """Reads the `config.json` of a source, of a folder or GGUF file, or such a file itself.
 
+    Warns about what it ignores, naming the file.
     Raises FileNotFoundError without the file.
     Raises ValueError if it is no JSON object or `read_config` refuses it.
     """
-    path = folder if folder.is_file() else find_file(folder, "config.json")
-    if path is None:
-        raise FileNotFoundError(f"{folder} has no config.json: a model folder in Hugging Face format is expected")
-    raw = read_json_object(path)
+    if isinstance(place, Path) and place.is_file() and not is_gguf_path(place):
+        content, where = read_json_bytes(place), str(place)
+    else:
+        source = source_of(place)
+        content, where = source.read(_FILE), source.where(_FILE)
+        if content is None:
+            raise FileNotFoundError(
+                f"{source.path} has no {_FILE}: a model folder in Hugging Face format is expected, or a GGUF file"
+            )
+    raw = parse_json_object(content, where)
     try:
         family, config, notes = _read(raw)
     except ValueError as error:
-        raise ValueError(f"{printable(path)}: {error}") from error
-    _warn(notes, f"{printable(path)}: ")
+        raise ValueError(f"{printable(where)}: {error}") from error
+    _warn(notes, f"{printable(where)}: ")
     return family, config
 
 
@@ -195,8 +204,10 @@ def _blocks(
         named = (family.rope_by_kind or {}).get(kind, "rope_theta")
         base = float(fields[named] if isinstance(named, str) else named)
         rotary_size = _rotary_size(fields, family, kind, own, file.problems)
+        # Where only some layers are stretched, published files state the product as the context.
+        notes = file.notes if kind == ANY_KIND else []
         ropes[kind], extended = read_rope(
-            file.raw, own, rotary_size, fields["max_position_embeddings"], base, file.problems, file.notes
+            file.raw, own, rotary_size, fields["max_position_embeddings"], base, file.problems, notes
         )
         if family.rope_interleaved and ropes[kind] is not None:
             ropes[kind] = replace(ropes[kind], interleaved=True)

@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from decodax.core.printable import printable
-from decodax.models.checkpoints.model_files import UnreasonableFileError, find_file, read_json_object
+from decodax.models.checkpoints.model_files import UnreasonableFileError, parse_json_object
+from decodax.models.checkpoints.model_source import ModelSource, source_of
 
 _FIELD = "eos_token_id"
 
 
-def read_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+def read_end_token_ids(place: Path | ModelSource, vocab_size: int) -> tuple[int, ...]:
     """The ids that end a text: `eos_token_id` (one or several) of `generation_config.json`, else of `config.json`.
 
     As in transformers, a generation_config.json that cannot be read counts as missing (with a warning). An id without
     a logit (beyond the vocabulary, or negative) can never be generated: it is left out, with a warning.
     """
+    source = source_of(place)
     for name in ("generation_config.json", "config.json"):
-        path = find_file(folder, name)
-        if path is None:
+        content, path = source.read(name), source.where(name)
+        if content is None:
             continue
         try:
-            ids = _ids_in(path)
+            ids = _ids_in(content, path)
         except ValueError as error:
             if name == "config.json" or isinstance(error, UnreasonableFileError):
                 raise
@@ -33,8 +35,8 @@ def read_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
     return ()
 
 
-def _ids_in(path: Path) -> tuple[int, ...]:
-    value: Any = read_json_object(path).get(_FIELD)
+def _ids_in(content: bytes, path: str) -> tuple[int, ...]:
+    value: Any = parse_json_object(content, path).get(_FIELD)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(item, bool) or not isinstance(item, int) for item in values):
         found = printable(json.dumps(value))  # with the quotation marks of a text
@@ -42,7 +44,7 @@ def _ids_in(path: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _usable(ids: tuple[int, ...], path: Path, vocab_size: int) -> tuple[int, ...]:
+def _usable(ids: tuple[int, ...], path: str, vocab_size: int) -> tuple[int, ...]:
     usable = tuple(token for token in ids if 0 <= token < vocab_size)
     if usable != ids:
         others = printable(", ".join(str(token) for token in ids if token not in usable))

@@ -47,10 +47,10 @@ def load(
     pipeline: Pipeline | None = ONE_CHUNK,
     compilation_cache: bool | None = True,
 ) -> LanguageModel:
-    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json), or with Orbax arrays.
+    """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json) or with Orbax, or GGUF.
 
-    path_or_id: a folder; the id of a model on the Hugging Face hub ("org/name"), which is downloaded once; None for the
-        small model that decodax carries.
+    path_or_id: a folder; a GGUF file, or one of the files of a split one; the id of a model on the Hugging Face hub
+        ("org/name"), which is downloaded once; None for the small model that decodax carries.
     dtype: "float32", "bfloat16" or "float16", in which the weights are kept; by default float32 on CPU (where bfloat16
         is many times slower) and bfloat16 on accelerators.
     mesh: the devices to run on, as a text like "tensor=4,data=2" or a JAX mesh with such axes (data, pipeline, context,

@@ -104,7 +104,7 @@ def test_names_that_are_no_valid_paths():
 
 
 def test_a_file_in_place_of_a_folder_is_refused():
-    with pytest.raises(FileNotFoundError, match=r"config.json is a file: pass the model's folder"):
+    with pytest.raises(FileNotFoundError, match=r"config.json is a file, and no GGUF file: pass the model's folder"):
         load(LLAMA / "config.json")
 
 

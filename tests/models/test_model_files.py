@@ -7,7 +7,7 @@ import pytest
 
 from decodax.core.printable import printable
 from decodax.models.checkpoints import model_files
-from decodax.models.checkpoints.model_files import find_file, parse_json_object, read_json_object
+from decodax.models.checkpoints.model_files import find_file, parse_json_object, read_json_object, stamp
 
 
 def test_examples():
@@ -135,3 +135,13 @@ def test_a_long_path_is_cut_in_the_middle():
     for length in (150, 250, 100_000, 10**6):
         found = printable(f"/first/{'x' * length}\n{'y' * length}/config.json")
         assert found.startswith("/first/x") and found.endswith("y/config.json") and len(found) <= 200
+
+
+def test_the_stamp_of_a_file_changes_with_the_file(tmp_path):
+    file = tmp_path / "model.gguf"
+    assert stamp(file) is None
+    file.write_bytes(b"one")
+    before = stamp(file)
+    assert before == stamp(str(file)) and before is not None
+    file.write_bytes(b"three")
+    assert stamp(file) != before and stamp(tmp_path) == stamp(file)

@@ -311,7 +311,6 @@ def test_a_sharding_is_requested_for_every_weight_and_progress_ends_at_the_total
     [
         ([], "has neither model.safetensors nor model.safetensors.index.json: the weights are expected"),
         (["other.bin", "x.pt"], "only other.bin, x.pt: pickled weights are read from pytorch_model.bin, or"),
-        (["q4.gguf"], "only q4.gguf: GGUF is not read"),
         (["other.safetensors"], "only other.safetensors: rename"),
         (["decodax.json"], "nor params/_METADATA, which an Orbax checkpoint has"),
     ],

@@ -11,7 +11,9 @@ import typer
 
 from decodax.cli import session
 from decodax.models.checkpoints.conversion import absolute_target
+from decodax.models.checkpoints.gguf.source import GGUFSource
 from decodax.models.checkpoints.model_files import has_orbax_arrays
+from decodax.models.checkpoints.model_source import source_of
 from decodax.models.checkpoints.write_hf import MAX_SHARD_BYTES, to_hf
 from decodax.models.checkpoints.write_orbax import from_hf
 from decodax.models.load import byte_progress, find_folder
@@ -32,14 +34,16 @@ _NAMES = {Form.ORBAX: "Orbax checkpoint", Form.HF: "Hugging Face folder"}
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A model folder of either form, or an id on the Hugging Face hub.")
+        str, typer.Argument(metavar="SOURCE", help="A model folder of either form, a GGUF file, or an id on the hub.")
     ],
     target: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it appears when complete.")],
-    to: Annotated[Form | None, typer.Option(help="The form to write. Default: the one that SOURCE has not.")] = None,
+    to: Annotated[
+        Form | None, typer.Option(help="The form to write. Default: the one that SOURCE has not; hf for GGUF.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Round every weight to float32, bfloat16 or float16. Default: as stored; FP8 and mxfp4 as float32."
+            help="Round every weight to float32, bfloat16 or float16. Default: as stored; quantised ones as float32."
         ),
     ] = None,
     mesh: Annotated[
@@ -61,7 +65,7 @@ def convert(
     as_json: session.Json = False,
     debug: session.Debug = False,
 ) -> None:
-    """Convert a model between Hugging Face's form (safetensors) and Orbax's; both can be loaded.
+    """Convert a model between Hugging Face's form (safetensors) and Orbax's, or from GGUF; all can be loaded.
 
     The config and the tokenizer go with it. After an interruption the same command resumes; until the conversion is
     complete there is nothing at TARGET.
@@ -69,7 +73,8 @@ def convert(
     with session.reported_errors(debug):
         absolute_target(target)  # refused before anything is downloaded
         folder = find_folder(source)
-        form = to or (Form.HF if has_orbax_arrays(folder) else Form.ORBAX)
+        is_hf = not has_orbax_arrays(folder) and not isinstance(source_of(folder), GGUFSource)
+        form = to or (Form.ORBAX if is_hf else Form.HF)
         options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}
         if form is Form.ORBAX:
             if max_shard_size is not None:

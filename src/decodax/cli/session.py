@@ -26,7 +26,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for programs.")]
 ModelName = Annotated[
     str | None,
-    typer.Option(help="A model folder, or its id on the Hugging Face hub. Default: the small model inside decodax."),
+    typer.Option(
+        help="A model folder or GGUF file, or its id on the Hugging Face hub. Default: the small model inside decodax."
+    ),
 ]
 Dtype = Annotated[
     str | None,
