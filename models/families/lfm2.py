@@ -75,6 +75,7 @@ FAMILY = Family(
     defaults={
         **sizes(65536, 2560, 12288, 32, 32),
         "num_key_value_heads": 8,
+        "head_dim": None,
         "max_position_embeddings": 128000,
         "norm_eps": 1e-5,
         "rope_theta": 1000000.0,

@@ -22,6 +22,7 @@ FAMILY = Family(
     defaults={
         **sizes(51200, 2048, 8192, 24, 32),
         "num_key_value_heads": None,
+        "head_dim": None,
         "hidden_act": "gelu_new",
         "max_position_embeddings": 2048,
         "layer_norm_eps": 1e-5,
