@@ -88,6 +88,8 @@ def load(
     folder = find_folder(path_or_id)
     family, config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer is not None:
+        tokenizer.check_vocabulary(config.vocab_size)
     end_token_ids = read_end_token_ids(folder, config.vocab_size)
     fitted = None if mesh is None else mesh_for(mesh, config, rules)
     execution = Execution(implementation, fitted, rules, sequence_parallel=sequence_parallel, pipeline=pipeline)

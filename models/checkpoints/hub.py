@@ -12,9 +12,16 @@ from decodax.models.checkpoints.adapter_files import refuse_adapter_alone
 from decodax.models.checkpoints.model_files import find_file, read_json_object
 from decodax.models.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
 
-_DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model"]
-# Folders inside a repository hold other formats, and Mistral's consolidated files the same weights once more.
-_IGNORED = ["*/*", "consolidated*"]
+_DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_FURTHER_TEMPLATES = "additional_chat_templates"
+# Other folders of a repository hold other formats. A pattern cannot say "but", so there is one for each character in
+# which the name of a folder differs first; Mistral's consolidated files hold the same weights once more.
+_IGNORED = [
+    *(f"{_FURTHER_TEMPLATES[:place]}[!{character}]*/*" for place, character in enumerate(f"{_FURTHER_TEMPLATES}/")),
+    *(f"{_FURTHER_TEMPLATES[:place]}/*" for place in range(len(_FURTHER_TEMPLATES))),
+    *(f"{_FURTHER_TEMPLATES}/*{suffix}" for suffix in (".json", ".safetensors", ".model")),
+    "consolidated*",
+]
 _BRANCH, _SNAPSHOTS = "main", "snapshots"
 _ADVICE = "try again online, or pass the path of a local folder with its config.json and safetensors"
 
