@@ -5,7 +5,7 @@ filters and methods that make much of little; a template may still hold many val
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -37,7 +37,7 @@ def next_step() -> None:
         raise EndlessTemplateError(f"more than {MAX_STEPS:,} steps")
 
 
-def counted(items: Iterable[Any]) -> Iterator[Any]:
+def counted(items: Any) -> Iterator[Any]:
     """The same items, each of which is a step."""
     for item in items:
         next_step()
@@ -57,7 +57,7 @@ def small(argument: Any) -> Any:
     return argument
 
 
-def joined(texts: Iterable[Any], separator: Any = "") -> str:
+def joined(texts: Any, separator: Any = "") -> str:
     """The texts with a separator between them, as the operator ~ and the filter `join` make it."""
     parts, between = [str(text) for text in texts], str(separator)
     check_size(sum(map(len, parts)) + len(between) * len(parts))

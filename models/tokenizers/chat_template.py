@@ -13,7 +13,7 @@ from decodax.core.printable import printable, printable_list
 DEFAULT, _TOOLS = "default", "tool_use"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _MAX_DEPTH = 64
-_END = "\ue0dc end of the message \ue0dc"  # put into the message that is continued, to find its end in the text
+_END = "END-OF-THE-MESSAGE-THAT-IS-CONTINUED"  # put into the message that is continued, to find its end in the text
 
 
 def select_template(templates: Mapping[str, str], wanted: str | None, has_tools: bool, source: str) -> str:

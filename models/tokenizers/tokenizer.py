@@ -124,15 +124,13 @@ class Tokenizer:
                 f"{printable(text[error.start])})"
             ) from None
         with library_errors(f"{self._source} cannot encode the text"):
-            tokens = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-            if not add_special_tokens:
-                return tokens
-            tokens = [*self._prefix, *tokens, *self._suffix]
-            if len(tokens) > 1 and tokens[0] == tokens[1] and tokens[0] in self.special_tokens:
-                own = self.backend.encode(text, add_special_tokens=False).ids
-                if tokens[1 : len(own) + 1] == own:  # so the first was added, and is not the text's
-                    return tokens[1:]
-        return tokens
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if not add_special_tokens:
+            return encoding.ids
+        tokens, is_added = encoding.ids, encoding.special_tokens_mask
+        tokens, is_added = [*self._prefix, *tokens, *self._suffix], [*[1] * len(self._prefix), *is_added]
+        own = next((token for token, added in zip(tokens, is_added, strict=False) if not added), None)
+        return tokens[1:] if own is not None and is_added[0] and own == tokens[0] else tokens
 
     def apply_chat_template(
         self,
