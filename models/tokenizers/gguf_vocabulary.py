@@ -86,16 +86,17 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     if scores is None or len(scores) != len(tokens) or not all(map(is_number, scores)):
         raise ValueError(f"{_KEY}scores must have a number for each of the {len(tokens)} tokens")
     kinds = _kinds(metadata, tokens)
-    pieces = tuple(map(Piece, tokens, (float(score) for score in scores), kinds))
-    if any(kind is PieceKind.UNKNOWN for kind in kinds):
-        unknown = next(piece for piece in pieces if piece.kind is PieceKind.UNKNOWN)
-        # Some files mark unused places as unknown, too: no text is cut into them.
-        pieces = tuple(
-            Piece(piece.text, piece.score, PieceKind.UNUSED)
-            if piece.kind is PieceKind.UNKNOWN and piece is not unknown
-            else piece
-            for piece in pieces
-        )
+    unknown = kinds.index(PieceKind.UNKNOWN) if PieceKind.UNKNOWN in kinds else None
+    # Some files mark unused places as unknown, too: no text is cut into them.
+    kinds = [
+        PieceKind.UNUSED if kind is PieceKind.UNKNOWN and index != unknown else kind for index, kind in enumerate(kinds)
+    ]
+    # User-defined pieces have spaces in these files, where sentencepiece's own have what stands for a space.
+    spelt = [
+        token.replace(" ", SPACE) if kind is PieceKind.USER_DEFINED else token
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+    pieces = tuple(map(Piece, spelt, (float(score) for score in scores), kinds))
     has_prefix = _value(metadata, "add_space_prefix", bool, "true or false", default=True)
     model = SentencepieceModel(
         pieces,

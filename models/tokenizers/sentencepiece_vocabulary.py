@@ -1,8 +1,9 @@
 """Builds a tokenizer of the `tokenizers` library that encodes as sentencepiece does.
 
 A control piece in a text (`<s>`, `[INST]`) is that piece, as chat templates need it; sentencepiece itself would spell
-it out. In BPE, equal neighbours that can be merged in two places are merged in the order of the merges, where
-sentencepiece takes the left place first; published vocabularies reach the same pieces.
+it out. Three rare differences stay, which every `tokenizer.json` made of such a vocabulary has: of two places where the
+same pair can be merged (BPE), or of two cuts of the same score (unigram), another may be chosen; and the library's
+`Precompiled` drops a combining mark after a character that it replaces (vocabularies with a charsmap, as T5's).
 """
 
 import re
