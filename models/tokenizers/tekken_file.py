@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from decodax.core.arguments import is_integer
 from decodax.core.printable import printable
 from decodax.models.checkpoints.model_files import read_json_object
-from decodax.models.tokenizers.vocabulary import merges_by_rank, refuse_repeated
+from decodax.models.tokenizers.vocabulary import library_errors, merges_by_rank, refuse_repeated
 
 BOS, EOS = "<s>", "</s>"
 _FIRST_SPECIAL = (
@@ -33,7 +33,8 @@ def read_tekken(path: Path) -> tokenizers.Tokenizer:
     """
     content = read_json_object(path)
     try:
-        return _build(content)
+        tokens, special = _read_tokens(content)
+        pattern = content["config"]["pattern"] + ""
     except (KeyError, TypeError, AttributeError, binascii.Error) as error:
         raise ValueError(
             f"{printable(path)} must have config (pattern, default_vocab_size, default_num_special_tokens) and vocab "
@@ -41,9 +42,21 @@ def read_tekken(path: Path) -> tokenizers.Tokenizer:
         ) from error
     except ValueError as error:
         raise ValueError(f"{printable(path)}: {printable(error)}") from error
+    with library_errors(f"{printable(path)} is no vocabulary that can be used"):
+        refuse_repeated([*special, *tokens])
+        vocabulary = {token: index for index, token in enumerate([*special, *tokens])}
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges_by_rank(tokens), ignore_merges=True))
+        cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        backend.add_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return backend
 
 
-def _build(content: dict[str, Any]) -> tokenizers.Tokenizer:
+def _read_tokens(content: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(tokens, special tokens), as byte-level BPE spells them, in the order of their ranks."""
     config = content["config"]
     num_tokens, num_special = config["default_vocab_size"], config["default_num_special_tokens"]
     if not is_integer(num_tokens) or not is_integer(num_special) or not 0 < num_special < num_tokens <= _MAX_TOKENS:
@@ -61,16 +74,7 @@ def _build(content: dict[str, Any]) -> tokenizers.Tokenizer:
         ranked.append("".join(characters[byte] for byte in spelling))
     if len(ranked) < num_tokens - num_special:
         raise ValueError(f"vocab must have {num_tokens - num_special} tokens, got {len(ranked)}")
-    refuse_repeated([*special, *ranked])
-    vocabulary = {token: index for index, token in enumerate([*special, *ranked])}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges_by_rank(ranked), ignore_merges=True))
-    cut = pre_tokenizers.Split(Regex(config["pattern"]), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    return backend
+    return ranked, special
 
 
 def _special(listed: list[dict[str, Any]] | None, number: int) -> list[str]:

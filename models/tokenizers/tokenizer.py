@@ -13,7 +13,8 @@ from decodax.models.tokenizers.chat_template import render_chat, select_template
 from decodax.models.tokenizers.chat_template_files import read_chat_templates
 from decodax.models.tokenizers.gguf_vocabulary import build_tokenizer, gguf_chat_templates, named_tokens
 from decodax.models.tokenizers.stream_decoder import StreamDecoder
-from decodax.models.tokenizers.vocabulary_files import library_errors, read_vocabulary
+from decodax.models.tokenizers.vocabulary import library_errors
+from decodax.models.tokenizers.vocabulary_files import read_vocabulary
 
 
 class Tokenizer:
@@ -134,10 +135,10 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Any,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Any = None,
+        documents: Any = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
@@ -145,9 +146,9 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation, as the model was trained with it.
 
-        messages: mappings with "role" and "content" (a text, or a list of parts like {"type": "text", "text": ...}).
-        tools: JSON schemas of functions that the model may call.
-        documents: mappings with "title" and "text" that the answer is to rest on.
+        messages: a list of mappings with "role" and "content", a text or a list of parts ({"type": "text", "text": ...}).
+        tools: a list of JSON schemas of functions that the model may call.
+        documents: a list of mappings with "title" and "text" that the answer is to rest on.
         chat_template: the name of one of the model's templates, or a template; by default the model's own.
         add_generation_prompt: end with what begins the model's answer.
         continue_final_message: end within the last message, which the model continues.
@@ -165,7 +166,7 @@ class Tokenizer:
             variables=self.named_tokens | variables,
         )
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    def encode_chat(self, messages: Any, **options: Any) -> list[int]:
         """The token ids of a conversation, with the options of `apply_chat_template`.
 
         No start or end token is added to those that the template writes.

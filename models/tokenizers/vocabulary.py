@@ -1,6 +1,7 @@
-"""Makes what vocabularies of every format need: merges that follow from ranks, start and end tokens."""
+"""Holds what vocabularies of every format need: merges that follow from ranks, start and end tokens, errors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import tokenizers
 from tokenizers import processors
@@ -50,3 +51,14 @@ def add_markers(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None)
     if ids:
         template = [token for token in (bos, "$A", eos) if token is not None]
         backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turns what the library raises into a ValueError: plain Exceptions, and panics, which are BaseExceptions."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{what}: {printable(error)}") from error
+        raise

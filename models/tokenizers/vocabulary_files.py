@@ -1,7 +1,5 @@
 """Reads the vocabulary of a model folder: `tokenizer.json`, else `tokenizer.model`, else `tekken.json`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from decodax.models.tokenizers.added_tokens import add_tokens, check_ids, named_
 from decodax.models.tokenizers.sentencepiece_file import PieceKind, read_sentencepiece
 from decodax.models.tokenizers.sentencepiece_vocabulary import build_backend
 from decodax.models.tokenizers.tekken_file import BOS, EOS, read_tekken
-from decodax.models.tokenizers.vocabulary import add_markers
+from decodax.models.tokenizers.vocabulary import add_markers, library_errors
 
 # Vocabularies that other libraries read; transformers turns each of them into a tokenizer.json.
 _OTHER_FORMATS = (
@@ -74,17 +72,6 @@ def no_tokenizer_message(folder: Path, instead: str) -> str:
         f"{folder} has no tokenizer.json, only {' and '.join(others)}, which is not read: convert it once, with "
         f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), or {instead}"
     )
-
-
-@contextmanager
-def library_errors(what: str) -> Iterator[None]:
-    """Turns what the library raises into a ValueError: plain Exceptions, and panics, which are BaseExceptions."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{what}: {printable(error)}") from error
-        raise
 
 
 def _tokenizer_json(path: Path) -> tokenizers.Tokenizer:
