@@ -146,7 +146,7 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation, as the model was trained with it.
 
-        messages: a list of mappings with "role" and "content", a text or a list of parts ({"type": "text", "text": ...}).
+        messages: a list of mappings with "role" and "content": a text, or parts like {"type": "text", "text": ...}.
         tools: a list of JSON schemas of functions that the model may call.
         documents: a list of mappings with "title" and "text" that the answer is to rest on.
         chat_template: the name of one of the model's templates, or a template; by default the model's own.
