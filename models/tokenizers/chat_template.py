@@ -176,8 +176,7 @@ def _until_mark(rendered: str, final: str) -> str:
 
 def _run(template: str, variables: dict[str, Any]) -> str:
     """Runs the template; whatever it raises is one ValueError."""
-    from jinja2 import TemplateSyntaxError  # late: most prompts are texts
-    from jinja2.sandbox import SecurityError
+    from jinja2.exceptions import SecurityError, TemplateSyntaxError  # late: most prompts are texts
 
     from decodax.models.tokenizers.chat_limits import EndlessTemplateError
     from decodax.models.tokenizers.chat_sandbox import TemplateRefusal, run_template

@@ -7,6 +7,7 @@ same pair can be merged (BPE), or of two cuts of the same score (unigram), anoth
 """
 
 import re
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -75,7 +76,7 @@ def _add_normalisation(backend: tokenizers.Tokenizer, model: SentencepieceModel,
     model: the rules.
     prefix_every_chunk: as for `build_backend`.
     """
-    steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.add_dummy_prefix and prefix_every_chunk:
@@ -83,7 +84,7 @@ def _add_normalisation(backend: tokenizers.Tokenizer, model: SentencepieceModel,
     if model.escape_whitespaces:
         steps.append(normalizers.Replace(" ", SPACE))
     backend.normalizer = normalizers.Sequence(steps)
-    cuts = []
+    cuts: list[Any] = []
     if model.add_dummy_prefix and not prefix_every_chunk:
         cuts.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     user_defined = [piece.text for piece in model.pieces if piece.kind is PieceKind.USER_DEFINED]

@@ -103,6 +103,12 @@ def test_a_conversation_s_beginning_is_rendered_to_the_beginning_of_its_text(nam
         assert longer.startswith(text) and longer != text
 
 
+@pytest.mark.parametrize("name", ["reasoning", "thinking", "reasoning_content"])
+def test_reasoning_is_there_under_the_names_that_templates_read(name):
+    template = "{{ messages[0].thinking }}|{{ messages[0].reasoning_content }}"
+    assert render_chat(template, [{"role": "assistant", name: "hm"}]) == "hm|hm"
+
+
 def test_the_final_message_is_continued():
     messages = [*QUESTION, {"role": "assistant", "content": "So  "}]
     write = "{% for m in messages %}[{{ m.content }}]{% endfor %}"

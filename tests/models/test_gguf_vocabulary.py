@@ -115,6 +115,15 @@ def test_start_and_end_tokens(metadata, before, after):
     assert tokenizer.encode("a") == [*before, *plain, *after]
 
 
+@pytest.mark.parametrize(
+    ("pre", "is_whole"), [("llama-bpe", True), ("tekken", True), ("gpt-2", False), ("qwen2", False)]
+)
+def test_a_word_of_the_vocabulary_that_no_merge_makes(pre, is_whole):
+    tokens = [*BYTE_LEVEL["tokens"], "qzqz"]
+    ids = build_tokenizer(byte_level(pre, tokens=tokens, token_type=None)).encode("qzqz", add_special_tokens=False).ids
+    assert (ids == [len(tokens) - 1]) == is_whole
+
+
 def test_types_of_tokens():
     tokens = [*BYTE_LEVEL["tokens"], "<think>", "[PAD1]"]
     kinds = [3, 3, 3] + [1] * (len(tokens) - 5) + [4, 5]

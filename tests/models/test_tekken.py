@@ -8,10 +8,11 @@ import re
 import pytest
 
 from decodax.models.tokenizers.tokenizer import Tokenizer
+from decodax.models.tokenizers.vocabulary import merges_by_rank
 from tests.many_scripts import texts
 
 # Of the bytes, then longer tokens: "bc" before "ab", so "abc" is a+bc; " abc" whole, though no merge makes it last.
-LONGER = [b"bc", b"ab", b" a", b" abc", b"\xc3\xa9", "日".encode()[:2], "日".encode(), b"12", b"  ", b"<s>x"]
+LONGER = [b"bc", b"ab", b" a", b" abc", b"\xc3\xa9", "日".encode()[:2], "日".encode(), b"12", b"  ", b"<s>x", b"xyz"]
 PATTERN = r"\p{N}| ?\p{L}+|[^\p{L}\p{N}\s]+|\s+"
 
 
@@ -48,13 +49,19 @@ def by_rank(text):
 
 def test_ids_are_by_rank(tmp_path):
     tokenizer = loaded(tmp_path, content())
-    given = ["abc", " abc abc", "é日本 ab12", "aabcc bcbc   x", "", "日"]
+    given = ["abc", " abc abc", "é日本 ab12", "aabcc bcbc   x", "", "日", "xyz xyzx"]
     for text in given:
         assert tokenizer.encode(text, add_special_tokens=False) == by_rank(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(by_rank("xyz")) == 1  # which no merge makes
     assert by_rank("abc")[0] == 23 + ord("a") and len(by_rank(" abc")) == 1
     for text in texts(101):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) in (f"<s>{text}", text)
+
+
+def test_merges_are_in_the_order_of_ranks():
+    merges = merges_by_rank(["a", "b", "c", "bc", "abc", "ab"])
+    assert merges == [("b", "c"), ("a", "bc"), ("ab", "c"), ("a", "b")]
 
 
 def test_special_tokens_come_first_and_begin_a_text(tmp_path):
@@ -77,7 +84,7 @@ def test_special_tokens_come_first_and_begin_a_text(tmp_path):
         (content(config=[1]), "must have config"),
         (content(vocab=[{"rank": 0, "token_bytes": "!"}]), "must have config .* and vocab"),
         (content(vocab=[{"rank": 5, "token_bytes": "YQ=="}]), "vocab must be in the order of its ranks, got 5 at 0"),
-        (content(vocab=[{"rank": 0, "token_bytes": "YQ=="}]), "vocab must have 266 tokens, got 1"),
+        (content(vocab=[{"rank": 0, "token_bytes": "YQ=="}]), "vocab must have 267 tokens, got 1"),
         (content(special_tokens=[{"rank": 0}]), "must have config"),
         (
             content(special_tokens=[{"rank": r, "token_str": "a"} for r in (0, 1)]),
