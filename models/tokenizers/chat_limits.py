@@ -57,7 +57,7 @@ def small(argument: Any) -> Any:
     return argument
 
 
-def joined(texts: Any, separator: Any = "") -> str:
+def concatenate(texts: Any, separator: Any = "") -> str:
     """The texts with a separator between them, as the operator ~ and the filter `join` make it."""
     parts, between = [str(text) for text in texts], str(separator)
     check_size(sum(map(len, parts)) + len(between) * len(parts))

@@ -1,7 +1,7 @@
 """Runs chat templates in Jinja's sandbox, with the blocks and functions that transformers gives them.
 
 A template reads only what it is given and changes none of it, and `chat_limits.py` ends one that does not end. For
-that, the parsed template is changed: loops, joined texts and arguments of filters pass through functions that count.
+that, the parsed template is changed: loops, concatenated texts and arguments of filters pass through functions that count.
 """
 
 import json
@@ -23,7 +23,7 @@ from jinja2.visitor import NodeTransformer
 
 from decodax.models.tokenizers import chat_limits
 
-_COUNTED, _JOINED, _SMALL = "counted items", "joined texts", "small argument"  # filters that no template can name
+_COUNTED, _JOINED, _SMALL = "counted items", "concatenated texts", "small argument"  # filters that no template can name
 
 
 class TemplateRefusal(jinja2.TemplateError):
@@ -70,7 +70,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         own = {"dict": _new_dict, "namespace": _Namespace, "raise_exception": _refuse, "strftime_now": _now}
         self.globals = {**usual, **own}
         self.filters |= {"tojson": _to_json, "join": _join, "replace": chat_limits.replaced}
-        self.filters |= {_COUNTED: chat_limits.counted, _JOINED: chat_limits.joined, _SMALL: chat_limits.small}
+        self.filters |= {_COUNTED: chat_limits.counted, _JOINED: chat_limits.concatenate, _SMALL: chat_limits.small}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = _Counting().visit(super()._parse(source, name, filename))
@@ -158,4 +158,6 @@ def _to_json(
 
 @pass_environment
 def _join(environment: jinja2.Environment, value: Any, d: Any = "", attribute: str | int | None = None) -> str:
-    return chat_limits.joined(value if attribute is None else map(make_attrgetter(environment, attribute), value), d)
+    return chat_limits.concatenate(
+        value if attribute is None else map(make_attrgetter(environment, attribute), value), d
+    )
