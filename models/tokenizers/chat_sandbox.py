@@ -1,7 +1,7 @@
 """Runs chat templates in Jinja's sandbox, with the blocks and functions that transformers gives them.
 
 A template reads only what it is given and changes none of it, and `chat_limits.py` ends one that does not end. For
-that, the parsed template is changed: loops, concatenated texts and arguments of filters pass through functions that count.
+that, the parsed template is changed: loops, concatenated texts and arguments of filters pass through what counts.
 """
 
 import json
