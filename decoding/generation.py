@@ -25,7 +25,7 @@ from decodax.decoding.sizes import cache_capacity, check_step_fits, chunk_tokens
 from decodax.decoding.state import DecodeState
 from decodax.decoding.text_watcher import TextWatcher
 from decodax.models.layer_kernels import LayerKernel, layer_kernels
-from decodax.models.tokenizers.tokenizer import no_tokenizer_message
+from decodax.models.tokenizers.vocabulary_files import no_tokenizer_message
 from decodax.sharding.host import assert_same_on_all_processes, spans_processes, to_host
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ _MANY_LAYERS = 12  # from which on the prompts' program and the loop are compile
 
 def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Generation:
     """Runs the prompts as one batch; see `decodax.generate`."""
-    rows = encode_prompts(lm, prompts)
+    rows = encode_prompts(lm, prompts, options.chat_options)
     context = lm.config.max_position_embeddings
     for index, ids in enumerate(rows):
         if len(ids) >= context:

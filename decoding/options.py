@@ -3,19 +3,31 @@
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from decodax.core.arguments import in_order, inside, is_integer, plain, refusal, strings, token_ids, whole_number
+from decodax.core.arguments import (
+    flag,
+    in_order,
+    inside,
+    is_integer,
+    plain,
+    refusal,
+    strings,
+    text,
+    token_ids,
+    whole_number,
+)
 from decodax.decoding.logits_processors import METHODS as PROCESSORS
 from decodax.decoding.own_processor import own_processors
 from decodax.decoding.random import fold_seed
 from decodax.decoding.sampling import Sampling
 
 _OBJECTS = ("logits_processors", "strategy", "draft", "on_text")  # which no array stands for
+_OF_EVERY_TEMPLATE = ("messages", "tools", "documents", "chat_template", "add_generation_prompt")
 _MOST_TOKENS = 2**31 - 1  # more than any context has; positions are int32
 
 
@@ -41,6 +53,11 @@ class _Options:
     draft_tokens: Any = None
     on_text: Any = None
     block_tokens: Any = 16
+    tools: Any = None
+    documents: Any = None
+    chat_template: Any = None
+    chat_template_kwargs: Any = None
+    continue_final_message: Any = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -62,6 +79,18 @@ class _Options:
             self._keep("draft_tokens", number)
         if self.on_text is not None and not callable(self.on_text):
             raise refusal("on_text", "a function of a row and a piece of text", self.on_text)
+        self._check_chat_options()
+
+    def _check_chat_options(self) -> None:
+        if self.chat_template is not None:
+            self._keep("chat_template", text("chat_template", self.chat_template))
+        self._keep("continue_final_message", flag("continue_final_message", self.continue_final_message))
+        given = {} if self.chat_template_kwargs is None else self.chat_template_kwargs
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise refusal("chat_template_kwargs", "a mapping of names to values, or None", given)
+        taken = sorted(name for name in given if name in _OF_EVERY_TEMPLATE)
+        if taken:
+            raise ValueError(f"chat_template_kwargs must not hold {', '.join(taken)}, which every template is given")
 
     def _keep(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # as the dataclass itself does, being frozen
@@ -76,6 +105,12 @@ class _Options:
                 hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}"
                 raise TypeError(f"generate has no option {name!r}: {hint}")
         return cls(**options)
+
+    @property
+    def chat_options(self) -> dict[str, Any]:
+        """The options that are given for prompts that are messages, and mean nothing for other prompts."""
+        names = ("tools", "documents", "chat_template", "chat_template_kwargs", "continue_final_message")
+        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -91,6 +91,8 @@ def load(
     source = source_of(folder)
     family, config = load_config(source)
     tokenizer = source.tokenizer()
+    if tokenizer is not None:
+        tokenizer.check_vocabulary(config.vocab_size)
     end_token_ids = read_end_token_ids(source, config.vocab_size)
     fitted = None if mesh is None else mesh_for(mesh, config, rules)
     execution = Execution(implementation, fitted, rules, sequence_parallel=sequence_parallel, pipeline=pipeline)

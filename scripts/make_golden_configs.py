@@ -97,10 +97,10 @@ def saved_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     from transformers.core_model_loading import revert_weight_conversion
 
     model = model_on("meta", config)
-    tensors = revert_weight_conversion(model, model.state_dict())
     tied = {} if not config.tie_word_embeddings else model._tied_weights_keys or {}
-    kept = (name for name in tensors if name not in tied and not name.endswith(REDUNDANT_SUFFIXES))
-    return {name: tuple(tensors[name].shape) for name in kept}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    tensors = revert_weight_conversion(model, own)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith(REDUNDANT_SUFFIXES)}
 
 
 def outcome_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:

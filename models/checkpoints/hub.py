@@ -13,7 +13,7 @@ from decodax.models.checkpoints.model_files import find_file, read_json_object
 from decodax.models.checkpoints.pickled_files import PICKLE_INDEX, SINGLE_PICKLE
 from decodax.models.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
 
-_DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model"]
+_DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 _PICKLED = ["pytorch_model*.bin"]  # downloaded where a model has no safetensors files
 # Folders inside a repository hold other formats, and Mistral's consolidated files the same weights once more.
 _IGNORED = ["*/*", "consolidated*"]

@@ -28,15 +28,19 @@ def _mixer(layer: Layer) -> GQAConfig | ShortConvolutionConfig:
     return replace(attention(layer), head_norms=HeadNorms(layer.norm, layer.norm))
 
 
-def _mlp(layer: Layer) -> GatedMLPConfig:
-    """The width in the file is that of an MLP without a gate, unless `block_auto_adjust_ff_dim` is false."""
-    fields, width = layer.fields, layer.fields["intermediate_size"]
+def _width(fields: Fields) -> int:
+    """That in the file is of an MLP without a gate, unless `block_auto_adjust_ff_dim` is false."""
+    width: int = fields["intermediate_size"]
     if fields["block_auto_adjust_ff_dim"]:
         width = int(2 * width / 3)
         if fields["block_ffn_dim_multiplier"] is not None:
             multiple, width = fields["block_multiple_of"], int(fields["block_ffn_dim_multiplier"] * width)
             width = -(-width // multiple) * multiple
-    return GatedMLPConfig(width)
+    return width
+
+
+def _unsupported(fields: Fields) -> list[str]:
+    return [] if _width(fields) else [f"intermediate_size must be at least 2, got {fields['intermediate_size']}"]
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:
@@ -98,7 +102,8 @@ FAMILY = Family(
     layer_kind=_layer_kind,
     kinds=frozenset({"full_attention", "conv"}),
     mixer=_mixer,
-    feed_forward=_mlp,
+    feed_forward=lambda layer: GatedMLPConfig(_width(layer.fields)),
+    unsupported=_unsupported,
     norm=lambda fields: RMSNormConfig(float(fields["norm_eps"])),
     outer_tensors={**OUTER_TENSORS, "final_norm/weight": "model.embedding_norm.weight"},
     block_tensors=_tensors,

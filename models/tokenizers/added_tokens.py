@@ -1,8 +1,8 @@
 """Adds the added tokens, special ones among them, of all files of a model folder to a tokenizer's vocabulary.
 
-`tokenizer.json` need not have them all. As in transformers 5, `added_tokens_decoder` of `tokenizer_config.json` adds
-further ones; if it is missing, `added_tokens.json` and `special_tokens_map.json` do. The named tokens (`bos_token` and
-its like) and `extra_special_tokens` (or `additional_special_tokens`) are added as special tokens.
+The vocabulary's file need not have them all. As in transformers 5, `added_tokens_decoder` of `tokenizer_config.json`
+adds further ones; if it is missing, `added_tokens.json` and `special_tokens_map.json` do. The named tokens (`bos_token`
+and its like) and `extra_special_tokens` (or `additional_special_tokens`) are added as special tokens.
 
 Departs from transformers if files contradict each other about an id: there the token gets another id than the one that
 the model was trained with, here that is an error.
@@ -26,7 +26,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
-    """Adds the tokens that the files beside `tokenizer.json` name.
+    """Adds the tokens that the files beside the vocabulary name.
 
     A token without an id in the files gets its id in the vocabulary, or the next free one.
     Raises ValueError, naming it, for a token with another id than in the files.
@@ -36,11 +36,11 @@ def add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
     if _BY_ID in settings:
         source = _CONFIG
         by_id = _tokens_by_id(settings[_BY_ID], folder / _CONFIG)
-        named = _named({folder / _CONFIG: settings})
+        named = list(_named({folder / _CONFIG: settings}).values())
     else:
         source = _ADDED
         former = read_settings(folder, _MAP)
-        named = _named({folder / _CONFIG: settings, folder / _MAP: former})
+        named = list(_named({folder / _CONFIG: settings, folder / _MAP: former}).values())
         # The former name counts if the present one has nothing.
         extra = extra + _extra({_EXTRA: former.get(_EXTRA)} if extra else former, folder / _MAP)
         special = {token.content for token in named + extra}
@@ -48,6 +48,15 @@ def add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
     for token in _missing(backend, by_id, named, extra, own_flags=_BY_ID in settings):
         backend.add_tokens([token])
     check_ids(backend, ((token.content, token_id) for token_id, token in by_id.items()), printable(folder / source))
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """The texts of the tokens to which the files beside the vocabulary give a role, by role (`bos_token`)."""
+    settings = read_settings(folder, _CONFIG)
+    files = {folder / _CONFIG: settings}
+    if _BY_ID not in settings:
+        files[folder / _MAP] = read_settings(folder, _MAP)
+    return {role: token.content for role, token in _named(files).items()}
 
 
 def _missing(
@@ -88,7 +97,7 @@ def check_ids(backend: tokenizers.Tokenizer, tokens: Iterable[tuple[str, int]], 
             other = backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
             taken = "" if other in (None, content) else f", and {token_id} is {printable(repr(other))}"
             raise ValueError(
-                f"{where} gives the added token {printable(repr(content))} the id {token_id}, but with tokenizer.json "
+                f"{where} gives the added token {printable(repr(content))} the id {token_id}, but in the vocabulary "
                 f"it is {found}{taken}: ids must be unique and follow on the vocabulary without a gap; save the "
                 "tokenizer again with the library that made it"
             )
@@ -121,19 +130,19 @@ def _plain_tokens(value: dict[str, Any], special: set[str], path: Path) -> dict[
     }
 
 
-def _named(files: dict[Path, dict[str, Any]]) -> list[AddedToken]:
-    """The tokens with a role: the usual ones, then a model's own, like `image_token`; the last file counts."""
+def _named(files: dict[Path, dict[str, Any]]) -> dict[str, AddedToken]:
+    """The tokens with a role, by role: the usual ones, then a model's own, like `image_token`; the last file counts."""
     roles: dict[str, tuple[Any, Path]] = {name: (None, Path()) for name in _NAMED}
     for path, settings in files.items():
         extra = settings.get(_EXTRA) or settings.get(_FORMER_EXTRA)
         named = {name: value for name, value in settings.items() if name in _NAMED or _is_role(name, value)}
         named |= extra if isinstance(extra, dict) else {}
         roles |= {name: (value, path) for name, value in named.items()}
-    return [
-        _token(value, f"{name} in {printable(path)}", True)
+    return {
+        name: _token(value, f"{name} in {printable(path)}", True)
         for name, (value, path) in roles.items()
         if value is not None and value != ""
-    ]
+    }
 
 
 def _is_role(name: str, value: Any) -> bool:

@@ -1,27 +1,24 @@
 """Converts text to token ids and back, with the `tokenizers` library and the files of a Hugging Face folder."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from decodax.core.printable import printable
-from decodax.models.checkpoints.model_files import find_file, parse_json_object, read_json_bytes
-from decodax.models.tokenizers.added_tokens import add_tokens, check_ids, read_settings
+from decodax.models.tokenizers.added_tokens import read_settings
+from decodax.models.tokenizers.byte_tokens import between_characters, joins_byte_tokens
+from decodax.models.tokenizers.chat_template import render_chat, select_template
+from decodax.models.tokenizers.chat_template_files import read_chat_templates
+from decodax.models.tokenizers.gguf_vocabulary import build_tokenizer, gguf_chat_templates, named_tokens
 from decodax.models.tokenizers.stream_decoder import StreamDecoder
-
-# Vocabularies that other libraries read; transformers turns each of them into a tokenizer.json.
-_OTHER_FORMATS = (
-    *("tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"),
-    *("vocab.txt", "qwen.tiktoken", "tiktoken.model"),
-)
-_BYTE_TOKENS = {f"<0x{value:{form}}>": value for value in range(256) for form in ("02X", "02x")}
+from decodax.models.tokenizers.vocabulary import library_errors
+from decodax.models.tokenizers.vocabulary_files import read_vocabulary
 
 
 class Tokenizer:
-    """The tokenizer of a model folder's `tokenizer.json`, with the start and end tokens that its models expect."""
+    """The tokenizer of a model, with the start and end tokens that the model expects, and its chat templates."""
 
     def __init__(
         self,
@@ -30,14 +27,20 @@ class Tokenizer:
         prefix: Sequence[int] = (),
         suffix: Sequence[int] = (),
         source: str = "the tokenizer",
+        chat_templates: Mapping[str, str] | None = None,
+        named_tokens: Mapping[str, str] | None = None,
     ) -> None:
         """Wraps a tokenizer of the library.
 
         backend: of the `tokenizers` library.
         prefix, suffix: ids that `encode` puts around every text, besides those of the post-processor.
         source: its name in error messages.
+        chat_templates: Jinja templates by name; the usual one is called "default".
+        named_tokens: the texts of special tokens by role ("bos_token"), which templates may ask for.
         """
         self.backend = backend
+        self.chat_templates = dict(chat_templates or {})
+        self.named_tokens = dict(named_tokens or {})
         self._prefix = list(prefix)
         self._suffix = list(suffix)
         self._source = source
@@ -46,38 +49,74 @@ class Tokenizer:
             token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         }
         self._decoder = backend.decoder
-        self._has_byte_tokens = _joins_byte_tokens(self._decoder)
+        self._has_byte_tokens = self._decoder is not None and joins_byte_tokens(self._decode)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
-        """The tokenizer of a model folder, None if it has no `tokenizer.json`.
+        """The tokenizer of a model folder, None if it has none of `tokenizer.json`, `tokenizer.model`, `tekken.json`.
 
         Tokens that only the files beside it add are added, as transformers 5 does. The ids around a text are those of
         the file's post-processor. If it adds none, `add_bos_token` and `add_eos_token` of `tokenizer_config.json` are
         followed.
-        Raises ValueError if `tokenizer.json` is unreadable.
+        Raises ValueError if the file, or one with a chat template, is unreadable.
         """
-        path = find_file(folder, "tokenizer.json")
-        if path is None:
+        found = read_vocabulary(folder)
+        if found is None:
             return None
-        backend = _read_backend(path)
-        add_tokens(backend, folder)
-        backend.no_truncation()
-        backend.no_padding()
-        prefix, suffix = [], []
+        backend, prefix, suffix = found.backend, [], []
         if backend.num_special_tokens_to_add(is_pair=False) == 0:
             settings = read_settings(folder, "special_tokens_map.json") | read_settings(folder, "tokenizer_config.json")
             prefix = _special_token(backend, settings, "bos_token") if settings.get("add_bos_token") else []
             suffix = _special_token(backend, settings, "eos_token") if settings.get("add_eos_token") else []
-        return cls(backend, prefix=prefix, suffix=suffix, source=printable(path))
+        return cls(
+            backend,
+            prefix=prefix,
+            suffix=suffix,
+            source=printable(found.path),
+            chat_templates=read_chat_templates(folder),
+            named_tokens=found.named,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> "Tokenizer":
+        """The tokenizer, with chat templates, that the key-values of a GGUF file describe.
+
+        metadata: the values by key (`tokenizer.ggml.tokens`, `tokenizer.chat_template`, ...).
+        source: the file's name in error messages.
+        Raises ValueError for values that are missing or wrong, and for kinds of vocabularies that are not known.
+        """
+        try:
+            backend, templates, named = (
+                build_tokenizer(metadata),
+                gguf_chat_templates(metadata),
+                named_tokens(metadata),
+            )
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        return cls(backend, source=source, chat_templates=templates, named_tokens=named)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included; a model's own vocabulary may be padded beyond it."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError for a tokenizer of another model, with more tokens than the model's vocabulary.
+
+        Added tokens do not count: many models have some that they never saw, and a prompt with one is refused.
+        """
+        own = self.backend.get_vocab_size(with_added_tokens=False)
+        if own > vocab_size:
+            raise ValueError(
+                f"{self._source} has {own} tokens, but the model's vocabulary has {vocab_size} (vocab_size in "
+                "config.json): they belong to different models; put the model's own tokenizer there"
+            )
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text, by default with the start and end tokens that the model was trained with."""
+        """The token ids of a text, by default with the start and end tokens that the model was trained with.
+
+        A text that begins with the start token itself gets no second one.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -85,9 +124,54 @@ class Tokenizer:
                 f"text must be Unicode, but its character {error.start} is half of one (a lone surrogate, "
                 f"{printable(text[error.start])})"
             ) from None
-        with _library_errors(f"{self._source} cannot encode the text"):
-            tokens = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return [*self._prefix, *tokens, *self._suffix] if add_special_tokens else tokens
+        with library_errors(f"{self._source} cannot encode the text"):
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if not add_special_tokens:
+            return encoding.ids
+        tokens, is_added = encoding.ids, encoding.special_tokens_mask
+        tokens, is_added = [*self._prefix, *tokens, *self._suffix], [*[1] * len(self._prefix), *is_added]
+        own = next((token for token, added in zip(tokens, is_added, strict=False) if not added), None)
+        return tokens[1:] if own is not None and is_added[0] and own == tokens[0] else tokens
+
+    def apply_chat_template(
+        self,
+        messages: Any,
+        *,
+        tools: Any = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation, as the model was trained with it.
+
+        messages: a list of mappings with "role" and "content": a text, or parts like {"type": "text", "text": ...}.
+        tools: a list of JSON schemas of functions that the model may call.
+        documents: a list of mappings with "title" and "text" that the answer is to rest on.
+        chat_template: the name of one of the model's templates, or a template; by default the model's own.
+        add_generation_prompt: end with what begins the model's answer.
+        continue_final_message: end within the last message, which the model continues.
+        variables: further values that the template asks for (`enable_thinking=False`).
+        Raises ValueError for messages that are none, for a template that is missing or fails, or that refuses them.
+        """
+        template = select_template(self.chat_templates, chat_template, tools is not None, self._source)
+        return render_chat(
+            template,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=self.named_tokens | variables,
+        )
+
+    def encode_chat(self, messages: Any, **options: Any) -> list[int]:
+        """The token ids of a conversation, with the options of `apply_chat_template`.
+
+        No start or end token is added to those that the template writes.
+        """
+        return self.encode(self.apply_chat_template(messages, **options), add_special_tokens=False)
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of these ids; bytes that form no character become U+FFFD, ids that no token has are left out."""
@@ -116,81 +200,11 @@ class Tokenizer:
         """
         if self._decoder is None:
             return " ".join(token_texts)
-        with _library_errors(f"{self._source} cannot decode tokens"):
-            return self._decoder.decode(
-                _between_characters(token_texts) if self._has_byte_tokens else list(token_texts)
-            )
+        return self._decode(between_characters(token_texts) if self._has_byte_tokens else list(token_texts))
 
-
-def no_tokenizer_message(folder: Path, instead: str) -> str:
-    """The error message when text needs a tokenizer that a folder lacks; `instead` is what works without one."""
-    others = [name for name in _OTHER_FORMATS if (folder / name).is_file()]
-    if not others:
-        return f"{folder} has no tokenizer.json: {instead}"
-    return (
-        f"{folder} has no tokenizer.json, only {' and '.join(others)}, which is not read: convert it once, with "
-        f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), or {instead}"
-    )
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    """The library's tokenizer, after checking that the file is JSON with ids that the library keeps."""
-    content = read_json_bytes(path)
-    described = parse_json_object(content, str(path))
-    with _library_errors(f"{printable(path)} is no tokenizer that the tokenizers library reads"):
-        backend = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))
-    check_ids(
-        backend, ((token["content"], token["id"]) for token in described.get("added_tokens", ())), printable(path)
-    )
-    return backend
-
-
-@contextmanager
-def _library_errors(what: str) -> Iterator[None]:
-    """Turns what the library raises into a ValueError: plain Exceptions, and panics, which are BaseExceptions."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{what}: {printable(error)}") from error
-        raise
-
-
-def _joins_byte_tokens(decoder: Any) -> bool:
-    """Whether a decoder joins byte tokens into characters, and an empty token between them changes nothing."""
-    if decoder is None:
-        return False
-    try:
-        with _library_errors("the decoder"):
-            texts = [decoder.decode(["a", "<0x62>", *between, "<0x63>"]) for between in ([], [""])]
-    except ValueError:  # a decoder that cannot decode raises when it is used
-        return False
-    return all(text.endswith("bc") for text in texts)
-
-
-def _between_characters(token_texts: Sequence[str]) -> list[str]:
-    """The same texts with an empty token before each character (or wrong byte) made of byte tokens."""
-    values = [_BYTE_TOKENS.get(text, -1) for text in token_texts]
-    separated, index = [], 0
-    while index < len(values):
-        length = 1
-        if values[index] >= 0:
-            separated.append("")
-            length = _character_length(values[index : index + 4])
-        separated += token_texts[index : index + length]
-        index += length
-    return separated
-
-
-def _character_length(values: Sequence[int]) -> int:
-    """The length in bytes of the character that these bytes start with; 1 if they start with none."""
-    lead = values[0]
-    length = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-    try:
-        bytes(values[:length]).decode("utf-8")
-    except ValueError:  # no UTF-8, or not only bytes
-        return 1
-    return length
+    def _decode(self, token_texts: list[str]) -> str:
+        with library_errors(f"{self._source} cannot decode tokens"):
+            return self._decoder.decode(token_texts)
 
 
 def _special_token(backend: tokenizers.Tokenizer, settings: dict[str, Any], name: str) -> list[int]:

@@ -30,7 +30,9 @@ from decodax.sharding.rules import RULES, Rules
 
 __all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | Array
+Messages = Sequence[Mapping[str, Any]]
+Ids = Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | Array
+Prompts = str | Sequence[str] | Ids | Messages | Sequence[Messages]
 PerPrompt = float | Sequence[float | None] | np.ndarray | Array | None
 
 
@@ -134,9 +136,19 @@ def generate(
     draft_tokens: int | Literal["auto"] | None = None,
     on_text: Callable[[int, str], Any] | None = None,
     block_tokens: int | None = 16,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    continue_final_message: bool | None = False,
     **misspelt: Never,
 ) -> Generation:
-    """Continues one or more prompts, text or token ids, as one batch. Greedy unless a temperature is given.
+    """Continues one or more prompts, text, messages or token ids, as one batch. Greedy unless a temperature is given.
+
+    A prompt is a text, a list of token ids, or a list of messages, `[{"role": "user", "content": "..."}]`, which the
+    model's chat template turns into text that ends where the answer begins. `prompts` is one prompt or a list of them,
+    and a list's first entry tells which: an integer makes it the ids of one prompt, a mapping the messages of one
+    conversation, and anything else many prompts, which may be of different kinds.
 
     Options marked * take one value, or one per prompt. None means that an option is not given.
 
@@ -171,6 +183,11 @@ def generate(
         strategy that can choose by measured times, and fall back to plain decoding, with a warning, where none pays.
     on_text: called as `on_text(row, piece)` with new text as blocks of tokens arrive (streaming).
     block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
+    tools: for conversations: JSON schemas of functions that the model may call.
+    documents: for conversations: mappings with "title" and "text", that the answer is to rest on.
+    chat_template: for conversations: a template of Jinja, or the name of one of the model's; None for the usual one.
+    chat_template_kwargs: for conversations: further values that the template asks for ({"enable_thinking": False}).
+    continue_final_message: for conversations: continue the last message instead of answering it.
 
     Returns a `Generation` with lists `.tokens`, `.text`, `.logprobs`, `.finish_reasons` and `.seeds` (one entry per
     prompt, or per sample of one), and `.stats`.

@@ -268,7 +268,7 @@ def test_strategy_by_name_and_by_object(plain):
         (["abc", []], {}, ValueError, "prompt 1 is empty"),
         ([[1, 99]], {}, ValueError, r"token ids must be in 0\.\.36 \(the vocabulary\), got 99"),
         ([[1, -1]], {}, ValueError, "got -1"),
-        ([[0.5]], {}, ValueError, r"prompt 0 must be a text or a list of token ids, got \[0\.5\]"),
+        ([[0.5]], {}, ValueError, r"prompt 0 must be .* a list of token ids or a list of messages, got \[0\.5\]"),
         ([[0] * 512], {}, ValueError, "prompt 0 has 512 tokens, .* context of 512 leaves room for at most 511"),
         ("abc", {"temperature": -0.1}, ValueError, "temperature must be"),
         ("abc", {"temprature": 0.5}, TypeError, "no option 'temprature': did you mean 'temperature'"),
@@ -305,10 +305,10 @@ def test_text_needs_a_tokenizer():
 
 
 def test_an_unsupported_tokenizer_file_is_named(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"")
+    (tmp_path / "vocab.txt").write_bytes(b"")
     bare = LanguageModel(MODEL, MODEL.config, PARAMS, None, tmp_path, ())
     for prompt, options in (("abc", {}), ([1, 2], {"stop": "x"})):
-        with pytest.raises(ValueError, match=r"no tokenizer\.json, only tokenizer\.model, .*AutoTokenizer"):
+        with pytest.raises(ValueError, match=r"no tokenizer\.json, only vocab\.txt, .*AutoTokenizer"):
             decodax.generate(bare, prompt, **options)
 
 

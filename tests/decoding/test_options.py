@@ -126,14 +126,17 @@ def test_one_prompt():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (None, r"prompts must be a text, a list of token ids, or a list of such prompts, got None"),
+        (
+            None,
+            "prompts must be a text, a list of token ids or a list of messages, or a list of such prompts, got N",
+        ),
         (5, "prompts must be .*, got 5"),
         (True, "prompts must be .*, got True"),
         (b"abc", "prompts must be .*, got b'abc'"),
         ({"input_ids": [1]}, "prompts must be .*, got {'input_ids': "),
         ({"abc"}, "prompts must be .*, got {'abc'}"),
         (object(), "prompts must be .*, got <object"),
-        ([None], "prompt 0 must be a text or a list of token ids, got None"),
+        ([None], "prompt 0 must be a text, a list of token ids or a list of messages, got None"),
         (["abc", 5], "prompt 1 must be .*, got 5"),
         (["abc", b"abc"], "prompt 1 must be .*, got b'abc'"),
         ([5, "abc"], r"prompt 0 must be .*, got \[5, 'abc'\]"),

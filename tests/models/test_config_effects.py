@@ -212,6 +212,7 @@ STRICTER = {
     **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache"), "a convolution over one token is none"),
     "attn_logit_softcapping": "Gemma 3's class has it, and no code reads it",
     **dict.fromkeys(("use_double_wide_mlp", "enable_moe_block", "num_kv_shared_layers"), "not implemented"),
+    **dict.fromkeys(("rope_local_base_freq", "sliding_window_pattern"), "transformers checks no type"),
     "global_head_dim": "an odd number of coordinates",
     **dict.fromkeys(("max_position_embeddings", "num_hidden_layers"), "too few, or beside another name of the field"),
 }
@@ -233,12 +234,16 @@ MORE_LENIENT = {
     "block_ffn_dim_multiplier": "null is 1; the code reads it so, and the class refuses it",
     **dict.fromkeys(("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon"), "any number"),
     **dict.fromkeys(("n_shared_experts", "shared_expert_intermediate_size"), "0 is none; the classes fail"),
+    **dict.fromkeys(("moe_intermediate_size", "top_k_experts"), "of experts, which Gemma 4 has in one size alone"),
     "vocab_size": "OPT's class wants room for the token that pads",
 }
 
 
 # Fields that mean something else here than in transformers.
-DEPARTURES = {("olmo3", "rope_theta"): "where it is beside the rope dictionary, it counts for all layers"}
+DEPARTURES = {
+    ("gpt_neox", "head_dim"): "the class reads it for the rotation alone, which then does not fit the heads",
+    ("olmo3", "rope_theta"): "where it is beside the rope dictionary, it counts for all layers",
+}
 
 
 def effects(model_type, chosen):

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from decodax.models.tokenizers.tokenizer import Tokenizer, no_tokenizer_message
+from decodax.models.tokenizers.tokenizer import Tokenizer
+from decodax.models.tokenizers.vocabulary_files import no_tokenizer_message
 from tests.small_tokenizers import KINDS, whole_words
 
 
@@ -165,7 +166,7 @@ def test_a_dangling_link_is_an_error(tmp_path):
 
 def test_an_unsupported_tokenizer_file_is_named_with_what_to_do(tmp_path):
     assert no_tokenizer_message(tmp_path, "pass ids") == f"{tmp_path} has no tokenizer.json: pass ids"
-    for name in ("tokenizer.model", "tekken.json", "spiece.model", "vocab.txt"):
+    for name in ("spiece.model", "sentencepiece.bpe.model", "vocab.txt"):
         (tmp_path / name).write_text("")
         message = no_tokenizer_message(tmp_path, "pass ids")
         assert f"no tokenizer.json, only {name}, which" in message and message.endswith(", or pass ids")

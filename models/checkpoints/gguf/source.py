@@ -81,11 +81,7 @@ class GGUFSource:
     def tokenizer(self) -> Tokenizer | None:
         if TOKENS not in self.files.metadata:
             return None
-        try:
-            backend = build_tokenizer(self.files.metadata)
-        except ValueError as error:
-            raise ValueError(f"{printable(self.file)}: {error}") from error
-        return Tokenizer(backend, source=printable(self.file))
+        return Tokenizer.from_gguf(self.files.metadata, source=printable(self.file))
 
     @property
     def _template(self) -> str:

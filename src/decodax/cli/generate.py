@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import decodax
+from decodax.cli import chat as chats
 from decodax.cli import hosts, session
 from decodax.cli.prompts import as_text, read_prompts
 from decodax.cli.signatures import insert_options
@@ -30,6 +31,8 @@ def generate(
     file: Annotated[
         list[str] | None, typer.Option(help="A file with one prompt, whole (may be repeated); - is stdin.")
     ] = None,
+    chat: chats.Chat = False,
+    system: chats.System = None,
     model: session.ModelName = None,
     dtype: session.Dtype = None,
     mesh: session.MeshName = None,
@@ -67,6 +70,10 @@ def generate(
     block_tokens: Annotated[int, typer.Option(help="Tokens between two pieces of streamed text.")] = (
         _DEFAULT["block_tokens"]
     ),
+    tools: chats.Tools = None,
+    documents: chats.Documents = None,
+    chat_template: chats.Template = None,
+    chat_template_kwargs: chats.TemplateValues = None,
     compilation_cache: Annotated[
         bool, typer.Option(help="Keep compiled programs for the next run, in the user's cache folder.")
     ] = True,
@@ -74,7 +81,7 @@ def generate(
     debug: session.Debug = False,
     **processors: Any,
 ) -> None:
-    """Continue prompts with a language model.
+    """Continue prompts with a language model, or answer them (--chat).
 
     One prompt is streamed to stdout as it is written, several follow one another when all are done. A line of
     statistics goes to stderr. Prompts that begin with - come after the options and a --.
@@ -93,6 +100,7 @@ def generate(
             draft=draft,
             draft_tokens=_read_draft_tokens(draft_tokens),
             block_tokens=block_tokens,
+            **chats.read_options(chat, system, tools, documents, chat_template, chat_template_kwargs),
         )
         texts = read_prompts(prompts or [], file or [])
         with hosts.rendezvous(distributed, num_processes, process_id, join_timeout, mesh):
@@ -105,7 +113,8 @@ def generate(
                 compilation_cache=compilation_cache,
             )
             _check_values(lm, options, len(texts))
-            _run(lm, texts, options, as_json)
+            asked = chats.conversations(texts, None if system is None else as_text(system, "--system"))
+            _run(lm, texts, asked if chat else texts, options, as_json)
 
 
 def _processor_options() -> list[inspect.Parameter]:
@@ -130,16 +139,26 @@ def _read_processors(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(lm: decodax.LanguageModel, texts: list[str], options: dict[str, Any], as_json: bool) -> None:
-    """Generates and prints; raises ArithmeticError, after that, where a row failed."""
+def _run(
+    lm: decodax.LanguageModel, texts: list[str], prompts: list[Any], options: dict[str, Any], as_json: bool
+) -> None:
+    """Generates and prints; raises ArithmeticError, after that, where a row failed.
+
+    texts: those that the user gave.
+    prompts: what the model is given: the texts themselves, or conversations with them.
+    """
+    is_chat = prompts is not texts
     if as_json:
-        out = _generate_quietly(lm, texts, options)
+        out = _generate_quietly(lm, prompts, options)
         _print_json(lm, texts, out)
     else:
         samples = [text for text in texts for _ in range(options["n"])]
-        out = _stream(lm, texts[0], options) if len(samples) == 1 else _generate_quietly(lm, texts, options)
-        if len(samples) > 1:
-            print("\n\n".join(session.bold(text) + new for text, new in zip(samples, out.text or (), strict=True)))
+        if len(samples) == 1:
+            out = _stream(lm, "" if is_chat else texts[0], prompts[0], options)
+        else:
+            out = _generate_quietly(lm, prompts, options)
+            before = [session.bold(text) + "\n" * is_chat for text in samples]
+            print("\n\n".join(text + new for text, new in zip(before, out.text or (), strict=True)))
         print(_summary(out.stats, out.finish_reasons), file=sys.stderr)
     failed = [str(row) for row, reason in enumerate(out.finish_reasons) if reason == "failed"]
     if failed:
@@ -201,15 +220,15 @@ def _read_biases(name: str, items: list[str] | None) -> dict[int, float] | None:
     return biases or None
 
 
-def _generate_quietly(lm: decodax.LanguageModel, texts: list[str], options: dict[str, Any]) -> Generation:
+def _generate_quietly(lm: decodax.LanguageModel, prompts: list[Any], options: dict[str, Any]) -> Generation:
     with session.progress("generating"):
-        return decodax.generate(lm, texts, **options)
+        return decodax.generate(lm, prompts, **options)
 
 
-def _stream(lm: decodax.LanguageModel, text: str, options: dict[str, Any]) -> Generation:
+def _stream(lm: decodax.LanguageModel, shown: str, prompt: Any, options: dict[str, Any]) -> Generation:
     with session.progress("compiling and reading the prompt") as end_progress:
-        write = _Writer(text, end_progress)
-        out = decodax.generate(lm, [text], on_text=write, **options)
+        write = _Writer(shown, end_progress)
+        out = decodax.generate(lm, [prompt], on_text=write, **options)
     write(0, "\n")
     return out
 

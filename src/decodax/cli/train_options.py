@@ -12,7 +12,7 @@ from decodax.decoding.training.loop import resumed_plan
 from decodax.decoding.training.plan import Plan
 from decodax.decoding.training.text_files import encode, read_texts
 from decodax.decoding.training.texts import Texts, hold_out
-from decodax.models.tokenizers.tokenizer import no_tokenizer_message
+from decodax.models.tokenizers.vocabulary_files import no_tokenizer_message
 
 PLAN = Plan()
 
