@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from decodax.core.arguments import refusal
 from decodax.core.printable import printable
+from decodax.core.weight import Weight
 from decodax.kernels_pallas.selection import Implementation
 from decodax.layers.execution import Execution
 from decodax.models.checkpoints.adapter_files import refuse_adapter_alone
@@ -68,6 +69,19 @@ class LanguageModel:
         return self.model.dtype(self.params)
 
     @property
+    def is_abstract(self) -> bool:
+        """Whether `params` are shapes without numbers (`load(abstract=True)`)."""
+        return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.params))
+
+    def require_weights(self) -> None:
+        """Raises ValueError for an abstract model."""
+        if self.is_abstract:
+            raise ValueError(
+                "this model was loaded with abstract=True, and has the shapes of its weights without their numbers: "
+                "load it again without"
+            )
+
+    @property
     def nbytes(self) -> int:
         """Size of all weights in bytes, without their padding on a mesh."""
         leaves = jax.tree.leaves(jax.eval_shape(self.model.unstacked, self.params))
@@ -84,6 +98,7 @@ def load(
     implementation: Implementation | None = None,
     sequence_parallel: bool = False,
     pipeline: Pipeline = ONE_CHUNK,
+    abstract: bool = False,
 ) -> LanguageModel:
     """Loads a model folder or a GGUF file; arguments and errors are those of `decodax.load`."""
     kind = working_dtype(dtype)
@@ -101,6 +116,10 @@ def load(
         from decodax.models.layer_kernels import check_kernels  # late: only for who asks for kernels
 
         check_kernels(model, kind)
+    if abstract:
+        if source.holds_weights():
+            open_params(source, family, config)
+        return LanguageModel(model, config, abstract_params(model, kind), tokenizer, folder, end_token_ids)
     with byte_progress(f"loading {folder.name}") as progress:
         sharding_of = shardings_on(fitted, rules)
         opened = open_params(source, family, config)
@@ -108,6 +127,18 @@ def load(
             opened = in_stages(opened, stack_weights(config.weights(), model.stages), model.stages)
         params = read_params(opened, dtype=kind, sharding_of=sharding_of, progress=progress)
     return LanguageModel(model, config, params, tokenizer, folder, end_token_ids)
+
+
+def abstract_params(model: Model, dtype: jnp.dtype) -> Params:
+    """The shapes, dtypes and shardings of a model's parameters."""
+    sharding_of = shardings_on(model.execution.mesh, model.execution.rules)
+
+    def shape(path: tuple[Any, ...], weight: Weight) -> jax.ShapeDtypeStruct:
+        sharding = None if sharding_of is None else sharding_of(weight, tuple(key.key for key in path))
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype_in(dtype), sharding=sharding)
+
+    is_weight = lambda leaf: isinstance(leaf, Weight)
+    return jax.tree_util.tree_map_with_path(shape, model.weights(), is_leaf=is_weight)
 
 
 def find_folder(path_or_id: str | Path | None) -> Path:

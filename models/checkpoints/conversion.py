@@ -36,6 +36,7 @@ from decodax.models.checkpoints.reading import Progress, StoredWeights, flat_wei
 from decodax.models.checkpoints.staged_folder import StagedFolder, forget_partial, partial_of, staged
 from decodax.models.config import ModelConfig
 from decodax.models.configs.hf_config import load_config
+from decodax.models.configs.text_config import is_multimodal, text_fields
 from decodax.models.families.contract import Family, ParameterPath
 from decodax.models.load import LanguageModel, find_folder, working_dtype
 from decodax.models.mtp_head import MTP_HEAD_KEY, holds_mtp_head, open_mtp_head
@@ -159,6 +160,7 @@ def _left_out(opened: Sequence[StoredWeights], family: Family) -> tuple[str, ...
 
 
 def _held(lm: LanguageModel, config: ModelConfig) -> HeldWeights:
+    lm.require_weights()
     weights = flat_weights(config.weights())
     leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params)}
     if lm.model.config != config or set(leaves) != set(weights):
@@ -210,10 +212,15 @@ def manifest(
 def config_json(source: Source, dtypes: Mapping[ParameterPath, np.dtype]) -> bytes:
     """The source's `config.json` for plain weights of these dtypes."""
     content = source.origin.read("config.json") or b""
-    config = parse_json_object(content, source.origin.where("config.json"))
+    whole = parse_json_object(content, source.origin.where("config.json"))
+    config = dict(text_fields(whole))
     packed = [config.pop(name, None) for name in ("quantization_config", "quantization")]
     was_quantised = any(field is not None for field in packed)
-    if not was_quantised and all(dtype == source.weights.dtype(path) for path, dtype in dtypes.items()):
+    if (
+        not was_quantised
+        and not is_multimodal(whole)
+        and all(dtype == source.weights.dtype(path) for path, dtype in dtypes.items())
+    ):
         return content
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     config |= dict.fromkeys(names, dtypes["embedding",].name)

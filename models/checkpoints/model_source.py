@@ -56,6 +56,10 @@ class ModelSource(Protocol):
         """The files that hold the weights."""
         ...
 
+    def holds_weights(self) -> bool:
+        """Whether there are weights, or some of them; a folder with the config alone has none."""
+        ...
+
     def tensors(self) -> Mapping[str, Entry]:
         """The stored tensors by name, in the order of the files; their numbers are read later."""
         ...
@@ -88,6 +92,10 @@ class FolderSource:
         if has_orbax_arrays(self.path):
             return [self.path / FOLDER / name for name in sorted(regular_files(self.path))]
         return model_weight_files(self.path)
+
+    def holds_weights(self) -> bool:
+        names = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+        return has_orbax_arrays(self.path) or any(any(self.path.glob(name)) for name in names)
 
     def tensors(self) -> Mapping[str, Entry]:
         return open_model_weights(self.path)

@@ -39,6 +39,7 @@ from decodax.models.checkpoints.name_prefix import TensorNames
 from decodax.models.checkpoints.orbax_arrays import OTHER_WEIGHTS, array_name, check_arrays
 from decodax.models.checkpoints.safetensors_files import Entry, forget_pages, mappings_of
 from decodax.models.config import ModelConfig
+from decodax.models.configs.text_config import OTHER_PARTS, is_multimodal, text_fields
 from decodax.models.configs.wrong_fields import explained
 from decodax.models.families.contract import Family, ParameterPath
 from decodax.sharding.rules import Rules, divided_shape
@@ -137,8 +138,8 @@ def open_params(place: Path | ModelSource, family: Family, config: ModelConfig) 
 
     match = match_tensors(stored, expected_of(config))
     if match.report():
-        raise mismatch_error(printable(folder), explained(_raw_config(source), stored, match, expected_of))
-    if match.names.is_wrapped:
+        raise mismatch_error(printable(folder), explained(_text_config(source), stored, match, expected_of))
+    if match.names.is_wrapped and not is_multimodal(_raw_config(source)):
         body, head = printable(match.names.body), printable(match.names.in_file(family.outer_name("head")))
         warnings.warn(
             f"the weights in {printable(folder)} have the names of something that wraps the model: they are read with "
@@ -164,7 +165,9 @@ def _expected_model(source: ModelSource, family: Family, config: ModelConfig) ->
     if has_orbax_arrays(source.path):
         return _expected(source, {}, config.weights(), elsewhere=OTHER_WEIGHTS)
     tied_head = (family.outer_name("head"), family.outer_name("embedding")) if config.tie_embeddings else None
-    elsewhere = None if family.elsewhere is None else family.elsewhere(config)
+    others = [] if family.elsewhere is None else [family.elsewhere(config)]
+    others += [OTHER_PARTS] if is_multimodal(_raw_config(source)) else []
+    elsewhere = "|".join(f"(?:{names})" for names in others) or None
     found = _expected(source, family.name_maps(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
     return replace(found, body_prefix=family.body_prefix)
 
@@ -325,9 +328,14 @@ def _raw_config(source: ModelSource) -> dict[str, Any]:
     return {} if content is None else parse_json_object(content, source.where("config.json"))
 
 
+def _text_config(source: ModelSource) -> dict[str, Any]:
+    """Those of its text model."""
+    return dict(text_fields(_raw_config(source)))
+
+
 def _quantization(source: ModelSource) -> Quantization | None:
     """The weight format that the source's `config.json` names; a folder without the file has plain weights."""
-    return quantization_of(_raw_config(source))
+    return quantization_of(_text_config(source))
 
 
 def host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -19,6 +19,7 @@ from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.configs.field_kinds import quoted, unexpected
 from decodax.models.configs.field_relations import check_relations
 from decodax.models.configs.rope import ANY_KIND, ROPE_FIELDS, RopeSettings, read_rope, rope_settings, unread_rope_keys
+from decodax.models.configs.text_config import other_parts, text_fields
 from decodax.models.configs.unread_fields import check_unread
 from decodax.models.families import FAMILIES
 from decodax.models.families.contract import Family
@@ -95,12 +96,16 @@ def _warn(notes: list[str], where: str) -> None:
 
 def _read(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig, list[str]]:
     """Family, config, and notes for a warning."""
+    left_out, whole = other_parts(raw), raw
+    raw = text_fields(raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type must be one of {sorted(FAMILIES)} (the families decodax reads), got {quoted(model_type)}"
-        )
+        where = f", the text_config of a {quoted(whole.get('model_type'))} model" if raw is not whole else ""
+        families = f"{sorted(FAMILIES)} (the families decodax reads)"
+        raise ValueError(f"model_type must be one of {families}, got {quoted(model_type)}{where}")
     file = _with_family_names(raw, FAMILIES[model_type])
+    if left_out:
+        file.notes.append(f"read as its text model ({model_type}), without what {', '.join(left_out)} describe")
     settings = rope_settings(file.raw, file.family, file.problems)
     fields = _fields(file)
     context, blocks = (0, ()) if file.problems else _blocks(file, fields, settings)

@@ -48,6 +48,7 @@ def load(
     sequence_parallel: bool | None = False,
     pipeline: Pipeline | None = ONE_CHUNK,
     compilation_cache: bool | None = True,
+    abstract: bool | None = False,
 ) -> LanguageModel:
     """Loads a model folder in Hugging Face format (config.json, safetensors, tokenizer.json) or with Orbax, or GGUF.
 
@@ -70,6 +71,8 @@ def load(
         micro-batches the rows (`sharding.pipeline.Pipeline`).
     compilation_cache: keep compiled programs for the next start, in the user's cache folder, at most a gigabyte;
         `jax.config` and JAX's environment variables win. It holds for all that this process compiles.
+    abstract: a dry run: check the names and shapes of the files, read no numbers, and give `params` of shapes, dtypes
+        and shardings (`jax.ShapeDtypeStruct`). A folder with config.json alone will do.
     None for any of them means that it is not given.
     Raises FileNotFoundError when there is no such folder or it lacks a file.
     Raises ConnectionError when a download is needed and not possible.
@@ -84,6 +87,7 @@ def load(
         "rules": RULES if rules is None else instance("rules", rules, Rules, "decodax.sharding.rules.Rules"),
         "invariant": invariant is not None and flag("invariant", invariant),
         "implementation": None if implementation is None else choice("implementation", implementation, IMPLEMENTATIONS),
+        "abstract": abstract is not None and flag("abstract", abstract),
         "sequence_parallel": sequence_parallel is not None and flag("sequence_parallel", sequence_parallel),
         "pipeline": ONE_CHUNK
         if pipeline is None
@@ -95,7 +99,10 @@ def load(
         adapter = folder_name("adapter", adapter, ", or an AuxiliaryWeights")
     lm = _load(path, dtype=working_dtype(dtype), **options)
     _warn_of_idle_options(lm.model.execution)
-    return lm if adapter is None else with_adapter(lm, adapter)
+    if adapter is None:
+        return lm
+    lm.require_weights()
+    return with_adapter(lm, adapter)
 
 
 def _warn_of_idle_options(execution: Execution) -> None:
@@ -203,6 +210,7 @@ def generate(
     """
     options = {name: value for name, value in locals().items() if name not in ("lm", "prompts", "misspelt")}
     _check_model(lm)
+    lm.require_weights()
     return _generate(lm, prompts, GenerateOptions.read(options | misspelt))
 
 
@@ -218,6 +226,7 @@ def logits(
     Raises ValueError for another shape, ids outside the vocabulary or rows longer than the context.
     """
     _check_model(lm)
+    lm.require_weights()
     try:
         rows = np.asarray(tokens)
     except Exception as error:  # rows of different lengths, or no numbers

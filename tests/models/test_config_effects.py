@@ -3,7 +3,6 @@
 The golden values are of scripts/make_golden_configs.py. Differences of decodax are listed, with the reason.
 """
 
-import itertools
 import json
 import warnings
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from decodax.models.configs.rope import ROPE_FIELDS
 from decodax.models.families import FAMILIES
 from decodax.models.model import Model
 from tests.drawn_weights import PROBED, TOKENS, checksum, drawn
+from tests.golden_headers import unpacked
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "configs"
 ABSENT = "absent"
@@ -102,23 +102,6 @@ def are_same(ours, theirs):
 
 
 PUBLISHED = [name for name, item in golden("published").items() if "tensors" in item]
-
-
-def unpacked(header):
-    """The shapes of a golden header, by name."""
-    shapes = {}
-    for pattern, groups in header.items():
-        for shape, spans in groups:
-            axes = [] if not spans else [list(numbers_in(axis)) for axis in spans.split(",")]
-            for indices in itertools.product(*axes):
-                shapes[pattern.format(*indices)] = tuple(shape)
-    return shapes
-
-
-def numbers_in(axis):
-    for run in axis.split(";"):
-        first, last = map(int, run.split("-"))
-        yield from range(first, last + 1)
 
 
 def rope_facts(rope, context):

@@ -73,6 +73,9 @@ class GGUFSource:
     def weight_files(self) -> list[Path]:
         return list(self.files.paths)
 
+    def holds_weights(self) -> bool:
+        return True
+
     def tensors(self) -> Mapping[str, GGUFTensor]:
         fields, architecture = self._config.fields, self._config.architecture
         heads = fields["num_attention_heads"], fields["num_key_value_heads"]
