@@ -216,11 +216,8 @@ def config_json(source: Source, dtypes: Mapping[ParameterPath, np.dtype]) -> byt
     config = dict(text_fields(whole))
     packed = [config.pop(name, None) for name in ("quantization_config", "quantization")]
     was_quantised = any(field is not None for field in packed)
-    if (
-        not was_quantised
-        and not is_multimodal(whole)
-        and all(dtype == source.weights.dtype(path) for path, dtype in dtypes.items())
-    ):
+    keeps_dtypes = all(dtype == source.weights.dtype(path) for path, dtype in dtypes.items())
+    if keeps_dtypes and not was_quantised and not is_multimodal(whole):
         return content
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     config |= dict.fromkeys(names, dtypes["embedding",].name)

@@ -5,6 +5,7 @@ The fields that a family reads get its defaults, a check of their kind (`field_k
 reported together in one ValueError, with the file's own names.
 """
 
+import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -101,7 +102,10 @@ def _read(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig, list[str]]:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         where = f", the text_config of a {quoted(whole.get('model_type'))} model" if raw is not whole else ""
-        families = f"{sorted(FAMILIES)} (the families decodax reads)"
+        near = difflib.get_close_matches(str(model_type), FAMILIES, 3, 0.3) or ["llama", "qwen3", "gemma3_text"]
+        families = (
+            f"the {len(FAMILIES)} families that decodax reads (such as {', '.join(near)}; `decodax methods` lists all)"
+        )
         raise ValueError(f"model_type must be one of {families}, got {quoted(model_type)}{where}")
     file = _with_family_names(raw, FAMILIES[model_type])
     if left_out:

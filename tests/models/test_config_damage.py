@@ -54,7 +54,9 @@ def config_of(model_type):
     """The golden config of a family, with every field it reads."""
     files = (json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*/config.json")))
     config = next(config for config in files if config["model_type"] == model_type)
-    return {name: value for name, value in FAMILIES[model_type].defaults.items() if value is not None} | config
+    family = FAMILIES[model_type]
+    named = {family.aliases.get(name, name) for name in config}
+    return {name: value for name, value in family.defaults.items() if value is not None and name not in named} | config
 
 
 def outcome(raw):
