@@ -19,7 +19,7 @@ _OUTER = ("tie_word_embeddings", "quantization_config", "quantization")  # of th
 
 def is_multimodal(raw: Mapping[str, Any]) -> bool:
     """Whether these fields are of a model with several parts, of which one is a text model."""
-    return raw.get("model_type") not in FAMILIES and isinstance(raw.get("text_config"), Mapping)
+    return str(raw.get("model_type")) not in FAMILIES and isinstance(raw.get("text_config"), Mapping)
 
 
 def text_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -48,6 +48,12 @@ def test_answers_are_those_of_transformers(smollm2):
     assert result.text[0] == "The capital of France is Paris."
 
 
+def test_a_conversation_is_the_prompt_of_its_template(smollm2):
+    conversations = [[{"role": "user", "content": question}] for question in ANSWERS]
+    result = decodax.generate(smollm2, conversations, max_new_tokens=48)
+    assert [tokens.tolist() for tokens in result.tokens] == list(ANSWERS.values())
+
+
 def test_the_header_says_what_the_model_is(smollm2):
     config = smollm2.config
     assert (config.num_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
