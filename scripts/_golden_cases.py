@@ -359,6 +359,11 @@ CASES |= {
         "tie_word_embeddings": False,
     },
 }
+CASES["gemma4_text_experts"] = {
+    **CASES["gemma4_text"],
+    **{"enable_moe_block": True, "num_experts": 7, "top_k_experts": 3, "moe_intermediate_size": 11},
+    **{"attention_k_eq_v": False, "num_global_key_value_heads": None},
+}
 
 MOE = {
     **SIZES,

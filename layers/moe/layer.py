@@ -8,7 +8,7 @@ an MLP for all tokens beside one expert, with outputs mixed by learned weights (
 and more experts in later layers, which is another config for each block.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +27,26 @@ from decodax.layers.moe.dispatch.selection import select_dispatch
 from decodax.layers.moe.placement import Placement
 from decodax.layers.moe.routers.contract import Router
 from decodax.layers.moe.routes import Routes
+from decodax.layers.norm import Norm
+
+
+@dataclass(frozen=True)
+class MoENorms:
+    """The norms of a layer whose parts norm its input each for itself, and their outputs (Gemma 4).
+
+    router, experts, shared: of these parts' inputs.
+    experts_post, shared_post: of the outputs of the experts together, and of the shared MLP.
+    """
+
+    router: Norm
+    experts: Norm
+    shared: Norm
+    experts_post: Norm
+    shared_post: Norm
+
+    def named(self) -> dict[str, Norm]:
+        """The norms by their names in the layer's parameters."""
+        return {f"{field.name}_norm": getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,7 @@ class MoEConfig:
     residual_mix: experts and shared are mixed by softmax(W x + b), two numbers per token, instead of added
         (DeepSpeed-MoE).
     placement: the slots of experts; the layer's weights are then in the order of slots (`Placement.arrange`).
+    norms: of the parts; None where the block norms the layer's input.
     """
 
     router: Router
@@ -52,9 +73,12 @@ class MoEConfig:
     shared_gate: bool = False
     residual_mix: bool = False
     placement: Placement | None = None
+    norms: MoENorms | None = None
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
+        if self.norms is not None and (self.shared is None or self.shared_gate or self.residual_mix):
+            raise ValueError("norms are those of experts and a shared MLP that are added: give `shared` and no mixing")
         if self.shared is None and (self.shared_gate or self.residual_mix):
             raise ValueError("shared_gate and residual_mix need the shared MLP: give `shared`, or leave them out")
         if self.shared_gate and self.residual_mix:
@@ -91,6 +115,8 @@ class MoEConfig:
         weights: dict[str, Any] = {"router": self.router.weights(hidden_size), "experts": experts}
         if self.shared is not None:
             weights["shared"] = self.shared.weights(hidden_size)
+        if self.norms is not None:
+            weights |= {name: norm.weights(hidden_size) for name, norm in self.norms.named().items()}
         if self.shared_gate:
             weights["shared_gate"] = Weight(("X", "D"), (1, hidden_size))
         if self.residual_mix:
@@ -138,21 +164,25 @@ class MoE(nn.Module):
         config, described = self.config, self.config.weights(self.hidden_size)
         with jax.named_scope("route"):
             router = _Weights(described["router"], self.execution, name="router")()
-            routes = self._routes(inputs, router)
+            routes = self._routes(self._normed("router", inputs), router)
         with jax.named_scope("experts"):
             experts = _Weights(described["experts"], self.execution, name="experts")()
-            tokens = inputs.reshape(-1, inputs.shape[-1])
+            tokens = self._normed("experts", inputs).reshape(-1, inputs.shape[-1])
             flat = replace(
                 routes, **{name: getattr(routes, name).reshape(len(tokens), -1) for name in ("expert", "gate")}
             )
             dispatch = select_dispatch(self.execution, flat.expert.size)
             setting = Setting(config.activation, self.execution, config.placement)
             output, num_overflowed = dispatch.run(tokens, flat, experts, setting)
-            output = output.reshape(inputs.shape)
+            output = self._normed("experts_post", output.reshape(inputs.shape))
         if config.shared is not None:
             with jax.named_scope("shared"):
                 output = self._with_shared(inputs, output, described)
         return output, replace(routes, num_overflowed=num_overflowed)
+
+    def _normed(self, name: str, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        norms = self.config.norms
+        return inputs if norms is None else getattr(norms, name).module(self.hidden_size, name=f"{name}_norm")(inputs)
 
     def _routes(self, inputs: Float[Array, "B T D"], weights: dict[str, Array]) -> Routes:
         """Every device routes its own rows: the compiler would all-gather the scores for the top-k."""
@@ -169,7 +199,9 @@ class MoE(nn.Module):
         config = self.config
         assert config.shared is not None
         all_reduced = replace(self.execution, sequence_parallel=False)  # summed together with the experts' results
-        shared, _ = GatedMLP(config.shared, self.hidden_size, all_reduced, name="shared")(inputs)
+        normed = self._normed("shared", inputs)
+        shared, _ = GatedMLP(config.shared, self.hidden_size, all_reduced, name="shared")(normed)
+        shared = self._normed("shared_post", shared)
         if config.shared_gate:
             weight = fetch(self, "shared_gate", described["shared_gate"])
             share = jax.nn.sigmoid(linear(inputs, weight, output_dtype=jnp.float32))

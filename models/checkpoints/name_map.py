@@ -124,14 +124,15 @@ def single_tensor(name: str) -> NameMaps:
 
 
 def fused_rows(
-    name: str, sizes: Mapping[str, int], *, shape: Shape | None = None, transposed: bool = False
+    name: str, sizes: Mapping[str, int], *, axis: int = 0, shape: Shape | None = None, transposed: bool = False
 ) -> dict[str, NameMaps]:
     """Parameters whose rows alternate in one tensor: the name maps of each.
 
     name: of the tensor.
     sizes: of each parameter, how many of its rows follow each other.
+    axis: of the rows in the tensor; 1 in one with experts before them.
     shape: of the tensor, where `TensorSlice.shape` needs it.
-    transposed: the file has [inputs, outputs], so that these rows are its columns.
+    transposed: the file has [inputs, outputs], and `axis` is that of its columns.
 
     >>> fused_rows("qkv", {"query": 8, "key": 4, "value": 4})["key"][0][0].part
     PeriodicSlice(period=16, start=8, stop=12)
@@ -139,7 +140,6 @@ def fused_rows(
     total, start, name_maps = sum(sizes.values()), 0, {}
     for parameter, size in sizes.items():
         part = PeriodicSlice(total, start, start + size)
-        axis = 1 if transposed else 0
         name_maps[parameter] = ((TensorSlice(name, part=part, axis=axis, transposed=transposed, shape=shape),),)
         start += size
     return name_maps

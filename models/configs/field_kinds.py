@@ -101,7 +101,7 @@ KINDS: Mapping[str, Kind] = {
         Whole(largest=MAX_HEADS),
     ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), Whole(largest=MAX_EXPERTS)),
-    **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), Whole(largest=MAX_EXPERTS)),
+    **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "n_group", "topk_group"), Whole(largest=MAX_EXPERTS)),
     **dict.fromkeys(("hidden_size_per_layer_input", "num_kv_shared_layers"), Whole(0)),
     "n_shared_experts": Whole(0, MAX_EXPERTS),
     "shared_expert_intermediate_size": Whole(0),

@@ -24,7 +24,7 @@ def check_relations(fields: Mapping[str, Any], name: Callable[[str], str], probl
     _divides(fields, "num_attention_heads", "num_key_value_heads", problems)
     _divides(fields, "linear_num_value_heads", "linear_num_key_heads", problems)
     for count in _EXPERT_COUNTS:
-        if count in fields:
+        if fields.get(count) is not None:
             _check_experts(fields, name(count), fields[count], problems)
 
 
@@ -34,11 +34,12 @@ def _divides(fields: Mapping[str, Any], multiple: str, divisor: str, problems: l
 
 
 def _check_experts(fields: Mapping[str, Any], name: str, count: int, problems: list[str]) -> None:
-    layers, chosen = fields["num_hidden_layers"], fields["num_experts_per_tok"]
+    per_token = "top_k_experts" if "top_k_experts" in fields else "num_experts_per_tok"
+    layers, chosen = fields["num_hidden_layers"], fields[per_token]
     if layers * count > MAX_EXPERTS_IN_ALL:
         problems.append(f"num_hidden_layers x {name} must be at most {MAX_EXPERTS_IN_ALL:,}, got {layers} x {count}")
-    if chosen > count:
-        problems.append(f"num_experts_per_tok must be in 1..{count} ({name}), got {chosen}")
+    if chosen is not None and chosen > count:
+        problems.append(f"{per_token} must be in 1..{count} ({name}), got {chosen}")
     if "n_group" in fields and fields.get("topk_method") != "greedy":
         _check_groups(fields, name, count, problems)
 

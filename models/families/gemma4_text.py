@@ -1,17 +1,29 @@
-"""Describes Gemma 4 (text, dense): layers without a window have wider heads, of which some rotates, keys as values.
+"""Describes Gemma 4 (text): layers without a window have wider heads, of which some rotates, keys as values.
 
-From the release of Gemma 4. Its sizes with an embedding per layer (E2B, E4B) and with experts (26B-A4B) are not read.
+From the release of Gemma 4. Its sizes with an embedding per layer (E2B, E4B) are not read.
 """
 
 from dataclasses import replace
 
+from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.moe.layer import MoEConfig, MoENorms
+from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.norm import RMSNormConfig
-from decodax.models.config import BlockConfig
-from decodax.models.families.contract import Family
+from decodax.models.checkpoints.name_map import fused_rows
+from decodax.models.config import BlockConfig, SubLayer
+from decodax.models.families.contract import BlockTensors, Family
 from decodax.models.families.gemma2 import BLOCK_TENSORS
-from decodax.models.families.layer import Fields, Layer, attention, pre_and_post_norm, scaled_embedding, sizes
+from decodax.models.families.layer import (
+    Fields,
+    Layer,
+    attention,
+    gated_mlp,
+    pre_and_post_norm,
+    scaled_embedding,
+    sizes,
+)
 
 _SLIDES = 6  # every sixth layer has no window, and neither has the last
 
@@ -31,8 +43,45 @@ def _attention(layer: Layer) -> GQAConfig:
     return replace(made, num_kv_heads=num_kv_heads, values_are_keys=shares)
 
 
+def _feed_forward(layer: Layer) -> GatedMLPConfig | MoEConfig:
+    """A gated MLP, and in the models with experts these beside it."""
+    mlp, fields = gated_mlp(layer), layer.fields
+    if not fields["enable_moe_block"]:
+        return mlp
+    scale = float(fields["hidden_size"]) ** -0.5
+    options = {"renormalise": True, "logit_scale": scale, "expert_scale": True}
+    router = TopK(fields["num_experts"], fields["top_k_experts"], "softmax", **options)
+    norms = MoENorms(*[layer.norm] * 5)
+    return MoEConfig(router, fields["moe_intermediate_size"], layer.activation, shared=mlp, norms=norms)
+
+
 def _block(layer: Layer) -> BlockConfig:
-    return replace(pre_and_post_norm(layer), output_scale=True)
+    block = replace(pre_and_post_norm(layer), output_scale=True)
+    if not layer.fields["enable_moe_block"]:
+        return block
+    return replace(block, feed_forward=SubLayer(_feed_forward(layer), None, layer.norm))
+
+
+def _tensors(block: BlockConfig) -> BlockTensors:
+    tensors = {**BLOCK_TENSORS, "output_scale": "layer_scalar"}
+    experts = block.feed_forward_layer
+    if not isinstance(experts, MoEConfig):
+        return tensors
+    width = experts.intermediate_size
+    halves = fused_rows("experts.gate_up_proj", {"gate": width, "up": width}, axis=1)
+    return {
+        **tensors,
+        **{f"feed_forward/shared/{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
+        **{f"feed_forward/experts/{name}": name_maps for name, name_maps in halves.items()},
+        "feed_forward/experts/down": "experts.down_proj",
+        "feed_forward/router/weight": "router.proj.weight",
+        "feed_forward/router/expert_scale": "router.per_expert_scale",
+        "feed_forward/router_norm/weight": "router.scale",
+        "feed_forward/shared_norm/weight": "pre_feedforward_layernorm.weight",
+        "feed_forward/shared_post_norm/weight": "post_feedforward_layernorm_1.weight",
+        "feed_forward/experts_norm/weight": "pre_feedforward_layernorm_2.weight",
+        "feed_forward/experts_post_norm/weight": "post_feedforward_layernorm_2.weight",
+    }
 
 
 def _unsupported(fields: Fields) -> list[str]:
@@ -44,7 +93,11 @@ def _unsupported(fields: Fields) -> list[str]:
         )
     if fields["num_kv_shared_layers"]:
         found.append(f"num_kv_shared_layers must be 0, got {fields['num_kv_shared_layers']}")
-    found += [f"{name} must be false, got true" for name in ("enable_moe_block", "use_double_wide_mlp") if fields[name]]
+    if fields["use_double_wide_mlp"]:
+        found.append("use_double_wide_mlp must be false, got true")
+    experts = ("num_experts", "top_k_experts", "moe_intermediate_size")
+    if fields["enable_moe_block"]:
+        found += [f"{name} is needed with enable_moe_block" for name in experts if fields[name] is None]
     return found
 
 
@@ -69,10 +122,15 @@ FAMILY = Family(
         "num_kv_shared_layers": 0,
         "enable_moe_block": False,
         "use_double_wide_mlp": False,
+        "num_experts": None,
+        "top_k_experts": None,
+        "moe_intermediate_size": None,
     },
-    nullable=frozenset({"num_global_key_value_heads", "layer_types", "final_logit_softcapping"}),
-    # Of experts and of embeddings per layer.
-    ignored=frozenset({"vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size"}),
+    nullable=frozenset(
+        {"num_global_key_value_heads", "layer_types", "final_logit_softcapping"}
+        | {"num_experts", "top_k_experts", "moe_intermediate_size"}
+    ),
+    ignored=frozenset({"vocab_size_per_layer_input"}),  # of embeddings per layer
     layer_kind=_layer_kind,
     activation_field="hidden_activation",
     qkv_bias="attention_bias",
@@ -85,7 +143,8 @@ FAMILY = Family(
     head_sizes={"full_attention": "global_head_dim"},
     unsupported=_unsupported,
     mixer=_attention,
+    feed_forward=_feed_forward,
     block=_block,
     embedding=scaled_embedding,
-    block_tensors={**BLOCK_TENSORS, "output_scale": "layer_scalar"},
+    block_tensors=_tensors,
 )

@@ -41,7 +41,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
     return {
         "mixer_norm/weight": "ln_1.weight",
         "mixer_norm/bias": "ln_1.bias",
-        **fused_rows("attn.c_attn.weight", matrices, transposed=True),
+        **fused_rows("attn.c_attn.weight", matrices, axis=1, transposed=True),
         **fused_rows("attn.c_attn.bias", biases),
         "mixer/out": _transposed("attn.c_proj.weight"),
         "mixer/out_bias": "attn.c_proj.bias",

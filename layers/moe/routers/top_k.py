@@ -6,6 +6,7 @@ the differences between published models:
 - Mixtral, Qwen3-MoE, gpt-oss: softmax, renormalised. A softmax over the chosen logits alone, as the last and Granite
   write it, is the same.
 - OLMoE, DeepSeekMoE: softmax, gates as they are.
+- Gemma 4: softmax of scaled logits, renormalised, and a learned factor per expert.
 - DeepSeek-V2: softmax, only from the groups with the highest maxima.
 - DeepSeek-V3: sigmoid; chosen by score plus a bias, from the groups with the largest sum of their two highest;
   the gates are the scores without the bias, renormalised and scaled.
@@ -38,6 +39,8 @@ class TopK:
     scale: multiplies gates.
     selection_bias: a learned bias is added to the scores for the choice alone.
     router_bias: a learned bias is added to the logits.
+    logit_scale: multiplies the logits.
+    expert_scale: a learned factor per expert multiplies its gate.
     num_groups: equal groups of neighbouring experts; None for no groups.
     num_groups_kept: groups with the highest `group_score`, whose experts can be chosen.
     group_score: a group's maximum, or the sum of its two highest scores.
@@ -51,6 +54,8 @@ class TopK:
     scale: float = 1.0
     selection_bias: bool = False
     router_bias: bool = False
+    logit_scale: float = 1.0
+    expert_scale: bool = False
     num_groups: int | None = None
     num_groups_kept: int | None = None
     group_score: Literal["max", "top2_sum"] = "max"
@@ -90,13 +95,15 @@ class TopK:
         weights = {"weight": Weight(("E", "D"), (self.num_experts, hidden_size), replicated=True)}
         if self.router_bias:
             weights["bias"] = Weight(("E",), (self.num_experts,), "zeros", replicated=True)
+        if self.expert_scale:
+            weights["expert_scale"] = Weight(("E",), (self.num_experts,), "ones", replicated=True)
         if self.selection_bias:
             # Scores of experts lie close together: rounded, the bias would choose others.
             weights["selection_bias"] = Weight(("E",), (self.num_experts,), "zeros", replicated=True, dtype="float32")
         return weights
 
     def route(self, tokens: Float[Array, "B T D"], weights: dict[str, Any]) -> Routes:
-        logits = router_logits(tokens, weights)
+        logits = router_logits(tokens, weights) * self.logit_scale
         scores = jax.nn.softmax(logits, axis=-1) if self.score == "softmax" else jax.nn.sigmoid(logits)
         eligible = scores
         if self.selection_bias:
@@ -107,6 +114,8 @@ class TopK:
         gate = jnp.take_along_axis(scores, expert, axis=-1)
         if self.renormalise:
             gate = gate / (jnp.sum(gate, axis=-1, keepdims=True) + _LEAST_SUM)
+        if self.expert_scale:
+            gate = gate * weights["expert_scale"].astype(jnp.float32)[expert]
         return Routes.of(expert, gate * self.scale)
 
     def _in_best_groups(

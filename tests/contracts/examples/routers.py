@@ -25,7 +25,9 @@ def top_k():
         def wanted(tokens, weights):
             logits, bias = tokens @ weights["weight"].T + weights.get("bias", 0), weights.get("selection_bias", 0)
             options_of_all: dict[str, Any] = {"selection_bias": bias, "renormalise": renormalise, **options}
-            return mixture_of_experts.route(logits, router.experts_per_token, **options_of_all)
+            logits = logits * router.logit_scale
+            expert, gate = mixture_of_experts.route(logits, router.experts_per_token, **options_of_all)
+            return expert, gate * weights.get("expert_scale", np.ones(router.num_experts))[expert]
 
         return RouterExample(router, wanted)
 
@@ -39,6 +41,7 @@ def top_k():
         "gpt-oss": example(TopK(8, 4, "softmax", True, router_bias=True), True, score="softmax"),
         "deepseek v2": example(deepseek_v2, False, score="softmax", scale=16.0, groups=5, kept=2),
         "deepseek v3": example(deepseek_v3, True, score="sigmoid", scale=2.5, groups=4, kept=2, by="top2"),
+        "gemma 4": example(TopK(7, 3, "softmax", True, logit_scale=0.3, expert_scale=True), True, score="softmax"),
         "sigmoid alone": example(TopK(6, 6, "sigmoid", False), False, score="sigmoid"),
     }
 

@@ -14,7 +14,7 @@ from decodax.layers.execution import ON_THIS_DEVICE, Execution
 from decodax.layers.feed_forward import ClampedSwiGLU, GatedMLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.layers.moe.dispatch.all_to_all import AllToAll
-from decodax.layers.moe.layer import MoEConfig
+from decodax.layers.moe.layer import MoEConfig, MoENorms
 from decodax.layers.moe.placement import Placement
 from decodax.layers.moe.routers.expert_choice import ExpertChoice
 from decodax.layers.moe.routers.top_k import TopK
@@ -29,11 +29,15 @@ BATCH, TOKENS, WIDTH = 2, 5, 7
 ROUTER = TopK(6, 2, "softmax", True)
 CLAMPED = ClampedSwiGLU(1.702, 0.8)
 SHARED = GatedMLPConfig(13)
+NORM = RMSNormConfig(1e-5)
 CASES = {
     "plain": MoEConfig(ROUTER, 11),
     "gpt-oss": MoEConfig(TopK(6, 3, "softmax", True, router_bias=True), 11, CLAMPED, bias=True),
     "deepseek": MoEConfig(TopK(6, 2, "sigmoid", True, 2.5, selection_bias=True), 11, shared=SHARED),
     "qwen2": MoEConfig(ROUTER, 11, shared=SHARED, shared_gate=True),
+    "gemma4": MoEConfig(
+        TopK(6, 3, "softmax", True, logit_scale=0.7, expert_scale=True), 11, shared=SHARED, norms=MoENorms(*[NORM] * 5)
+    ),
     "deepspeed": MoEConfig(TopK(6, 1, "softmax", False), 11, shared=SHARED, residual_mix=True),
 }
 
@@ -68,18 +72,29 @@ def test_equals_numpy(name):
 
     exact = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
     tokens, router = inputs.reshape(-1, WIDTH).astype(np.float64), exact["router"]
+
+    def normed(name, values):
+        if config.norms is None:
+            return values
+        return values / np.sqrt((values**2).mean(axis=1, keepdims=True) + 1e-5) * exact[f"{name}_norm"]["weight"]
+
     expert, gate = route(
-        tokens @ router["weight"].T + router.get("bias", 0),
+        config.router.logit_scale * (normed("router", tokens) @ router["weight"].T + router.get("bias", 0)),
         config.router.experts_per_token,
         score=config.router.score,
         renormalise=config.router.renormalise,
         scale=config.router.scale,
         selection_bias=router.get("selection_bias", 0),
     )
-    wanted = mixture(tokens, expert, gate, exact["experts"], config.activation)
+    gate = gate * router.get("expert_scale", np.ones(6))[expert]
+    wanted = normed(
+        "experts_post", mixture(normed("experts", tokens), expert, gate, exact["experts"], config.activation)
+    )
     if config.shared is not None:
         mlp = exact["shared"]
-        shared = activate("silu", tokens @ mlp["gate"].T, tokens @ mlp["up"].T) @ mlp["down"].T
+        read = normed("shared", tokens)
+        shared = activate("silu", read @ mlp["gate"].T, read @ mlp["up"].T) @ mlp["down"].T
+        shared = normed("shared_post", shared)
         if config.shared_gate:
             shared = shared / (1 + np.exp(-tokens @ exact["shared_gate"].T))
         if config.residual_mix:
@@ -112,7 +127,8 @@ def test_bfloat16_stays_bfloat16():
         ({"shared_gate": True}, "give `shared`"),
         ({"residual_mix": True}, "give `shared`"),
         ({"shared": SHARED, "shared_gate": True, "residual_mix": True}, "choose one"),
-        ({"activation": "relu"}, r"activation must be one of \['gelu', 'gelu_tanh', 'silu'\] or a ClampedSwiGLU"),
+        ({"norms": MoENorms(*[NORM] * 5)}, "give `shared` and no mixing"),
+        ({"activation": "swish2"}, r"activation must be one of \['gelu', .*'silu'\] or a ClampedSwiGLU"),
         ({"placement": Placement.contiguous(5, 2)}, "of the router's 6 experts, got one of 5"),
         ({"placement": Placement.contiguous(6, 2, 2)}, "intermediate_size must divide into the placement's 2 slices"),
     ],
