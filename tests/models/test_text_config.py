@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -47,12 +48,7 @@ def test_the_text_model_is_that_alone(tmp_path, rename):
         lm = decodax.load(multimodal(tmp_path, rename))
     alone = decodax.load(GOLDEN)
     assert lm.config == alone.config
-    for name in ("embedding",):
-        np.testing.assert_array_equal(lm.params[name], alone.params[name])
-    assert (
-        decodax.generate(lm, [[5, 6, 7]], max_new_tokens=3).tokens
-        == decodax.generate(alone, [[5, 6, 7]], max_new_tokens=3).tokens
-    )
+    jax.tree.map(np.testing.assert_array_equal, lm.params, alone.params)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -57,8 +57,8 @@ def test_the_loss_is_that_of_separate_forwards(target):
     cut = np.array([[0, 4, 134], [2, 2, 133]], np.int32)
     logits = jax.jit(_logits, static_argnums=0)
     got = logits(target.model, target.params, jnp.asarray(embedding), jnp.asarray(tokens), jnp.asarray(cut))
-    tokens = jnp.arange(37, dtype=jnp.int32)[None]
-    table = np.asarray(target.model.embed(target.params, tokens, tokens * 0))[0]
+    every = jnp.arange(37, dtype=jnp.int32)[None]
+    table = np.asarray(target.model.embed(target.params, every, every * 0))[0]
     for row, text in enumerate(tokens):
         for index, end in enumerate(cut[row]):
             seen = table[text[: end + 1]]
