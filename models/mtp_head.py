@@ -116,6 +116,8 @@ class _Module(nn.Module):
 def mtp_head(model: Model) -> MTPHeadModel:
     """The MTP head for this model."""
     config = model.config
+    if config.final_norm is None:
+        raise ValueError("an MTP head has the norms of the model's final one, and this model has none")
     return MTPHeadModel(config.blocks[-1], config.final_norm, config.hidden_size, model.execution)
 
 

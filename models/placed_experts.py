@@ -38,6 +38,7 @@ def place_experts(
                 f"for {table.num_devices}"
             )
         sub_layer = blocks[index].feed_forward
+        assert sub_layer is not None  # it has experts
         mixture = sub_layer.layer
         if mixture.placement is not None:
             raise ValueError(f"layer {index} has a placement already: restore its weights first (Placement.restore)")

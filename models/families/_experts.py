@@ -75,14 +75,14 @@ def experts_at(config: MoEConfig, gate: str, up: str, down: str) -> BlockTensors
 
 def expert_tensors(block: BlockConfig) -> BlockTensors:
     """The tensor names of most families with experts, from Qwen2-MoE on; also those of layers without experts."""
-    if not isinstance(block.feed_forward.layer, MoEConfig):
+    if not isinstance(block.feed_forward_layer, MoEConfig):
         return BLOCK_TENSORS
     names = (f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down"))
     return {
         **BLOCK_TENSORS,
         "feed_forward/router/weight": "mlp.gate.weight",
         "feed_forward/router/selection_bias": "mlp.gate.e_score_correction_bias",
-        **experts_at(block.feed_forward.layer, *names),
+        **experts_at(block.feed_forward_layer, *names),
         **{f"feed_forward/shared/{name}": f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")},
         **{
             f"feed_forward/shared/{name}_bias": f"mlp.shared_experts.{name}_proj.bias"
@@ -93,10 +93,10 @@ def expert_tensors(block: BlockConfig) -> BlockTensors:
 
 def mixtral_tensors(block: BlockConfig) -> BlockTensors:
     """Mixtral's tensor names: w1, w3 and w2 for gate, up and down, in a `block_sparse_moe`."""
-    assert isinstance(block.feed_forward.layer, MoEConfig)
+    assert isinstance(block.feed_forward_layer, MoEConfig)
     names = (f"block_sparse_moe.experts.{{}}.{name}.weight" for name in ("w1", "w3", "w2"))
     return {
         **BLOCK_TENSORS,
         "feed_forward/router/weight": either("block_sparse_moe.gate.weight", "mlp.gate.weight"),
-        **experts_at(block.feed_forward.layer, *names),
+        **experts_at(block.feed_forward_layer, *names),
     }

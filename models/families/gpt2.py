@@ -36,7 +36,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
     mixer = block.mixer.layer
     assert isinstance(mixer, GQAConfig)
     wide = mixer.num_heads * mixer.head_size
-    matrices = dict.fromkeys(("mixer/query", "mixer/key", "mixer/value"), wide)
+    matrices: dict[str, int] = dict.fromkeys(("mixer/query", "mixer/key", "mixer/value"), wide)
     biases = {f"{name}_bias": size for name, size in matrices.items()}
     return {
         "mixer_norm/weight": "ln_1.weight",

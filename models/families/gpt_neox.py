@@ -18,7 +18,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
     """The tensor names; each head's query, key and value follow each other."""
     mixer = block.mixer.layer
     assert isinstance(mixer, GQAConfig)
-    sizes_of_head = dict.fromkeys(("mixer/query", "mixer/key", "mixer/value"), mixer.head_size)
+    sizes_of_head: dict[str, int] = dict.fromkeys(("mixer/query", "mixer/key", "mixer/value"), mixer.head_size)
     biases = {f"{name}_bias": size for name, size in sizes_of_head.items()}
     return {
         **BLOCK_TENSORS,

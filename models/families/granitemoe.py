@@ -19,7 +19,7 @@ def _experts(layer: Layer) -> MoEConfig:
 
 def _tensors(block: BlockConfig) -> BlockTensors:
     """The tensor names; experts are always stacked, gate and up in one tensor."""
-    config = block.feed_forward.layer
+    config = block.feed_forward_layer
     assert isinstance(config, MoEConfig)
     width = config.intermediate_size
 

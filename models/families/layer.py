@@ -171,6 +171,7 @@ def parallel_one_norm(layer: Layer) -> BlockConfig:
 
 def with_residuals(block: BlockConfig, mixer: Residual, feed_forward: Residual) -> BlockConfig:
     """The block with other sums."""
+    assert block.feed_forward is not None
     return replace(
         block,
         mixer=replace(block.mixer, residual=mixer),

@@ -61,7 +61,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
             "mixer/key_norm/weight": "self_attn.k_layernorm.weight",
         }
     assert isinstance(mixer, ShortConvolutionConfig)
-    parts = dict.fromkeys(("mixer/input_gate", "mixer/output_gate", "mixer/value"), mixer.num_channels)
+    parts: dict[str, int] = dict.fromkeys(("mixer/input_gate", "mixer/output_gate", "mixer/value"), mixer.num_channels)
     convolution = TensorSlice("conv.conv.weight", shape=(mixer.num_channels, 1, mixer.width))
     return {
         **common,

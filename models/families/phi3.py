@@ -14,7 +14,7 @@ from decodax.models.families.layer import sizes, slides_if_windowed
 
 def _tensors(block: BlockConfig) -> BlockTensors:
     """The tensor names; queries, keys and values are rows of one tensor, and so are gate and up."""
-    mixer, feed_forward = block.mixer.layer, block.feed_forward.layer
+    mixer, feed_forward = block.mixer.layer, block.feed_forward_layer
     assert isinstance(mixer, GQAConfig) and isinstance(feed_forward, GatedMLPConfig)
     wide, narrow = mixer.num_heads * mixer.head_size, mixer.num_kv_heads * mixer.head_size
     inner = feed_forward.intermediate_size

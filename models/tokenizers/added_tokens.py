@@ -98,8 +98,8 @@ def check_ids(backend: tokenizers.Tokenizer, tokens: Iterable[tuple[str, int]], 
             taken = "" if other in (None, content) else f", and {token_id} is {printable(repr(other))}"
             raise ValueError(
                 f"{where} gives the added token {printable(repr(content))} the id {token_id}, but in the vocabulary "
-                f"(tokenizer.json or tokenizer.model) it is {found}{taken}: ids must be unique and follow on the vocabulary without a gap; save the "
-                "tokenizer again with the library that made it"
+                f"(tokenizer.json or tokenizer.model) it is {found}{taken}: ids must be unique and follow on the "
+                "vocabulary without a gap; save the tokenizer again with the library that made it"
             )
 
 
