@@ -40,12 +40,9 @@ class HeadNorms:
 
     def weights(self, num_heads: int, num_kv_heads: int, head_size: int) -> dict[str, dict[str, Weight]]:
         """Descriptions of the weights, of the norms that have some."""
+        counts: dict[Projection, int] = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads}
         described = {}
-        for projection, count, axis in (
-            ("query", num_heads, "NH"),
-            ("key", num_kv_heads, "KH"),
-            ("value", num_kv_heads, "KH"),
-        ):
+        for projection, count in counts.items():
             if (norm := self.norm(projection)) is None:
                 continue
             size, axis = (count * head_size, axis) if self.across_heads else (head_size, "H")
