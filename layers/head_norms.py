@@ -13,6 +13,7 @@ from decodax.core.weight import Weight
 from decodax.layers.norm import Norm
 
 Projection = Literal["query", "key", "value"]
+_FLAT_AXES: dict[Projection, str] = {"query": "NH", "key": "KH", "value": "KH"}
 _FLAT_AXES = {"query": "NH", "key": "KH", "value": "KH"}
 
 
@@ -45,7 +46,7 @@ class HeadNorms:
         for projection, count in counts.items():
             if (norm := self.norm(projection)) is None:
                 continue
-            size, axis = (count * head_size, axis) if self.across_heads else (head_size, "H")
+            size, axis = (count * head_size, _FLAT_AXES[projection]) if self.across_heads else (head_size, "H")
             described[f"{projection}_norm"] = norm.weights(size, axis, head_size)
         return {name: weights for name, weights in described.items() if weights}
 
