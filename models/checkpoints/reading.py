@@ -51,6 +51,7 @@ Progress = Callable[[int, int], None]
 PIECE_BYTES = 2**20  # read at once: small beside any weight that matters, and within a processor's cache
 UNMAPPED_BYTES = 2**24  # read from files before the memory of their pages is released
 _ALIGNMENT_BYTES = 64  # that JAX requires of a host buffer to use it in place
+_FORMER_NAME = ".mixer.query_key_value_gate"  # in Orbax checkpoints of former versions
 _NAMED_WEIGHTS = 8  # in a warning
 _HUGE_PAGE_BYTES = 2**21  # Linux's large pages, for which NumPy asks with arrays of twice that size and more
 
@@ -138,6 +139,11 @@ def open_params(place: Path | ModelSource, family: Family, config: ModelConfig) 
 
     match = match_tensors(stored, expected_of(config))
     if match.report():
+        if has_orbax_arrays(folder) and any(name.endswith(_FORMER_NAME) for name in stored):
+            raise ValueError(
+                f"{printable(folder)} was converted before the parameters of the gated delta rule were split: convert "
+                f"the model's own folder again (decodax convert FOLDER -o {printable(folder)} --overwrite)"
+            )
         raise mismatch_error(printable(folder), explained(_text_config(source), stored, match, expected_of))
     if match.names.is_wrapped and not is_multimodal(_raw_config(source)):
         body, head = printable(match.names.body), printable(match.names.in_file(family.outer_name("head")))

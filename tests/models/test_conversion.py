@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import decodax
-from decodax.models.checkpoints import orbax_writing
+from decodax.models.checkpoints import orbax_writing, reading
 from decodax.models.checkpoints.convert_target import MANIFEST
 from decodax.models.checkpoints.orbax_writing import chunk_regions, chunk_shape
 from decodax.models.checkpoints.reading import NonFiniteWeightWarning, StoredWeights
@@ -319,3 +319,12 @@ def test_chunks_cover_every_array_once(monkeypatch):
         seen = np.zeros(shape, int)
         names = [seen.__setitem__(region, seen[region] + 1) or name for name, region in chunk_regions(shape, chunk)]
         assert (seen == 1).all() and len(set(names)) == len(names)
+
+
+def test_a_checkpoint_of_a_former_version_is_converted_again(tmp_path, monkeypatch):
+    from_hf(load_golden("qwen3_next").folder, tmp_path / "orbax")
+    stored = reading._open(reading.source_of(tmp_path / "orbax"))
+    former = {name.replace("mixer.query", "mixer.query_key_value_gate"): entry for name, entry in stored.items()}
+    monkeypatch.setattr(reading, "_open", lambda source: former)
+    with pytest.raises(ValueError, match=r"convert the model's own folder again \(decodax convert FOLDER -o .*orbax"):
+        decodax.load(tmp_path / "orbax")
