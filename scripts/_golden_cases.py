@@ -359,6 +359,27 @@ CASES |= {
         "tie_word_embeddings": False,
     },
 }
+BLOOM = {
+    **{"model_type": "bloom", "architectures": ["BloomForCausalLM"], "vocab_size": 67, "hidden_size": 48, "n_layer": 2},
+    **{"n_head": 6, "seq_length": 17, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False},
+    **{"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None},
+}
+CASES |= {
+    "bloom": BLOOM,
+    "smollm3": {
+        **SIZES,
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "hidden_size": 48,
+        "hidden_act": "silu",
+        "num_hidden_layers": 4,
+        "rope_theta": 100.0,
+        "no_rope_layers": [1, 0, 1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "tie_word_embeddings": False,
+    },
+}
 CASES["gemma4_text_experts"] = {
     **CASES["gemma4_text"],
     **{"enable_moe_block": True, "num_experts": 7, "top_k_experts": 3, "moe_intermediate_size": 11},

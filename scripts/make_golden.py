@@ -60,7 +60,7 @@ def randomise(model: Any, seed: int) -> None:
                 model.config.model_type == "gpt_oss" and parameter.ndim == 3
             )
             num_inputs = parameter.shape[-2 if is_transposed else -1]
-            is_embedding = any(part in name for part in ("embed_", "embeddings", "wte", "wpe"))
+            is_embedding = any(part in name for part in ("embed_", "embeddings.", "wte", "wpe"))
             size = embedding_size if is_embedding else sharper / math.sqrt(num_inputs)
             parameter.data = noise * size * (3.0 if "lm_head" in name else 1.0)
         else:

@@ -109,7 +109,8 @@ KINDS: Mapping[str, Kind] = {
     "max_window_layers": Whole(0, MAX_POSITION),
     "first_k_dense_replace": Whole(0, MAX_POSITION),
     **dict.fromkeys(
-        ("decoder_sparse_step", "full_attention_interval", "sliding_window_pattern"), Whole(largest=MAX_POSITION)
+        ("decoder_sparse_step", "full_attention_interval", "sliding_window_pattern", "no_rope_layer_interval"),
+        Whole(largest=MAX_POSITION),
     ),
     **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache"), Whole(2, 4_096)),  # tokens, including the newest
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), Whole(largest=2**24)),  # 16 times the widest state
@@ -130,6 +131,7 @@ KINDS: Mapping[str, Kind] = {
             "_remove_final_layer_norm",
             "layer_norm_elementwise_affine",
             "use_parallel_residual",
+            "apply_residual_connection_post_layernorm",
             "qk_layernorm",
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",
@@ -145,6 +147,7 @@ KINDS: Mapping[str, Kind] = {
         Flag(),
     ),
     "layer_types": Listed("a list with the name of each layer's kind", lambda item: isinstance(item, str)),
+    "no_rope_layers": Listed("a list of 0 and 1, one per layer", lambda item: item in (0, 1)),
     "full_attn_idxs": Listed("a list of layers (whole numbers)", lambda item: type(item) is int),
     "mlp_only_layers": Listed("a list of layers (whole numbers)", lambda item: type(item) is int),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), Number(above=1.0)),  # bases of powers that must grow

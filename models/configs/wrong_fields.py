@@ -49,21 +49,26 @@ def explained(raw: Mapping[str, Any], stored: Mapping[str, Entry], match: Match,
     lines = []
     if len(stored) > _MOST_TENSORS or str(raw.get("model_type")) not in FAMILIES:  # a program's own config, say
         return match.report()
+    aliases = FAMILIES[raw["model_type"]].aliases
+    written = {aliases[name]: name for name in raw if name in aliases}
+    raw = {aliases.get(name, name): value for name, value in raw.items()}
     for _ in range(_MOST_FIELDS):
         found = _better(raw, stored, match, expected_of)
         if not found:
             break
         fewest = min(_num_problems(better) for *_, better in found)
         best = [change for change in found if _num_problems(change[2]) == fewest]
-        lines += [_line(raw, name, value) for name, value, _ in (best if fewest == 0 else best[:1])]
+        lines += [_line(raw, name, value, written) for name, value, _ in (best if fewest == 0 else best[:1])]
         name, value, match = best[0]
         raw = {**raw, name: value}
     if match.problems and not lines:
-        lines = _switches(raw, stored, expected_of)
+        lines = _switches(raw, stored, expected_of, written)
     return [*lines, *match.report()]
 
 
-def _switches(raw: Mapping[str, Any], stored: Mapping[str, Entry], expected_of: ExpectedOf) -> list[str]:
+def _switches(
+    raw: Mapping[str, Any], stored: Mapping[str, Entry], expected_of: ExpectedOf, written: Mapping[str, str]
+) -> list[str]:
     """A line for each field that decides which tensors exist, and whose other value alone would make the files fit."""
     lines = []
     for name, value in _given(raw).items():
@@ -73,7 +78,7 @@ def _switches(raw: Mapping[str, Any], stored: Mapping[str, Entry], expected_of: 
             except ValueError:
                 continue
             if not _num_problems(match):
-                lines.append(_line(raw, name, other))
+                lines.append(_line(raw, name, other, written))
                 break
     return lines
 
@@ -99,9 +104,10 @@ def _other_switches(raw: Mapping[str, Any], name: str, value: Any, stored: Mappi
     return list(range(1, _MOST_SHARED + 1)) if value == 0 else []
 
 
-def _line(raw: Mapping[str, Any], name: str, value: Any) -> str:
+def _line(raw: Mapping[str, Any], name: str, value: Any, written: Mapping[str, str]) -> str:
+    """The line for a field with another value; `written` has the names of fields in the file that differ."""
     said = f"is {quoted(raw[name])}" if name in raw else "is missing"
-    return f"wrong field: {printable(name)} {said} in config.json, the files have {quoted(value)}"
+    return f"wrong field: {printable(written.get(name, name))} {said} in config.json, the files have {quoted(value)}"
 
 
 def _num_problems(match: Match) -> int:

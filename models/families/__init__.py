@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from decodax.models.families.contract import Family
 
 _NAMES = (
+    "bloom",
     "deepseek_v2",
     "deepseek_v3",
     "gemma",
@@ -40,6 +41,7 @@ _NAMES = (
     "qwen3_moe",
     "qwen3_next",
     "seed_oss",
+    "smollm3",
     "starcoder2",
 )
 FAMILIES: "Mapping[str, Family]" = Methods(__name__, dict.fromkeys(_NAMES, "FAMILY"))
