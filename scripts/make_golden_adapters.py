@@ -4,8 +4,8 @@
     python -m decodax.scripts.make_golden_adapters [CASE ...]
 
 Each case is a folder with the adapter, and golden.npz: tokens [B, T] and the logits [B, T, V] of the model with the
-adapter beside its weights (float32, on CPU), and of the tensors that `merge_and_unload` changed those of the last layer
-and around the layers, by name. base.json names the model in tests/golden/.
+adapter beside its weights (float32, on CPU), and the last rows of the tensors that `merge_and_unload` changed in the
+last layer and around the layers, by name. base.json names the model in tests/golden/.
 """
 
 import json
@@ -20,6 +20,7 @@ import numpy as np
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 GOLDEN = TESTS / "golden_adapters"
+LAST_ROWS = 11  # of a merged matrix, which are stored
 
 # Model, and fields of LoraConfig.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,6 +70,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "exclude_modules": ["layers.2.self_attn.v_proj"],
         },
     ),
+    "stacked_experts": (
+        "mixtral",
+        {
+            "r": 3,
+            "lora_alpha": 4,
+            "target_modules": [],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+        },
+    ),
+    "separate_experts": (
+        "qwen3_moe",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
+    "one_stack": (
+        "gpt_oss",
+        {"r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
     "pickled": ("llama", {"r": 2, "lora_alpha": 3, "target_modules": ["v_proj"], "bias": "all"}),
     "second": ("llama", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "gate_proj"]}),
 }
@@ -113,7 +137,7 @@ def make(case: str, seed: int) -> None:
         merged = adapted.merge_and_unload()
     last = f".{model.config.num_hidden_layers - 1}."
     changed = {
-        name: tensor.numpy()
+        name: tensor.numpy()[..., -LAST_ROWS:, :] if tensor.ndim > 1 else tensor.numpy()
         for name, tensor in merged.state_dict().items()
         if not torch.equal(tensor, before[name]) and (last in name or not re.search(r"\.\d+\.", name))
     }

@@ -79,6 +79,8 @@ def refused(folder, match, error=ValueError, model=LLAMA):
         ({"lora_alpha": "8"}, "lora_alpha must be a finite number, got '8'"),
         ({"lora_alpha": math.nan}, "lora_alpha must be a finite number, got nan"),
         ({"target_modules": [1]}, "target_modules must be a list of texts or null"),
+        ({"target_parameters": ["mlp.experts.bias"]}, "target_parameters must end with one of weight, gate_up_proj, "),
+        ({"target_parameters": 3}, "target_parameters must be a list of texts"),
         ({"layers_to_transform": ["1"]}, "layers_to_transform must be a whole number, a list"),
         (
             {"r": 5},
@@ -112,7 +114,7 @@ def test_neutral_fields_do_not_matter(folder):
         ({"lora_A__weight": np.ones((2, 3, 10), np.float32)}, r"lora_A \[2, 3, 10\] and lora_B \[48, 2\]"),
         (
             {"lora_A__weight": np.ones((2, 31), np.float32)},
-            r"mine has matrices for model.layers.0.self_attn.q_proj \[48, 31\], and the model's "
+            r"mine has matrices for model.layers.0.self_attn.q_proj.weight \[48, 31\], and the model's "
             r"model.layers.0.self_attn.q_proj.weight is \[48, 30\]: was it trained for another model "
             r"\(adapter_config.json names org/llama\)\?",
         ),
@@ -134,6 +136,28 @@ def test_an_adapter_of_another_model(folder):
     )
     refused(folder, r"matrices for model.layers.*\[\d+, \d+\], and the model's", model=load_golden("llama_tied").folder)
     refused(folder, "which the model does not have: was it trained", model=load_golden("gpt2").folder)
+
+
+def test_experts_that_do_not_fit(tmp_path):
+    """Of stacked experts, and of those that the model has in one tensor each."""
+    for case, name in (("stacked_experts", "mixtral"), ("separate_experts", "qwen3_moe")):
+        folder = Path(shutil.copytree(GOLDEN / case, tmp_path / case))
+        file = folder / "adapter_model.safetensors"
+        experts = "base_model.model.model.layers.1.mlp.experts"
+        stored = load_file(file)
+        rank = 2  # of down_proj
+        fewer = {f"{experts}.lora_A.weight": stored[f"{experts}.lora_A.weight"][:-rank].copy()}
+        fewer[f"{experts}.lora_B.weight"] = stored[f"{experts}.lora_B.weight"][:, :-rank].copy()
+        save_file(stored | fewer, file)
+        count = len(stored[f"{experts}.lora_A.weight"]) // rank
+        match = rf"\[{count - 1}, .*, and the model's .* is \[{count}, |for {count - 1} experts of .* the model has {count}: was"
+        refused(folder, match, model=load_golden(name).folder)
+        save_file(stored | {f"{experts}.lora_A.weight": fewer[f"{experts}.lora_A.weight"][:-1].copy()}, file)
+        refused(folder, r"of model.layers.1.mlp.experts, expected \[2, inputs\]", model=load_golden(name).folder)
+        save_file(stored | {f"{experts}.base_layer.base_layer.lora_A.weight": fewer[f"{experts}.lora_A.weight"]}, file)
+        refused(
+            folder, "has lora_A of model.layers.1.mlp.experts.base_layer.base_layer", model=load_golden(name).folder
+        )
 
 
 def test_missing_files(folder, tmp_path):
@@ -193,7 +217,7 @@ def test_it_may_be_beside_its_model_or_inside(folder, tmp_path):
 
 def test_only_the_last_may_be_an_auxiliary_weights(folder):
     own = AuxiliaryWeights("layer_skip", {}, {})
-    with pytest.raises(ValueError, match="adapter must be LoRA adapters of the PEFT library .* of which only the last"):
+    with pytest.raises(ValueError, match=r"adapter must be LoRA adapters .* of which only the last"):
         decodax.load(LLAMA, adapter=[own, folder])
     with pytest.raises(ValueError, match="of which only the last"):
         decodax.load(LLAMA, adapter=[own, own])
@@ -213,9 +237,9 @@ def test_scales_and_ranks(tmp_path):
     name = "model.layers.11.self_attn.q_proj"
     assert (settings().rank_of(name), settings().scale_of(name)) == (4, 1.5)
     assert settings(use_rslora=True).scale_of(name) == 3
-    for pattern, fits in [("q_proj", True), ("proj", False), ("layers.1.self_attn.q_proj", False), (name, True), (".*", True),
-                          (r"layers\.1\d\.self_attn\.(q|k)_proj", True), ("^model.layers.11.self_attn.q_proj", True),
-                          ("layers.11", False)]:  # fmt: skip
+    fitting = ("q_proj", name, ".*", r"layers\.1\d\.self_attn\.(q|k)_proj", "^model.layers.11.self_attn.q_proj")
+    for pattern in (*fitting, "proj", "layers.1.self_attn.q_proj", "layers.11"):
+        fits = pattern in fitting
         assert settings(rank_pattern={pattern: 3}).scale_of(name) == (2 if fits else 1.5), pattern
         assert settings(alpha_pattern={pattern: 2}).scale_of(name) == (0.5 if fits else 1.5), pattern
     assert settings(rank_pattern={"k_proj": 3, "q_proj": 2, ".*": 1}).rank_of(name) == 2
@@ -248,7 +272,7 @@ def test_a_row_has_the_same_bits_whatever_is_read_with_it():
     rng = np.random.default_rng(7)
     base = rng.standard_normal((211, 83)).astype(ml_dtypes.bfloat16)
     left, right = rng.standard_normal((211, 37)).astype(np.float32), rng.standard_normal((37, 83)).astype(np.float16)
-    tensor = MergedTensor(Plain(base), left, right, 0.7, "merged", ())
+    tensor = MergedTensor(Plain(base), left[None], right[None], 0.7, "merged", ())
     full = tensor.rows(slice(None))
     assert full.dtype == np.float32 and tensor.dtype == base.dtype
     wanted = base.astype(np.float64) + np.float64(np.float32(0.7)) * left.astype(np.float64) @ right.astype(np.float64)
@@ -256,8 +280,20 @@ def test_a_row_has_the_same_bits_whatever_is_read_with_it():
     for index in (slice(3, 4), slice(60, 131), np.array([0, 63, 64, 65, 200]), np.arange(1, 211, 7), slice(2, 211, 13)):
         np.testing.assert_array_equal(tensor.rows(index), full[index])
     assert base.dtype == ml_dtypes.bfloat16 and not np.shares_memory(full, base)
-    wide = MergedTensor(Plain(base.astype(np.float64)), left, right, 0.7, "merged", ())
+    wide = MergedTensor(Plain(base.astype(np.float64)), left[None], right[None], 0.7, "merged", ())
     assert wide.rows(slice(5, 9)).dtype == np.float64
+
+
+def test_rows_of_a_stack():
+    rng = np.random.default_rng(11)
+    base = rng.standard_normal((3, 67, 13)).astype(np.float32)
+    left, right = rng.standard_normal((3, 67, 5)).astype(np.float32), rng.standard_normal((3, 5, 13)).astype(np.float32)
+    stack = Plain(base.reshape(-1, 13))
+    stack.shape = base.shape
+    tensor = MergedTensor(stack, left, right, -2.5, "merged", ())
+    wanted = (base - 2.5 * np.einsum("eor,eri->eoi", left.astype(np.float64), right)).reshape(-1, 13)
+    for index in (slice(None), slice(60, 140), np.array([0, 66, 67, 131, 133, 134, 200])):
+        np.testing.assert_allclose(tensor.rows(index), wanted[index], rtol=2**-20, atol=2**-20)
 
 
 def test_a_damaged_pickle_is_refused(folder):

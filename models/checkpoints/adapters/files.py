@@ -4,6 +4,8 @@
     base_model.model.<module>.lora_B.weight           [outputs, rank]
     base_model.model.<module>.lora_embedding_A        [rank, tokens]
     base_model.model.<module>.lora_embedding_B        [width, rank]
+    base_model.model.<module>.lora_A.weight           [experts * rank, inputs] of a stack of experts, expert by expert
+    base_model.model.<module>.lora_B.weight           [outputs, rank * experts], all experts of the first of rank first
     base_model.model.<module>.weight, .bias           a tensor that replaces the model's (modules_to_save, bias)
 
 PEFT's name of an adapter may follow, ".lora_A.default.weight", and ".base_layer" the module.
@@ -32,16 +34,33 @@ _WHOLE = re.compile(r"(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.defau
 class LowRank:
     """A module's two matrices: its weight [outputs, inputs] becomes weight + scale * up @ down.
 
-    down: [rank, inputs].
-    up: [outputs, rank].
+    down, up: as stored.
+    rank: of the product; where there is more of both than this, they are stacks, one pair per expert.
     is_embedding: the weight is stored as [inputs, outputs], one row per token.
     scale: of the product.
     """
 
     down: RawTensor
     up: RawTensor
+    rank: int
     is_embedding: bool
     scale: float
+
+    def downs(self) -> np.ndarray:
+        """[experts, rank, inputs]; one expert where there are none."""
+        down = self.down.array(self.down.dtype)
+        return down.reshape(-1, self.rank, down.shape[1])
+
+    def ups(self) -> np.ndarray:
+        """[experts, outputs, rank]."""
+        up = self.up.array(self.up.dtype)
+        return up.reshape(len(up), self.rank, -1).transpose(2, 0, 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the product, with the experts first if there are several."""
+        count = self.down.shape[0] // self.rank
+        return (*([count] if count > 1 else []), self.up.shape[0], self.down.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +69,7 @@ class Adapter:
 
     folder: of its files.
     settings: of the adapter.
-    low_rank: the matrices of modules, by the module's name.
+    low_rank: the matrices of modules, by the name of the tensor that they change.
     whole: the tensors that replace the model's, by name.
     """
 
@@ -62,7 +81,7 @@ class Adapter:
     @property
     def tensor_names(self) -> set[str]:
         """The names of the model's tensors that it changes."""
-        return {f"{module}.weight" for module in self.low_rank} | set(self.whole)
+        return {*self.low_rank, *self.whole}
 
     @property
     def files(self) -> tuple[Path, Path]:
@@ -124,12 +143,18 @@ def open_adapter(folder: Path) -> Adapter:
             raise ValueError(f"{printable(name)} in {where} is there twice, under two names: keep one")
     if not tensors:
         raise ValueError(f"{where} holds no tensors: download the adapter again")
-    low_rank = {module: _low_rank(module, pair, settings, where) for module, pair in pairs.items()}
+    low_rank = {}
+    for module, pair in pairs.items():
+        parameter = settings.parameter_of(module)
+        name = f"{module}.weight" if parameter is None else parameter
+        low_rank[name] = _low_rank(module, parameter, pair, settings, where)
     return Adapter(folder, settings, low_rank, whole)
 
 
-def _low_rank(module: str, pair: Mapping[str, RawTensor], settings: Settings, where: str) -> LowRank:
-    """The matrices of a module, checked against the settings."""
+def _low_rank(
+    module: str, parameter: str | None, pair: Mapping[str, RawTensor], settings: Settings, where: str
+) -> LowRank:
+    """The matrices of a module, or of a parameter of it, checked against the settings."""
     name = printable(module)
     is_embedding = "embedding_A" in pair
     kinds = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
@@ -138,13 +163,15 @@ def _low_rank(module: str, pair: Mapping[str, RawTensor], settings: Settings, wh
         raise ValueError(
             f"{where} has {found} of {name}, expected lora_{kinds[0]} and lora_{kinds[1]}: download it again"
         )
-    if not settings.changes(module):
+    if parameter is None and not settings.changes(module):
         raise ValueError(
             f"{where} has matrices of {name}, which {settings.where} does not name (target_modules, exclude_modules, "
-            "modules_to_save, layers_to_transform): take both files from one adapter"
+            "modules_to_save, layers_to_transform, target_parameters): take both files from one adapter"
         )
-    down, up, rank = pair[kinds[0]], pair[kinds[1]], settings.rank_of(module)
-    if len(down.shape) != 2 or len(up.shape) != 2 or not down.shape[0] == up.shape[1] == rank:
+    down, up, own = pair[kinds[0]], pair[kinds[1]], parameter or module
+    rank = settings.rank_of(own)
+    fits = len(down.shape) == 2 and len(up.shape) == 2 and down.shape[0] == up.shape[1] > 0
+    if not fits or (down.shape[0] != rank if parameter is None else down.shape[0] % rank):
         raise ValueError(
             f"{where} has lora_{kinds[0]} {list(down.shape)} and lora_{kinds[1]} {list(up.shape)} of {name}, expected "
             f"[{rank}, inputs] and [outputs, {rank}], as {settings.where} says (r, rank_pattern): take both files from "
@@ -153,4 +180,4 @@ def _low_rank(module: str, pair: Mapping[str, RawTensor], settings: Settings, wh
     for tensor in (down, up):
         if not np.isfinite(tensor.array(tensor.dtype)).all():
             raise ValueError(f"{tensor.label} in {where} holds NaN or infinity: train or download the adapter again")
-    return LowRank(down, up, is_embedding, settings.scale_of(module))
+    return LowRank(down, up, rank, is_embedding, settings.scale_of(own))

@@ -20,9 +20,9 @@ class MergedTensor:
     The product is computed in blocks of the same rows whatever is asked for, so that a row's bits never depend on
     which rows are read with it.
 
-    base: the stored tensor, [rows, columns].
-    left: [rows, rank], as stored.
-    right: [rank, columns], as stored.
+    base: the stored tensor, [rows, columns], or [experts, rows, columns].
+    left: [experts, rows, rank], as stored; one expert where there are none.
+    right: [experts, rank, columns], as stored.
     scale: of the product.
     label: name in messages.
     mappings: the mapped files that it reads.
@@ -51,12 +51,16 @@ class MergedTensor:
     def rows(self, index: slice | np.ndarray) -> np.ndarray:
         stored = self.base.rows(index)
         numbers = stored.astype(np.float64 if stored.dtype == np.float64 else np.float32)  # a copy
-        places = np.arange(*index.indices(self.shape[0])) if isinstance(index, slice) else index
-        right = self.right.astype(np.float32, copy=False)
+        experts, num_rows, _ = self.left.shape
+        places = np.arange(*index.indices(experts * num_rows)) if isinstance(index, slice) else index
+        expert, place = np.divmod(places, num_rows)
+        num_blocks = -(-num_rows // _BLOCK)  # of an expert
+        blocks = expert * num_blocks + place // _BLOCK
         with np.errstate(all="ignore"):  # the reader reports NaN and infinity
-            for block in np.unique(places // _BLOCK):
-                chosen = np.flatnonzero(places // _BLOCK == block)
-                left = self.left[block * _BLOCK : (block + 1) * _BLOCK].astype(np.float32)
+            for block in np.unique(blocks):
+                chosen, start = np.flatnonzero(blocks == block), block % num_blocks * _BLOCK
+                left = self.left[block // num_blocks, start : start + _BLOCK].astype(np.float32)
+                right = self.right[block // num_blocks].astype(np.float32, copy=False)
                 product = (left @ right) * np.float32(self.scale)
-                numbers[chosen] += product[places[chosen] - block * _BLOCK]
+                numbers[chosen] += product[place[chosen] - start]
         return numbers

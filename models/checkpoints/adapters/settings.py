@@ -21,6 +21,7 @@ _READ = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"),
         *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+        "target_parameters",
     }
 )
 _WITHOUT_EFFECT = frozenset(  # on merged weights; fan_in_fan_out too: the model's own tensors say which are transposed
@@ -32,6 +33,9 @@ _WITHOUT_EFFECT = frozenset(  # on merged weights; fan_in_fan_out too: the model
 _INITIAL = (None, True, False, "gaussian", "orthogonal")  # the others change the model's weights, too
 _BIAS = (None, "none", "all", "lora_only")
 _MOST_RANK = 2**16
+# Parameters of one module that PEFT wraps, the last outermost: as transformers' experts define them.
+_PARAMETERS = ("weight", "gate_up_proj", "down_proj")
+_INNER = ".base_layer"
 _MOST_CHARACTERS, _MOST_REPEATS = 200, 4  # of a pattern: a longer search could take for ever
 
 Names = tuple[str, ...]
@@ -51,6 +55,7 @@ class Settings:
     replaced: the modules that are stored as a whole, by a part of their names.
     layers: the layers that are changed; None: all.
     layers_patterns: what the list of layers is called in names of modules; empty: anything.
+    parameters: the parameters that are changed beside modules (stacks of experts), by the end of their names.
     """
 
     where: str
@@ -65,8 +70,23 @@ class Settings:
     replaced: Names
     layers: tuple[int, ...] | None
     layers_patterns: Names
+    parameters: Names
+
+    def parameter_of(self, module: str) -> str | None:
+        """The parameter that the matrices of a module change; None: they are of the module itself.
+
+        PEFT wraps several parameters of a module one after the other: the names of the first have ".base_layer" most
+        often.
+        """
+        name = module
+        while name.endswith(_INNER):
+            name = name.removesuffix(_INNER)
+        wrapped = [f"{name}.{own}" for own in _PARAMETERS if _ends_with(f"{name}.{own}", self.parameters)]
+        depth = (len(module) - len(name)) // len(_INNER)
+        return wrapped[-1 - depth] if depth < len(wrapped) else None
 
     def rank_of(self, module: str) -> int:
+        """The rank of a module, or of a parameter."""
         return self.rank_pattern.get(_pattern_of(module, self.rank_pattern), self.rank)
 
     def scale_of(self, module: str) -> float:
@@ -107,26 +127,26 @@ def read_settings(file: Path) -> Settings:
     where = printable(file)
     try:
         return _settings(read_json_object(file), where)
-    except _Wrong as error:
+    except _FieldError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-class _Wrong(ValueError):
+class _FieldError(ValueError):
     """A field has a value that is not supported; the file's name is added where it is known."""
 
 
 def _settings(fields: Mapping[str, Any], where: str) -> Settings:
     if fields.get("peft_type") != "LORA":
-        raise _Wrong(f'peft_type must be "LORA", got {_shown(fields.get("peft_type"))}: {_OTHERWISE}')
+        raise _FieldError(f'peft_type must be "LORA", got {_shown(fields.get("peft_type"))}: {_OTHERWISE}')
     for name in fields.keys() - _READ - _WITHOUT_EFFECT:
         if fields[name] not in (None, False, {}, [], ""):
-            raise _Wrong(f"{printable(name)} is not supported, got {_shown(fields[name])}: {_OTHERWISE}")
+            raise _FieldError(f"{printable(name)} is not supported, got {_shown(fields[name])}: {_OTHERWISE}")
     _one_of(fields, "init_lora_weights", _INITIAL)
     _one_of(fields, "bias", _BIAS)
     layers = fields.get("layers_to_transform")
     layers = [layers] if type(layers) is int else layers
     if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-        raise _Wrong(f"layers_to_transform must be a whole number, a list of some, or null, got {_shown(layers)}")
+        raise _FieldError(f"layers_to_transform must be a whole number, a list of some, or null, got {_shown(layers)}")
     base, targets, excluded = (
         fields.get(name) for name in ("base_model_name_or_path", "target_modules", "exclude_modules")
     )
@@ -143,6 +163,7 @@ def _settings(fields: Mapping[str, Any], where: str) -> Settings:
         _regular(_names(fields, "modules_to_save"), "modules_to_save"),
         tuple(layers) if layers else None,
         _regular(_names(fields, "layers_pattern"), "layers_pattern"),
+        _parameters(fields),
     )
 
 
@@ -157,26 +178,26 @@ def _one_of(fields: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> A
     value = fields.get(name)
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         listed = printable_list([repr(choice) for choice in choices if choice is not None], len(choices))
-        raise _Wrong(f"{name} must be one of {listed}, got {_shown(value)}: {_OTHERWISE}")
+        raise _FieldError(f"{name} must be one of {listed}, got {_shown(value)}: {_OTHERWISE}")
     return value
 
 
 def _rank(value: Any, name: str) -> int:
     if type(value) is not int or not 1 <= value <= _MOST_RANK:
-        raise _Wrong(f"{name} must be a whole number in 1..{_MOST_RANK}, got {_shown(value)}")
+        raise _FieldError(f"{name} must be a whole number in 1..{_MOST_RANK}, got {_shown(value)}")
     return value
 
 
 def _number(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= 1e30:  # also refuses NaN
-        raise _Wrong(f"{name} must be a finite number, got {_shown(value)}")
+        raise _FieldError(f"{name} must be a finite number, got {_shown(value)}")
     return float(value)
 
 
 def _patterns(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = fields.get(name) or {}
     if not isinstance(value, dict):
-        raise _Wrong(f"{name} must be an object of numbers by names of modules, got {_shown(value)}")
+        raise _FieldError(f"{name} must be an object of numbers by names of modules, got {_shown(value)}")
     _regular(tuple(value), name)
     return value
 
@@ -185,8 +206,17 @@ def _names(fields: Mapping[str, Any], name: str) -> Names:
     value = fields.get(name)
     value = [value] if isinstance(value, str) and value else value or []
     if not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
-        raise _Wrong(f"{name} must be a list of texts or null, got {_shown(value)}")
+        raise _FieldError(f"{name} must be a list of texts or null, got {_shown(value)}")
     return tuple(value)
+
+
+def _parameters(fields: Mapping[str, Any]) -> Names:
+    names = _names(fields, "target_parameters")
+    for name in names:
+        if name.rpartition(".")[2] not in _PARAMETERS:
+            listed = ", ".join(_PARAMETERS)
+            raise _FieldError(f"target_parameters must end with one of {listed}, got {_shown(name)}: {_OTHERWISE}")
+    return names
 
 
 def _regular(patterns: Names, name: str) -> Names:
@@ -195,12 +225,12 @@ def _regular(patterns: Names, name: str) -> Names:
         repeats = len(re.findall(r"[*+{]", pattern))
         is_nested = re.search(r"\)\s*[*+{?]|\\[1-9]|\(\?[^:]", pattern) is not None
         if len(pattern) > _MOST_CHARACTERS or repeats > _MOST_REPEATS or is_nested:
-            raise _Wrong(
+            raise _FieldError(
                 f"{name} has the pattern {_shown(pattern)}: at most {_MOST_CHARACTERS} characters, {_MOST_REPEATS} "
                 "repetitions, and none of a group, are allowed"
             )
         try:
             re.compile(f"({pattern})$")
         except (re.error, OverflowError, RecursionError) as error:
-            raise _Wrong(f"{name} has {_shown(pattern)}, which is no regular expression: {error}") from None
+            raise _FieldError(f"{name} has {_shown(pattern)}, which is no regular expression: {error}") from None
     return patterns

@@ -5,24 +5,22 @@ PEFT trained.
 """
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decodax.core.printable import printable, printable_list
-from decodax.models.checkpoints.adapters.files import Adapter, LowRank, open_adapter
-from decodax.models.checkpoints.adapters.merged_tensor import MergedTensor
-from decodax.models.checkpoints.formats.contract import Unreadable
+from decodax.core.printable import printable
+from decodax.models.checkpoints.adapters.files import Adapter, open_adapter
+from decodax.models.checkpoints.adapters.merging import merged_tensors
 from decodax.models.checkpoints.model_files import has_orbax_arrays, parse_json_object
 from decodax.models.checkpoints.model_source import ModelSource
+from decodax.models.checkpoints.name_map import NameMaps
 from decodax.models.checkpoints.name_map_selection import Expected, Match, tensor_names
 from decodax.models.checkpoints.name_prefix import TensorNames, find_names
 from decodax.models.checkpoints.safetensors_files import Entry
-from decodax.models.checkpoints.weight_formats import StoredTensor
 from decodax.models.config import ModelConfig
-from decodax.models.families.contract import Family
+from decodax.models.families.contract import Family, ParameterPath
 from decodax.models.tokenizers.tokenizer import Tokenizer
 
 _TIED = "tie_word_embeddings"
@@ -37,12 +35,14 @@ class AdaptedSource:
     adapters: in order.
     names: of each adapter, the prefixes of its names.
     tied: the names of the head and of the embedding, if the base has one tensor for both that now must be two.
+    name_maps: of the model's parameters.
     """
 
     base: ModelSource
     adapters: tuple[Adapter, ...]
     names: tuple[TensorNames, ...]
     tied: tuple[str, str] | None
+    name_maps: Mapping[ParameterPath, NameMaps]
 
     @property
     def path(self) -> Path:
@@ -89,26 +89,9 @@ class AdaptedSource:
         Raises ValueError for a tensor of an adapter that does not fit the model.
         Warns of modules that an adapter should change but has no matrices for.
         """
-        slices = {one.name: one for name_map in match.nearest.values() for one in name_map}
-        tensors = dict(match.tensors)
         for adapter, names in zip(self.adapters, self.names, strict=True):
-            for own, tensor in adapter.whole.items():
-                name = match.names.in_file(names.expected(own))
-                base = _base(adapter, own, name, tensor.shape, tensors, stored)
-                if tensor.shape != base.shape:
-                    raise _mismatch(adapter, f"{printable(own)} {list(tensor.shape)}", base)
-                tensors[name] = tensor
-            for module, matrices in adapter.low_rank.items():
-                name = match.names.in_file(names.expected(f"{module}.weight"))
-                shape = (matrices.up.shape[0], matrices.down.shape[1])
-                base = _base(adapter, f"{module}.weight", name, shape, tensors, stored)
-                is_transposed = matrices.is_embedding or slices[name].transposed
-                tensors[name] = _sum(adapter, module, matrices, base, is_transposed=is_transposed)
-            single = {match.names.expected(name) for name, one in slices.items() if one.at is None}
-            _warn_of_unchanged(
-                adapter, {names.in_file(name): tensors.get(match.names.in_file(name)) for name in single}
-            )
-        return replace(match, tensors=tensors)
+            match = replace(match, tensors=merged_tensors(adapter, names, match, self.name_maps, stored))
+        return match
 
     def described(self) -> list[dict[str, Any]]:
         """The adapters for a manifest: names, sizes and modification times of their files."""
@@ -139,67 +122,13 @@ def adapted(
             "`decodax convert --adapter`"
         )
     adapters = tuple(open_adapter(folder) for folder in folders)
-    expected = tensor_names(family.name_maps(replace(config, tie_embeddings=False)))
+    name_maps = family.name_maps(replace(config, tie_embeddings=False))
+    expected = tensor_names(name_maps)
     names = tuple(find_names(adapter.tensor_names, expected, family.body_prefix) for adapter in adapters)
     tied = (family.outer_name("head"), family.outer_name("embedding"))
     changed = {
         own.expected(name) for adapter, own in zip(adapters, names, strict=True) for name in adapter.tensor_names
     }
     is_split = config.tie_embeddings and not changed.isdisjoint(tied)
-    source = AdaptedSource(base, adapters, names, tied if is_split else None)
+    source = AdaptedSource(base, adapters, names, tied if is_split else None, name_maps)
     return source, replace(config, tie_embeddings=config.tie_embeddings and not is_split)
-
-
-def _base(
-    adapter: Adapter,
-    own: str,
-    name: str,
-    shape: tuple[int, ...],
-    tensors: Mapping[str, StoredTensor],
-    stored: Mapping[str, Entry],
-) -> StoredTensor:
-    """The model's tensor that an adapter's changes."""
-    if name in tensors:
-        return tensors[name]
-    is_stored = name in stored and not isinstance(stored[name], Unreadable)
-    reason = "which decodax does not use" if is_stored else "which the model does not have"
-    raise ValueError(
-        f"the adapter in {printable(adapter.folder)} changes {printable(own)} {list(shape)}, {reason}: {adapter.origin}"
-    )
-
-
-def _mismatch(adapter: Adapter, what: str, base: StoredTensor) -> ValueError:
-    return ValueError(
-        f"the adapter in {printable(adapter.folder)} has {what}, and the model's {base.label} is {list(base.shape)}: "
-        f"{adapter.origin}"
-    )
-
-
-def _sum(adapter: Adapter, module: str, matrices: LowRank, base: StoredTensor, *, is_transposed: bool) -> MergedTensor:
-    up, down = (tensor.array(tensor.dtype) for tensor in (matrices.up, matrices.down))
-    left, right = (down.T, up.T) if is_transposed else (up, down)
-    if base.shape != (len(left), right.shape[1]):
-        shape = [len(left), right.shape[1]]
-        raise _mismatch(adapter, f"matrices for {printable(module)} {shape}", base)
-    mappings = {id(one): one for tensor in (base, matrices.up, matrices.down) for one in tensor.mappings}
-    label = f"{base.label} with the adapter in {printable(adapter.folder)}"
-    return MergedTensor(base, left, right, matrices.scale, label, tuple(mappings.values()))
-
-
-def _warn_of_unchanged(adapter: Adapter, tensors: Mapping[str, Any]) -> None:
-    """Warns if the settings name matrices of the model for which the adapter has none."""
-    settings = adapter.settings
-    if settings.targets is None:
-        return
-    missing = [
-        name
-        for name, tensor in tensors.items()
-        if tensor is not None and len(tensor.shape) == 2 and name.endswith(".weight")
-        if settings.changes(name.removesuffix(".weight")) and name.removesuffix(".weight") not in adapter.low_rank
-    ]
-    if missing:
-        warnings.warn(
-            f"{settings.where} names modules for which the adapter has no matrices, they stay as they are in the "
-            f"model: {printable_list(sorted(missing))}; download the adapter again if this is not meant",
-            stacklevel=6,
-        )
