@@ -52,7 +52,7 @@ class LanguageModel:
     tokenizer: None when the folder has none; input is then token ids.
     path: the folder it came from, or the GGUF file.
     end_token_ids: the ids that end a text.
-    adapter: the `AuxiliaryWeights` merged into its weights (LoRA); None if they are those of the folder.
+    adapter: the `AuxiliaryWeights` of `layer_skip` merged into its weights (LoRA); None without them.
     """
 
     model: Model

@@ -61,6 +61,13 @@ class MergedTensor:
                 chosen, start = np.flatnonzero(blocks == block), block % num_blocks * _BLOCK
                 left = self.left[block // num_blocks, start : start + _BLOCK].astype(np.float32)
                 right = self.right[block // num_blocks].astype(np.float32, copy=False)
-                product = (left @ right) * np.float32(self.scale)
-                numbers[chosen] += product[place[chosen] - start]
+                product = left @ right
+                product *= np.float32(self.scale)
+                numbers[_as_slice(chosen)] += product[_as_slice(place[chosen] - start)]
         return numbers
+
+
+def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
+    """The same rows, as a slice if they follow each other, which is many times faster."""
+    is_run = (np.diff(rows) == 1).all()
+    return slice(int(rows[0]), int(rows[-1]) + 1) if is_run else rows

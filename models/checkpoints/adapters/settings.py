@@ -3,8 +3,8 @@
 LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685; the fields are those of `LoraConfig` of the PEFT
 library. A field that is not known here must be null, false or empty: it could change what the tensors mean.
 
-A regular expression of `target_modules` is not evaluated (its search could take for ever): PEFT stores tensors of the
-modules that it matched, and of no others.
+A regular expression of `target_modules` or `exclude_modules` is not evaluated (its search could take for ever): PEFT
+stores tensors of the modules that it matched, and of no others.
 """
 
 import math
@@ -14,7 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decodax.core.printable import printable, printable_list
+from decodax.core.printable import printable
+from decodax.models.checkpoints.adapters.fields import (
+    OTHERWISE,
+    FieldError,
+    Names,
+    by_pattern,
+    finite,
+    one_of,
+    read_rank,
+    regular,
+    shown,
+    texts,
+)
 from decodax.models.checkpoints.model_files import read_json_object
 
 _READ = frozenset(
@@ -32,13 +44,9 @@ _WITHOUT_EFFECT = frozenset(  # on merged weights; fan_in_fan_out too: the model
 )
 _INITIAL = (None, True, False, "gaussian", "orthogonal")  # the others change the model's weights, too
 _BIAS = (None, "none", "all", "lora_only")
-_MOST_RANK = 2**16
 # Parameters of one module that PEFT wraps, the last outermost: as transformers' experts define them.
 _PARAMETERS = ("weight", "gate_up_proj", "down_proj")
 _INNER = ".base_layer"
-_MOST_CHARACTERS, _MOST_REPEATS = 200, 4  # of a pattern: a longer search could take for ever
-
-Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -127,110 +135,47 @@ def read_settings(file: Path) -> Settings:
     where = printable(file)
     try:
         return _settings(read_json_object(file), where)
-    except _FieldError as error:
+    except FieldError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-class _FieldError(ValueError):
-    """A field has a value that is not supported; the file's name is added where it is known."""
 
 
 def _settings(fields: Mapping[str, Any], where: str) -> Settings:
     if fields.get("peft_type") != "LORA":
-        raise _FieldError(f'peft_type must be "LORA", got {_shown(fields.get("peft_type"))}: {_OTHERWISE}')
+        raise FieldError(f'peft_type must be "LORA", got {shown(fields.get("peft_type"))}: {OTHERWISE}')
     for name in fields.keys() - _READ - _WITHOUT_EFFECT:
-        if fields[name] not in (None, False, {}, [], ""):
-            raise _FieldError(f"{printable(name)} is not supported, got {_shown(fields[name])}: {_OTHERWISE}")
-    _one_of(fields, "init_lora_weights", _INITIAL)
-    _one_of(fields, "bias", _BIAS)
+        value = fields[name]
+        if value is not None and value is not False and value not in ({}, [], ""):
+            raise FieldError(f"{printable(name)} is not supported, got {shown(value)}: {OTHERWISE}")
+    one_of(fields, "init_lora_weights", _INITIAL)
+    one_of(fields, "bias", _BIAS)
     layers = fields.get("layers_to_transform")
     layers = [layers] if type(layers) is int else layers
     if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-        raise _FieldError(f"layers_to_transform must be a whole number, a list of some, or null, got {_shown(layers)}")
+        raise FieldError(f"layers_to_transform must be a whole number, a list of some, or null, got {shown(layers)}")
     base, targets, excluded = (
         fields.get(name) for name in ("base_model_name_or_path", "target_modules", "exclude_modules")
     )
     return Settings(
         where,
         base if isinstance(base, str) and base else None,
-        _rank(fields.get("r", 8), "r"),
-        _number(fields.get("lora_alpha", 8), "lora_alpha"),
-        _one_of(fields, "use_rslora", (None, False, True)) is True,
-        {name: _rank(value, "rank_pattern") for name, value in _patterns(fields, "rank_pattern").items()},
-        {name: _number(value, "alpha_pattern") for name, value in _patterns(fields, "alpha_pattern").items()},
-        None if isinstance(targets, str) else _names(fields, "target_modules"),
-        () if isinstance(excluded, str) else _names(fields, "exclude_modules"),
-        _regular(_names(fields, "modules_to_save"), "modules_to_save"),
+        read_rank(fields.get("r", 8), "r"),
+        finite(fields.get("lora_alpha", 8), "lora_alpha"),
+        one_of(fields, "use_rslora", (None, False, True)) is True,
+        {name: read_rank(value, "rank_pattern") for name, value in by_pattern(fields, "rank_pattern").items()},
+        {name: finite(value, "alpha_pattern") for name, value in by_pattern(fields, "alpha_pattern").items()},
+        None if isinstance(targets, str) else texts(fields, "target_modules"),
+        () if isinstance(excluded, str) else texts(fields, "exclude_modules"),
+        regular(texts(fields, "modules_to_save"), "modules_to_save"),
         tuple(layers) if layers else None,
-        _regular(_names(fields, "layers_pattern"), "layers_pattern"),
+        regular(texts(fields, "layers_pattern"), "layers_pattern"),
         _parameters(fields),
     )
 
 
-_OTHERWISE = "merge the adapter with the PEFT library (`merge_and_unload`, then `save_pretrained`)"
-
-
-def _shown(value: Any) -> str:
-    return printable(repr(value))
-
-
-def _one_of(fields: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> Any:
-    value = fields.get(name)
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        listed = printable_list([repr(choice) for choice in choices if choice is not None], len(choices))
-        raise _FieldError(f"{name} must be one of {listed}, got {_shown(value)}: {_OTHERWISE}")
-    return value
-
-
-def _rank(value: Any, name: str) -> int:
-    if type(value) is not int or not 1 <= value <= _MOST_RANK:
-        raise _FieldError(f"{name} must be a whole number in 1..{_MOST_RANK}, got {_shown(value)}")
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    if type(value) not in (int, float) or not abs(value) <= 1e30:  # also refuses NaN
-        raise _FieldError(f"{name} must be a finite number, got {_shown(value)}")
-    return float(value)
-
-
-def _patterns(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = fields.get(name) or {}
-    if not isinstance(value, dict):
-        raise _FieldError(f"{name} must be an object of numbers by names of modules, got {_shown(value)}")
-    _regular(tuple(value), name)
-    return value
-
-
-def _names(fields: Mapping[str, Any], name: str) -> Names:
-    value = fields.get(name)
-    value = [value] if isinstance(value, str) and value else value or []
-    if not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
-        raise _FieldError(f"{name} must be a list of texts or null, got {_shown(value)}")
-    return tuple(value)
-
-
 def _parameters(fields: Mapping[str, Any]) -> Names:
-    names = _names(fields, "target_parameters")
-    for name in names:
+    several = texts(fields, "target_parameters")
+    for name in several:
         if name.rpartition(".")[2] not in _PARAMETERS:
             listed = ", ".join(_PARAMETERS)
-            raise _FieldError(f"target_parameters must end with one of {listed}, got {_shown(name)}: {_OTHERWISE}")
-    return names
-
-
-def _regular(patterns: Names, name: str) -> Names:
-    """The regular expressions, if they are such and their search is quick."""
-    for pattern in patterns:
-        repeats = len(re.findall(r"[*+{]", pattern))
-        is_nested = re.search(r"\)\s*[*+{?]|\\[1-9]|\(\?[^:]", pattern) is not None
-        if len(pattern) > _MOST_CHARACTERS or repeats > _MOST_REPEATS or is_nested:
-            raise _FieldError(
-                f"{name} has the pattern {_shown(pattern)}: at most {_MOST_CHARACTERS} characters, {_MOST_REPEATS} "
-                "repetitions, and none of a group, are allowed"
-            )
-        try:
-            re.compile(f"({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise _FieldError(f"{name} has {_shown(pattern)}, which is no regular expression: {error}") from None
-    return patterns
+            raise FieldError(f"target_parameters must end with one of {listed}, got {shown(name)}: {OTHERWISE}")
+    return several
