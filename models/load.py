@@ -1,7 +1,7 @@
 """Loads a model that is ready to run from a folder, a Hugging Face id, or the demo model that decodax carries."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,6 +20,7 @@ from decodax.core.weight import Weight
 from decodax.kernels_pallas.selection import Implementation
 from decodax.layers.execution import Execution
 from decodax.models.checkpoints.adapter_files import refuse_adapter_alone
+from decodax.models.checkpoints.adapters.source import adapted
 from decodax.models.checkpoints.gguf.files import SUFFIX as GGUF_SUFFIX
 from decodax.models.checkpoints.hub import download
 from decodax.models.checkpoints.model_source import is_gguf_path, source_of
@@ -52,7 +53,7 @@ class LanguageModel:
     tokenizer: None when the folder has none; input is then token ids.
     path: the folder it came from, or the GGUF file.
     end_token_ids: the ids that end a text.
-    adapter: the `AuxiliaryWeights` merged into its weights (LoRA); None if they are those of the folder.
+    adapter: the `AuxiliaryWeights` of `layer_skip` merged into its weights (LoRA); None without them.
     """
 
     model: Model
@@ -99,12 +100,18 @@ def load(
     sequence_parallel: bool = False,
     pipeline: Pipeline = ONE_CHUNK,
     abstract: bool = False,
+    adapters: Sequence[Path] = (),
 ) -> LanguageModel:
-    """Loads a model folder or a GGUF file; arguments and errors are those of `decodax.load`."""
+    """Loads a model folder or a GGUF file; arguments and errors are those of `decodax.load`.
+
+    adapters: folders of LoRA adapters of the PEFT library.
+    """
     kind = working_dtype(dtype)
     folder = find_folder(path_or_id)
     source = source_of(folder)
     family, config = load_config(source)
+    if adapters:
+        source, config = adapted(source, family, config, adapters)
     tokenizer = source.tokenizer()
     if tokenizer is not None:
         tokenizer.check_vocabulary(config.vocab_size)

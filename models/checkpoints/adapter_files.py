@@ -1,4 +1,7 @@
-"""Detects a LoRA adapter (PEFT library) in a folder that is loaded as a model, and reports that it is not applied."""
+"""Detects a LoRA adapter (PEFT library) in a folder that is loaded as a model, and reports that it is not applied.
+
+`models/checkpoints/adapters/` reads adapters.
+"""
 
 import warnings
 from pathlib import Path
@@ -11,7 +14,6 @@ from decodax.models.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
 SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BASE = "base_model_name_or_path"
-_MERGE = "merge it into the model's weights (`merge_and_unload` of the PEFT library, then `save_pretrained`)"
 
 
 def refuse_adapter_alone(folder: Path) -> None:
@@ -24,7 +26,7 @@ def refuse_adapter_alone(folder: Path) -> None:
     ):
         raise FileNotFoundError(
             f"{printable(folder)} holds a LoRA adapter alone ({', '.join(files)}), and no model{_base(folder)}: "
-            f"{_MERGE}, and load the folder that this writes"
+            "load the model with it, decodax.load(MODEL, adapter=FOLDER) or --model MODEL --adapter FOLDER"
         )
 
 
@@ -33,9 +35,14 @@ def warn_of_adapter(folder: Path, stacklevel: int) -> None:
     if files := _files(folder):
         warnings.warn(
             f"the LoRA adapter in {printable(folder)} ({', '.join(files)}) is not applied, the model there is used "
-            f"without it: {_MERGE}, or remove these files",
+            "without it: pass the folder as adapter (--adapter), too, or remove these files",
             stacklevel=stacklevel + 1,
         )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has files of an adapter."""
+    return bool(_files(folder))
 
 
 def _files(folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ from decodax.core.arguments import folder_name
 from decodax.core.printable import printable
 from decodax.core.version import __version__
 from decodax.core.weight import Weight
+from decodax.models.checkpoints.adapters.source import AdaptedSource, adapted
 from decodax.models.checkpoints.convert_target import (
     MANIFEST,
     Target,
@@ -123,14 +124,23 @@ class Source:
         }
 
 
-def open_source(source: Any) -> Source:
-    """Opens a source without reading its numbers. Raises what `decodax.load` raises."""
+def open_source(source: Any, adapters: Sequence[Path] = ()) -> Source:
+    """Opens a source without reading its numbers.
+
+    source: to convert.
+    adapters: folders of LoRA adapters to merge into its weights.
+    Raises what `decodax.load` raises.
+    """
     if isinstance(source, LanguageModel):
+        if adapters:
+            raise ValueError("adapters are merged into a model that is read from files: pass its folder, not the model")
         folder = source.path
     else:
         folder = find_folder(folder_name("source", source, ", the id of a model on the hub, or a loaded model"))
     origin = source_of(folder)
     family, config = load_config(origin)
+    if adapters:
+        origin, config = adapted(origin, family, config, adapters)
     model = _held(source, config) if isinstance(source, LanguageModel) else open_params(origin, family, config)
     name_maps, mtp_head = family.name_maps(config), None
     if family.mtp_head is not None and holds_mtp_head(folder, family, config):
@@ -196,6 +206,7 @@ def manifest(
     """
     sizes = {path: weight.shape for path, weight in source.weights.weights.items()}
     counts = {path: int(np.prod(shape)) for path, shape in sizes.items()}
+    adapters = {"adapters": source.origin.described()} if isinstance(source.origin, AdaptedSource) else {}
     return {
         "manifest_version": _VERSION,
         "form": form,
@@ -205,7 +216,7 @@ def manifest(
         "dtypes": sorted({dtype.name for dtype in dtypes.values()}),
         **more,
         "files": written_files(weights, source.origin.small_files()),
-        "source": {"name": source.origin.path.resolve().name, "files": source.files},
+        "source": {"name": source.origin.path.resolve().name, "files": source.files} | adapters,
     }
 
 

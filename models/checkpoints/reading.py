@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from decodax.core.printable import printable, printable_list
 from decodax.core.weight import Weight
 from decodax.models.checkpoints.adapter_files import warn_of_adapter
+from decodax.models.checkpoints.adapters.source import AdaptedSource
 from decodax.models.checkpoints.formats.view import Quantization, quantization_of, readable
 from decodax.models.checkpoints.mismatch_report import mismatch_error
 from decodax.models.checkpoints.model_files import has_orbax_arrays, parse_json_object
@@ -131,12 +132,16 @@ def open_params(place: Path | ModelSource, family: Family, config: ModelConfig) 
     """
     source = source_of(place)
     folder = source.path
-    warn_of_adapter(folder, stacklevel=4)
+    adapters = source.adapters if isinstance(source, AdaptedSource) else ()
+    if not any(adapter.folder.resolve() == folder.resolve() for adapter in adapters):
+        warn_of_adapter(folder, stacklevel=4)
     stored = _open(source)
 
     def expected_of(config: ModelConfig) -> Expected:
         return _expected_model(source, family, config)
 
+    if isinstance(source, AdaptedSource):
+        stored = source.with_own_head(stored, expected_of(config))
     match = match_tensors(stored, expected_of(config))
     if match.report():
         if has_orbax_arrays(folder) and any(name.endswith(_FORMER_NAME) for name in stored):
@@ -152,6 +157,8 @@ def open_params(place: Path | ModelSource, family: Family, config: ModelConfig) 
             f"{body} in place of {family.body_prefix} and {head} as the head",
             stacklevel=4,
         )
+    if isinstance(source, AdaptedSource):
+        match = source.merged(match, stored)
     return _found(folder, stored, match, config.weights())
 
 

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ def to_hf(
     *,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    adapters: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -68,12 +70,12 @@ def to_hf(
 
     source: a model folder, of either kind, or a loaded model.
     max_shard_bytes: no file is larger, unless one tensor is.
-    target, dtype, overwrite, progress: as for `from_hf`, and so are the errors and the warnings.
+    target, dtype, adapters, overwrite, progress: as for `from_hf`, and so are the errors and the warnings.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1 (bytes in one file), got {max_shard_bytes}")
     target = conversion.absolute_target(target)
-    opened = conversion.open_source(source)
+    opened = conversion.open_source(source, adapters)
     dtypes = opened.dtypes(dtype)
     tensors = tensors_of(opened.weights, opened.name_maps, dtypes)
     files = _files(tensors, max_shard_bytes)

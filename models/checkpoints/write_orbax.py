@@ -11,7 +11,8 @@ at a time is in memory. An interrupted run continues when it is started again (`
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -37,6 +38,7 @@ def from_hf(
     dtype: DTypeLike | None = None,
     mesh: Mesh | str | None = None,
     rules: Rules = RULES,
+    adapters: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> conversion.Conversion:
@@ -47,6 +49,7 @@ def from_hf(
     dtype: "float32", "bfloat16" or "float16", to which every weight is rounded; None keeps what is stored.
     mesh, rules: as for `decodax.load`. The arrays are chunked so that each device of this mesh reads complete files;
         any mesh reads any checkpoint, with this or without.
+    adapters: folders of LoRA adapters of the PEFT library, to be merged into the weights in order.
     overwrite: replace a checkpoint that is there.
     progress: called with (bytes done, bytes in all).
     Raises FileExistsError for a target that is not replaced (`models/checkpoints/convert_target.py`).
@@ -54,7 +57,7 @@ def from_hf(
     Warns with NonFiniteWeightWarning, and of tensors that are left out.
     """
     target = conversion.absolute_target(target)
-    opened = conversion.open_source(source)
+    opened = conversion.open_source(source, adapters)
     dtypes, weights = opened.dtypes(dtype), opened.weights.weights
     mesh = read_mesh(mesh) if isinstance(mesh, str) else mesh
     sharding_of = shardings_on(None if mesh is None else mesh_for(mesh, opened.config, rules), rules)

@@ -102,9 +102,9 @@ def _read(raw: Mapping[str, Any]) -> tuple[Family, ModelConfig, list[str]]:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         where = f", the text_config of a {quoted(whole.get('model_type'))} model" if raw is not whole else ""
-        near = difflib.get_close_matches(str(model_type)[:40], FAMILIES, 3, 0.3) or ["llama", "qwen3", "gemma3_text"]
+        near = difflib.get_close_matches(str(model_type)[:40], FAMILIES, 3, 0.6) or ["llama", "qwen3", "gemma3_text"]
         families = (
-            f"the {len(FAMILIES)} families that decodax reads (near: {', '.join(near)}; `decodax methods` lists all)"
+            f"the {len(FAMILIES)} families that decodax reads (such as {', '.join(near)}; `decodax methods` lists all)"
         )
         raise ValueError(f"model_type must be one of {families}, got {quoted(model_type)}{where}")
     file = _with_family_names(raw, FAMILIES[model_type])

@@ -131,6 +131,8 @@ FAMILY = Family(
         | {"num_experts", "top_k_experts", "moe_intermediate_size"}
     ),
     ignored=frozenset({"vocab_size_per_layer_input"}),  # of embeddings per layer
+    # Tokens of images see each other with "vision", which text has none of.
+    fixed={"use_bidirectional_attention": "vision"},
     layer_kind=_layer_kind,
     activation_field="hidden_activation",
     qkv_bias="attention_bias",

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from decodax import program_cache
 from decodax.core.arguments import choice, flag, folder_name, instance, shown
-from decodax.decoding.adapted import with_adapter
+from decodax.decoding.adapted import adapter_list, split_adapters, with_adapter
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights
 from decodax.decoding.generation import Generation
 from decodax.decoding.generation import generate as _generate
@@ -22,7 +22,7 @@ from decodax.decoding.programs import bounded_jit
 from decodax.decoding.strategies import Speculation, Strategy
 from decodax.kernels_pallas.selection import IMPLEMENTATIONS, Implementation
 from decodax.layers.execution import Execution
-from decodax.models.load import LanguageModel, working_dtype
+from decodax.models.load import LanguageModel, find_folder, working_dtype
 from decodax.models.load import load as _load
 from decodax.models.model import Model, Params
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
@@ -43,7 +43,7 @@ def load(
     mesh: Mesh | str | None = None,
     rules: Rules | None = RULES,
     invariant: bool | None = False,
-    adapter: str | os.PathLike[str] | AuxiliaryWeights | None = None,
+    adapter: str | os.PathLike[str] | AuxiliaryWeights | Sequence[Any] | None = None,
     implementation: Implementation | None = None,
     sequence_parallel: bool | None = False,
     pipeline: Pipeline | None = ONE_CHUNK,
@@ -61,8 +61,9 @@ def load(
     rules: how weights and caches are sharded over the mesh (`sharding.rules`); the default serves every such mesh.
     invariant: give a token the same logits, to the last bit, alone and in a draft, so that speculative decoding gives
         plain decoding's tokens in every dtype; slower (`Model.invariant`).
-    adapter: a LoRA adapter made by `decodax train layer_skip`, to be merged into the weights: its folder, or the
-        name of one inside the model's folder.
+    adapter: a LoRA adapter to merge into the weights, or several, merged in order: the folder of each (as the PEFT
+        library writes it: adapter_config.json with adapter_model.safetensors), or its name inside the model's folder.
+        The last may be one made by `decodax train layer_skip`.
     implementation: which kernels the layers run, "xla", "tpu" or "gpu" (`kernels_pallas/selection.py`); by default
         those of this device where supported, and XLA for the rest. `decodax bench --kernels` shows the selection.
     sequence_parallel: on a mesh with an axis "tensor", let each device normalise its share of the tokens (`Execution`);
@@ -95,14 +96,15 @@ def load(
     }
     if compilation_cache is None or flag("compilation_cache", compilation_cache):
         program_cache.use()
-    if adapter is not None and not isinstance(adapter, AuxiliaryWeights):
-        adapter = folder_name("adapter", adapter, ", or an AuxiliaryWeights")
-    lm = _load(path, dtype=working_dtype(dtype), **options)
+    kind, last = working_dtype(dtype), None
+    if adapter is not None and (several := adapter_list(adapter)):
+        options["adapters"], last = split_adapters(several, find_folder(path))
+    lm = _load(path, dtype=kind, **options)
     _warn_of_idle_options(lm.model.execution)
-    if adapter is None:
+    if last is None:
         return lm
     lm.require_weights()
-    return with_adapter(lm, adapter)
+    return with_adapter(lm, last)
 
 
 def _warn_of_idle_options(execution: Execution) -> None:

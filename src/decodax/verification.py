@@ -1,5 +1,6 @@
 """Compares a converted model with its source: every weight bit by bit, and the logits of both."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,28 +36,42 @@ class Verification:
         return not self.differing and self.largest_logit_difference == 0
 
 
-def verify(source: str | Path, target: str | Path, *, dtype: DTypeLike | None = None, seed: int = 0) -> Verification:
+def verify(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    adapters: Sequence[Path] = (),
+    seed: int = 0,
+) -> Verification:
     """Compares a target with its source, one weight at a time, then the logits of random tokens, one model at a time.
 
     dtype: what the conversion rounded the weights to; None if nothing.
+    adapters: folders of the LoRA adapters that the conversion merged into the source's weights.
     seed: of the random tokens.
     Raises what `decodax.load` raises for either.
     """
-    differing = _differing(source, target)
+    differing = _differing(source, target, adapters)
     kind = None if dtype is None else working_dtype(dtype)
-    vocab_size = open_source(source).config.vocab_size
+    opened = open_source(target)
+    if adapters and kind is None:  # merging rounds as well, to what the target holds
+        kind = working_dtype(opened.weights.dtype(("embedding",)))
+    vocab_size = opened.config.vocab_size
     tokens = np.random.default_rng(seed).integers(0, vocab_size, (NUM_ROWS, NUM_TOKENS))
 
     def difference(kind: DTypeLike | None) -> float:
-        return _largest_difference(*(np.asarray(logits(load(side, dtype=kind), tokens)) for side in (source, target)))
+        sides = ((source, adapters or None), (target, None))
+        return _largest_difference(
+            *(np.asarray(logits(load(side, dtype=kind, adapter=added), tokens)) for side, added in sides)
+        )
 
     rounding = None if kind is None else difference(jnp.float32)
     return Verification(differing, difference(kind), rounding)
 
 
-def _differing(source: str | Path, target: str | Path) -> tuple[str, ...]:
+def _differing(source: str | Path, target: str | Path, adapters: Sequence[Path]) -> tuple[str, ...]:
     """The parameters whose bits are not the same, or that only one side has."""
-    one, other = open_source(source).weights, open_source(target).weights
+    one, other = open_source(source, adapters).weights, open_source(target).weights
     names = ["/".join(path) for path in one.weights.keys() ^ other.weights.keys()]
     for path, weight in other.weights.items():
         if path not in one.weights:

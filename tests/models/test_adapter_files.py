@@ -23,7 +23,7 @@ def add_adapter(folder, settings="{}", weights="adapter_model.safetensors"):
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_beside_a_model(tmp_path, weights):
     folder = add_adapter(Path(shutil.copytree(load_golden("llama").folder, tmp_path / "model")), weights=weights)
-    words = rf"adapter in .*model \(adapter_config.json, {weights}\) is not applied.*`merge_and_unload`"
+    words = rf"adapter in .*model \(adapter_config.json, {weights}\) is not applied.*: pass the folder as adapter"
     with pytest.warns(UserWarning, match=words) as said:
         load(folder)
     assert len(said) == 1
@@ -36,12 +36,14 @@ def test_alone(tmp_path, has_config):
     if has_config:
         shutil.copy(load_golden("llama").folder / "config.json", folder)
     with pytest.raises(
-        FileNotFoundError, match=r"a LoRA adapter alone .* trained for org/\\x1b\[2Jbase: merge it into"
+        FileNotFoundError,
+        match=r"a LoRA adapter alone .* trained for org/\\x1b\[2Jbase: load the model with it, decodax.load",
     ):
         load(folder)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"LoRA adapter alone \(adapter_model.safetensors\), and no model: merge"
+        FileNotFoundError,
+        match=r"LoRA adapter alone \(adapter_model.safetensors\), and no model: load the model with it",
     ):
         load(folder)
     (folder / "adapter_config.json").write_text("[")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from decodax.cli import session
+from decodax.decoding.adapted import find_adapter
 from decodax.models.checkpoints.conversion import absolute_target
 from decodax.models.checkpoints.gguf.source import GGUFSource
 from decodax.models.checkpoints.model_files import has_orbax_arrays
@@ -55,6 +56,12 @@ def convert(
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="To Hugging Face: most bytes in a file. Default: 5GB.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A LoRA adapter of the PEFT library, a folder, to merge into the weights (may be repeated, in order)."
+        ),
+    ] = None,
     verified: Annotated[
         bool, typer.Option("--verify", help="Compare every weight, and the logits of random tokens, on both sides.")
     ] = False,
@@ -75,7 +82,8 @@ def convert(
         folder = find_folder(source)
         is_hf = not has_orbax_arrays(folder) and not isinstance(source_of(folder), GGUFSource)
         form = to or (Form.ORBAX if is_hf else Form.HF)
-        options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite}
+        adapters = [find_adapter(name, folder) for name in adapter or ()]
+        options: dict[str, Any] = {"dtype": dtype, "adapters": adapters, "overwrite": overwrite}
         if form is Form.ORBAX:
             if max_shard_size is not None:
                 raise typer.BadParameter("--max-shard-size is of Hugging Face's files, and Orbax's are written")
@@ -89,6 +97,7 @@ def convert(
             done = (from_hf if form is Form.ORBAX else to_hf)(folder, target, **options, progress=progress)
         facts = {
             "source": str(folder),
+            "adapters": [str(place) for place in adapters],
             "path": str(target),
             "form": form,
             "num_parameters": done.manifest["num_parameters"],
@@ -100,7 +109,7 @@ def convert(
         found = None
         if verified:
             with session.progress("comparing both sides"):
-                found = verify(folder, target, dtype=dtype)
+                found = verify(folder, target, dtype=dtype, adapters=adapters)
         _report(facts, found, as_json)
         if found is not None and not found.is_same:
             raise ValueError(_difference(target, found))

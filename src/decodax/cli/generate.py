@@ -41,7 +41,7 @@ def generate(
     process_id: hosts.ProcessId = None,
     join_timeout: hosts.JoinTimeout = hosts.JOIN_TIMEOUT,
     invariant: session.Invariant = False,
-    adapter: session.Adapter = None,
+    adapter: session.Adapters = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to each prompt.")] = _DEFAULT[
         "max_new_tokens"
     ],

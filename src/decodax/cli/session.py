@@ -43,9 +43,12 @@ Invariant = Annotated[
         "--invariant", help="Give a token the same logits, to the last bit, whatever else runs with it. Slower."
     ),
 ]
-Adapter = Annotated[
-    str | None,
-    typer.Option(help="A LoRA adapter to merge into the model's weights: what `train layer_skip` wrote."),
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA adapter to merge into the model's weights (may be repeated, merged in order): a folder that the "
+        "PEFT library wrote; the last may be what `train layer_skip` wrote."
+    ),
 ]
 
 MeshName = Annotated[
