@@ -135,10 +135,11 @@ def open_params(place: Path | ModelSource, family: Family, config: ModelConfig) 
     adapters = source.adapters if isinstance(source, AdaptedSource) else ()
     if not any(adapter.folder.resolve() == folder.resolve() for adapter in adapters):
         warn_of_adapter(folder, stacklevel=4)
-    stored = _open(source)
+    raw = _raw_config(source)
+    stored = _open(source, raw)
 
     def expected_of(config: ModelConfig) -> Expected:
-        return _expected_model(source, family, config)
+        return _expected_model(source, raw, family, config)
 
     if isinstance(source, AdaptedSource):
         stored = source.with_own_head(stored, expected_of(config))
@@ -149,8 +150,8 @@ def open_params(place: Path | ModelSource, family: Family, config: ModelConfig) 
                 f"{printable(folder)} was converted before the parameters of the gated delta rule were split: convert "
                 f"the model's own folder again (decodax convert FOLDER -o {printable(folder)} --overwrite)"
             )
-        raise mismatch_error(printable(folder), explained(_text_config(source), stored, match, expected_of))
-    if match.names.is_wrapped and not is_multimodal(_raw_config(source)):
+        raise mismatch_error(printable(folder), explained(text_fields(raw), stored, match, expected_of))
+    if match.names.is_wrapped and not is_multimodal(raw):
         body, head = printable(match.names.body), printable(match.names.in_file(family.outer_name("head")))
         warnings.warn(
             f"the weights in {printable(folder)} have the names of something that wraps the model: they are read with "
@@ -162,8 +163,9 @@ def open_params(place: Path | ModelSource, family: Family, config: ModelConfig) 
     return _found(folder, stored, match, config.weights())
 
 
-def _open(source: ModelSource) -> Mapping[str, Entry]:
-    quantization = None if has_orbax_arrays(source.path) else _quantization(source)
+def _open(source: ModelSource, raw: Mapping[str, Any]) -> Mapping[str, Entry]:
+    """The stored tensors; `raw` has the fields of the source's `config.json`."""
+    quantization = None if has_orbax_arrays(source.path) else _quantization(raw)
     return readable(source.tensors(), quantization)
 
 
@@ -174,19 +176,21 @@ def _found(folder: Path, stored: Mapping[str, Entry], match: Match, weights: Map
     return StoredWeights(folder, {path: described[path] for path in filled}, filled, stored, match.names)
 
 
-def _expected_model(source: ModelSource, family: Family, config: ModelConfig) -> Expected:
+def _expected_model(source: ModelSource, raw: Mapping[str, Any], family: Family, config: ModelConfig) -> Expected:
     if has_orbax_arrays(source.path):
-        return _expected(source, {}, config.weights(), elsewhere=OTHER_WEIGHTS)
+        return _expected(source, raw, {}, config.weights(), elsewhere=OTHER_WEIGHTS)
     tied_head = (family.outer_name("head"), family.outer_name("embedding")) if config.tie_embeddings else None
     others = [] if family.elsewhere is None else [family.elsewhere(config)]
-    others += [OTHER_PARTS] if is_multimodal(_raw_config(source)) else []
+    others += [OTHER_PARTS] if is_multimodal(raw) else []
     elsewhere = "|".join(f"(?:{names})" for names in others) or None
-    found = _expected(source, family.name_maps(config), config.weights(), tied_head=tied_head, elsewhere=elsewhere)
+    name_maps = family.name_maps(config)
+    found = _expected(source, raw, name_maps, config.weights(), tied_head=tied_head, elsewhere=elsewhere)
     return replace(found, body_prefix=family.body_prefix)
 
 
 def _expected(
     source: ModelSource,
+    raw: Mapping[str, Any],
     name_maps: Mapping[ParameterPath, NameMaps],
     weights: Mapping[str, Any],
     *,
@@ -196,7 +200,7 @@ def _expected(
     shapes = {path: weight.shape for path, weight in flat_weights(weights).items()}
     if has_orbax_arrays(source.path):
         return Expected({path: single_tensor(array_name(path)) for path in shapes}, shapes, elsewhere=elsewhere)
-    return Expected(name_maps, shapes, _quantization(source), tied_head, elsewhere)
+    return Expected(name_maps, shapes, _quantization(raw), tied_head, elsewhere)
 
 
 def open_auxiliary_weights(
@@ -216,8 +220,9 @@ def open_auxiliary_weights(
     Raises what `open_params` raises.
     """
     source = source_of(folder)
-    stored = _open(source)
-    match = match_tensors(stored, _expected(source, name_maps, weights, elsewhere=elsewhere))
+    raw = _raw_config(source)
+    stored = _open(source, raw)
+    match = match_tensors(stored, _expected(source, raw, name_maps, weights, elsewhere=elsewhere))
     if lines := match.report():
         raise mismatch_error(printable(folder), lines)
     return _found(folder, stored, match, weights)
@@ -341,14 +346,9 @@ def _raw_config(source: ModelSource) -> dict[str, Any]:
     return {} if content is None else parse_json_object(content, source.where("config.json"))
 
 
-def _text_config(source: ModelSource) -> dict[str, Any]:
-    """Those of its text model."""
-    return dict(text_fields(_raw_config(source)))
-
-
-def _quantization(source: ModelSource) -> Quantization | None:
-    """The weight format that the source's `config.json` names; a folder without the file has plain weights."""
-    return quantization_of(_text_config(source))
+def _quantization(raw: Mapping[str, Any]) -> Quantization | None:
+    """The weight format that a `config.json` names; a folder without the file has plain weights."""
+    return quantization_of(text_fields(raw))
 
 
 def host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -8,7 +8,7 @@ reported together in one ValueError, with the file's own names.
 import difflib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +218,6 @@ def _blocks(
         ropes[kind], extended = read_rope(
             file.raw, own, rotary_size, fields["max_position_embeddings"], base, file.problems, notes
         )
-        if family.rope_interleaved and ropes[kind] is not None:
-            ropes[kind] = replace(ropes[kind], interleaved=True)
         context = max(context, extended)
     kinds = _layer_kinds(file, fields)
     if file.problems:

@@ -6,24 +6,6 @@ from decodax.models.config import BlockConfig
 from decodax.models.families.contract import BlockTensors
 from decodax.models.families.qwen3_next import delta_tensors
 
-# The fields of both, with their common defaults.
-DEFAULTS = {
-    "head_dim": 256,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.25,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "layer_types": None,
-    "full_attention_interval": 4,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-}
 KINDS = frozenset({"full_attention", "linear_attention"})
 NULLABLE = frozenset({"layer_types", "partial_rotary_factor"})
 IGNORED = frozenset({"mlp_only_layers", "attn_output_gate", "mamba_ssm_dtype", "mtp_num_hidden_layers"})

@@ -8,10 +8,10 @@ from dataclasses import replace
 from decodax.layers.alibi import Alibi
 from decodax.layers.feed_forward import MLPConfig
 from decodax.layers.mixers.gqa import GQAConfig
-from decodax.models.checkpoints.name_map import fused_rows
 from decodax.models.config import BlockConfig, Residual
 from decodax.models.embedding import EmbeddingConfig
-from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors, Family
+from decodax.models.families._fused_heads import fused_head_tensors
+from decodax.models.families.contract import Family
 from decodax.models.families.layer import Fields, Layer, attention, layer_norm, pre_norm, with_residuals
 
 _norm = layer_norm("layer_norm_epsilon")
@@ -32,25 +32,6 @@ def _block(layer: Layer) -> BlockConfig:
 
 def _embedding(fields: Fields) -> EmbeddingConfig:
     return EmbeddingConfig(norm=_norm(fields))
-
-
-def _tensors(block: BlockConfig) -> BlockTensors:
-    """The tensor names; each head's query, key and value follow each other."""
-    mixer = block.mixer.layer
-    assert isinstance(mixer, GQAConfig)
-    sizes_of_head: dict[str, int] = dict.fromkeys(("mixer/query", "mixer/key", "mixer/value"), mixer.head_size)
-    biases = {f"{name}_bias": size for name, size in sizes_of_head.items()}
-    return {
-        **BLOCK_TENSORS,
-        **fused_rows("self_attention.query_key_value.weight", sizes_of_head),
-        **fused_rows("self_attention.query_key_value.bias", biases),
-        "mixer/out": "self_attention.dense.weight",
-        "mixer/out_bias": "self_attention.dense.bias",
-        "feed_forward/up": "mlp.dense_h_to_4h.weight",
-        "feed_forward/up_bias": "mlp.dense_h_to_4h.bias",
-        "feed_forward/down": "mlp.dense_4h_to_h.weight",
-        "feed_forward/down_bias": "mlp.dense_4h_to_h.bias",
-    }
 
 
 FAMILY = Family(
@@ -91,5 +72,5 @@ FAMILY = Family(
     },
     layer_prefix="transformer.h.{}.",
     body_prefix="transformer.",
-    block_tensors=_tensors,
+    block_tensors=lambda block: fused_head_tensors(block, "self_attention"),
 )

@@ -114,7 +114,6 @@ class Family:
     rope_by_kind: the kinds of layers that rotate each in its own way -> the base where the rope dictionary gives none,
         or the field with it. `rope_scaling` of such a family is that of its full attention.
     head_sizes: kinds of layers whose head size is not `head_dim` -> the field with it.
-    rope_interleaved: whether the rotated pairs are neighbours.
     mixer, feed_forward: (layer) -> these of a block, where they are not plain attention and a gated MLP.
     norm: (fields) -> the model's norm.
     block: (layer) -> the block that mixer and feed-forward are parts of.
@@ -150,7 +149,6 @@ class Family:
     default_rope: Mapping[str, Any] | None = None
     rope_by_kind: Mapping[str, str | float] | None = None
     head_sizes: Mapping[str, str] = field(default_factory=dict)
-    rope_interleaved: bool = False
     mixer: Callable[[Layer], Mixer] = attention
     feed_forward: Callable[[Layer], FeedForward] = gated_mlp
     norm: Callable[[Fields], Norm] = rms_norm

@@ -3,34 +3,14 @@
 GPT-NeoX-20B: An Open-Source Autoregressive Language Model, arXiv 2204.06745; Pythia, arXiv 2304.01373.
 """
 
-from decodax.layers.mixers.gqa import GQAConfig
-from decodax.models.checkpoints.name_map import fused_rows
 from decodax.models.config import BlockConfig
-from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors, Family
+from decodax.models.families._fused_heads import fused_head_tensors
+from decodax.models.families.contract import Family
 from decodax.models.families.layer import Layer, layer_norm, parallel, plain_mlp, pre_norm, sizes
 
 
 def _block(layer: Layer) -> BlockConfig:
     return parallel(layer) if layer.fields["use_parallel_residual"] else pre_norm(layer)
-
-
-def _tensors(block: BlockConfig) -> BlockTensors:
-    """The tensor names; each head's query, key and value follow each other."""
-    mixer = block.mixer.layer
-    assert isinstance(mixer, GQAConfig)
-    sizes_of_head: dict[str, int] = dict.fromkeys(("mixer/query", "mixer/key", "mixer/value"), mixer.head_size)
-    biases = {f"{name}_bias": size for name, size in sizes_of_head.items()}
-    return {
-        **BLOCK_TENSORS,
-        **fused_rows("attention.query_key_value.weight", sizes_of_head),
-        **fused_rows("attention.query_key_value.bias", biases),
-        "mixer/out": "attention.dense.weight",
-        "mixer/out_bias": "attention.dense.bias",
-        "feed_forward/up": "mlp.dense_h_to_4h.weight",
-        "feed_forward/up_bias": "mlp.dense_h_to_4h.bias",
-        "feed_forward/down": "mlp.dense_4h_to_h.weight",
-        "feed_forward/down_bias": "mlp.dense_4h_to_h.bias",
-    }
 
 
 FAMILY = Family(
@@ -62,6 +42,6 @@ FAMILY = Family(
     },
     layer_prefix="gpt_neox.layers.{}.",
     body_prefix="gpt_neox.",
-    block_tensors=_tensors,
+    block_tensors=lambda block: fused_head_tensors(block, "attention"),
     elsewhere=lambda config: r".*\.attention\.(masked_)?bias",  # causal masks
 )

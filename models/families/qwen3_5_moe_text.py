@@ -11,7 +11,7 @@ from decodax.models.families._experts import softmax_top_k
 from decodax.models.families.contract import BlockTensors, Family
 from decodax.models.families.layer import Layer, rms_norm_unit_offset
 from decodax.models.families.qwen2_moe import shared_expert_tensors
-from decodax.models.families.qwen3_next import delta_or_gated_attention, layer_kind
+from decodax.models.families.qwen3_next import DEFAULTS, delta_or_gated_attention, layer_kind
 
 
 def _experts(layer: Layer) -> MoEConfig:
@@ -33,7 +33,7 @@ FAMILY = Family(
         "num_hidden_layers": 40,
         "num_attention_heads": 16,
         "num_key_value_heads": 2,
-        **qwen3_5.DEFAULTS,
+        **DEFAULTS,
         "num_experts": 256,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 512,

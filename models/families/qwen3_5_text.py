@@ -7,7 +7,7 @@ from decodax.models.config import BlockConfig
 from decodax.models.families import _qwen3_5 as qwen3_5
 from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors, Family
 from decodax.models.families.layer import rms_norm_unit_offset, sizes
-from decodax.models.families.qwen3_next import delta_or_gated_attention, layer_kind
+from decodax.models.families.qwen3_next import DEFAULTS, delta_or_gated_attention, layer_kind
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:
@@ -16,7 +16,7 @@ def _tensors(block: BlockConfig) -> BlockTensors:
 
 FAMILY = Family(
     model_type="qwen3_5_text",
-    defaults={**sizes(248320, 4096, 12288, 32, 16), "num_key_value_heads": 4, **qwen3_5.DEFAULTS},
+    defaults={**sizes(248320, 4096, 12288, 32, 16), "num_key_value_heads": 4, **DEFAULTS},
     nullable=qwen3_5.NULLABLE,
     ignored=qwen3_5.IGNORED,
     layer_kind=layer_kind,

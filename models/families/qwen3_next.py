@@ -68,26 +68,31 @@ def _tensors(block: BlockConfig) -> BlockTensors:
     return {**tensors, **projections, **delta_tensors(mixer)}
 
 
+# The fields that Qwen3.5 has too, with their common defaults.
+DEFAULTS = {
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "layer_types": None,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+
 FAMILY = Family(
     model_type="qwen3_next",
     defaults={
         **sizes(151936, 2048, 5632, 48, 16),
         "num_key_value_heads": 2,
-        "head_dim": 256,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.25,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "layer_types": None,
-        "full_attention_interval": 4,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
+        **DEFAULTS,
         "num_experts": 512,
         "num_experts_per_tok": 10,
         "norm_topk_prob": True,
