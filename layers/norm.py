@@ -14,22 +14,24 @@ from jaxtyping import Array, Float, Float32
 
 from decodax.core.weight import Weight, fetch_own
 
+Size = int | tuple[int, ...]  # of a norm's weights
+
 
 @runtime_checkable
 class Norm(Protocol):
     """The contract between a layer and the config of a norm over its last axis."""
 
-    def weights(self, size: int, axis: str = "D", block_size: int = 1) -> dict[str, Weight]:
+    def weights(self, size: Size, axis: str = "D", block_size: int = 1) -> dict[str, Weight]:
         """Descriptions of the weights, which may be none.
 
-        size: coordinates.
-        axis: their logical axes.
-        block_size: coordinates of one head, in a norm of several heads.
+        size: coordinates; or heads and the coordinates of each, where every head has weights of its own.
+        axis: the logical axes, separated by spaces.
+        block_size: coordinates of one head, in one norm over several heads.
         """
         ...
 
-    def module(self, size: int, axis: str = "D", *, name: str | None = None) -> nn.Module:
-        """A linen module from Float[..., size] to the same shape and dtype."""
+    def module(self, size: Size, axis: str = "D", *, name: str | None = None) -> nn.Module:
+        """A linen module from Float[..., size] to the same shape and dtype; what it norms is the last axis."""
         ...
 
 
@@ -46,10 +48,10 @@ class RMSNormConfig:
     unit_offset: bool = False
     has_weight: bool = True
 
-    def weights(self, size: int, axis: str = "D", block_size: int = 1) -> dict[str, Weight]:
+    def weights(self, size: Size, axis: str = "D", block_size: int = 1) -> dict[str, Weight]:
         return _weights(self.has_weight, False, self.unit_offset, size, axis, block_size)
 
-    def module(self, size: int, axis: str = "D", *, name: str | None = None) -> nn.Module:
+    def module(self, size: Size, axis: str = "D", *, name: str | None = None) -> nn.Module:
         return RMSNorm(self, size, axis, name=name)
 
 
@@ -67,21 +69,22 @@ class LayerNormConfig:
     has_weight: bool = True
     has_bias: bool = True
 
-    def weights(self, size: int, axis: str = "D", block_size: int = 1) -> dict[str, Weight]:
+    def weights(self, size: Size, axis: str = "D", block_size: int = 1) -> dict[str, Weight]:
         return _weights(self.has_weight, self.has_bias, self.unit_offset, size, axis, block_size)
 
-    def module(self, size: int, axis: str = "D", *, name: str | None = None) -> nn.Module:
+    def module(self, size: Size, axis: str = "D", *, name: str | None = None) -> nn.Module:
         return LayerNorm(self, size, axis, name=name)
 
 
 def _weights(
-    has_weight: bool, has_bias: bool, unit_offset: bool, size: int, axis: str, block_size: int
+    has_weight: bool, has_bias: bool, unit_offset: bool, size: Size, axis: str, block_size: int
 ) -> dict[str, Weight]:
+    axes, shape = tuple(axis.split()), (size,) if isinstance(size, int) else size
     weights: dict[str, Weight] = {}
     if has_weight:
-        weights["weight"] = Weight((axis,), (size,), "zeros" if unit_offset else "ones", block_size=block_size)
+        weights["weight"] = Weight(axes, shape, "zeros" if unit_offset else "ones", block_size=block_size)
     if has_bias:
-        weights["bias"] = Weight((axis,), (size,), "zeros", block_size=block_size)
+        weights["bias"] = Weight(axes, shape, "zeros", block_size=block_size)
     return weights
 
 
@@ -93,11 +96,11 @@ class RMSNorm(nn.Module):
     """
 
     config: RMSNormConfig
-    size: int
+    size: Size
     axis: str = "D"
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+    def __call__(self, inputs: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
         weight = fetch_own(self, self.config.weights(self.size, self.axis))
         wide = inputs.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.eps)
@@ -110,11 +113,11 @@ class LayerNorm(nn.Module):
     """Computed in float32, returned in the input's dtype, rounded once."""
 
     config: LayerNormConfig
-    size: int
+    size: Size
     axis: str = "D"
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+    def __call__(self, inputs: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
         weight = fetch_own(self, self.config.weights(self.size, self.axis))
         wide = inputs.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
@@ -127,10 +130,10 @@ class LayerNorm(nn.Module):
         return result.astype(inputs.dtype)
 
 
-def _factor(weight: Float[Array, " size"], unit_offset: bool, ndim: int) -> Float32[Array, "..."]:
+def _factor(weight: Float[Array, "*size"], unit_offset: bool, ndim: int) -> Float32[Array, "..."]:
     wide = _expanded(weight, ndim)
     return 1.0 + wide if unit_offset else wide
 
 
-def _expanded(weight: Float[Array, " size"], ndim: int) -> Float32[Array, "..."]:
-    return jnp.expand_dims(weight.astype(jnp.float32), range(ndim - 1))
+def _expanded(weight: Float[Array, "*size"], ndim: int) -> Float32[Array, "..."]:
+    return jnp.expand_dims(weight.astype(jnp.float32), range(ndim - weight.ndim))

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from time import monotonic
@@ -43,7 +43,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _SILENT_SECONDS = 1.0  # a progress bar that is shown for less only flickers
 
 
-@dataclass(frozen=True, eq=False)  # compared as an object: arrays have no single answer to ==
+@dataclass(frozen=True, eq=False, repr=False)  # compared as an object: arrays have no single answer to ==
 class LanguageModel:
     """A model with its weights and tokenizer.
 
@@ -57,12 +57,19 @@ class LanguageModel:
     """
 
     model: Model
-    config: ModelConfig = field(repr=False)
-    params: Params = field(repr=False)
+    config: ModelConfig
+    params: Params
     tokenizer: Tokenizer | None
     path: Path
     end_token_ids: tuple[int, ...]
-    adapter: Any = field(default=None, repr=False)
+    adapter: Any = None
+
+    def __repr__(self) -> str:
+        """One line: everything in it would be pages."""
+        leaves = jax.tree.leaves(jax.eval_shape(self.model.unstacked, self.params))
+        count, config = sum(leaf.size for leaf in leaves), self.config
+        sizes = f"{config.num_layers} layers of width {config.hidden_size:,}, {count:,} parameters in {self.dtype.name}"
+        return f"LanguageModel({str(self.path)!r}: {sizes})"
 
     @property
     def dtype(self) -> jnp.dtype:

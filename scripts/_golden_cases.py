@@ -386,6 +386,96 @@ CASES["gemma4_text_experts"] = {
     **{"attention_k_eq_v": False, "num_global_key_value_heads": None},
 }
 
+GLM = {
+    **SIZES,
+    "hidden_act": "silu",
+    "head_dim": 8,
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.5,
+}
+LAYER_NORMS = {**{name: value for name, value in SIZES.items() if name != "rms_norm_eps"}, "layer_norm_eps": 1e-5}
+COHERE = {
+    **LAYER_NORMS,
+    "model_type": "cohere",
+    "architectures": ["CohereForCausalLM"],
+    "hidden_size": 48,
+    "hidden_act": "silu",
+    "rope_theta": 100.0,
+    "logit_scale": 0.7,
+}
+STABLELM = {
+    **LAYER_NORMS,
+    "model_type": "stablelm",
+    "architectures": ["StableLmForCausalLM"],
+    "hidden_size": 96,
+    "hidden_act": "silu",
+    "rope_theta": 100.0,
+    "use_qkv_bias": True,
+}
+FALCON = {
+    **{"model_type": "falcon", "architectures": ["FalconForCausalLM"], "vocab_size": 67, "hidden_size": 48},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "layer_norm_epsilon": 1e-5, "rope_theta": 100.0},
+    **{"max_position_embeddings": 64, "tie_word_embeddings": False},
+    **{"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None},
+}
+CASES |= {
+    "glm": {**GLM, "model_type": "glm", "architectures": ["GlmForCausalLM"]},
+    "glm4": {**GLM, "model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "attention_bias": False},
+    "ernie4_5": {
+        **SIZES,
+        "model_type": "ernie4_5",
+        "architectures": ["Ernie4_5ForCausalLM"],
+        "hidden_act": "silu",
+        "head_dim": 8,
+        "rope_theta": 100.0,
+        "use_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "cohere": {**COHERE, "attention_bias": True, "tie_word_embeddings": False},
+    "cohere_head_norms": {**COHERE, "use_qk_norm": True, "tie_word_embeddings": False},
+    "cohere2": {
+        **COHERE,
+        "model_type": "cohere2",
+        "architectures": ["Cohere2ForCausalLM"],
+        "num_hidden_layers": 3,
+        "sliding_window": 7,
+        "sliding_window_pattern": 3,
+        "tie_word_embeddings": False,
+    },
+    "stablelm": {**STABLELM, "partial_rotary_factor": 0.25},
+    "stablelm_parallel": {
+        **STABLELM,
+        "partial_rotary_factor": 0.5,
+        "qk_layernorm": True,
+        "use_parallel_residual": True,
+    },
+    "exaone4": {
+        **SIZES,
+        "model_type": "exaone4",
+        "architectures": ["Exaone4ForCausalLM"],
+        "hidden_size": 48,
+        "hidden_act": "silu",
+        "num_hidden_layers": 4,
+        "rope_theta": 100.0,
+        "sliding_window": 7,
+        "sliding_window_pattern": 2,
+    },
+    "ministral3": {
+        **SIZES,
+        "model_type": "ministral3",
+        "architectures": ["Ministral3ForCausalLM"],
+        "hidden_act": "silu",
+        "head_dim": 8,
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 6},
+            **{"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+        },
+    },
+    "falcon": FALCON,
+    "falcon_two_norms": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+    "falcon_serial": {**FALCON, "parallel_attn": False, "multi_query": False, "alibi": True, "bias": True},
+}
+
 MOE = {
     **SIZES,
     "hidden_act": "silu",
@@ -480,6 +570,8 @@ DEEPSEEK_V3 = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
+GLM_MOE = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group")
+GLM_MOE += ("topk_group", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob")
 DEEPSEEK_YARN = {
     "type": "yarn",
     "factor": 4.0,
@@ -625,9 +717,42 @@ CASES |= {
             "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
         },
     },
+    "glm4_moe": {
+        **MOE,
+        **{name: value for name, value in DEEPSEEK_V3.items() if name in GLM_MOE},
+        "model_type": "glm4_moe",
+        "architectures": ["Glm4MoeForCausalLM"],
+        "head_dim": 8,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "rope_theta": 1000.0,
+        "num_nextn_predict_layers": 1,
+    },
     "minimax": MINIMAX,
+    "minimax_m2": {
+        **MOE,
+        "model_type": "minimax_m2",
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "head_dim": 8,
+        "rotary_dim": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 13,
+        "rope_theta": 1000.0,
+    },
     "qwen3_next": QWEN3_NEXT,
 }
+
+
+def implementations(config: dict[str, Any]) -> dict[str, str]:
+    """Those of transformers that are the reference: the plain ones.
+
+    Falcon's plain attention adds ALiBi's biases twice (its mask has them already); the other one adds them once.
+    """
+    attention = "sdpa" if config["model_type"] == "falcon" else "eager"
+    return {"attn_implementation": attention, "experts_implementation": "eager"}
+
 
 # Saved with one tensor per stack of experts, as transformers computes with them; the others as it saves them.
 STACKED = {"mixtral", "qwen3_moe_mixed", "deepseek_v2_groups", "minimax", "granitemoe"}

@@ -14,7 +14,7 @@ with every parameter random, norms and biases too) and a golden.npz:
 The case that has a family's name also has golden_bfloat16.npz, with `bits`[B, T, V]: the same logits computed in
 bfloat16, from the weights rounded to it, as the bits of those numbers (uint16).
 
-All else is float32 with eager attention. Seeds are tried until no greedy choice is closer than MIN_GAP, so that
+All else is float32 with plain attention. Seeds are tried until no greedy choice is closer than MIN_GAP, so that
 another order of additions cannot change a token, no continuation repeats itself, and float64 gives nearly the same
 logits, so that they do not depend on rounding.
 """
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from decodax.models.families import FAMILIES
-from decodax.scripts._golden_cases import CASES, STACKED
+from decodax.scripts._golden_cases import CASES, STACKED, implementations
 from decodax.scripts._golden_quantised import packed_fp8, packed_mxfp4
 
 NEW_TOKENS = 24
@@ -74,8 +74,8 @@ def load_alone(folder: Path, precision: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision), **eager).eval()
+    chosen = implementations(json.loads((folder / "config.json").read_text()))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision), **chosen).eval()
 
 
 def run_alone(folder: Path, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:

@@ -31,7 +31,7 @@ from typing import Any
 from decodax.models.checkpoints.name_map_selection import REDUNDANT_SUFFIXES
 from decodax.models.configs.known_fields import WITHOUT_INFLUENCE
 from decodax.models.families import FAMILIES
-from decodax.scripts._golden_cases import CASES
+from decodax.scripts._golden_cases import CASES, implementations
 from decodax.scripts._golden_headers import packed_header, rope_facts, shrunk
 from tests.drawn_weights import PROBED, TOKENS, checksum, drawn
 
@@ -114,9 +114,10 @@ def outcome_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
         config = config_of(raw)
         shapes = saved_shapes(config)
         tensors = {name: torch.tensor(drawn(name, shape)) for name, shape in shapes.items()}
-        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
         kind = type(model_on("meta", config))
-        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **eager).eval()
+        model = kind.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, **implementations(raw)
+        ).eval()
         with torch.no_grad():
             logits = model(torch.tensor(TOKENS)[None] % config.vocab_size, use_cache=False).logits[0]
         picked = [float(f"{number:.5g}") for number in logits[PROBED, : min(8, logits.shape[1])].flatten().tolist()]

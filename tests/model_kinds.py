@@ -14,7 +14,7 @@ from decodax.layers.feed_forward import GatedMLPConfig, MLPConfig
 from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.mixers.gated_linear import GatedLinearConfig
-from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.mixers.gqa import GQAConfig, QueryGrowth
 from decodax.layers.mixers.lightning import LightningConfig
 from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.mixers.short_convolution import ShortConvolutionConfig
@@ -40,8 +40,8 @@ GROUPED_EXPERTS = MoEConfig(
     TopK(6, 2, "sigmoid", renormalise=True, scale=1.5, selection_bias=True, num_groups=3, num_groups_kept=2,
          group_score="top2_sum"), 7,
 )  # fmt: skip
-WINDOWED = GQAConfig(4, 2, 8, Rope(8, 1e4), scale=0.4, window=5)
-FULL = GQAConfig(2, 1, 8, Rope(8, 1e4), scale=0.4, qkv_bias=True)
+WINDOWED = GQAConfig(4, 2, 8, Rope(8, 1e4), scale=0.4, window=5, query_growth=QueryGrowth(0.3, 4))
+FULL = GQAConfig(2, 1, 8, Rope(8, 1e4), scale=0.4, qkv_bias=True, head_norms=HeadNorms(NORM, NORM, own_weights=True))
 LATENT = MLAConfig(3, 5, 7, 11, None, Rope(4, 100.0, interleaved=True), 0.35, NORM)
 COMPRESSED = dataclasses.replace(LATENT, query_rank=8, bias=True, rope=Rope(4, 100.0))
 DELTA = GatedDeltaConfig(1, 2, 5, 7, convolution_width=3, activation="silu", scale=0.5, norm=NORM)

@@ -3,7 +3,7 @@
 GQA, arXiv 2305.13245. The options cover the differences between families: positions by rotation (most), by ALiBi
 (BLOOM, MPT) or none, biases, norms on queries, keys and values, clipped projections (OLMoE), a window (Mistral), the
 scale of the scores and a soft-cap on them (Gemma 2), sinks (gpt-oss), a gate on the output (Qwen3-Next), values that
-are the keys (Gemma 4).
+are the keys (Gemma 4), queries that grow with their position (Ministral 3).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from decodax.core.linear import linear
 from decodax.core.weight import Weight, fetch_own
@@ -28,6 +28,24 @@ from decodax.layers.kv_cache.view import CacheView
 from decodax.layers.mixers._attention import AttentionConfig
 from decodax.layers.rope import Rope
 from decodax.layers.row_parallel import row_parallel_linear
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """A query at position p is multiplied by 1 + beta log(1 + floor(p / length)): scores sharpen in long rows.
+
+    From the release of Llama 4 (its "attention temperature tuning"); it follows Scalable-Softmax, arXiv 2501.19399.
+
+    beta: of the formula.
+    length: tokens, those of the training context.
+    """
+
+    beta: float
+    length: int
+
+    def factors(self, position: Int[Array, "B T"]) -> Float32[Array, "B T"]:
+        """The factor of each query."""
+        return 1 + self.beta * jnp.log1p((position // self.length).astype(jnp.float32))
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,7 @@ class GQAConfig(AttentionConfig):
     output_gate: "query" also makes a gate for each head (its outputs alternate: query, gate), whose sigmoid multiplies
         the head's output.
     values_are_keys: there is no value projection; values are the keys before their norm.
+    query_growth: queries grow with their position.
     """
 
     num_heads: int
@@ -63,6 +82,7 @@ class GQAConfig(AttentionConfig):
     sinks: bool = False
     output_gate: bool = False
     values_are_keys: bool = False
+    query_growth: "QueryGrowth | None" = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -159,6 +179,8 @@ class GQA(nn.Module):
         flat_key = project("key")
         flat_value = flat_key if config.values_are_keys else project("value")
         query = heads("query", flat_query)
+        if config.query_growth is not None:
+            query = query * config.query_growth.factors(position)[:, :, None, None].astype(query.dtype)
         key, value = (jnp.moveaxis(x, 1, 2) for x in (heads("key", flat_key), heads("value", flat_value)))
         if config.window is not None:
             mask = mask & Window(config.window)

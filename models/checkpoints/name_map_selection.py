@@ -19,9 +19,11 @@ Filled = dict[ParameterPath, list[tuple[TensorSlice, StoredTensor]]]  # what fil
 
 _COMPARED_NUMBERS = 2**18  # at once
 
-# Stored beside the weights by some programs and derived from the config: nothing is lost without them.
+# Stored beside the weights by some programs: nothing is lost without them.
 REDUNDANT_SUFFIXES = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "self_attn.masked_bias"),
+    # scales of programs that round cached keys and values to FP8
+    *("self_attn.k_scale", "self_attn.v_scale", "self_attn.q_scale"),
     # of MiniMax's lightning attention
     *("self_attn.slope_rate", "self_attn.query_decay", "self_attn.key_decay", "self_attn.diagonal_decay"),
 )

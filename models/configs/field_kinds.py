@@ -95,6 +95,7 @@ KINDS: Mapping[str, Kind] = {
             "num_attention_heads",
             "num_key_value_heads",
             "num_global_key_value_heads",
+            "num_kv_heads",
             "linear_num_key_heads",
             "linear_num_value_heads",
         ),
@@ -113,10 +114,12 @@ KINDS: Mapping[str, Kind] = {
         Whole(largest=MAX_POSITION),
     ),
     **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache"), Whole(2, 4_096)),  # tokens, including the newest
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), Whole(largest=2**24)),  # 16 times the widest state
+    # 16 times the widest state
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), Whole(largest=2**24)),
     "hidden_act": _ACTIVATION,
     "hidden_activation": _ACTIVATION,
     "activation_function": _ACTIVATION,
+    "activation": _ACTIVATION,
     "topk_method": Choice(frozenset({"greedy", "group_limited_greedy"})),
     **dict.fromkeys(
         (
@@ -133,6 +136,13 @@ KINDS: Mapping[str, Kind] = {
             "use_parallel_residual",
             "apply_residual_connection_post_layernorm",
             "qk_layernorm",
+            "use_qk_norm",
+            "use_qkv_bias",
+            "bias",
+            "alibi",
+            "multi_query",
+            "new_decoder_architecture",
+            "parallel_attn",
             "scale_attn_weights",
             "scale_attn_by_inverse_layer_idx",
             "conv_bias",
@@ -167,6 +177,7 @@ KINDS: Mapping[str, Kind] = {
             "swiglu_alpha",
             "swiglu_limit",
             "embedding_multiplier",
+            "logit_scale",
             "logits_scaling",
             "residual_multiplier",
             "attention_multiplier",

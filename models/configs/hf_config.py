@@ -8,7 +8,7 @@ reported together in one ValueError, with the file's own names.
 import difflib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,12 +212,15 @@ def _blocks(
     for kind, own in settings.items():
         named = (family.rope_by_kind or {}).get(kind, "rope_theta")
         base = float(fields[named] if isinstance(named, str) else named)
-        rotary_size = _rotary_size(fields, family, kind, own, file.problems)
+        rotary_size = _rotary_size(file, fields, kind, own)
         # Where only some layers are stretched, published files state the product as the context.
         notes = file.notes if kind == ANY_KIND else []
-        ropes[kind], extended = read_rope(
-            file.raw, own, rotary_size, fields["max_position_embeddings"], base, file.problems, notes
+        rope, extended = read_rope(
+            file.raw, own, rotary_size, fields["max_position_embeddings"], base, family, file.problems, notes
         )
+        interleaved = family.interleaved_rope
+        interleaved = bool(fields[interleaved] if isinstance(interleaved, str) else interleaved)
+        ropes[kind] = rope and replace(rope, interleaved=interleaved)
         context = max(context, extended)
     kinds = _layer_kinds(file, fields)
     if file.problems:
@@ -230,10 +233,9 @@ def _blocks(
     return context, tuple(family.block(layer) for layer in layers)
 
 
-def _rotary_size(
-    fields: Mapping[str, Any], family: Family, kind: str, settings: RopeSettings, problems: list[str]
-) -> int:
+def _rotary_size(file: _File, fields: Mapping[str, Any], kind: str, settings: RopeSettings) -> int:
     """The number of coordinates of each head of a kind of layers that rotate."""
+    family, problems = file.family, file.problems
     inner, source = settings.values.get("partial_rotary_factor"), f"{settings.source}.partial_rotary_factor"
     if "partial_rotary_factor" not in fields:
         name = family.head_sizes.get(kind, "head_dim") if family.rotary_size is None else family.rotary_size
@@ -244,7 +246,7 @@ def _rotary_size(
             problems.append(f"{name}{derived} must be even: rotary embedding turns pairs, got {fields[name]}")
         return fields[name]
     outer = fields["partial_rotary_factor"]
-    fraction, name = (outer, "partial_rotary_factor") if inner is None else (inner, source)
+    fraction, name = (outer, file.name("partial_rotary_factor")) if inner is None else (inner, source)
     fraction = 1.0 if fraction is None else fraction
     if expected := unexpected("partial_rotary_factor", fraction):
         problems.append(f"{name} must be {expected}, got {quoted(fraction)}")
@@ -252,8 +254,8 @@ def _rotary_size(
     size = int(fields["head_dim"] * fraction)
     if size % 2 or not size:
         problems.append(
-            f"{name} must let an even number of each head's {fields['head_dim']} coordinates (head_dim) rotate, "
-            f"got {size}"
+            f"{name} must let an even number of each head's {fields['head_dim']} coordinates (head_dim, or "
+            f"{file.name('hidden_size')} / {file.name('num_attention_heads')}) rotate, got {size}"
         )
     return size
 
@@ -302,7 +304,7 @@ def _check_unread(file: _File, settings: Mapping[str, RopeSettings]) -> None:
         unread -= {"sliding_window"}
     values, keys = dict(raw), []
     for own in settings.values():
-        keys += unread_rope_keys(own)
+        keys += unread_rope_keys(own, family)
         values |= {f"{own.source}.{key}": value for key, value in own.values.items()}
     check_unread(values, sorted(unread) + keys, family, file.problems, file.notes)
 

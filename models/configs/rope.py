@@ -67,11 +67,14 @@ _LENGTH = Number(above=1, largest=MAX_POSITION)
 _FACTOR = Number(largest=1e6)  # a thousand times the largest published
 _KINDS: Mapping[str, Kind] = {
     "rope_theta": Number(above=1),
-    "original_max_position_embeddings": _LENGTH,
+    **dict.fromkeys(("original_max_position_embeddings", "max_position_embeddings"), _LENGTH),
     "truncate": Flag(),
     "partial_rotary_factor": Number(largest=1.0),
     # 0 means "not given", as in transformers
-    **dict.fromkeys(("mscale", "mscale_all_dim", "beta_fast", "beta_slow"), Number(largest=1e6, or_zero=True)),
+    **dict.fromkeys(
+        ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "llama_4_scaling_beta"),
+        Number(largest=1e6, or_zero=True),
+    ),
 }
 
 
@@ -140,6 +143,7 @@ def read_rope(
     rotary_size: int,
     max_position_embeddings: int,
     base: float,
+    family: Family,
     problems: list[str],
     notes: list[str],
 ) -> tuple[Rope | None, int]:
@@ -150,6 +154,7 @@ def read_rope(
     rotary_size: number of coordinates of a head that rotate.
     max_position_embeddings: of the file, in tokens.
     base: the `rope_theta` beside the dictionary, or the family's; one inside the dictionary wins.
+    family: of the model.
     problems: gets what cannot be understood; the rotation is None then.
     notes: gets what is ambiguous.
     """
@@ -158,7 +163,7 @@ def read_rope(
     if not isinstance(kind, str) or kind not in _KEYS:
         problems.append(f"{settings.source}.rope_type must be one of {sorted(_KEYS)}, got {quoted(kind)}")
         return None, max_position_embeddings
-    _check_keys(settings, kind, rotary_size, problems)
+    _check_keys(settings, kind, rotary_size, family.rope_keys, problems)
     beside = raw.get("original_max_position_embeddings")
     if beside is not None and (expected := _LENGTH.unexpected(beside)):
         problems.append(f"original_max_position_embeddings must be {expected} (tokens), got {quoted(beside)}")
@@ -187,14 +192,16 @@ def _length_name(raw: Mapping[str, Any], settings: RopeSettings) -> str:
     return f"{settings.source}.{name}" if name in settings.values else "max_position_embeddings"
 
 
-def unread_rope_keys(settings: RopeSettings) -> list[str]:
+def unread_rope_keys(settings: RopeSettings, family: Family) -> list[str]:
     """The keys of the dictionary that its type does not read and that may have a meaning, as `field.key`."""
     required, optional = _KEYS.get(settings.type, ((), ())) if isinstance(settings.type, str) else ((), ())
-    known = {*_ALWAYS, *required, *optional, *ROPE_WITHOUT_INFLUENCE, *ROPE_CHANGES_ELSEWHERE}
+    known = {*_ALWAYS, *required, *optional, *family.rope_keys, *ROPE_WITHOUT_INFLUENCE, *ROPE_CHANGES_ELSEWHERE}
     return [f"{settings.source}.{key}" for key in sorted(settings.values.keys() - known)]
 
 
-def _check_keys(settings: RopeSettings, kind: str, rotary_size: int, problems: list[str]) -> None:
+def _check_keys(
+    settings: RopeSettings, kind: str, rotary_size: int, own_keys: frozenset[str], problems: list[str]
+) -> None:
     """Appends to `problems` what is missing, of the wrong kind, or may change the result elsewhere."""
     source, values = settings.source, settings.values
     required, optional = _KEYS[kind]
@@ -204,7 +211,7 @@ def _check_keys(settings: RopeSettings, kind: str, rotary_size: int, problems: l
         value, name = values[key], f"{source}.{key}"
         if key in _FACTOR_LISTS and key in required:
             _check_factor_list(name, value, rotary_size // 2, problems)
-        elif key in (*required, *optional, "rope_theta", "original_max_position_embeddings"):
+        elif key in (*required, *optional, *own_keys, "rope_theta", "original_max_position_embeddings"):
             if expected := _KINDS.get(key, _FACTOR).unexpected(value):
                 problems.append(f"{name} must be {expected}, got {quoted(value)}")
         elif key in ROPE_CHANGES_ELSEWHERE and not is_neutral(value, ROPE_CHANGES_ELSEWHERE[key]):

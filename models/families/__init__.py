@@ -10,12 +10,20 @@ if TYPE_CHECKING:
 
 _NAMES = (
     "bloom",
+    "cohere",
+    "cohere2",
     "deepseek_v2",
     "deepseek_v3",
+    "ernie4_5",
+    "exaone4",
+    "falcon",
     "gemma",
     "gemma2",
     "gemma3_text",
     "gemma4_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
     "gpt2",
     "gpt_neox",
     "gpt_oss",
@@ -24,6 +32,8 @@ _NAMES = (
     "lfm2",
     "llama",
     "minimax",
+    "minimax_m2",
+    "ministral3",
     "mistral",
     "mixtral",
     "nemotron",
@@ -42,6 +52,7 @@ _NAMES = (
     "qwen3_next",
     "seed_oss",
     "smollm3",
+    "stablelm",
     "starcoder2",
 )
 FAMILIES: "Mapping[str, Family]" = Methods(__name__, dict.fromkeys(_NAMES, "FAMILY"))

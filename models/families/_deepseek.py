@@ -1,7 +1,9 @@
-"""Builds what DeepSeek-V2 and V3 share: latent attention (MLA), shared experts, and their tensor names."""
+"""Builds what DeepSeek-V2 and V3 share: latent attention (MLA), shared experts, and their tensor names.
+
+GLM-4.5 has V3's experts and MTP head, too.
+"""
 
 import math
-from dataclasses import replace
 
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.mixers.mla import MLAConfig
@@ -9,9 +11,9 @@ from decodax.layers.moe.layer import MoEConfig
 from decodax.layers.moe.routers.top_k import TopK
 from decodax.layers.norm import RMSNormConfig
 from decodax.models.checkpoints.name_map import NameMaps, PeriodicSlice, TensorSlice
-from decodax.models.config import BlockConfig
+from decodax.models.config import BlockConfig, ModelConfig
 from decodax.models.families._experts import expert_tensors
-from decodax.models.families.contract import BlockTensors
+from decodax.models.families.contract import BlockTensors, MTPHeadNames
 from decodax.models.families.layer import Layer
 
 LATENT_NORM = RMSNormConfig(1e-6)  # transformers' own, whatever rms_norm_eps says
@@ -49,7 +51,7 @@ def latent_attention(layer: Layer) -> MLAConfig:
         value_size=fields["v_head_dim"],
         latent_rank=fields["kv_lora_rank"],
         query_rank=fields["q_lora_rank"],
-        rope=replace(layer.rope, interleaved=bool(fields.get("rope_interleave", True))),
+        rope=layer.rope,
         scale=scale,
         norm=LATENT_NORM,
         bias=fields["attention_bias"],
@@ -67,6 +69,40 @@ def experts(layer: Layer, router: TopK) -> MoEConfig:
 
 def is_sparse(layer: Layer) -> bool:
     return layer.index >= layer.fields["first_k_dense_replace"]
+
+
+def sigmoid_experts(layer: Layer) -> MoEConfig:
+    """Experts routed by sigmoid scores, with a bias that balances them."""
+    fields = layer.fields
+    router = TopK(
+        fields["n_routed_experts"],
+        fields["num_experts_per_tok"],
+        score="sigmoid",
+        renormalise=bool(fields["norm_topk_prob"]),
+        scale=float(fields["routed_scaling_factor"]),
+        selection_bias=True,
+        num_groups=fields["n_group"],
+        num_groups_kept=fields["topk_group"],
+        group_score="top2_sum",
+    )
+    return experts(layer, router)
+
+
+def mtp_layers(config: ModelConfig) -> str:
+    """The names of MTP heads, which are numbered after the model's layers."""
+    return rf"model\.layers\.({'|'.join(str(config.num_layers + index) for index in range(8))})\..*"
+
+
+MTP_HEAD_NAMES = MTPHeadNames(
+    prefix="model.layers.{}.",
+    tensors={
+        "embedding_norm/weight": "enorm.weight",
+        "hidden_norm/weight": "hnorm.weight",
+        "join": "eh_proj.weight",
+        "final_norm/weight": "shared_head.norm.weight",
+    },
+    copies=r"(?:embed_tokens|shared_head\.head)\..*",
+)
 
 
 def tensors(block: BlockConfig) -> BlockTensors:

@@ -1,4 +1,4 @@
-"""Names the tensors of a block as Megatron-LM's descendants store them: each head's query, key and value together."""
+"""Names the tensors of a block as Megatron-LM's descendants store them: each head's queries, key and value together."""
 
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.models.checkpoints.name_map import fused_rows
@@ -7,11 +7,15 @@ from decodax.models.families.contract import BLOCK_TENSORS, BlockTensors
 
 
 def fused_head_tensors(block: BlockConfig, attention: str) -> BlockTensors:
-    """The tensor names of a block of GPT-NeoX or BLOOM; `attention` is the name of its attention layer."""
+    """The tensor names of a block of GPT-NeoX, BLOOM or Falcon; `attention` is the name of its attention layer.
+
+    Rows of the queries of one key-value head, of its key and of its value alternate.
+    """
     mixer = block.mixer.layer
     assert isinstance(mixer, GQAConfig)
-    sizes_of_head: dict[str, int] = dict.fromkeys(("mixer/query", "mixer/key", "mixer/value"), mixer.head_size)
-    biases = {f"{name}_bias": size for name, size in sizes_of_head.items()}
+    size, queries = mixer.head_size, mixer.num_heads // mixer.num_kv_heads
+    sizes_of_head = {"mixer/query": queries * size, "mixer/key": size, "mixer/value": size}
+    biases = {f"{name}_bias": rows for name, rows in sizes_of_head.items()}
     return {
         **BLOCK_TENSORS,
         **fused_rows(f"{attention}.query_key_value.weight", sizes_of_head),

@@ -111,6 +111,8 @@ class Family:
     head_norms: whether each head's queries and keys are normed.
     rotary_size: the field with the number of coordinates of a head that rotate; None: all, or the share in the file.
     default_rope: the `rope_scaling` of a config without one.
+    interleaved_rope: whether the pairs that rotate are neighbours: true, false, or the name of the field.
+    rope_keys: keys of the rope dictionary that mean something else than its rotation.
     rope_by_kind: the kinds of layers that rotate each in its own way -> the base where the rope dictionary gives none,
         or the field with it. `rope_scaling` of such a family is that of its full attention.
     head_sizes: kinds of layers whose head size is not `head_dim` -> the field with it.
@@ -147,6 +149,8 @@ class Family:
     head_norms: bool = False
     rotary_size: str | None = None
     default_rope: Mapping[str, Any] | None = None
+    interleaved_rope: bool | str = False
+    rope_keys: frozenset[str] = frozenset()
     rope_by_kind: Mapping[str, str | float] | None = None
     head_sizes: Mapping[str, str] = field(default_factory=dict)
     mixer: Callable[[Layer], Mixer] = attention

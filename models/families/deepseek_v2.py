@@ -57,6 +57,7 @@ FAMILY = Family(
     ignored=IGNORED | {"norm_topk_prob", "head_dim"},
     fixed={**FIXED, "scoring_func": "softmax"},
     rotary_size="qk_rope_head_dim",
+    interleaved_rope=True,
     mlp_bias="mlp_bias",
     mixer=latent_attention,
     feed_forward=where(is_sparse, _experts),

@@ -4,54 +4,20 @@ DeepSeek-V3 Technical Report, arXiv 2412.19437. Its MTP head, which predicts two
 model: `models/mtp_head.py` reads it, and `decoding/drafters/mtp_head.py` drafts with it.
 """
 
-from decodax.layers.moe.layer import MoEConfig
-from decodax.layers.moe.routers.top_k import TopK
-from decodax.models.config import ModelConfig
 from decodax.models.families._deepseek import (
     DEFAULTS,
     FIXED,
     IGNORED,
-    experts,
+    MTP_HEAD_NAMES,
     is_sparse,
     latent_attention,
+    mtp_layers,
+    sigmoid_experts,
     tensors,
 )
 from decodax.models.families._experts import where
-from decodax.models.families.contract import Family, MTPHeadNames
-from decodax.models.families.layer import Layer, sizes
-
-
-def _experts(layer: Layer) -> MoEConfig:
-    fields = layer.fields
-    router = TopK(
-        fields["n_routed_experts"],
-        fields["num_experts_per_tok"],
-        score="sigmoid",
-        renormalise=bool(fields["norm_topk_prob"]),
-        scale=float(fields["routed_scaling_factor"]),
-        selection_bias=True,
-        num_groups=fields["n_group"],
-        num_groups_kept=fields["topk_group"],
-        group_score="top2_sum",
-    )
-    return experts(layer, router)
-
-
-def _mtp_layers(config: ModelConfig) -> str:
-    """The names of MTP heads, which are numbered after the model's layers."""
-    return rf"model\.layers\.({'|'.join(str(config.num_layers + index) for index in range(8))})\..*"
-
-
-MTP_HEAD_NAMES = MTPHeadNames(
-    prefix="model.layers.{}.",
-    tensors={
-        "embedding_norm/weight": "enorm.weight",
-        "hidden_norm/weight": "hnorm.weight",
-        "join": "eh_proj.weight",
-        "final_norm/weight": "shared_head.norm.weight",
-    },
-    copies=r"(?:embed_tokens|shared_head\.head)\..*",
-)
+from decodax.models.families.contract import Family
+from decodax.models.families.layer import sizes
 
 FAMILY = Family(
     model_type="deepseek_v3",
@@ -76,9 +42,10 @@ FAMILY = Family(
     fixed={**FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     same_as={"head_dim": "qk_rope_head_dim"},  # transformers rotates head_dim coordinates if a file gives it
     rotary_size="qk_rope_head_dim",
+    interleaved_rope="rope_interleave",
     mixer=latent_attention,
-    feed_forward=where(is_sparse, _experts),
+    feed_forward=where(is_sparse, sigmoid_experts),
     block_tensors=tensors,
-    elsewhere=_mtp_layers,
+    elsewhere=mtp_layers,
     mtp_head=MTP_HEAD_NAMES,
 )

@@ -95,6 +95,9 @@ def _unsupported(fields: Fields) -> list[str]:
         found.append(f"num_kv_shared_layers must be 0, got {fields['num_kv_shared_layers']}")
     if fields["use_double_wide_mlp"]:
         found.append("use_double_wide_mlp must be false, got true")
+    heads, shared_by = fields["num_attention_heads"], fields["num_global_key_value_heads"]
+    if shared_by is not None and heads % shared_by:
+        found.append(f"num_global_key_value_heads must divide num_attention_heads ({heads}), got {shared_by}")
     experts = ("num_experts", "top_k_experts", "moe_intermediate_size")
     if fields["enable_moe_block"]:
         found += [f"{name} is needed with enable_moe_block" for name in experts if fields[name] is None]

@@ -56,8 +56,8 @@ class Layer:
     norm: Norm
 
     def flag(self, source: bool | str) -> bool:
-        """A constant of the family, or the value of the field that it names."""
-        return self.fields[source] if isinstance(source, str) else source
+        """A constant of the family, or the value of the field that it names, where null is no."""
+        return bool(self.fields[source]) if isinstance(source, str) else source
 
     @property
     def activation(self) -> str:

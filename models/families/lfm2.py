@@ -40,7 +40,13 @@ def _width(fields: Fields) -> int:
 
 
 def _unsupported(fields: Fields) -> list[str]:
-    return [] if _width(fields) else [f"intermediate_size must be at least 2, got {fields['intermediate_size']}"]
+    if _width(fields):
+        return []
+    factor = fields["block_ffn_dim_multiplier"]
+    return [
+        f"intermediate_size x 2/3 x block_ffn_dim_multiplier must be at least 1, got {fields['intermediate_size']} and "
+        f"{1.0 if factor is None else factor}"
+    ]
 
 
 def _tensors(block: BlockConfig) -> BlockTensors:

@@ -43,7 +43,7 @@ def select_template(templates: Mapping[str, str], wanted: str | None, has_tools:
         )
     raise ValueError(
         f"{source} has no chat template (chat_template.jinja beside it, or chat_template in tokenizer_config.json), "
-        "which messages need: pass chat_template=, or a text instead of messages"
+        "which messages need: pass chat_template= (on the command line --chat-template), or a text instead of messages"
     )
 
 

@@ -53,7 +53,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
-        """The tokenizer of a model folder, None if it has none of `tokenizer.json`, `tokenizer.model`, `tekken.json`.
+        """The tokenizer of a model folder, None if it has none of those in `vocabulary_files.py`.
 
         Tokens that only the files beside it add are added, as transformers 5 does. The ids around a text are those of
         the file's post-processor. If it adds none, `add_bos_token` and `add_eos_token` of `tokenizer_config.json` are

@@ -1,4 +1,4 @@
-"""Reads the vocabulary of a model folder: `tokenizer.json`, else `tokenizer.model`, else `tekken.json`."""
+"""Reads the vocabulary of a model folder: `tokenizer.json`, `tokenizer.model`, `tekken.json`, or GPT-2's two files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ import tokenizers
 from decodax.core.printable import printable
 from decodax.models.checkpoints.model_files import find_file, parse_json_object, read_json_bytes
 from decodax.models.tokenizers.added_tokens import add_tokens, check_ids, named_tokens, read_settings
+from decodax.models.tokenizers.merges_file import has_merges, read_merges
 from decodax.models.tokenizers.sentencepiece_file import PieceKind, read_sentencepiece
 from decodax.models.tokenizers.sentencepiece_vocabulary import build_backend
 from decodax.models.tokenizers.tekken_file import BOS, EOS, read_tekken
@@ -48,6 +49,10 @@ def read_vocabulary(folder: Path) -> FolderVocabulary | None:
         return FolderVocabulary(backend, path, named_tokens(folder))
     settings = read_settings(folder, "tokenizer_config.json")
     path = find_file(folder, "tokenizer.model")
+    if path is None and has_merges(folder, settings):
+        backend, named = read_merges(folder, settings)
+        add_tokens(backend, folder)
+        return FolderVocabulary(backend, folder / "vocab.json", named | named_tokens(folder))
     if path is not None:
         backend, named = _sentencepiece(path, is_legacy=settings.get("legacy") is not False)
     else:

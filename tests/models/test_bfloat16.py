@@ -40,7 +40,7 @@ def errors(name):
 def test_errors_are_those_of_the_dtype(name):
     ours, theirs, num_layers = errors(name)
     limit = 2**-8 * np.sqrt(8 * num_layers)
-    assert np.median(theirs) < limit  # the exact logits are near those that transformers rounds
+    assert np.median(theirs) < 1.2 * limit  # the exact logits are near those that transformers rounds
     assert np.mean(ours < max(limit, 2 * np.median(theirs))) >= SHARE_WITHOUT_A_TIE  # Qwen3-Next rounds more numbers
     assert np.median(ours) > 2**-12  # it did run in bfloat16
     assert np.median(ours) < 1.5 * np.median(theirs)  # of 39 tokens, so that medians vary by tens of percent

@@ -198,7 +198,7 @@ STRICTER = {
     "attn_logit_softcapping": "Gemma 3's class has it, and no code reads it",
     **dict.fromkeys(("use_double_wide_mlp", "enable_moe_block", "num_kv_shared_layers"), "not implemented"),
     **dict.fromkeys(("rope_local_base_freq", "sliding_window_pattern"), "transformers checks no type"),
-    "global_head_dim": "an odd number of coordinates",
+    **dict.fromkeys(("global_head_dim", "rotary_dim"), "an odd number of coordinates, or no number"),
     **dict.fromkeys(("max_position_embeddings", "num_hidden_layers"), "too few, or beside another name of the field"),
 }
 # Fields that decodax reads with some value that transformers refuses, or fails with.
@@ -216,6 +216,7 @@ MORE_LENIENT = {
     **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim"), "PyTorch cannot take pairs at odd offsets for complex"),
     **dict.fromkeys(("max_position_embeddings", "num_hidden_layers"), "null beside another name of the field"),
     **dict.fromkeys(("rope_scaling", "rope_theta"), "null is absent; Gemma 4's class fails with it"),
+    "logit_scale": "any number",
     "block_ffn_dim_multiplier": "null is 1; the code reads it so, and the class refuses it",
     **dict.fromkeys(("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon"), "any number"),
     **dict.fromkeys(("n_shared_experts", "shared_expert_intermediate_size"), "0 is none; the classes fail"),
@@ -227,6 +228,7 @@ MORE_LENIENT = {
 # Fields that mean something else here than in transformers.
 DEPARTURES = {
     ("gpt_neox", "head_dim"): "the class reads it for the rotation alone, which then does not fit the heads",
+    ("minimax_m2", "partial_rotary_factor"): "null is absent, and rotary_dim counts; the class takes it for 1",
     ("olmo3", "rope_theta"): "where it is beside the rope dictionary, it counts for all layers",
 }
 

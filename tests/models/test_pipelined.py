@@ -16,7 +16,7 @@ from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.attention.mask import Ancestors
 from decodax.layers.execution import Execution
 from decodax.layers.kv_cache.staged import place, stage
-from decodax.models.config import ModelConfig, pre_norm_block
+from decodax.models.config import ModelConfig
 from decodax.models.key_value_copies import fit_mesh
 from decodax.models.model import Model, commit
 from decodax.planning.hlo import collectives_of
@@ -50,7 +50,7 @@ def num_stages(mesh):
 
 def blocks_of(kind, repeats):
     """The kind's pair of layers, repeated; for "mla" the second, after a first layer of another kind (DeepSeek)."""
-    pair = tuple(pre_norm_block(mixer, feed_forward, NORM) for mixer, feed_forward in wide.LAYERS[kind])
+    pair = wide.blocks_of(kind)
     return pair[:1] + pair[1:] * repeats if kind == "mla" else pair * repeats
 
 

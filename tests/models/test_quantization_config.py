@@ -55,7 +55,6 @@ def compressed(weights=WEIGHTS, *, group=None, **fields):
         (MLX | {"lm_head": "no"}, r"not understood: \['lm_head'\]"),
         (compressed(format="marlin-24"), "format must be pack-quantized or"),
         (compressed(quantization_status="started"), "quantization_status must be compressed or frozen"),
-        (compressed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme must be null, empty or absent"),
         (compressed(transform_config={"config_groups": {"u": {}}}), "transform_config must be null, empty or absent"),
         (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config must be null, empty or of"),
         (compressed(ignore="lm_head"), "ignore must be a list of texts or null"),

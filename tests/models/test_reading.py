@@ -249,6 +249,7 @@ def test_redundant_tensors_pass(tmp_path):
     tensors = copy_of(TIED, tmp_path)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    tensors["model.layers.0.self_attn.k_scale"] = np.ones(1, np.float32)
     assert_same(saved(tensors, tmp_path), params_of(load_golden(TIED).folder))
     del tensors["model.embed_tokens.weight"]  # the one matrix under its other name
     assert_same(saved(tensors, tmp_path), params_of(load_golden(TIED).folder))

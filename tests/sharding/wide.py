@@ -17,7 +17,7 @@ from decodax.layers.feed_forward import GatedMLPConfig, MLPConfig
 from decodax.layers.head_norms import HeadNorms
 from decodax.layers.mixers.gated_delta import GatedDeltaConfig
 from decodax.layers.mixers.gated_linear import GatedLinearConfig
-from decodax.layers.mixers.gqa import GQAConfig
+from decodax.layers.mixers.gqa import GQAConfig, QueryGrowth
 from decodax.layers.mixers.mla import MLAConfig
 from decodax.layers.mixers.short_convolution import ShortConvolutionConfig
 from decodax.layers.moe.layer import MoEConfig
@@ -42,7 +42,8 @@ NO_STOPS = (-1,)
 MLP = GatedMLPConfig(40)
 EXPERTS = MoEConfig(TopK(8, 2, "softmax", renormalise=True), 16, shared=GatedMLPConfig(24), shared_gate=True)
 GROUPED = GQAConfig(8, 2, 6, Rope(6, 1e4), scale=0.4, qkv_bias=True)  # fewer key-value heads than devices
-WINDOWED = GQAConfig(8, 8, 6, Rope(6, 1e4), scale=0.4, window=5)
+GROUPED = dataclasses.replace(GROUPED, head_norms=HeadNorms(NORM, NORM, own_weights=True))
+WINDOWED = GQAConfig(8, 8, 6, Rope(6, 1e4), scale=0.4, window=5, query_growth=QueryGrowth(0.3, 4))
 LATENT = MLAConfig(8, 5, 7, 11, None, Rope(4, 100.0, interleaved=True), 0.35, NORM)
 LINEAR = GatedLinearConfig(8, 5, 7, gate_rank=3, gate_temperature=4.0, scale=0.5, norm=NORM)
 DELTA = GatedDeltaConfig(8, 8, 5, 7, convolution_width=3, activation="silu", scale=0.5, norm=NORM)
@@ -93,11 +94,15 @@ def runnable(cases: list) -> list:
     return list(map(case, cases))
 
 
+def blocks_of(kind: str) -> tuple[BlockConfig, ...]:
+    layers = (LAYERS | ODD_LAYERS)[kind]
+    return tuple(layer if isinstance(layer, BlockConfig) else pre_norm_block(*layer, NORM) for layer in layers)
+
+
 @cache
 def model_of(kind: str, mesh: str | None = None, **execution: Any) -> Model:
     """The model over the mesh of this text, by default on one device."""
-    layers = (LAYERS | ODD_LAYERS)[kind]
-    blocks = tuple(layer if isinstance(layer, BlockConfig) else pre_norm_block(*layer, NORM) for layer in layers)
+    blocks = blocks_of(kind)
     vocabulary = ODD_VOCABULARY if kind in ODD_LAYERS else VOCABULARY
     config = ModelConfig(
         vocabulary, WIDTH, 512, blocks, NORM, tie_embeddings=kind == "odd_tied", **AROUND.get(kind, {})

@@ -15,11 +15,12 @@ _FORMATS = (
 )
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 _CONSECUTIVE, _ORDERED = (None, False, "weight", "static"), ("group", "dynamic", True)  # values of actorder
-_UNSUPPORTED = ("kv_cache_scheme", "transform_config", "moe_sparsity_config")
+_UNSUPPORTED = ("transform_config", "moe_sparsity_config")
 _FIELDS = frozenset(
     {
         *("quant_method", "format", "config_groups", "ignore", "quantization_status", "sparsity_config"),
         *("global_compression_ratio", "version"),
+        "kv_cache_scheme",  # how a program may round the cache; here it has the model's dtype
         *_UNSUPPORTED,
     }
 )
