@@ -47,7 +47,7 @@ class MicroBatch:
         grouped = self._grouped(arrays)
         start = (layer, 0, self.index, *(0,) * (grouped.ndim - 3))
         held = jax.lax.dynamic_slice(grouped, start, (1, self.groups, 1, *grouped.shape[3:]))
-        return held.reshape(-1, *arrays.shape[2:])
+        return held.reshape(held.shape[1] * held.shape[3], *arrays.shape[2:])
 
     def put(self, array: Array, new: Array, is_active: Bool[Array, ""]) -> Array:
         """The array [B, ...] with these rows replaced; unchanged unless `is_active`."""
@@ -68,7 +68,8 @@ class MicroBatch:
         return jax.lax.dynamic_update_slice(grouped, new, start).reshape(arrays.shape)
 
     def _grouped(self, arrays: Array) -> Array:
-        return arrays.reshape(arrays.shape[0], self.groups, self.count, -1, *arrays.shape[2:])
+        rows = arrays.shape[1] // (self.groups * self.count)  # not -1, which an array without numbers does not tell
+        return arrays.reshape(arrays.shape[0], self.groups, self.count, rows, *arrays.shape[2:])
 
 
 @pytree.dataclass

@@ -118,7 +118,7 @@ def decode_program(kind, mesh, chunks):
     return jax.jit(decoding.autoregressive(model), donate_argnums=1).lower(params, state).compile(), params, state
 
 
-@pytest.mark.parametrize(("kind", "mesh", "chunks"), cases(("dense", TWO, 2)))
+@pytest.mark.parametrize(("kind", "mesh", "chunks"), cases(("dense", TWO, 2), ("blocks", FOUR, 1)))
 def test_plain_decoding(kind, mesh, chunks):
     """The caches stay on the stages of their layers."""
     program, params, state = decode_program(kind, mesh, chunks)
