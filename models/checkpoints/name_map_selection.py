@@ -23,7 +23,7 @@ _COMPARED_NUMBERS = 2**18  # at once
 REDUNDANT_SUFFIXES = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "self_attn.masked_bias"),
     # scales of programs that round cached keys and values to FP8
-    *("self_attn.k_scale", "self_attn.v_scale", "self_attn.q_scale"),
+    *(f"self_attn.{letter}_{kind}" for letter in "qkv" for kind in ("scale", "zero_point")),
     # of MiniMax's lightning attention
     *("self_attn.slope_rate", "self_attn.query_decay", "self_attn.key_decay", "self_attn.diagonal_decay"),
 )

@@ -74,6 +74,15 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class LayerPattern:
+    """A number of layers that repeat, 0 for none, or a text with a letter for each: L with a window, G without."""
+
+    def unexpected(self, value: Any) -> str | None:
+        is_text = isinstance(value, str) and 0 < len(value) <= MAX_LAYERS and set(value) <= {"L", "G"}
+        return None if is_text or not Whole(0, MAX_POSITION).unexpected(value) else "a whole number or a text like LLLG"
+
+
+@dataclass(frozen=True)
 class Listed:
     """A list of items that `is_item` accepts."""
 
@@ -110,9 +119,9 @@ KINDS: Mapping[str, Kind] = {
     "max_window_layers": Whole(0, MAX_POSITION),
     "first_k_dense_replace": Whole(0, MAX_POSITION),
     **dict.fromkeys(
-        ("decoder_sparse_step", "full_attention_interval", "sliding_window_pattern", "no_rope_layer_interval"),
-        Whole(largest=MAX_POSITION),
+        ("decoder_sparse_step", "full_attention_interval", "no_rope_layer_interval"), Whole(largest=MAX_POSITION)
     ),
+    "sliding_window_pattern": LayerPattern(),
     **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache"), Whole(2, 4_096)),  # tokens, including the newest
     # 16 times the widest state
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), Whole(largest=2**24)),

@@ -7,12 +7,7 @@ from dataclasses import replace
 
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.models.families import cohere
-from decodax.models.families.layer import Fields, Layer, attention
-
-
-def _layer_kind(fields: Fields, index: int) -> str:
-    is_last = (index + 1) % fields["sliding_window_pattern"] == 0
-    return "full_attention" if is_last or fields["sliding_window"] is None else "sliding_attention"
+from decodax.models.families.layer import Layer, attention, slides_by_pattern
 
 
 def _attention(layer: Layer) -> GQAConfig:
@@ -39,6 +34,6 @@ FAMILY = replace(
         "use_gated_activation": True,
         "use_parallel_block": True,
     },
-    layer_kind=_layer_kind,
+    layer_kind=slides_by_pattern,
     mixer=_attention,
 )

@@ -8,14 +8,7 @@ from dataclasses import replace
 
 from decodax.layers.mixers.gqa import GQAConfig
 from decodax.models.families.contract import BLOCK_TENSORS, Family
-from decodax.models.families.layer import Fields, Layer, attention, post_norm, sizes
-
-
-def _layer_kind(fields: Fields, index: int) -> str:
-    pattern = fields["sliding_window_pattern"]
-    if fields["sliding_window"] is None or pattern is None:
-        return "full_attention"
-    return "sliding_attention" if (index + 1) % pattern else "full_attention"
+from decodax.models.families.layer import Fields, Layer, attention, post_norm, sizes, slides_by_pattern
 
 
 def _unsupported(fields: Fields) -> list[str]:
@@ -47,7 +40,7 @@ FAMILY = Family(
         "layer_types": None,
     },
     nullable=frozenset({"sliding_window", "sliding_window_pattern", "layer_types"}),
-    layer_kind=_layer_kind,
+    layer_kind=slides_by_pattern,
     head_norms=True,
     mixer=_attention,
     unsupported=_unsupported,

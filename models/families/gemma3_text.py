@@ -5,12 +5,13 @@ Gemma 3 Technical Report, arXiv 2503.19786.
 
 from decodax.models.families.contract import Family
 from decodax.models.families.gemma2 import BLOCK_TENSORS
-from decodax.models.families.layer import Fields, pre_and_post_norm, rms_norm_unit_offset, scaled_embedding, sizes
-
-
-def _layer_kind(fields: Fields, index: int) -> str:
-    return "sliding_attention" if (index + 1) % fields["sliding_window_pattern"] else "full_attention"
-
+from decodax.models.families.layer import (
+    kind_by_pattern,
+    pre_and_post_norm,
+    rms_norm_unit_offset,
+    scaled_embedding,
+    sizes,
+)
 
 FAMILY = Family(
     model_type="gemma3_text",
@@ -33,7 +34,7 @@ FAMILY = Family(
     },
     nullable=frozenset({"sliding_window", "layer_types", "final_logit_softcapping"}),
     ignored=frozenset({"hidden_act", "cache_implementation", "_sliding_window_pattern"}),
-    layer_kind=_layer_kind,
+    layer_kind=kind_by_pattern,
     activation_field="hidden_activation",
     score_scale_field="query_pre_attn_scalar",
     qkv_bias="attention_bias",

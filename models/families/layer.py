@@ -184,6 +184,20 @@ def slides_if_windowed(fields: Fields, index: int) -> str:
     return "full_attention" if fields["sliding_window"] is None else "sliding_attention"
 
 
+def kind_by_pattern(fields: Fields, index: int) -> str:
+    """`sliding_window_pattern` is a number n, after n - 1 layers with a window one without, or a text like "LLLG"."""
+    pattern = fields["sliding_window_pattern"]
+    if not pattern:
+        return "full_attention"
+    has_window = pattern[index % len(pattern)] == "L" if isinstance(pattern, str) else (index + 1) % pattern != 0
+    return "sliding_attention" if has_window else "full_attention"
+
+
+def slides_by_pattern(fields: Fields, index: int) -> str:
+    """As `kind_by_pattern`, if there is a window."""
+    return "full_attention" if fields["sliding_window"] is None else kind_by_pattern(fields, index)
+
+
 def slides_from_max_window_layers(fields: Fields, index: int) -> str:
     """Layers from `max_window_layers` on have sliding-window attention, if there is a window."""
     return slides_if_windowed(fields, index) if index >= fields["max_window_layers"] else "full_attention"

@@ -25,9 +25,14 @@ _ROPE = {
 
 
 def _attention(layer: Layer) -> GQAConfig:
-    beta, scaling = layer.rope_settings.get("llama_4_scaling_beta"), layer.rope and layer.rope.scaling
-    growth = QueryGrowth(float(beta), scaling.original_length) if beta and isinstance(scaling, YarnScaling) else None
-    return replace(attention(layer), query_growth=growth)
+    made, settings, name = attention(layer), layer.rope_settings, "original_max_position_embeddings"
+    beta, scaling = settings.get("llama_4_scaling_beta"), layer.rope and layer.rope.scaling
+    if not beta:
+        return made
+    length = scaling.original_length if isinstance(scaling, YarnScaling) else settings.get(name)
+    if length is None:
+        raise ValueError(f"rope_parameters.{name} is missing: llama_4_scaling_beta needs it")
+    return replace(made, query_growth=QueryGrowth(float(beta), int(length)))
 
 
 FAMILY = Family(

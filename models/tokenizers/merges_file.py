@@ -9,6 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from decodax.core.arguments import is_integer
 from decodax.core.printable import printable
 from decodax.models.checkpoints.model_files import MAX_JSON_BYTES, find_file, read_json_object
+from decodax.models.tokenizers.added_tokens import named_tokens
 from decodax.models.tokenizers.vocabulary import library_errors
 
 MERGES = "merges.txt"
@@ -21,12 +22,12 @@ def has_merges(folder: Path, settings: dict[str, Any]) -> bool:
 
     settings: of `tokenizer_config.json`; without a `tokenizer_class` the kind is GPT-2's.
     """
-    is_known = settings.get("tokenizer_class", _CLASSES[0]) in _CLASSES
+    is_known = (settings.get("tokenizer_class") or _CLASSES[0]) in _CLASSES
     return is_known and all(find_file(folder, name) is not None for name in ("vocab.json", MERGES))
 
 
 def read_merges(folder: Path, settings: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """The tokenizer of the library for the two files, and the text of its end token by role.
+    """The tokenizer of the library for the two files, and GPT-2's end token by role where no file names others.
 
     settings: of `tokenizer_config.json`, which may ask for a space before a text.
     Raises ValueError, naming the file, for one that is damaged.
@@ -41,7 +42,7 @@ def read_merges(folder: Path, settings: dict[str, Any]) -> tuple[tokenizers.Toke
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space") is True)
     backend.decoder = decoders.ByteLevel()
-    if _END_OF_TEXT not in vocabulary:
+    if _END_OF_TEXT not in vocabulary or named_tokens(folder):
         return backend, {}
     backend.add_tokens([AddedToken(_END_OF_TEXT, normalized=False, special=True)])
     return backend, dict.fromkeys(("bos_token", "eos_token"), _END_OF_TEXT)
@@ -52,7 +53,7 @@ def _pairs(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{printable(path)} must have at most {MAX_JSON_BYTES:,} bytes")
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{printable(path)} must be UTF-8: {error}") from error
     pairs = []

@@ -217,6 +217,7 @@ MORE_LENIENT = {
     **dict.fromkeys(("max_position_embeddings", "num_hidden_layers"), "null beside another name of the field"),
     **dict.fromkeys(("rope_scaling", "rope_theta"), "null is absent; Gemma 4's class fails with it"),
     "logit_scale": "any number",
+    "sliding_window_pattern": "0 is none, as in EXAONE 4's files without windows",
     "block_ffn_dim_multiplier": "null is 1; the code reads it so, and the class refuses it",
     **dict.fromkeys(("norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon"), "any number"),
     **dict.fromkeys(("n_shared_experts", "shared_expert_intermediate_size"), "0 is none; the classes fail"),

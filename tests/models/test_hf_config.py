@@ -93,6 +93,9 @@ def test_windows():
     assert windows_of("qwen3", use_sliding_window=True, sliding_window=9, layer_types=kinds) == [9, None, 9]
     assert windows_of("gemma2", sliding_window=5, layer_types=kinds[1:] + kinds[1:2]) == [None, 5, None]
     assert windows_of("llama", layer_types=["full_attention"] * 3, sliding_window=None) == [None] * 3
+    assert windows_of("exaone4", sliding_window=5, sliding_window_pattern="LG") == [5, None, 5]
+    assert windows_of("exaone4", sliding_window=5, sliding_window_pattern="LLG", layer_types=kinds) == [5, None, 5]
+    assert windows_of("exaone4", sliding_window=None, sliding_window_pattern=0) == [None] * 3
 
 
 # (rope type, its settings, fields beside them) -> (scaling, context of a model with max_position_embeddings 64)

@@ -49,6 +49,12 @@ def test_the_end_of_text_is_special_without_settings(tmp_path):
     assert tokenizer.decode([len(TOKENS)]) == ""
 
 
+def test_it_is_text_where_the_settings_name_another_end(tmp_path):
+    folder = folder_of(tmp_path, tokens=[*TOKENS, "<|endoftext|>"], eos_token="</s>", tokenizer_class=None)
+    (folder / "merges.txt").write_text((folder / "merges.txt").read_text("utf-8"), "utf-8-sig")
+    assert len(Tokenizer.from_folder(folder).encode("<|endoftext|>")) > 5
+
+
 def test_files_of_another_class_are_not_read(tmp_path):
     assert Tokenizer.from_folder(folder_of(tmp_path, tokenizer_class="RobertaTokenizer")) is None
     assert "vocab.json and merges.txt, which is not read" in no_tokenizer_message(tmp_path, "pass token ids")
