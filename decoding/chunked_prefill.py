@@ -65,6 +65,7 @@ def prefill(
     cache_dtype: DTypeLike | None = None,
     cache_policy: CachePolicy | None = None,
     layer_policy: LayerPolicy | None = None,
+    capacity: int | None = None,
 ) -> DecodeState:
     """The state after running the prompts: row b's prompt is `tokens[b, :length[b]]`, the rest of the row is padding.
 
@@ -78,13 +79,15 @@ def prefill(
     cache_dtype: the parameters' by default.
     cache_policy: what the caches keep; by default what `layer_policy` needs. It must mark tokens where that does.
     layer_policy: which layers the prompts run, all by default (`decoding/early_exit/`).
+    capacity: tokens that each row has room for, such as those of a state that these rows join (`put_rows`); by default
+        what the longest row needs. It is rounded up to a bucket.
 
     In a jitted function, prompts, lengths and seeds may be traced: then the sizes are those of the longest prompt that
     `tokens` has room for, `max_new_tokens` is one number, and values cannot be checked.
 
     Raises ValueError for an empty row, token ids outside the vocabulary, shapes that do not match, and rows that would
     be longer than the model's context. Raises ValueError for a cache policy that the model's layers, or the layer
-    policy, cannot use.
+    policy, cannot use. Raises ValueError for a capacity below what the longest row needs.
     Raises MemoryError when the cache would not fit on the device.
     """
     is_traced = any(isinstance(given, Tracer) for given in (tokens, length, max_new_tokens, seed))
@@ -98,7 +101,9 @@ def prefill(
     else:
         _check_prompt(model, tokens, length, limit)
         longest, most = int(length.max()), int(limit.max())
-    batch, capacity = tokens.shape[0], cache_capacity(most, model.execution)
+    if capacity is not None and capacity < most:
+        raise ValueError(f"capacity must be at least {most} (tokens of the longest row at its end), got {capacity}")
+    batch, capacity = tokens.shape[0], cache_capacity(most if capacity is None else capacity, model.execution)
     dtype = cache_dtype or model.dtype(params)
     policy = _cache_policy(model, cache_policy, layer_policy)
     check_cache_fits(model, batch, capacity, dtype, policy)

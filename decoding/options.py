@@ -53,6 +53,7 @@ class _Options:
     draft_tokens: Any = None
     on_text: Any = None
     block_tokens: Any = 16
+    batch_size: Any = None
     tools: Any = None
     documents: Any = None
     chat_template: Any = None
@@ -69,6 +70,8 @@ class _Options:
             self._keep(field.name, field.default if value is None else value)
         for name in ("n", "max_new_tokens", "block_tokens"):
             self._keep(name, min(whole_number(name, getattr(self, name), least=1), _MOST_TOKENS))
+        if self.batch_size is not None:
+            self._keep("batch_size", whole_number("batch_size", self.batch_size, least=1))
         self._keep("stop", strings("stop", self.stop))
         if self.stop_token_ids is not None:
             self._keep("stop_token_ids", tuple(token_ids("stop_token_ids", self.stop_token_ids)))

@@ -14,48 +14,74 @@ if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
 
 
+class RowWatcher:
+    """The text of one row as it comes; without a tokenizer there is none."""
+
+    def __init__(self, lm: "LanguageModel", options: GenerateOptions, index: int, prompt: np.ndarray) -> None:
+        """index: the row's number, which `on_text` is given."""
+        self.prompt_length = len(prompt)
+        self.index, self._on_text = index, options.on_text
+        self._hold_back = max((len(stop) - 1 for stop in options.stop_strings), default=0)
+        self._row = None if lm.tokenizer is None else RowText(lm.tokenizer, prompt.tolist(), options.stop_strings)
+        self._streamed = 0  # characters given to on_text
+
+    @property
+    def text(self) -> str | None:
+        """The text so far, up to a stop string."""
+        return None if self._row is None else self._row.text
+
+    @property
+    def num_kept(self) -> int | None:
+        """Tokens up to the one that completed a stop string, None where none has appeared."""
+        return None if self._row is None else self._row.num_kept
+
+    def read(self, tokens: np.ndarray, length: int) -> bool:
+        """Reads what is new in a row of prompt and output; whether a stop string has appeared.
+
+        tokens: the row's buffer.
+        length: how much of it is filled.
+        """
+        if self._row is None:
+            return False
+        self._row.read(tokens[self.prompt_length + self._row.num_read : length].tolist())
+        self._emit(self._hold_back)
+        return self._row.num_kept is not None
+
+    def finish(self) -> None:
+        """Streams the text that was held back, once no more tokens come."""
+        if self._row is not None:
+            self._row.finish()
+            self._emit(0)
+
+    def _emit(self, hold_back: int) -> None:
+        if self._row is None or not self._on_text:
+            return
+        text = self._row.text
+        end = len(text) - (hold_back if self._row.num_kept is None else 0)
+        if end > self._streamed:
+            self._on_text(self.index, text[self._streamed : end])
+            self._streamed = end
+
+
 class TextWatcher:
     """Reads the rows' new tokens on request; `needed`: whether that must happen during decoding."""
 
     def __init__(self, lm: "LanguageModel", options: GenerateOptions, prompts: Sequence[np.ndarray]) -> None:
         self.options = options
-        self.prompt_lengths = np.asarray([len(prompt) for prompt in prompts])
-        self.needed = bool(options.stop_strings or options.on_text)
-        self._rows = (
-            []
-            if lm.tokenizer is None
-            else [RowText(lm.tokenizer, prompt.tolist(), options.stop_strings) for prompt in prompts]
-        )
-        self._streamed = [0] * len(prompts)  # characters given to on_text
-
-    @property
-    def text(self) -> list[str]:
-        """Each row's text so far, up to a stop string."""
-        return [row.text for row in self._rows]
-
-    @property
-    def num_kept(self) -> list[int | None]:
-        """Tokens of each row up to the one that completed a stop string, None where none has appeared."""
-        return [row.num_kept for row in self._rows] or [None] * len(self.prompt_lengths)
+        self.needed = needs_text(options)
+        self.rows = [RowWatcher(lm, options, index, prompt) for index, prompt in enumerate(prompts)]
+        self.prompt_lengths = np.asarray([row.prompt_length for row in self.rows])
 
     def look(self, state: DecodeState) -> np.ndarray:
         """Reads new tokens; gives Bool[B], true for rows in which a stop string has appeared."""
         tokens, lengths = to_host((state.tokens, state.length))
-        for index, row in enumerate(self._rows):
-            start = int(self.prompt_lengths[index])
-            row.read(tokens[index, start + row.num_read : int(lengths[index])].tolist())
-            self._emit(index, hold_back=max((len(stop) - 1 for stop in self.options.stop_strings), default=0))
-        return np.asarray([kept is not None for kept in self.num_kept])
+        return np.asarray([row.read(tokens[i], int(lengths[i])) for i, row in enumerate(self.rows)])
 
     def finish(self) -> None:
-        """Streams the text that was held back, once no more tokens come."""
-        for index, row in enumerate(self._rows):
+        for row in self.rows:
             row.finish()
-            self._emit(index, hold_back=0)
 
-    def _emit(self, index: int, hold_back: int) -> None:
-        row = self._rows[index]
-        end = len(row.text) - (hold_back if row.num_kept is None else 0)
-        if self.options.on_text and end > self._streamed[index]:
-            self.options.on_text(index, row.text[self._streamed[index] : end])
-            self._streamed[index] = end
+
+def needs_text(options: GenerateOptions) -> bool:
+    """Whether the text must be read between blocks of tokens."""
+    return bool(options.stop_strings or options.on_text)

@@ -22,7 +22,7 @@ from decodax.cli.app import app
 from decodax.cli.bench import weight_bytes_per_step
 from decodax.cli.generate import generate as generate_command
 from decodax.cli.methods import table
-from decodax.decoding.generation import Generation, Stats
+from decodax.decoding.generated import Generation, Stats
 from decodax.decoding.options import GenerateOptions
 from tests.golden_files import load_golden
 

@@ -15,7 +15,7 @@ from decodax import program_cache
 from decodax.core.arguments import choice, flag, folder_name, instance, shown
 from decodax.decoding.adapted import adapter_list, split_adapters, with_adapter
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights
-from decodax.decoding.generation import Generation
+from decodax.decoding.generated import Generation
 from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.programs import bounded_jit
@@ -145,6 +145,7 @@ def generate(
     draft_tokens: int | Literal["auto"] | None = None,
     on_text: Callable[[int, str], Any] | None = None,
     block_tokens: int | None = 16,
+    batch_size: int | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
     chat_template: str | None = None,
@@ -191,7 +192,9 @@ def generate(
     draft_tokens: tokens per draft (in a tree: nodes after the root); None for the strategy's default; "auto" lets a
         strategy that can choose by measured times, and fall back to plain decoding, with a warning, where none pays.
     on_text: called as `on_text(row, piece)` with new text as blocks of tokens arrive (streaming).
-    block_tokens: tokens between two looks at the output, where stop strings or `on_text` need them.
+    block_tokens: tokens between two looks at the output, where stop strings, `on_text` or `batch_size` need them.
+    batch_size: rows that run at once, however many prompts there are; a row that ends is refilled with the next prompt.
+        None: all in one batch.
     tools: for conversations: JSON schemas of functions that the model may call.
     documents: for conversations: mappings with "title" and "text", that the answer is to rest on.
     chat_template: for conversations: a template of Jinja, or the name of one of the model's; None for the usual one.

@@ -15,7 +15,7 @@ from decodax.cli import chat as chats
 from decodax.cli import hosts, session
 from decodax.cli.prompts import as_text, read_prompts
 from decodax.cli.signatures import insert_options
-from decodax.decoding.generation import Generation, Stats
+from decodax.decoding.generated import Generation, Stats
 from decodax.decoding.logits_processors import METHODS as PROCESSORS
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.ready_strategy import strategy_from_text
