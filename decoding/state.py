@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from decodax.core import pytree
 from decodax.decoding.draft_counts import DraftCounts
@@ -57,7 +57,8 @@ class DecodeState:
     limit: the length at which a row is finished.
     failed: rows whose logits became NaN or infinite: they are `done`, and nothing was written for the step that failed.
     layer_counts: the layers that the loop ran.
-    layer_policy: what a layer policy carries from step to step (`decoding/early_exit/`).
+    layer_policy: what a layer policy carries from step to step (`decoding/early_exit/`): one array for all rows, or a
+        class whose arrays declare their axes.
     draft: what a drafter carries from round to round; None until a strategy that drafts has started.
     counts: of its draft tokens, proposed and accepted; None until then.
     started_by: the kind and the sizes of the drafter whose state `draft` is.
@@ -76,7 +77,7 @@ class DecodeState:
     sampling: Sampling
     num_target_forwards: Int[Array, ""]
     layer_counts: LayerCounts
-    layer_policy: Any = ()
+    layer_policy: Shaped[Array, "B I"] | Any = ()
     draft: Any = None
     counts: DraftCounts | None = None
     started_by: str | None = pytree.static(default=None)
