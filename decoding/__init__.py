@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from decodax.decoding.chunked_prefill import prefill as prefill
     from decodax.decoding.chunked_prefill import prefill_chunk as prefill_chunk
     from decodax.decoding.options import GenerateOptions as GenerateOptions
+    from decodax.decoding.rows import put_rows as put_rows
+    from decodax.decoding.rows import take_rows as take_rows
     from decodax.decoding.sampling import Sampling as Sampling
     from decodax.decoding.speculative_decoding import Speculative as Speculative
     from decodax.decoding.speculative_decoding import speculative as speculative
@@ -35,7 +37,9 @@ __getattr__, __dir__ = exports(
         "empty_state": "state",
         "prefill": "chunked_prefill",
         "prefill_chunk": "chunked_prefill",
+        "put_rows": "rows",
         "speculative": "speculative_decoding",
+        "take_rows": "rows",
         "verifiers": "",
     },
 )

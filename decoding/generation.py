@@ -51,7 +51,9 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
         assert_same_on_all_processes(lm.model.execution.mesh, _run_fingerprint(lm, rows, options))
     sampling = options.sampling(len(rows), lm.config.vocab_size, ends)
     if options.batch_size is not None and len(seeds) > options.batch_size:
-        return generate_refilled(lm, rows, options, Settings(seeds, sampling, ends))
+        return generate_refilled(
+            lm, rows, options, Settings(seeds, sampling, ends, np.full(len(rows), options.max_new_tokens))
+        )
     plan = ReadyStrategy(lm, options, len(seeds))
     check_step_fits(lm.model, len(seeds), plan.step_tokens, plan.num_logits_arrays(sampling))
     lengths = np.asarray([len(ids) for ids in rows], np.int32)

@@ -29,6 +29,7 @@ from decodax.sharding.host import to_host
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
 
+DEFAULT_BATCH = 16  # rows, where nothing is asked for
 _SHARE = 8  # rows are refilled once one in so many is free: reading prompts costs a forward, however few they are
 
 
@@ -39,11 +40,13 @@ class Settings:
     seeds: of every sample of every prompt.
     sampling: of every prompt.
     end_tokens: the ids that end a row.
+    new_tokens: most tokens to add to every prompt.
     """
 
     seeds: np.ndarray
     sampling: Sampling
     end_tokens: tuple[int, ...]
+    new_tokens: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def generate_refilled(
         [row.logprobs for row in finished],
         [row.finish_reason for row in finished],
         [row.seed for row in finished],
-        runner.stats(sum(map(len, prompts)), finished),
+        runner.stats(sum(map(len, prompts)), [(len(row.tokens), row.num_cut_tokens) for row in finished]),
     )
 
 
@@ -99,10 +102,10 @@ class RefilledBatch:
         self._lm, self._options, self._settings = lm, options, settings
         self._prompts = [ids for ids in prompts for _ in range(options.n)]
         context, lengths = lm.config.max_position_embeddings, np.asarray([len(ids) for ids in self._prompts])
-        self._new = np.minimum(min(options.max_new_tokens, context), context - lengths)
+        self._new = np.minimum(np.repeat(settings.new_tokens, options.n), context - lengths)
         # The longest first: what they leave of the buffers is then known to suffice for all.
         self._waiting = deque(np.argsort(-lengths, kind="stable").tolist())
-        self._batch = min(options.batch_size, len(self._prompts))
+        self._batch = min(options.batch_size or DEFAULT_BATCH, len(self._prompts))
         self._capacity = cache_capacity(int(np.max(lengths + self._new)), lm.model.execution)
         self._plan = ReadyStrategy(lm, options, self._batch)
         arrays = self._plan.num_logits_arrays(settings.sampling)
@@ -130,14 +133,17 @@ class RefilledBatch:
                 watchers |= {slot: self._watcher(row) for slot, row in zip(free, joining, strict=False)}
         self._state = state
 
-    def stats(self, num_prompt_tokens: int, finished: list[FinishedRow]) -> Stats:
-        """The counts and times of the run, once it has ended."""
+    def stats(self, num_prompt_tokens: int, finished: list[tuple[int, int]]) -> Stats:
+        """The counts and times of the run, once it has ended.
+
+        finished: of every row, its tokens and those that were cut off.
+        """
         state, plan, counts = self._state, self._plan, self._counts
         assert state is not None
         layers = to_host(state.layer_counts)
         return Stats(
             num_prompt_tokens=num_prompt_tokens * self._options.n,
-            num_new_tokens=sum(len(row.tokens) for row in finished),
+            num_new_tokens=sum(new for new, _ in finished),
             prefill_forwards=counts.prefill_forwards,
             target_forwards=int(state.num_target_forwards) - self._first_forwards,
             prefill_seconds=counts.prefill_seconds,
@@ -147,7 +153,7 @@ class RefilledBatch:
             num_layers=self._lm.config.num_layers,
             layer_forwards=int(layers.batch),
             row_layers=counts.row_layers,
-            num_cut_tokens=sum(row.num_cut_tokens for row in finished),
+            num_cut_tokens=sum(cut for _, cut in finished),
             fallback=plan.fallback,
             kernels=kernels_of(self._lm, plan, state, max(map(len, self._prompts))),
             **draft_counts_of(state),
@@ -189,9 +195,7 @@ class RefilledBatch:
         places[: len(slots)] = slots
         return put_rows_in_place(self._plan.constrained, state, places, fresh)
 
-    def _ended(
-        self, state: DecodeState, watchers: dict[int, RowWatcher]
-    ) -> tuple[DecodeState, list[FinishedRow]]:
+    def _ended(self, state: DecodeState, watchers: dict[int, RowWatcher]) -> tuple[DecodeState, list[FinishedRow]]:
         """The state in which rows with a stop string are done, and the rows that ended, which leave `watchers`."""
         done, lengths = to_host((state.done, state.length))
         is_done = np.array(done)

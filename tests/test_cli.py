@@ -51,6 +51,7 @@ PASSED_ON = {
     "draft": (["--draft", "some/folder"], "some/folder"),
     "draft_tokens": (["--draft-tokens", "6"], 6),
     "block_tokens": (["--block-tokens", "5"], 5),
+    "batch_size": (["--batch-size", "3"], 3),
 }
 
 
@@ -102,6 +103,7 @@ def test_the_command_has_every_option_of_the_library_and_no_other():
     own = {"prompts", "file", "model", "dtype", "invariant", "adapter", "compilation_cache", "as_json", "debug"}
     own |= {"mesh", "distributed", "num_processes", "process_id", "join_timeout"}  # options of devices and processes
     parameters = set(inspect.signature(generate_command).parameters)
+    own |= {"source", "target"}  # tests/test_cli_prompt_files.py
     own |= {"chat", "system"}  # what makes messages of prompts; none of them is the model's own, to be continued
     only_in_programs = {"on_text", "logits_processors", "continue_final_message"}
     assert parameters - own == {field.name for field in dataclasses.fields(GenerateOptions)} - only_in_programs

@@ -98,7 +98,11 @@ def test_a_failed_row_leaves_the_others(monkeypatch):
     prompts = [[t for t in prompt if t != PROMPTS[2][0]] or [1] for prompt in PROMPTS]
     prompts[2] = PROMPTS[2]
     out = decodax.generate(
-        dataclasses.replace(lm, params=broken), prompts, batch_size=3, max_new_tokens=6, logit_bias={PROMPTS[2][0]: -1e9}
+        dataclasses.replace(lm, params=broken),
+        prompts,
+        batch_size=3,
+        max_new_tokens=6,
+        logit_bias={PROMPTS[2][0]: -1e9},
     )
     assert [index for index, reason in enumerate(out.finish_reasons) if reason == "failed"] == [2]
 

@@ -1,4 +1,4 @@
-"""Rows that are repeated, taken and put are those of prompts that were prefilled so, for every kind of model and cache."""
+"""Rows that are repeated, taken and put are those of prompts prefilled so, for every kind of model and cache."""
 
 import dataclasses
 
@@ -74,9 +74,7 @@ def test_a_row_that_joins_others_on_their_way_is_the_row_alone(kind):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.quick_cases(1)
 def test_what_is_taken_and_put_back_changes_nothing(kind):
-    state = jax.jit(decoding.autoregressive(model_of(kind)))(
-        params_of(kind), start(kind, np.arange(3), SEEDS[:3]), 5
-    )
+    state = jax.jit(decoding.autoregressive(model_of(kind)))(params_of(kind), start(kind, np.arange(3), SEEDS[:3]), 5)
     rows = np.array([2, 0])
     taken = take_rows(state, rows)
     np.testing.assert_array_equal(taken.tokens, np.asarray(state.tokens)[rows])

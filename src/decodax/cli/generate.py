@@ -12,7 +12,7 @@ import typer
 
 import decodax
 from decodax.cli import chat as chats
-from decodax.cli import hosts, session
+from decodax.cli import hosts, prompt_files, session
 from decodax.cli.prompts import as_text, read_prompts
 from decodax.cli.signatures import insert_options
 from decodax.decoding.generated import Generation, Stats
@@ -31,6 +31,9 @@ def generate(
     file: Annotated[
         list[str] | None, typer.Option(help="A file with one prompt, whole (may be repeated); - is stdin.")
     ] = None,
+    source: prompt_files.Input = None,
+    target: prompt_files.Output = None,
+    batch_size: prompt_files.BatchSize = None,
     chat: chats.Chat = False,
     system: chats.System = None,
     model: session.ModelName = None,
@@ -100,9 +103,12 @@ def generate(
             draft=draft,
             draft_tokens=_read_draft_tokens(draft_tokens),
             block_tokens=block_tokens,
+            batch_size=batch_size,
             **chats.read_options(chat, system, tools, documents, chat_template, chat_template_kwargs),
         )
-        texts = read_prompts(prompts or [], file or [])
+        prompt_files.check(source, target, [*(prompts or []), *(file or [])], n, distributed is not None)
+        texts = [] if source is not None else read_prompts(prompts or [], file or [])
+        before = None if system is None else as_text(system, "--system")
         with hosts.rendezvous(distributed, num_processes, process_id, join_timeout, mesh):
             lm = decodax.load(
                 model,
@@ -112,8 +118,11 @@ def generate(
                 adapter=adapter,
                 compilation_cache=compilation_cache,
             )
-            _check_values(lm, options, len(texts))
-            asked = chats.conversations(texts, None if system is None else as_text(system, "--system"))
+            _check_values(lm, options, len(texts) or 1)
+            if source is not None and target is not None:
+                prompt_files.run(lm, source, target, options, chat=chat, system=before)
+                return
+            asked = chats.conversations(texts, before)
             _run(lm, texts, asked if chat else texts, options, as_json)
 
 
