@@ -103,8 +103,8 @@ class RefilledBatch:
         self._prompts = [ids for ids in prompts for _ in range(options.n)]
         context, lengths = lm.config.max_position_embeddings, np.asarray([len(ids) for ids in self._prompts])
         self._new = np.minimum(np.repeat(settings.new_tokens, options.n), context - lengths)
-        # The longest first: what they leave of the buffers is then known to suffice for all.
-        self._waiting = deque(np.argsort(-lengths, kind="stable").tolist())
+        # The longest first, so that the last rows to end are short ones.
+        self._waiting = deque(np.argsort(-(lengths + self._new), kind="stable").tolist())
         self._batch = min(options.batch_size or DEFAULT_BATCH, len(self._prompts))
         self._capacity = cache_capacity(int(np.max(lengths + self._new)), lm.model.execution)
         self._plan = ReadyStrategy(lm, options, self._batch)
@@ -118,20 +118,28 @@ class RefilledBatch:
         """Every row as it ends."""
         rows = [self._waiting.popleft() for _ in range(self._batch)]
         state, watchers = self._read(rows, self._batch), {slot: self._watcher(row) for slot, row in enumerate(rows)}
+        length = np.asarray([len(self._prompts[row]) for row in rows])
         self._first_forwards = self._counts.prefill_forwards
         pace = Pace(self._lm.model.execution.mesh, self._counts.prefill_seconds / max(self._first_forwards, 1))
         while watchers:
-            block = self._options.block_tokens if self._waiting or needs_text(self._options) else UNLIMITED
-            state = decode_block(self._plan, state, block, pace)
+            state = decode_block(self._plan, state, self._block_tokens(watchers, length), pace)
             self._counts.decode_seconds += self._counts.clock.lap()
-            state, finished = self._ended(state, watchers)
+            state, length, finished = self._ended(state, watchers)
             yield from finished
             free = [slot for slot in range(self._batch) if slot not in watchers]
             if self._waiting and (len(free) * _SHARE >= self._batch or not watchers):
                 joining = [self._waiting.popleft() for _ in free[: len(self._waiting)]]
                 state = self._refill(state, free[: len(joining)], joining)
                 watchers |= {slot: self._watcher(row) for slot, row in zip(free, joining, strict=False)}
+                length[free[: len(joining)]] = [len(self._prompts[row]) for row in joining]
         self._state = state
+
+    def _block_tokens(self, watchers: dict[int, RowWatcher], length: np.ndarray) -> int:
+        """Tokens until the next look: where rows wait, no more than the first row to end at its limit still takes."""
+        if not self._waiting:
+            return self._options.block_tokens if needs_text(self._options) else UNLIMITED
+        left = (row.prompt_length + self._new[row.index] - length[slot] for slot, row in watchers.items())
+        return int(min(self._options.block_tokens, *left))
 
     def stats(self, num_prompt_tokens: int, finished: list[tuple[int, int]]) -> Stats:
         """The counts and times of the run, once it has ended.
@@ -195,12 +203,17 @@ class RefilledBatch:
         places[: len(slots)] = slots
         return put_rows_in_place(self._plan.constrained, state, places, fresh)
 
-    def _ended(self, state: DecodeState, watchers: dict[int, RowWatcher]) -> tuple[DecodeState, list[FinishedRow]]:
-        """The state in which rows with a stop string are done, and the rows that ended, which leave `watchers`."""
+    def _ended(
+        self, state: DecodeState, watchers: dict[int, RowWatcher]
+    ) -> tuple[DecodeState, np.ndarray, list[FinishedRow]]:
+        """The state in which rows with a stop string are done, all lengths, and the rows that ended.
+
+        Those leave `watchers`.
+        """
         done, lengths = to_host((state.done, state.length))
-        is_done = np.array(done)
+        is_done, lengths = np.array(done), np.array(lengths)
         if not is_done[list(watchers)].any() and not needs_text(self._options):
-            return state, []
+            return state, lengths, []
         tokens, logprobs, failed, layers = to_host((state.tokens, state.logprobs, state.failed, state.layer_counts.row))
         finished = []
         for slot, watcher in list(watchers.items()):
@@ -217,4 +230,4 @@ class RefilledBatch:
             finished.append(FinishedRow(watcher.index, new, scores, watcher.text, reason, seed, length - end))
             self._counts.row_layers += int(layers[slot])
             del watchers[slot]
-        return dataclasses.replace(state, done=state.done | is_done), finished
+        return dataclasses.replace(state, done=state.done | is_done), lengths, finished
