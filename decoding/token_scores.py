@@ -21,7 +21,6 @@ from decodax.decoding.continuations import Continuation
 from decodax.decoding.programs import bounded_jit
 from decodax.decoding.sampling import token_logprob
 from decodax.decoding.sizes import cache_capacity, check_cache_fits, chunk_tokens
-from decodax.decoding.state import HostOrDevice
 from decodax.decoding.top_tokens import argmax_token
 from decodax.models.model import Model, Params
 from decodax.sharding.host import to_host
@@ -92,9 +91,9 @@ def score_chunk(
     block: int,
     params: Params,
     state: ScoringState,
-    tokens: Int[HostOrDevice, "B S"],
-    length: Int[HostOrDevice, " B"],
-    first: Int[HostOrDevice, " B"],
+    tokens: Int[Array, "B S"],
+    length: Int[Array, " B"],
+    first: Int[Array, " B"],
     start: Int[Array, ""] | int,
 ) -> tuple[ScoringState, Float32[Array, "B T"], Bool[Array, "B T"]]:
     """Runs tokens start .. start + chunk - 1 of every row, and scores the token after each of them.

@@ -16,6 +16,7 @@ from decodax.decoding import token_scores as chunks
 from decodax.decoding.scoring import Perplexity, Score, perplexity
 from decodax.models.load import LanguageModel
 from tests import model_kinds
+from tests.golden_files import load_golden
 from tests.tiny import tiny_model
 
 # float32 logits of at most 20: an exp-sum of V of them and a difference, each rounded to 1e-6 of that, and the layers'.
@@ -89,6 +90,17 @@ def test_every_kind_of_model_in_chunks(kind, monkeypatch):
     check(score(lm, batch_size=4), logits_at_once(lm))
 
 
+@pytest.mark.parametrize("case", ["llama", "phi3_longrope"])
+def test_logits_of_transformers(case):
+    """With longrope the angles of all tokens depend on the length of the row."""
+    golden = load_golden(case)
+    lm, rows = decodax.load(golden.folder), list(zip(golden.tokens, golden.length, golden.logits, strict=True))
+    rows = [(tokens[:length], logits[:length]) for tokens, length, logits in rows if length > 1]
+    found = score(lm, [tokens[:1] for tokens, _ in rows], [tokens[1:] for tokens, _ in rows])
+    of_row = {tokens.tobytes(): logits for tokens, logits in rows}
+    check(found, lambda row: of_row[row.tobytes()], [tokens for tokens, _ in rows], [1] * len(rows), tolerance=1e-4)
+
+
 @cache
 def plain():
     return score()
@@ -116,14 +128,15 @@ def test_batches_of_any_size_and_rows_alone_are_alike():
 
 
 def test_chunks_and_blocks_of_logits_change_nothing(monkeypatch):
-    text = RANDOM.integers(0, 37, 211)
-    (whole,) = score(prompts=[text[:5]], continuations=[text[5:]])
+    texts = [RANDOM.integers(0, 37, size) for size in (211, 190)]
+    rows = {"prompts": [text[:5] for text in texts], "continuations": [text[5:] for text in texts]}
+    whole = score(**rows)
     for chunk, positions in ((16, 512), (64, 4), (112, 7), (512, 1)):
         monkeypatch.setattr(chunks, "MAX_CHUNK_TOKENS", chunk)
-        monkeypatch.setattr(chunks, "LOGITS_BYTES", 4 * 37 * positions)
-        (found,) = score(prompts=[text[:5]], continuations=[text[5:]])
-        np.testing.assert_allclose(found.token_logprobs, whole.token_logprobs, atol=TOLERANCE, rtol=0)
-        assert found.num_tokens == 206
+        monkeypatch.setattr(chunks, "LOGITS_BYTES", 4 * 2 * 37 * positions)
+        for one, other, num_tokens in zip(score(**rows), whole, (206, 185), strict=True):
+            np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=TOLERANCE, rtol=0)
+            assert one.num_tokens == num_tokens
 
 
 def test_what_generate_writes_is_greedy_and_nothing_else():
@@ -149,10 +162,13 @@ def test_a_score_sums_its_tokens():
 def test_numbers_that_are_not_finite_stay_in_their_row(monkeypatch):
     monkeypatch.setattr(chunks, "MAX_CHUNK_TOKENS", 16)
     broken = dataclasses.replace(LM, params=PARAMS | {"embedding": PARAMS["embedding"].at[36].set(jnp.nan)})
-    prompts, continuations = [[36, *range(30)], [*range(31)], [5] * 20], [[3, 4], [3, 4], [3, 36]]
+    # The argmax of NaN is the last token, 36, which is no reason to call it greedy.
+    prompts = [[36, *range(30)], [36], [*range(31)], [5] * 20]
+    continuations = [[3, 4], [36, 36], [3, 4], [3, 36]]
     found, whole = score(broken, prompts, continuations), score(LM, prompts, continuations)
-    assert np.isnan(found[0].token_logprobs).all() and np.isnan(found[0].logprob) and not found[0].is_greedy
-    for row in (1, 2):  # the last token is not run
+    for row in (0, 1):
+        assert np.isnan(found[row].token_logprobs).all() and np.isnan(found[row].logprob) and not found[row].is_greedy
+    for row in (2, 3):  # the last token is not run
         np.testing.assert_allclose(found[row].token_logprobs, whole[row].token_logprobs, atol=TOLERANCE, rtol=0)
 
 
