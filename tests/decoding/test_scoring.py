@@ -1,6 +1,7 @@
 """Scores are the log-softmax of the logits, in float64, whatever the batch, the chunks and the kind of the model."""
 
 import dataclasses
+import doctest
 import inspect
 import re
 from functools import cache
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import decodax
+from decodax.decoding import scoring
 from decodax.decoding import token_scores as chunks
 from decodax.decoding.scoring import Perplexity, Score, perplexity
 from decodax.models.load import LanguageModel
@@ -207,6 +209,7 @@ def test_perplexity_has_defaults_and_an_end():
     found = perplexity(LM, ids)
     assert (found.num_tokens, found.context, found.stride) == (4, CONTEXT, CONTEXT // 2)
     assert Perplexity(1, 1e4, 2, 1).perplexity == np.inf
+    assert doctest.testmod(scoring).failed == 0
 
 
 @pytest.mark.parametrize(
