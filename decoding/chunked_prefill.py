@@ -247,12 +247,35 @@ def commit_chunk(
     tokens, length: every row's buffer, and how much of it is filled.
     skip: rows for which nothing is written.
     """
+    window, position = chunk_of(tokens, start, chunk)
+    updates, finite_check = run(caches, window, position, jnp.maximum(length[:, None], 1))
+    return commit_finite(caches, updates, finite_check, length, start, skip=skip)
+
+
+def chunk_of(
+    tokens: Int[Array, "B S"], start: Int[Array, ""] | int, chunk: int
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Tokens start .. start + chunk - 1 of every row, and their positions."""
     offset = start + jnp.arange(chunk, dtype=jnp.int32)
     # A chunk may reach past the buffer; those columns repeat the last token and are not committed.
     window = jnp.take(tokens, jnp.minimum(offset, tokens.shape[1] - 1), axis=1)
-    position = jnp.broadcast_to(offset, window.shape)
-    updates, finite_check = run(caches, window, position, jnp.maximum(length[:, None], 1))
-    is_new = is_prefilled(length, start, chunk)
+    return window, jnp.broadcast_to(offset, window.shape)
+
+
+def commit_finite(
+    caches: tuple[Any, ...],
+    updates: tuple[Any, ...],
+    finite_check: Float[Array, "B T D"],
+    length: Int[Array, " B"],
+    start: Int[Array, ""] | int,
+    *,
+    skip: Bool[Array, " B"],
+) -> tuple[tuple[Any, ...], Bool[Array, " B"]]:
+    """The caches after a chunk that begins at `start` has run, and which rows are finite; as `commit_chunk`.
+
+    updates, finite_check: what the forward gave.
+    """
+    is_new = is_prefilled(length, start, finite_check.shape[1])
     finite = jnp.all(jnp.isfinite(finite_check) | ~is_new[..., None], axis=(1, 2))
     # A value that is not finite in a cache shows in the layers after it. The last layer has none.
     finite = finite & _rows_are_finite(updates[-1], is_new)

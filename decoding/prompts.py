@@ -1,6 +1,6 @@
 """Encodes prompts as token ids: one prompt or many, each a text, a conversation or token ids."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def encode_prompts(
     Raises ValueError, with the prompt's index, for other types, empty prompts, a prompt that mixes messages with other
     things, or ids outside the vocabulary; and for options of conversations where there is none.
     """
-    entries = _one_or_many(prompts)
+    entries = one_or_many("prompts", prompts, _KINDS)
     options = dict(chat_options or {})
     if options and not any(_is_conversation(entry) for entry in entries):
         raise ValueError(
@@ -44,15 +44,20 @@ def encode_prompts(
     return rows
 
 
-def _one_or_many(prompts: Any) -> list[Any]:
-    """The prompts, each of them a text or a list; all else is left as it is, to be refused by its index."""
+def one_or_many(name: str, prompts: Any, kinds: str) -> list[Any]:
+    """The prompts, each of them a text or a list; all else is left as it is, to be refused by its index.
+
+    name: of the argument.
+    prompts: what the user passed.
+    kinds: what one of them can be, for the error.
+    """
     found = plain(prompts)
     if isinstance(found, str):
         return [found]
     entries = in_order(found)
     if entries is None:
         hint = "; a message alone is no prompt, a list of messages is" if isinstance(found, Mapping) else ""
-        raise refusal("prompts", f"{_KINDS}, or a list of such prompts", prompts, hint)
+        raise refusal(name, f"{kinds}, or a list of such {name}", prompts, hint)
     if entries and (is_integer(entries[0]) or isinstance(entries[0], Mapping)):
         return [entries]
     # An iterator ends at its first use.
@@ -67,7 +72,7 @@ def _is_conversation(prompt: Any) -> bool:
 def _encode(lm: "LanguageModel", prompt: Any, name: str, chat_options: dict[str, Any]) -> np.ndarray:
     is_text = isinstance(prompt, str) or _is_conversation(prompt)
     if isinstance(prompt, str):
-        ids = _tokenizer(lm).encode(text(name, prompt))
+        ids = require_tokenizer(lm).encode(text(name, prompt))
     elif _is_conversation(prompt):
         ids = _encode_conversation(lm, prompt, name, chat_options)
     elif isinstance(prompt, list) and all(map(is_integer, prompt)):
@@ -76,9 +81,7 @@ def _encode(lm: "LanguageModel", prompt: Any, name: str, chat_options: dict[str,
         raise refusal(name, _KINDS, prompt)
     if not ids:
         raise ValueError(f"{name} is empty: it must hold at least one token")
-    outside = next((token for token in ids if not 0 <= token < lm.config.vocab_size), None)
-    if outside is not None:
-        raise ValueError(_outside(lm, name, outside, is_text=is_text))
+    check_vocabulary(lm, name, ids, is_text=is_text)
     return np.asarray(ids, np.int64)
 
 
@@ -91,24 +94,33 @@ def _encode_conversation(
     options = {name: value for name, value in chat_options.items() if name != "chat_template_kwargs"}
     variables = chat_options.get("chat_template_kwargs", {})
     is_continued = bool(options.get("continue_final_message"))
-    tokenizer = _tokenizer(lm)
+    tokenizer = require_tokenizer(lm)
     try:
         return tokenizer.encode_chat(messages, add_generation_prompt=not is_continued, **options, **variables)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _tokenizer(lm: "LanguageModel") -> Tokenizer:
+def require_tokenizer(lm: "LanguageModel") -> Tokenizer:
+    """The model's tokenizer; ValueError where it has none."""
     if lm.tokenizer is None:
         raise ValueError(no_tokenizer_message(lm.path, "pass token ids instead of text"))
     return lm.tokenizer
 
 
-def _outside(lm: "LanguageModel", name: str, token: int, *, is_text: bool) -> str:
+def check_vocabulary(lm: "LanguageModel", name: str, ids: Sequence[int], *, is_text: bool) -> None:
+    """Raises ValueError for a token id outside the model's vocabulary.
+
+    name: of what holds the ids.
+    is_text: whether the tokenizer gave them.
+    """
+    outside = next((token for token in ids if not 0 <= token < lm.config.vocab_size), None)
+    if outside is None:
+        return
     last = lm.config.vocab_size - 1
     if not is_text or lm.tokenizer is None:
-        return f"{name}: token ids must be in 0..{last} (the vocabulary), got {shown(token)}"
-    return (
-        f"{name} holds {shown(lm.tokenizer.backend.id_to_token(token))}, which is token {token} in the tokenizer of "
-        f"{printable(lm.path)}, but the model's vocabulary ends at {last}: leave it out of the text"
+        raise ValueError(f"{name}: token ids must be in 0..{last} (the vocabulary), got {shown(outside)}")
+    raise ValueError(
+        f"{name} holds {shown(lm.tokenizer.backend.id_to_token(outside))}, which is token {outside} in the tokenizer "
+        f"of {printable(lm.path)}, but the model's vocabulary ends at {last}: leave it out of the text"
     )

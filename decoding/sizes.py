@@ -99,9 +99,18 @@ def check_step_fits(model: Model, batch_size: int, num_tokens: int, num_arrays: 
 
 
 def check_cache_fits(
-    model: Model, batch_size: int, capacity: int, dtype: DTypeLike, policy: CachePolicy = KVCache
+    model: Model,
+    batch_size: int,
+    capacity: int,
+    dtype: DTypeLike,
+    policy: CachePolicy = KVCache,
+    *,
+    remedy: str | None = None,
 ) -> None:
-    """Raises MemoryError, with what would fit, when a cache of this size is larger than the free memory."""
+    """Raises MemoryError, with what would fit, when a cache of this size is larger than the free memory.
+
+    remedy: what the error says to do, where it is not a generation's cache.
+    """
     needed, free = cache_bytes(model, batch_size, capacity, dtype, policy), free_bytes()
     if free is None or needed <= free:
         return
@@ -110,7 +119,7 @@ def check_cache_fits(
     per_token = (needed - of_one_token) // max(capacity - 1, 1)
     num_tokens = 1 + (free - of_one_token) // per_token if per_token else 0
     shorter = f"{num_tokens:,} tokens (prompt and output) in each of {batch_size} rows, or " if num_tokens > 0 else ""
-    remedy = "lower max_new_tokens, shorten or split the batch" if shorter else "split the batch"
+    remedy = remedy or ("lower max_new_tokens, shorten or split the batch" if shorter else "split the batch")
     raise MemoryError(
         f"the cache for {batch_size} rows of {capacity} tokens needs {needed:,} bytes, and {free:,} are free. "
         f"That holds {shorter}{free * batch_size // needed:,} rows of {capacity}: {remedy}."

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from decodax import layers as layers
     from decodax import models as models
     from decodax import sharding as sharding
-    from decodax.api import Generation, LanguageModel, generate, load, logits
+    from decodax.api import Generation, LanguageModel, Score, generate, load, logits, score
 
-__all__ = ["Generation", "LanguageModel", "__version__", "decoding", "generate", "load", "logits"]
+__all__ = ["Generation", "LanguageModel", "Score", "__version__", "decoding", "generate", "load", "logits", "score"]
 
 _PACKAGES = ("decoding", "kernels_pallas", "layers", "models", "sharding")
-_OF_API: dict[str, str] = dict.fromkeys(("Generation", "LanguageModel", "generate", "load", "logits"), "api")
+_OF_API: dict[str, str] = dict.fromkeys(
+    ("Generation", "LanguageModel", "Score", "generate", "load", "logits", "score"), "api"
+)
 
 __getattr__, __dir__ = exports(__name__, {**dict.fromkeys(_PACKAGES, ""), **_OF_API})

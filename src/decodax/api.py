@@ -1,4 +1,4 @@
-"""Provides the functions most users need: load a model, generate with it, read its logits."""
+"""Provides the functions most users need: load a model, generate with it, read its logits, score texts."""
 
 import os
 import warnings
@@ -12,13 +12,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from decodax import program_cache
-from decodax.core.arguments import choice, flag, folder_name, instance, shown
+from decodax.core.arguments import choice, flag, folder_name, instance, shown, whole_number
 from decodax.decoding.adapted import adapter_list, split_adapters, with_adapter
 from decodax.decoding.auxiliary_weights import AuxiliaryWeights
 from decodax.decoding.generated import Generation
 from decodax.decoding.generation import generate as _generate
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.programs import bounded_jit
+from decodax.decoding.scoring import Score
+from decodax.decoding.scoring import score as _score
 from decodax.decoding.strategies import Speculation, Strategy
 from decodax.kernels_pallas.selection import IMPLEMENTATIONS, Implementation
 from decodax.layers.execution import Execution
@@ -28,11 +30,12 @@ from decodax.models.model import Model, Params
 from decodax.sharding.pipeline import ONE_CHUNK, Pipeline
 from decodax.sharding.rules import RULES, Rules
 
-__all__ = ["Generation", "LanguageModel", "generate", "load", "logits"]
+__all__ = ["Generation", "LanguageModel", "Score", "generate", "load", "logits", "score"]
 
 Messages = Sequence[Mapping[str, Any]]
 Ids = Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | Array
 Prompts = str | Sequence[str] | Ids | Messages | Sequence[Messages]
+TextsOrIds = str | Sequence[str] | Ids | Sequence[str | Sequence[int] | np.ndarray | Array]
 PerPrompt = float | Sequence[float | None] | np.ndarray | Array | None
 
 
@@ -253,3 +256,43 @@ def _logits(model: Model, params: Params, tokens: Int[Array, "B T"]) -> Float[Ar
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     row_length = jnp.full(tokens.shape, tokens.shape[1], jnp.int32)
     return model.logits(params, model.apply(params, tokens, position, row_length=row_length).hidden)
+
+
+def score(
+    lm: LanguageModel,
+    prompts: TextsOrIds,
+    continuations: TextsOrIds,
+    *,
+    per_token: bool | None = False,
+    batch_size: int | None = 16,
+) -> list[Score]:
+    """The log-probability of each continuation after its prompt, and whether greedy decoding would write it.
+
+    A prompt or a continuation is a text or a list of token ids, one of each or a list of as many of both. A text is
+    encoded together with its prompt, and white space between them counts as the continuation's, as in
+    lm-evaluation-harness. The tokenizer's start token comes before a prompt that is a text, and is all of an empty one.
+
+    per_token: give the log-probability of each token as well.
+    batch_size: rows that run at a time, those of similar length together; results do not depend on it but by rounding.
+    None for either means that it is not given.
+
+    Returns a `Score` per prompt: `.logprob` (in nats), `.num_tokens`, `.is_greedy` and `.token_logprobs`.
+    Raises ValueError, with the index, for what is no text or list of ids, for different counts, an empty continuation,
+    an empty prompt where the tokenizer has no start token, ids outside the vocabulary, and texts beyond the context.
+    Raises MemoryError when the cache would not fit.
+
+    >>> import decodax
+    >>> lm = decodax.load()
+    >>> right, wrong = decodax.score(lm, ["for i in"] * 2, [" range(", " banana("])
+    >>> right.logprob > wrong.logprob
+    True
+    """
+    _check_model(lm)
+    lm.require_weights()
+    return _score(
+        lm,
+        prompts,
+        continuations,
+        per_token=per_token is not None and flag("per_token", per_token),
+        batch_size=16 if batch_size is None else whole_number("batch_size", batch_size, least=1),
+    )

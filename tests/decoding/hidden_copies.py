@@ -21,6 +21,7 @@ from decodax.decoding.drafters import DraftModel, NoDraft
 from decodax.decoding.early_exit import SkipDecode
 from decodax.decoding.sampling import Sampling
 from decodax.decoding.state import empty_state
+from decodax.decoding.token_scores import ScoringState, score_chunk
 from decodax.decoding.verifiers import ExactMatch
 from decodax.layers.feed_forward import GatedMLPConfig
 from decodax.layers.kv_cache.full import KVCache, KVUpdate
@@ -102,6 +103,14 @@ def prefill(capacity):
     return problems(prefill_chunk.lower(model, None, chunk, params, state, start).compile(), capacity)
 
 
+def score(capacity):
+    model, params, state = abstract(capacity)
+    integers = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    rows = integers((BATCH, capacity)), integers((BATCH,)), integers((BATCH,)), integers(())
+    begun = ScoringState(state.caches, state.failed)
+    return problems(score_chunk.lower(model, 3, 1, params, begun, *rows).compile(), capacity)
+
+
 CHAIN, TREE = (-1, 0, 1, 2), (-1, 0, 0, 1)
 
 
@@ -181,6 +190,7 @@ def careless_loop():
 CASES = {
     **{f"decode loop, {capacity}": partial(decode_loop, capacity) for capacity in CAPACITIES},
     **{f"prefill, {capacity}": partial(prefill, capacity) for capacity in CAPACITIES},
+    "score, 896": partial(score, CAPACITIES[1]),
     "draft model's chain, 224": partial(speculative_loop, CHAIN, CAPACITIES[0]),
     "draft model's chain, 896": partial(speculative_loop, CHAIN, CAPACITIES[1]),
     "draft model's tree, 896": partial(speculative_loop, TREE, CAPACITIES[1]),

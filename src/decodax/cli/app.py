@@ -9,7 +9,7 @@ from decodax.cli import main as main
 from decodax.cli.late_commands import late_group
 from decodax.cli.prompts import PromptCommand
 
-COMMANDS = ("generate", "bench", "convert", "plan", "methods")
+COMMANDS = ("generate", "perplexity", "bench", "convert", "plan", "methods")
 TRAIN_COMMANDS = (
     "draft",
     "layer_skip",

@@ -35,8 +35,8 @@ def read_prompts(prompts: list[str], files: list[str]) -> list[str]:
         raise typer.BadParameter("stdin (-) can be read once, and was named several times")
     if not prompts and not files:
         raise typer.BadParameter("a prompt is needed: some text, --file FILE, or - for stdin")
-    given = [_read("-") if text == "-" else as_text(text, f"prompt {row}") for row, text in enumerate(prompts)]
-    return given + [_read(file) for file in files]
+    given = [read_text("-") if text == "-" else as_text(text, f"prompt {row}") for row, text in enumerate(prompts)]
+    return given + [read_text(file) for file in files]
 
 
 def as_text(argument: str, name: str) -> str:
@@ -52,10 +52,14 @@ def as_text(argument: str, name: str) -> str:
         raise typer.BadParameter(f"{name} must be text in UTF-8: {error}") from error
 
 
-def _read(file: str) -> str:
+def read_text(file: str, what: str = "a prompt") -> str:
+    """The text of a file, or of stdin (-); `what` is what errors call it.
+
+    Raises ValueError for a text that is not in UTF-8, or empty.
+    """
     name = "stdin" if file == "-" else os.fsencode(file).decode("utf-8", "backslashreplace")
     if file == "-" and sys.stdin is None:
-        raise ValueError("stdin is closed, so no prompt can be read from it (-): pass the prompt, or --file FILE")
+        raise ValueError(f"stdin is closed, so {what} cannot be read from it (-): name a file")
     content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
         text = content.decode("utf-8-sig")  # without the byte order mark of some editors
@@ -63,5 +67,5 @@ def _read(file: str) -> str:
         found = " (it looks like UTF-16)" if content.startswith(_UTF_16) else ""
         raise ValueError(f"{name} must be text in UTF-8{found}: {error}") from error
     if not text:
-        raise ValueError(f"{name} is empty: a prompt must hold some text")
+        raise ValueError(f"{name} is empty: {what} must hold some text")
     return text

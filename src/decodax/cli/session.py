@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import typer
@@ -18,6 +18,9 @@ from decodax.cli import hosts, streams
 from decodax.cli.interrupts import INTERRUPTED
 from decodax.cli.streams import READER_GONE
 from decodax.sharding.rules import MESH_AXES
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 FAILED = 1
 _SILENT_SECONDS = 1.0  # a shorter progress display only flickers
@@ -118,35 +121,60 @@ def bold(text: str) -> str:
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[], None]]:
     """Shows progress on stderr after one second; gives a function that ends the display early."""
+    with _progress(label, None) as display:
+        yield display.end
+
+
+@contextmanager
+def progress_of(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a bar on stderr after one second; gives a function that takes how much of `total` is done."""
+    with _progress(label, total) as display:
+        yield display.show_done
+
+
+@contextmanager
+def _progress(label: str, total: int | None) -> Iterator["_Display"]:
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield _Display()
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    display = Progress(*columns, console=Console(stderr=True), transient=True)
-    display.add_task(label, total=None)
-    lock, ended = threading.Lock(), threading.Event()
-
-    def show() -> None:
-        with lock:
-            if not ended.is_set():
-                display.start()
-
-    def end() -> None:
-        with lock:
-            ended.set()
-            display.stop()
-
-    timer = threading.Timer(_SILENT_SECONDS, show)
+    amount = () if total is None else (BarColumn(), TaskProgressColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), *amount, TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task(label, total=total)
+    display = _Display(bar)
+    timer = threading.Timer(_SILENT_SECONDS, display.start)
     timer.daemon = True
     timer.start()
     try:
-        yield end
+        yield display
     finally:
         timer.cancel()
-        end()
+        display.end()
+
+
+class _Display:
+    """A progress display that another thread may start; once ended, it does not start again. None shows nothing."""
+
+    def __init__(self, bar: "Progress | None" = None) -> None:
+        self._bar, self._lock, self._ended = bar, threading.Lock(), False
+
+    def start(self) -> None:
+        with self._lock:
+            if self._bar is not None and not self._ended:
+                self._bar.start()
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+            if self._bar is not None:
+                self._bar.stop()
+
+    def show_done(self, amount: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=amount)
 
 
 def versions() -> dict[str, str]:
