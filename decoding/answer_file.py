@@ -7,7 +7,7 @@ that was killed left there counts, but for a last line without an end.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from decodax.core.printable import printable
 
@@ -28,16 +28,22 @@ class AnswerFile:
         """
         self._path, self._partial = path, path.with_name(f"{path.name}.partial")
         self._places: dict[int, tuple[int, int]] = {}
+        if path.is_dir():
+            raise ValueError(f"{printable(path)} is a folder: name a file in it")
         if not self._partial.exists():
             if path.exists():
                 raise ValueError(f"{printable(path)} exists already: name another file, or remove it")
             if not path.parent.is_dir():
                 raise ValueError(f"{printable(path.parent)} is no folder: make it, or name another place")
             self._partial.write_text(json.dumps({_RUN: run}) + "\n", "utf-8")
-        self._end = self._read(run)
-        with self._partial.open("r+b") as file:
-            file.truncate(self._end)
         self._file = self._partial.open("ab")
+        try:
+            _lock(self._file, self._partial)
+            self._end = self._read(run)
+            self._file.truncate(self._end)
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def done(self) -> set[int]:
@@ -59,7 +65,6 @@ class AnswerFile:
 
     def finish(self) -> None:
         """Writes the answers in their order, all at once, in place of the partial file."""
-        self.close()
         whole = self._path.with_name(f"{self._path.name}.whole")
         with self._partial.open("rb") as source, whole.open("wb") as target:
             for index in sorted(self._places):
@@ -70,6 +75,7 @@ class AnswerFile:
             os.fsync(target.fileno())
         whole.replace(self._path)
         self._partial.unlink()
+        self.close()
 
     def close(self) -> None:
         self._file.close()
@@ -101,3 +107,15 @@ class AnswerFile:
             self._partial.write_text(json.dumps({_RUN: run}) + "\n", "utf-8")
             end = self._partial.stat().st_size
         return end
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Raises ValueError where another process has the file; a lock ends with its process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where there is no such lock
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"another process writes {printable(path)}: wait for it, or name another file") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from decodax.decoding.answer_file import AnswerFile
@@ -16,9 +17,12 @@ from decodax.decoding.options import GenerateOptions
 from decodax.decoding.prompt_file import PromptLine, read_prompt_file
 from decodax.decoding.random import fold_seed
 from decodax.decoding.refilled import FinishedRow, RefilledBatch, Settings
+from decodax.sharding.host import to_host
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
+
+_SHOWN = 64  # numbers of a weight in the checksum of a run
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,10 @@ def _batch(lm: "LanguageModel", lines: list[PromptLine], options: GenerateOption
     }
     vocab_size, ends = lm.config.vocab_size, options.end_tokens(lm.end_token_ids, lm.config.vocab_size)
     seeds = [int(line.options.get("seed", fold_seed(options.seed, line.index))) % 2**32 for line in lines]
-    new = np.asarray([min(line.options.get("max_new_tokens", options.max_new_tokens), 2**31 - 1) for line in lines])
+    new = [int(min(line.options.get("max_new_tokens", options.max_new_tokens), 2**31 - 1)) for line in lines]
     sampling = dataclasses.replace(options, **per_line).sampling(len(lines), vocab_size, ends)
-    return RefilledBatch(
-        lm, [line.ids for line in lines], options, Settings(np.asarray(seeds, np.uint32), sampling, ends, new)
-    )
+    settings = Settings(np.asarray(seeds, np.uint32), sampling, ends, np.asarray(new))
+    return RefilledBatch(lm, [line.ids for line in lines], options, settings)
 
 
 def _answer(row: FinishedRow) -> dict[str, Any]:
@@ -111,5 +114,7 @@ def _run(lm: "LanguageModel", source: Path, options: GenerateOptions, *, chat: b
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     for name in ("on_text", "batch_size", "block_tokens"):  # which change no answer
         del values[name]
-    checksum.update(repr((values, chat, system, str(lm.path), str(lm.dtype), lm.config)).encode())
+    checksum.update(repr((values, chat, system, str(lm.path), str(lm.dtype), lm.model.invariant, lm.config)).encode())
+    for leaf in jax.tree.leaves(lm.params):  # a few numbers of each weight, which adapters change
+        checksum.update(np.asarray(to_host(leaf[(0,) * (leaf.ndim - 1)][:_SHOWN])).tobytes())
     return checksum.hexdigest()

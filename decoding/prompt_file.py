@@ -8,6 +8,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
 
 _PROMPTS = ("prompt", "messages", "tokens")
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
 _OF_LINES = ("max_new_tokens", "seed")  # beside the options of logits processors
 
 
@@ -53,12 +55,14 @@ def read_prompt_file(
     Raises ValueError for a file without any prompt.
     """
     lines, errors = [], {}
+    if not path.is_file():
+        raise FileNotFoundError(f"{printable(path)} is no file: prompts in JSON lines are expected")
     with path.open("rb") as file:
         for index, content in enumerate(line for line in file if line.strip()):
             try:
                 lines.append(_read_line(lm, index, content, options, chat=chat, system=system))
             except ValueError as error:
-                errors[index] = str(error)
+                errors[index] = str(error).replace("prompt 0", "the prompt", 1)
     if not lines and not errors:
         raise ValueError(f"{printable(path)} has no prompts: a JSON object on each line is expected")
     return lines, errors
@@ -71,14 +75,17 @@ def _read_line(
         entry = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {printable(error)}") from error
-    if not isinstance(entry, dict) or sum(name in entry for name in _PROMPTS) != 1:
+    if not isinstance(entry, dict) or sum(entry.get(name) is not None for name in _PROMPTS) != 1:
         raise ValueError(f"an object with one of {', '.join(_PROMPTS)} is expected, got {shown(entry)}")
+    named = {name: value for name, value in entry.items() if name not in _PROMPTS and value is not None}
     known = (*PROCESSORS, *_OF_LINES)
-    given = {name: _option(name, value) for name, value in entry.items() if name not in _PROMPTS}
-    if unknown := sorted(given.keys() - set(known)):
+    if for_all := sorted(named.keys() & {field.name for field in dataclasses.fields(options)} - set(known)):
+        raise ValueError(f"{for_all[0]} is for all lines: give it to the command, not to a line")
+    if unknown := sorted(named.keys() - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"a line has no option {printable(repr(unknown[0]))}: {hint}")
+    given = {name: _option(name, value) for name, value in named.items()}
     own = dataclasses.replace(options, **given)
     if given:
         with warnings.catch_warnings(action="ignore"):
@@ -98,18 +105,18 @@ def _option(name: str, value: Any) -> Any:
     if isinstance(value, list):
         raise ValueError(f"{printable(name)} must be one value, got {shown(value)}")
     if name == "logit_bias" and isinstance(value, dict):
-        return {int(token) if token.lstrip("-").isdecimal() else token: number for token, number in value.items()}
+        return {int(token) if _TOKEN_ID.fullmatch(token) else token: number for token, number in value.items()}
     return value
 
 
 def _ids(
     lm: "LanguageModel", entry: dict[str, Any], options: GenerateOptions, *, chat: bool, system: str | None
 ) -> list[np.ndarray]:
-    if "tokens" in entry:
+    if entry.get("tokens") is not None:
         if not isinstance(entry["tokens"], list):
             raise ValueError(f"tokens must be a list of token ids, got {shown(entry['tokens'])}")
         return encode_prompts(lm, [entry["tokens"]])
-    if "messages" in entry or chat:
+    if entry.get("messages") is not None or chat:
         messages = entry.get("messages")
         if messages is None:
             before = [] if system is None else [{"role": "system", "content": system}]

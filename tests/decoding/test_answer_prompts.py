@@ -1,5 +1,6 @@
 """A file of prompts is answered line by line as each prompt alone; cut off anywhere, the output is the same file."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ LINES = [
     *({"prompt": text, "max_new_tokens": 3 + 2 * index} for index, text in enumerate(TEXTS)),
     {"prompt": "the fox", "temperature": 0.8, "seed": 7},
     {"tokens": ids("brown"), "temperature": 1.1, "logit_bias": {"3": -50.0}},
-    {"prompt": "a", "temperature": 0.9},
+    {"prompt": "a", "temperature": 0.9, "seed": None, "max_new_tokens": None, "logit_bias": None, "messages": None},
 ]
 OPTIONS = GenerateOptions(max_new_tokens=8, batch_size=3, block_tokens=2, seed=5)
 
@@ -57,7 +58,8 @@ def test_every_answer_is_that_of_its_prompt_alone(finished):
     report, content = finished
     assert (report.num_lines, report.num_before, report.errors) == (7, 0, {})
     for index, (line, got) in enumerate(zip(LINES, map(json.loads, content.splitlines()), strict=True)):
-        given = {"max_new_tokens": 8, "seed": fold_seed(5, index)} | line
+        given = {"max_new_tokens": 8, "seed": fold_seed(5, index)}
+        given |= {name: value for name, value in line.items() if value is not None}
         prompt = given.pop("prompt", None) or given.pop("tokens")
         bias = {3: -50.0} if "logit_bias" in given else None
         alone = decodax.generate(LM, [prompt], **given | {"seed": [given["seed"]], "logit_bias": bias})
@@ -77,16 +79,18 @@ def test_cut_off_anywhere_the_output_is_the_same_file(finished, unfinished, tmp_
 
 BAD = {
     "no json": "no JSON: ",
+    '{"prompt": "a", "stop": ["x"]}': "stop is for all lines: give it to the command",
+    '{"prompt": "a", "logit_bias": {"--3": 1}}': "logit_bias: token ids must be in 0",
     "[1]": "an object with one of prompt, messages, tokens is expected",
     '{"prompt": "a", "tokens": [1]}': "an object with one of prompt, messages, tokens",
     '{"prompt": 3}': "prompt must be a text, got 3",
-    '{"prompt": ""}': "prompt 0 is empty",
+    '{"prompt": ""}': "the prompt is empty",
     '{"tokens": [99999]}': "token ids must be in 0",
     '{"tokens": "ab"}': "tokens must be a list of token ids",
     '{"messages": []}': "messages must be a list of messages",
     '{"messages": [{"role": "user", "content": "a"}]}': "has no chat template",
     '{"prompt": "a", "temprature": 1}': "has no option 'temprature': did you mean 'temperature'?",
-    '{"prompt": "a", "strategy": "medusa"}': "has no option 'strategy'",
+    '{"prompt": "a", "strategy": "medusa"}': "strategy is for all lines",
     '{"prompt": "a", "temperature": -1}': "temperature must be",
     '{"prompt": "a", "temperature": [0.5]}': "temperature must be one value",
     '{"prompt": "a", "max_new_tokens": 0}': "max_new_tokens must be a whole number",
@@ -136,6 +140,24 @@ class FullDisk:
 
     def close(self):
         self._file.close()
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    first = AnswerFile(tmp_path / "out.jsonl", "run")
+    first.add(1, {})
+    with pytest.raises(ValueError, match=r"another process writes .*out.jsonl.partial: wait for it, or name another"):
+        AnswerFile(tmp_path / "out.jsonl", "run")
+    first.add(0, {})
+    first.finish()
+    assert [json.loads(line)["index"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [0, 1]
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        AnswerFile(tmp_path, "run")
+
+
+def test_other_weights_are_another_run(unfinished, tmp_path):
+    params = {**LM.params, "embedding": LM.params["embedding"].at[0, 0].add(1e-3)}
+    with pytest.raises(ValueError, match="belongs to another input, model or options"):
+        answer_prompts(dataclasses.replace(LM, params=params), tmp_path / "in.jsonl", tmp_path / "out.jsonl", OPTIONS)
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch, finished):
