@@ -16,7 +16,7 @@ from decodax.decoding.chunked_prefill import prefill
 from decodax.decoding.generated import Generation, Stats
 from decodax.decoding.options import GenerateOptions
 from decodax.decoding.pace import Pace
-from decodax.decoding.prompts import encode_prompts
+from decodax.decoding.prompts import check_context, encode_prompts
 from decodax.decoding.ready_strategy import ReadyStrategy
 from decodax.decoding.refilled import Settings, generate_refilled
 from decodax.decoding.rows import repeat_rows
@@ -38,11 +38,7 @@ def generate(lm: "LanguageModel", prompts: Any, options: GenerateOptions) -> Gen
     rows = encode_prompts(lm, prompts, options.chat_options)
     context = lm.config.max_position_embeddings
     for index, ids in enumerate(rows):
-        if len(ids) >= context:
-            raise ValueError(
-                f"prompt {index} has {len(ids)} tokens, and the model's context of {context} leaves room for at most "
-                f"{context - 1} before a new one: shorten it"
-            )
+        check_context(lm, f"prompt {index}", ids)
     if options.stop_strings and lm.tokenizer is None:
         raise ValueError(no_tokenizer_message(lm.path, "use stop_token_ids instead of stop"))
     ends = options.end_tokens(lm.end_token_ids, lm.config.vocab_size)
@@ -139,12 +135,12 @@ def _result(
     layer_counts = to_host(state.layer_counts)
     new, scores, reasons = [], [], []
     for row, start in enumerate(watcher.prompt_lengths):
-        kept = watcher.rows[row].num_kept
-        end = int(lengths[row] if kept is None else start + kept)
+        end, reason = watcher.rows[row].end_of(
+            tokens[row], int(lengths[row]), stop_ids[row].tolist(), failed=bool(failed[row])
+        )
         new.append(tokens[row, start:end].copy())
         scores.append(logprobs[row, start:end].copy())
-        ended = kept is not None or (end > start and tokens[row, end - 1] in stop_ids[row])
-        reasons.append("failed" if failed[row] else "stop" if ended else "length")
+        reasons.append(reason)
     num_new = sum(map(len, new))
     stats = Stats(
         num_prompt_tokens=num_prompt_tokens,

@@ -21,11 +21,12 @@ from decodax.core.arguments import shown
 from decodax.core.printable import printable
 from decodax.decoding.logits_processors import METHODS as PROCESSORS
 from decodax.decoding.options import GenerateOptions
-from decodax.decoding.prompts import encode_prompts
+from decodax.decoding.prompts import check_context, encode_prompt
 
 if TYPE_CHECKING:
     from decodax.models.load import LanguageModel
 
+_NAME = "the prompt"  # in errors, which stand beside the line's number
 _PROMPTS = ("prompt", "messages", "tokens")
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 _OF_LINES = ("max_new_tokens", "seed")  # beside the options of logits processors
@@ -62,7 +63,7 @@ def read_prompt_file(
             try:
                 lines.append(_read_line(lm, index, content, options, chat=chat, system=system))
             except ValueError as error:
-                errors[index] = str(error).replace("prompt 0", "the prompt", 1)
+                errors[index] = str(error)
     if not lines and not errors:
         raise ValueError(f"{printable(path)} has no prompts: a JSON object on each line is expected")
     return lines, errors
@@ -90,13 +91,9 @@ def _read_line(
     if given:
         with warnings.catch_warnings(action="ignore"):
             own.sampling(1, lm.config.vocab_size, own.end_tokens(lm.end_token_ids, lm.config.vocab_size))
-    (ids,) = _ids(lm, entry, own, chat=chat, system=system)
-    context = lm.config.max_position_embeddings
-    if len(ids) >= context:
-        raise ValueError(
-            f"the prompt has {len(ids):,} tokens, and the model's context of {context:,} leaves room for at most "
-            f"{context - 1:,} before a new one: shorten it"
-        )
+    prompt, is_conversation = _prompt(entry, chat=chat, system=system)
+    ids = encode_prompt(lm, prompt, _NAME, own.chat_options if is_conversation else {})
+    check_context(lm, _NAME, ids)
     return PromptLine(index, ids, given)
 
 
@@ -109,21 +106,17 @@ def _option(name: str, value: Any) -> Any:
     return value
 
 
-def _ids(
-    lm: "LanguageModel", entry: dict[str, Any], options: GenerateOptions, *, chat: bool, system: str | None
-) -> list[np.ndarray]:
-    if entry.get("tokens") is not None:
-        if not isinstance(entry["tokens"], list):
-            raise ValueError(f"tokens must be a list of token ids, got {shown(entry['tokens'])}")
-        return encode_prompts(lm, [entry["tokens"]])
-    if entry.get("messages") is not None or chat:
-        messages = entry.get("messages")
-        if messages is None:
-            before = [] if system is None else [{"role": "system", "content": system}]
-            messages = [*before, {"role": "user", "content": entry["prompt"]}]
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"messages must be a list of messages, got {shown(messages)}")
-        return encode_prompts(lm, [messages], options.chat_options)
-    if not isinstance(entry["prompt"], str):
-        raise ValueError(f"prompt must be a text, got {shown(entry['prompt'])}")
-    return encode_prompts(lm, [entry["prompt"]])
+def _prompt(entry: dict[str, Any], *, chat: bool, system: str | None) -> tuple[Any, bool]:
+    """The prompt of a line, and whether it is a conversation."""
+    for name, kind, expected in (
+        ("tokens", list, "a list of token ids"),
+        ("messages", list, "a list of messages"),
+        ("prompt", str, "a text"),
+    ):
+        if entry.get(name) is not None and (not isinstance(entry[name], kind) or entry[name] == []):
+            raise ValueError(f"{name} must be {expected}, got {shown(entry[name])}")
+    if entry.get("prompt") is None or not chat:
+        found = next(entry[name] for name in _PROMPTS if entry.get(name) is not None)
+        return found, entry.get("messages") is not None
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": entry["prompt"]}], True

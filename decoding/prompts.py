@@ -38,7 +38,7 @@ def encode_prompts(
             f"{', '.join(options)} is for prompts that are messages, like "
             '[{"role": "user", "content": "..."}], and these are texts or token ids'
         )
-    rows = [_encode(lm, prompt, f"prompt {index}", options) for index, prompt in enumerate(entries)]
+    rows = [encode_prompt(lm, prompt, f"prompt {index}", options) for index, prompt in enumerate(entries)]
     if not rows:
         raise ValueError("prompts must hold at least one prompt, got none")
     return rows
@@ -69,7 +69,8 @@ def _is_conversation(prompt: Any) -> bool:
     return isinstance(prompt, list) and any(isinstance(entry, Mapping) for entry in prompt)
 
 
-def _encode(lm: "LanguageModel", prompt: Any, name: str, chat_options: dict[str, Any]) -> np.ndarray:
+def encode_prompt(lm: "LanguageModel", prompt: Any, name: str, chat_options: dict[str, Any]) -> np.ndarray:
+    """Int64 token ids of one prompt, as `encode_prompts`; a text, or a list; `name` is its own, for errors."""
     is_text = isinstance(prompt, str) or _is_conversation(prompt)
     if isinstance(prompt, str):
         ids = require_tokenizer(lm).encode(text(name, prompt))
@@ -124,3 +125,13 @@ def check_vocabulary(lm: "LanguageModel", name: str, ids: Sequence[int], *, is_t
         f"{name} holds {shown(lm.tokenizer.backend.id_to_token(outside))}, which is token {outside} in the tokenizer "
         f"of {printable(lm.path)}, but the model's vocabulary ends at {last}: leave it out of the text"
     )
+
+
+def check_context(lm: "LanguageModel", name: str, ids: Sequence[int] | np.ndarray) -> None:
+    """Raises ValueError for a prompt that leaves no room for a new token."""
+    context = lm.config.max_position_embeddings
+    if len(ids) >= context:
+        raise ValueError(
+            f"{name} has {len(ids)} tokens, and the model's context of {context} leaves room for at most {context - 1} "
+            "before a new one: shorten it"
+        )

@@ -221,12 +221,10 @@ class RefilledBatch:
             if not is_done[slot]:
                 continue
             watcher.finish()
-            start, length, kept = watcher.prompt_length, int(lengths[slot]), watcher.num_kept
-            end = length if kept is None else start + kept
-            new = tokens[slot, start:end].copy()
-            stopped = kept is not None or (len(new) > 0 and int(new[-1]) in self._settings.end_tokens)
-            reason = "failed" if failed[slot] else "stop" if stopped else "length"
-            scores, seed = logprobs[slot, start:end].copy(), int(self._settings.seeds[watcher.index])
+            start, length, ends = watcher.prompt_length, int(lengths[slot]), self._settings.end_tokens
+            end, reason = watcher.end_of(tokens[slot], length, ends, failed=bool(failed[slot]))
+            new, scores = tokens[slot, start:end].copy(), logprobs[slot, start:end].copy()
+            seed = int(self._settings.seeds[watcher.index])
             finished.append(FinishedRow(watcher.index, new, scores, watcher.text, reason, seed, length - end))
             self._counts.row_layers += int(layers[slot])
             del watchers[slot]

@@ -1,6 +1,6 @@
 """Detokenizes each row during decoding: streams the text, and finds stop strings in it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +46,17 @@ class RowWatcher:
         self._row.read(tokens[self.prompt_length + self._row.num_read : length].tolist())
         self._emit(self._hold_back)
         return self._row.num_kept is not None
+
+    def end_of(self, tokens: np.ndarray, length: int, end_tokens: Collection[int], *, failed: bool) -> tuple[int, str]:
+        """Where the row ends, and why (`Generation.finish_reasons`).
+
+        tokens, length: as for `read`.
+        end_tokens: the ids that end it.
+        failed: whether its logits became NaN or infinite.
+        """
+        end = length if self.num_kept is None else self.prompt_length + self.num_kept
+        stopped = self.num_kept is not None or (end > self.prompt_length and int(tokens[end - 1]) in end_tokens)
+        return end, "failed" if failed else "stop" if stopped else "length"
 
     def finish(self) -> None:
         """Streams the text that was held back, once no more tokens come."""

@@ -108,7 +108,7 @@ class Family:
     activation_field: the field with the activation.
     score_scale_field: the field whose inverse square root scales the scores, in place of the head size.
     qkv_bias, out_bias, mlp_bias: true, false, or the name of the boolean field with the answer.
-    head_norms: whether each head's queries and keys are normed.
+    head_norms: whether each head's queries and keys are normed: true, false, or the name of the boolean field.
     rotary_size: the field with the number of coordinates of a head that rotate; None: all, or the share in the file.
     default_rope: the `rope_scaling` of a config without one.
     interleaved_rope: whether the pairs that rotate are neighbours: true, false, or the name of the field.
@@ -146,7 +146,7 @@ class Family:
     qkv_bias: bool | str = False
     out_bias: bool | str = False
     mlp_bias: bool | str = False
-    head_norms: bool = False
+    head_norms: bool | str = False
     rotary_size: str | None = None
     default_rope: Mapping[str, Any] | None = None
     interleaved_rope: bool | str = False

@@ -23,7 +23,7 @@ def _attention(layer: Layer) -> GQAConfig:
 
 
 def _mlp(layer: Layer) -> MLPConfig:
-    return MLPConfig(layer.fields["ffn_hidden_size"], layer.activation, bool(layer.fields["bias"]))
+    return MLPConfig(layer.fields["ffn_hidden_size"], layer.activation, layer.flag("bias"))
 
 
 def _block(layer: Layer) -> BlockConfig:

@@ -3,20 +3,10 @@
 GLM-4.5: Agentic, Reasoning, and Coding (ARC) Foundation Models, arXiv 2508.06471.
 """
 
-from dataclasses import replace
-
-from decodax.layers.head_norms import HeadNorms
-from decodax.layers.mixers.gqa import GQAConfig
 from decodax.models.families._deepseek import MTP_HEAD_NAMES, is_sparse, mtp_layers, sigmoid_experts
 from decodax.models.families._experts import expert_tensors, where
 from decodax.models.families.contract import Family
-from decodax.models.families.layer import Layer, attention, sizes
-
-
-def _attention(layer: Layer) -> GQAConfig:
-    norms = HeadNorms(layer.norm, layer.norm) if layer.fields["use_qk_norm"] else None
-    return replace(attention(layer), head_norms=norms)
-
+from decodax.models.families.layer import sizes
 
 FAMILY = Family(
     model_type="glm4_moe",
@@ -45,7 +35,7 @@ FAMILY = Family(
     aliases={"num_local_experts": "n_routed_experts"},
     ignored=frozenset({"num_nextn_predict_layers", "num_mtp_layers"}),
     qkv_bias="attention_bias",
-    mixer=_attention,
+    head_norms="use_qk_norm",
     feed_forward=where(is_sparse, sigmoid_experts),
     block_tensors=expert_tensors,
     elsewhere=mtp_layers,

@@ -89,7 +89,7 @@ def attention(layer: Layer) -> GQAConfig:
         scale=float(scaled_by) ** -0.5,
         qkv_bias=layer.flag(family.qkv_bias),
         out_bias=layer.flag(family.out_bias),
-        head_norms=HeadNorms(layer.norm, layer.norm) if family.head_norms else None,
+        head_norms=HeadNorms(layer.norm, layer.norm) if layer.flag(family.head_norms) else None,
         window=fields["sliding_window"] if layer.kind == "sliding_attention" else None,
         softcap=None if softcap is None else float(softcap),
     )

@@ -3,19 +3,9 @@
 Textbooks Are All You Need II: phi-1.5 technical report, arXiv 2309.05463.
 """
 
-from dataclasses import replace
-
-from decodax.layers.head_norms import HeadNorms
-from decodax.layers.mixers.gqa import GQAConfig
 from decodax.models.families.contract import BLOCK_TENSORS, OUTER_TENSORS, Family
-from decodax.models.families.layer import Layer, attention, layer_norm, parallel_one_norm, plain_mlp, sizes
+from decodax.models.families.layer import layer_norm, parallel_one_norm, plain_mlp, sizes
 from decodax.models.head import HeadConfig
-
-
-def _attention(layer: Layer) -> GQAConfig:
-    norms = HeadNorms(layer.norm, layer.norm) if layer.fields["qk_layernorm"] else None
-    return replace(attention(layer), head_norms=norms)
-
 
 FAMILY = Family(
     model_type="phi",
@@ -34,7 +24,7 @@ FAMILY = Family(
     qkv_bias=True,
     out_bias=True,
     mlp_bias=True,
-    mixer=_attention,
+    head_norms="qk_layernorm",
     feed_forward=plain_mlp,
     norm=layer_norm("layer_norm_eps"),
     block=parallel_one_norm,

@@ -40,7 +40,8 @@ def errors(name):
 def test_errors_are_those_of_the_dtype(name):
     ours, theirs, num_layers = errors(name)
     limit = 2**-8 * np.sqrt(8 * num_layers)
-    assert np.median(theirs) < 1.2 * limit  # the exact logits are near those that transformers rounds
+    # The exact logits are near what transformers rounds; recurrent layers round up to 11 times: sqrt(11 / 8) < 1.2.
+    assert np.median(theirs) < 1.2 * limit
     assert np.mean(ours < max(limit, 2 * np.median(theirs))) >= SHARE_WITHOUT_A_TIE  # Qwen3-Next rounds more numbers
     assert np.median(ours) > 2**-12  # it did run in bfloat16
     assert np.median(ours) < 1.5 * np.median(theirs)  # of 39 tokens, so that medians vary by tens of percent

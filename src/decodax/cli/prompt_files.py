@@ -2,14 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import decodax
+from decodax.cli import session
 from decodax.decoding.answer_prompts import Report, answer_prompts
 from decodax.decoding.options import GenerateOptions
 
@@ -48,9 +47,17 @@ def run(
     lm: decodax.LanguageModel, source: str, target: str, options: dict[str, Any], *, chat: bool, system: str | None
 ) -> None:
     """Answers the file; raises ValueError, at the end, where lines could not be answered."""
-    with _bar() as show:
+    begin, num_written = time.perf_counter(), 0
+    with session.progress_of("answering", 1) as show:
+
+        def show_answer(done: int, total: int, tokens: int) -> None:
+            nonlocal num_written
+            num_written += tokens
+            speed = num_written / (time.perf_counter() - begin)
+            show(done, total=total, note=f"{done} of {total}, {speed:.0f} tokens/s")
+
         report = answer_prompts(
-            lm, Path(source), Path(target), GenerateOptions(**options), chat=chat, system=system, on_answer=show
+            lm, Path(source), Path(target), GenerateOptions(**options), chat=chat, system=system, on_answer=show_answer
         )
     print(_summary(report, target), file=sys.stderr)
     if report.errors:
@@ -73,31 +80,3 @@ def _summary(report: Report, target: str) -> str:
         f"tokens/s); {stats.num_prompt_tokens} prompt tokens in {stats.prefill_seconds:.2f} s; compiling "
         f"{stats.compile_seconds:.2f} s"
     )
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int, int], None]]:
-    """A bar on a terminal's stderr; gives a function of the answers so far, all prompts, and new tokens."""
-    if not sys.stderr.isatty():
-        yield lambda done, total, tokens: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("answering"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
-        task, begin, written = display.add_task("", total=None, speed=0.0), time.perf_counter(), 0
-
-        def show(done: int, total: int, tokens: int) -> None:
-            nonlocal written
-            written += tokens
-            speed = written / (time.perf_counter() - begin)
-            display.update(task, completed=done, total=total, speed=speed)
-
-        yield show

@@ -126,8 +126,11 @@ def progress(label: str) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def progress_of(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on stderr after one second; gives a function that takes how much of `total` is done."""
+def progress_of(label: str, total: int) -> Iterator[Callable[..., None]]:
+    """Shows a bar on stderr after one second; gives a function that takes how much of `total` is done.
+
+    That function also takes another `total=`, and a `note=` to show.
+    """
     with _progress(label, total) as display:
         yield display.show_done
 
@@ -137,13 +140,20 @@ def _progress(label: str, total: int | None) -> Iterator["_Display"]:
     if not sys.stderr.isatty():
         yield _Display()
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    amount = () if total is None else (BarColumn(), TaskProgressColumn())
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), *amount, TimeElapsedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.add_task(label, total=total)
+    amount = (rich.BarColumn(), rich.TaskProgressColumn(), rich.TextColumn("{task.fields[note]}"))
+    left = () if total is None else (rich.TextColumn("left"), rich.TimeRemainingColumn())
+    columns = (
+        rich.SpinnerColumn(),
+        rich.TextColumn("{task.description}"),
+        *(() if total is None else amount),
+        rich.TimeElapsedColumn(),
+        *left,
+    )
+    bar = rich.Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task(label, total=total, note="")
     display = _Display(bar)
     timer = threading.Timer(_SILENT_SECONDS, display.start)
     timer.daemon = True
@@ -172,9 +182,9 @@ class _Display:
             if self._bar is not None:
                 self._bar.stop()
 
-    def show_done(self, amount: int) -> None:
+    def show_done(self, amount: int, *, total: int | None = None, note: str = "") -> None:
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=amount)
+            self._bar.update(self._bar.task_ids[0], completed=amount, total=total, note=note)
 
 
 def versions() -> dict[str, str]:
